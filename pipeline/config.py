@@ -1,0 +1,237 @@
+"""Config file and overrides -> one valid `ExperimentConfig`; a mistake is one line: where, what, how to fix.
+
+    yaml_source.read_config -> Node tree -> pydantic -> paths made absolute -> LoadedConfig
+                                               |
+                                             error -> config_fields.explained -> `demo.yaml:12: sft.lrr: ...`
+
+Owns: turning a tree into the config, paths, the resolved config as YAML, the JSON Schema.
+Does not own: reading YAML (yaml_source), what is valid (experiment, stages.config), the wording of errors
+(config_fields), the manual (config_docs).
+"""
+
+import glob
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config_fields import dotted, explained, section_of
+from pipeline.errors import ConfigError
+from pipeline.experiment import ExperimentConfig
+from pipeline.yaml_source import KeyPath, Node, describe, parse_scalar, read_config, short
+from rollout.config import Section
+from stages.config import DataSource, ModelConfig, ScoreFunction
+from stages.errors import DataError
+
+__all__ = ["ConfigError", "LoadedConfig", "check_paths", "json_schema", "load", "resolved_yaml"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedConfig:
+    """A valid config, and where each of its settings was stated."""
+
+    config: ExperimentConfig  # data, score, template and local model paths are absolute
+    tree: Node  # as stated: relative paths, no defaults
+
+    def where(self, key: str) -> str:
+        """Position of a dotted key, or of the section it would be in: `demo.yaml:12`, `override sft.lr=1`.
+
+        Example: raise ConfigError(f"{loaded.where('sft.data')}: sft.data: ...")
+        """
+        return self.tree.nearest(tuple(key.split("."))).origin.label
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """The config in the YAML file `path`, overrides (`sft.lr=1e-4`) applied. Raises ConfigError, one line."""
+    tree = _open_empty_sections(read_config(path, overrides), ExperimentConfig)
+    config, tree = _validate(tree)
+    for item in list(_stated_paths(config, tree)):
+        config = _replaced(config, item.key, item.path)
+    return LoadedConfig(config=config, tree=tree)
+
+
+def resolved_yaml(config: ExperimentConfig) -> str:
+    """Every setting with its value, as YAML that `load` reads back to an equal config from anywhere."""
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors. Nothing is required: a file may build on another one."""
+    schema = ExperimentConfig.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    about = "Config file that this one builds on, relative to it. Mappings merge, lists are replaced."
+    schema["properties"] = {"base": {"type": "string", "description": about}, **schema["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML quotes what YAML 1.1 would not read as text; `load` reads 1.2, where `1e-5` is a number."""
+
+
+def _quoted_if_needed(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(parse_scalar(text), str) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _quoted_if_needed)
+
+
+# --- validation
+
+
+def _open_empty_sections(node: Node, section: type[Section]) -> Node:
+    """A section's key with nothing after it (`pretrain:`) is that section, with defaults; `null` is none."""
+    if not isinstance(node.value, dict):
+        return node
+    entries = dict(node.value)
+    for key, child in node.value.items():
+        annotation = section.model_fields[key].annotation if key in section.model_fields else None
+        inner = None if get_origin(annotation) is list else section_of(annotation)
+        if inner is not None:
+            is_empty = child.value is None and child.text == ""
+            entries[key] = _open_empty_sections(replace(child, value={}) if is_empty else child, inner)
+    return replace(node, value=entries)
+
+
+def _validate(tree: Node) -> tuple[ExperimentConfig, Node]:
+    """The config, and its tree, in which an unquoted `5` or `true` has become text where text was wanted."""
+    try:
+        config = ExperimentConfig.model_validate(tree.plain())
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+        as_text = tree
+        for error in errors:
+            if error["type"] in ("string_type", "path_type"):
+                as_text = _with_text(as_text, error["loc"])
+        if as_text != tree:
+            return _validate(as_text)
+        errors.sort(key=lambda error: {"extra_forbidden": 0, "missing": 2}.get(error["type"], 1))
+        raise explained(errors[0], tree) from None
+    if (path := _bool_as_number(tree, config)) is not None:
+        node = tree.nearest(path)
+        raise ConfigError(f"{node.origin.label}: {dotted(path)}: must be a number, not {describe(node)}")
+    return config, tree
+
+
+def _with_text(node: Node, path: KeyPath) -> Node:
+    """`node` with the scalar at `path`, if it was written without quotes, as text."""
+    if not path:
+        is_plain = node.text is not None and node.value is not None
+        return replace(node, value=node.text, text=None) if is_plain else node
+    child = node.child(path[0])
+    if child is None:
+        return node
+    changed = _with_text(child, path[1:])
+    if isinstance(node.value, list):
+        return replace(node, value=[changed if item is child else item for item in node.value])
+    assert isinstance(node.value, dict)
+    return replace(node, value={**node.value, str(path[0]): changed})
+
+
+def _bool_as_number(node: Node, value: Any, path: KeyPath = ()) -> KeyPath | None:
+    """Where pydantic took `true` for 1, if anywhere."""
+    if isinstance(node.value, bool):
+        return None if isinstance(value, bool) else path
+    if isinstance(node.value, str) or not isinstance(node.value, dict | list):
+        return None
+    keys: Sequence[str | int] = list(node.value) if isinstance(node.value, dict) else range(len(node.value))
+    for key in keys:
+        child = node.child(key)
+        assert child is not None
+        below = getattr(value, str(key)) if isinstance(value, Section) else value[key]
+        if (found := _bool_as_number(child, below, (*path, key))) is not None:
+            return found
+    return None
+
+
+# --- paths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StatedPath:
+    key: KeyPath
+    stated: Node
+    path: str  # absolute, or a hub id
+    kind: Literal["data", "file", "model"]
+
+
+def check_paths(loaded: LoadedConfig, sections: Collection[str] | None = None) -> None:
+    """Raises DataError, one line, if a file that the config (or these sections of it) names is not there.
+
+    A dataset may be a file, a directory or a glob; what is in it is for the readers to check.
+    """
+    for item in _stated_paths(loaded.config, loaded.tree):
+        if (sections is None or item.key[0] in sections) and (problem := _path_problem(item)):
+            raise DataError(f"{item.stated.origin.label}: {dotted(item.key)}: {problem}")
+
+
+def _path_problem(item: _StatedPath) -> str | None:
+    text = str(item.stated.value)
+    stated = short(text, 200)
+    if not os.path.isabs(os.path.expanduser(text)):
+        stated += f" (in {short(str(item.stated.origin.directory), 200)})"
+    if not os.path.exists(item.path):
+        if item.kind == "data" and glob.has_magic(item.path):
+            found = next(glob.iglob(item.path, recursive=True), None)
+            return None if found else f"no file matches: {stated}"
+        if item.kind == "model":
+            is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", item.path)
+            return None if is_hub_id else f"no such directory: {stated}"
+        return f"no such file: {stated}"
+    if item.kind == "model" and not os.path.isdir(item.path):
+        return f"not a directory: {stated}"
+    if item.kind == "file" and not os.path.isfile(item.path):
+        return f"not a file: {stated}"
+    return None if os.access(item.path, os.R_OK) else f"no permission to read: {stated}"
+
+
+def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]:
+    """Every path the config states, made absolute by the place that states it."""
+    for key, section in _sections(config, ()):
+        kinds: dict[str, Literal["data", "file", "model"]]
+        match section:
+            case DataSource():
+                kinds = {"path": "data"}
+            case ScoreFunction():
+                kinds = {"path": "file"}
+            case ModelConfig():
+                kinds = {"path": "model", "chat_template": "file"}
+            case _:
+                continue
+        for name, kind in kinds.items():
+            if getattr(section, name) is None:
+                continue
+            stated = tree.nearest((*key, name))
+            text = str(getattr(section, name))
+            path = str(stated.origin.directory / os.path.expanduser(text))
+            if kind == "model" and not text.startswith((".", "/", "~")) and not os.path.exists(path):
+                path = text
+            yield _StatedPath(key=(*key, name), stated=stated, path=path, kind=kind)
+
+
+def _sections(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Section]]:
+    if isinstance(value, Section):
+        yield path, value
+        for name in type(value).model_fields:
+            yield from _sections(getattr(value, name), (*path, name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _sections(item, (*path, index))
+
+
+def _replaced(value: Any, path: KeyPath, text: str) -> Any:
+    """`value`, a frozen section, with the text or path at `path` replaced by `text`."""
+    if not path:
+        return type(value)(text)
+    key, rest = path[0], path[1:]
+    if isinstance(value, list):
+        return [_replaced(item, rest, text) if index == key else item for index, item in enumerate(value)]
+    name = str(key)
+    return value.model_copy(update={name: _replaced(getattr(value, name), rest, text)})

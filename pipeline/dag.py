@@ -1,0 +1,264 @@
+"""The graph: which stages there are, what each needs, and the fingerprint that names each one's artifact.
+
+    prepare --> pretrain --> sft --> reward --> ppo --> evaluate        (with `model.path`: model instead of pretrain,
+                    |          |        `----->--^         ^             or before it, for continued pretraining)
+                    `----------+---------------------------'
+    ExperimentConfig --select--> Selection --plan--> {stage: Node(fingerprint)}
+
+Owns: the stage table, the edges, identity. Pure data: no Ray, no torch, no recipe is imported here.
+Does not own: where artifacts live (artifacts), who runs a stage (executor).
+"""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from pipeline.errors import ConfigError
+from pipeline.experiment import ExperimentConfig
+from rollout.config import Section
+from stages.config import (
+    DataSource,
+    EvaluateSettings,
+    ModelConfig,
+    PPOSettings,
+    PrepareSettings,
+    PretrainSettings,
+    RewardSettings,
+    ScoreFunction,
+    SFTSettings,
+    StageSettings,
+)
+from stages.data.readers import content_digest
+from stages.errors import DataError
+
+SCHEMA_VERSION = 1
+"""Of artifacts and fingerprints: a bump makes every artifact of an older version unknown."""
+FINGERPRINT_CHARS = 16
+MODEL = "model"
+"""Input key of the directory that `model.path` names; every other input key is the name of a stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One row of the stage table."""
+
+    name: str
+    entry: str  # "module:function" of the recipe, imported only where the stage runs
+    settings: type[StageSettings]  # what the recipe may read, hence what is fingerprinted
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(name="prepare", entry="stages.prepare:run", settings=PrepareSettings),
+        Stage(name="pretrain", entry="stages.pretrain:run", settings=PretrainSettings),
+        Stage(name="sft", entry="stages.sft:run", settings=SFTSettings),
+        Stage(name="reward", entry="stages.reward:run", settings=RewardSettings),
+        Stage(name="ppo", entry="stages.ppo:run", settings=PPOSettings),
+        Stage(name="evaluate", entry="stages.evaluate:run", settings=EvaluateSettings),
+    )
+}
+"""In an order in which every stage comes after all it may need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The part of the graph that some targets need.
+
+    Example: Selection(stages=("sft", "reward"), outside=("model",))
+    """
+
+    stages: tuple[str, ...]  # in the order of STAGES
+    outside: tuple[str, ...]  # input keys that no stage of the selection makes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One stage of a planned run, with everything that identifies its artifact."""
+
+    stage: str
+    entry: str
+    settings: StageSettings
+    recipe_version: int
+    inputs: Mapping[str, str]  # input key -> fingerprint
+    contents: Mapping[str, str]  # dotted key of a file the settings name -> digest of its content
+    fingerprint: str
+
+
+def needs(config: ExperimentConfig, stage: str) -> tuple[str, ...]:
+    """Input keys of `stage`: stage names, and "model" for the directory that `model.path` names."""
+    model = () if config.model.path is None else (MODEL,)
+    held_out = () if config.prepare is None else ("prepare",)
+    start = MODEL if config.pretrain is None and model else "pretrain"
+    reward_starts_from_sft = config.reward is None or config.reward.init_from == "sft"
+    edges: dict[str, tuple[str, ...]] = {
+        "prepare": model,
+        "pretrain": ("prepare", *model),
+        "sft": (start,),
+        "reward": ("sft" if reward_starts_from_sft else start,),
+        "ppo": ("sft", "reward"),
+        "evaluate": (*held_out, start, "sft", "reward", "ppo"),
+    }
+    return edges[stage]
+
+
+def configured(config: ExperimentConfig) -> tuple[str, ...]:
+    """The stages that have a section in the config."""
+    return tuple(stage for stage in STAGES if getattr(config, stage) is not None)
+
+
+def select(config: ExperimentConfig, targets: Collection[str], given: Collection[str] = ()) -> Selection:
+    """`targets` and every stage they need, stopping at the input keys in `given`.
+
+    Raises ConfigError when one of them has no section in the config.
+    """
+    wanted, outside = set(targets), set[str]()
+    for stage in reversed(STAGES):
+        if stage not in wanted:
+            continue
+        if getattr(config, stage) is None:
+            users = [user for user in STAGES if user in wanted and stage in needs(config, user)]
+            why = f", which {users[0]} needs" if users else ""
+            raise ConfigError(f"{stage}: no such section{why}; add `{stage}:`" + (
+                f", or give --input {stage}=DIR" if users else ""))
+        for key in needs(config, stage):
+            (outside if key == MODEL or key in given else wanted).add(key)
+    return Selection(
+        stages=tuple(stage for stage in STAGES if stage in wanted),
+        outside=tuple(key for key in (*STAGES, MODEL) if key in outside),
+    )
+
+
+def until(config: ExperimentConfig, last: str | None) -> tuple[str, ...]:
+    """The configured stages up to and including `last` in the order of the pipeline; all of them for None."""
+    stages = configured(config)
+    if last is None:
+        return stages
+    if last not in stages:
+        raise ConfigError(f"{last}: no such section, so the run cannot end there; add `{last}:`")
+    return stages[: stages.index(last) + 1]
+
+
+def downstream(config: ExperimentConfig, stage: str) -> frozenset[str]:
+    """`stage` and every configured stage that needs it, directly or not."""
+    found = {stage}
+    for other in configured(config):
+        if found.intersection(needs(config, other)):
+            found.add(other)
+    return frozenset(found)
+
+
+def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, str]) -> dict[str, Node]:
+    """The selected stages with their fingerprints, in the order of STAGES.
+
+    `outside` gives the fingerprint of every key of `selection.outside`. Reads the datasets (their digests); raises
+    DataError when one is missing.
+    """
+    known = dict(outside)
+    nodes: dict[str, Node] = {}
+    for stage in selection.stages:
+        inputs = {key: known[key] for key in needs(config, stage)}
+        nodes[stage] = node = _node(STAGES[stage], settings_for(config, stage), inputs)
+        known[stage] = node.fingerprint
+    return nodes
+
+
+def settings_for(config: ExperimentConfig, stage: str) -> StageSettings:
+    """The sections of the config that the recipe of `stage` may read."""
+    sections = STAGES[stage].settings
+    return sections(**{name: getattr(config, name) for name in sections.model_fields})
+
+
+def data_sources(config: ExperimentConfig, stage: str) -> Iterator[tuple[str, DataSource]]:
+    """Dotted key and source of every dataset of a stage, e.g. ("sft.data.0", ...)."""
+    for key, section in _sections(settings_for(config, stage)):
+        if isinstance(section, DataSource):
+            yield key, section
+
+
+def directory_name(stage: str, fingerprint: str) -> str:
+    """Name of an artifact's directory, of its unfinished work and of its lock."""
+    return f"{stage}-{fingerprint}"
+
+
+def side_by_side(config: ExperimentConfig, stages: Collection[str]) -> int:
+    """How many of `stages` may run at the same time, at most: what their threads have to share the cores with."""
+    depth: dict[str, int] = {}
+    for stage in STAGES:
+        if stage in stages:
+            depth[stage] = 1 + max((depth[key] for key in needs(config, stage) if key in depth), default=0)
+    levels = list(depth.values())
+    return max((levels.count(level) for level in levels), default=1)
+
+
+@cache
+def recipe_version(entry: str) -> int:
+    """`RECIPE_VERSION` of a recipe, read from its source: importing a recipe imports torch."""
+    module = entry.partition(":")[0]
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, f"{module}: no such module (entry {entry} of the stage table)"
+    for statement in ast.parse(Path(spec.origin).read_text()).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="RECIPE_VERSION")], value=ast.Constant(value=int(version))):
+                return version
+    raise AssertionError(f"{spec.origin}: no line `RECIPE_VERSION = <integer>`")
+
+
+def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str]) -> Node:
+    version = recipe_version(stage.entry)
+    contents = dict(_contents(settings))
+    identity = {
+        "schema": SCHEMA_VERSION,
+        "stage": stage.name,
+        "recipe_version": version,
+        "settings": settings.identity(),
+        "inputs": inputs,
+        "contents": contents,
+    }
+    return Node(stage=stage.name, entry=stage.entry, settings=settings, recipe_version=version, inputs=inputs,
+                contents=contents, fingerprint=_digest(identity))
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return blake3.blake3(canonical.encode()).hexdigest()[:FINGERPRINT_CHARS]
+
+
+def _contents(settings: StageSettings) -> Iterator[tuple[str, str]]:
+    """Dotted key and content digest of every file that the settings name."""
+    for key, section in _sections(settings):
+        match section:
+            case DataSource():
+                yield key, content_digest(section)
+            case ScoreFunction():
+                yield f"{key}.path", _file_digest(f"{key}.path", section.path)
+            case ModelConfig(chat_template=Path() as template):
+                yield f"{key}.chat_template", _file_digest(f"{key}.chat_template", template)
+
+
+def _file_digest(key: str, path: Path) -> str:
+    try:
+        return blake3.blake3(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {key}: {error.strerror}; give the path of a readable file") from error
+
+
+def _sections(value: Any, key: str = "") -> Iterator[tuple[str, Section]]:
+    """Every section below `value`, with its dotted key, depth first."""
+    if isinstance(value, Section):
+        if key:
+            yield key, value
+        items: Any = ((name, getattr(value, name)) for name in type(value).model_fields)
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return
+    for name, item in items:
+        yield from _sections(item, f"{key}.{name}" if key else str(name))

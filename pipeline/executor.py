@@ -1,0 +1,644 @@
+"""Runs the graph: as Ray tasks whose arguments are the object refs of the stages they need, or inline in this process.
+
+    plan_run --> PlannedRun --execute--> run_stage(job, *upstream) per stage --> summary.json, links, report.html
+                                         lock -> already there? -> recipe -> seal -> publish
+
+Owns: what a command has to run, the local Ray cluster, the life of stage processes, how failures become one line each.
+Does not own: identity (dag), files (artifacts), what a stage does (recipes), what a person sees (progress).
+`import ray` happens inside functions: the cli stays light, and inline runs never load it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import importlib
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import psutil
+
+from pipeline import dag
+from pipeline.artifacts import (
+    MANIFEST,
+    METRICS,
+    Exactness,
+    Given,
+    Manifest,
+    Store,
+    disk_problems,
+    exactness_of,
+    model_directory,
+    package_versions,
+    read_manifest,
+    write_synced,
+)
+from pipeline.config import resolved_yaml
+from pipeline.errors import ConfigError, MissingStage, StageFailed
+from pipeline.experiment import ExperimentConfig
+from pipeline.progress import Progress
+from rollout.errors import EnvironmentProblem, ExpectedError
+from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
+from stages.data import readers
+from stages.runtime import Runtime, StageResources
+
+POLL_S = 0.3
+CHILD_GRACE_S = 6.0
+"""After a shutdown of Ray its processes take a few seconds to end; whatever is left then is killed."""
+SESSION_PREFIX = "rlhf-"
+PR_SET_CHILD_SUBREAPER = 36
+DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """What one command is going to do."""
+
+    config: ExperimentConfig
+    store: Store
+    nodes: Mapping[str, dag.Node]  # in the order of the stage table
+    outside: Mapping[str, Given]  # input keys that no stage of this run makes
+    present: Mapping[str, Manifest]  # verified artifacts that are taken as they are
+    to_run: tuple[str, ...]
+    replaced: frozenset[str]  # stages of to_run whose artifact is made anew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageJob:
+    """Everything a stage task needs, wherever it runs."""
+
+    node: dag.Node
+    outputs: Path
+    log_dir: Path
+    outside: Mapping[str, Path]
+    resources: StageResources
+    executor: Literal["ray", "inline"]
+    placement_timeout_s: float
+    lock_timeout_s: float
+    side_by_side: int  # stages that may run at the same time: their threads share the cores
+    replace: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """One finished stage of a run."""
+
+    stage: str
+    fingerprint: str
+    skipped: bool
+    seconds: float  # of the execution that made the artifact
+    metrics: Mapping[str, float]
+
+
+def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | None = None) -> PlannedRun:
+    """All configured stages up to `last`; `force` and what needs it are made anew.
+
+    Raises ConfigError, DataError (a missing dataset), CorruptArtifact.
+    """
+    stages = dag.until(config, last)
+    if not stages:
+        raise ConfigError("no stage has a section, so there is nothing to run; add `sft:` or another")
+    if force is not None and force not in stages:
+        raise ConfigError(f"--force {force}: not a stage of this run, which has {', '.join(stages)}")
+    forced = frozenset() if force is None else dag.downstream(config, force)
+    store = Store(config.outputs)
+    selection = dag.select(config, stages)
+    outside = _identified(config, store, selection, {})
+    nodes = dag.plan(config, selection, _fingerprints(outside))
+    present = _present(store, [node for stage, node in nodes.items() if stage not in forced])
+    return PlannedRun(
+        config=config, store=store, nodes=nodes, outside=outside, present=present,
+        to_run=tuple(stage for stage in nodes if stage not in present), replaced=forced,
+    )
+
+
+def plan_stage(config: ExperimentConfig, stage: str, *, inputs: Mapping[str, Path], force: bool,
+               command: Callable[[str], str]) -> PlannedRun:
+    """One stage on what the stages before it left, or on `inputs`.
+
+    `command(stage)` is how a user makes a missing stage. Raises MissingStage besides what `plan_run` raises.
+    """
+    unused = inputs.keys() - set(dag.needs(config, stage))
+    if unused:
+        wanted = ", ".join(dag.needs(config, stage)) or "nothing"
+        raise ConfigError(f"--input {min(unused)}: {stage} takes {wanted}")
+    store = Store(config.outputs)
+    selection = dag.select(config, [stage], inputs.keys())
+    outside = _identified(config, store, selection, inputs)
+    nodes = dag.plan(config, selection, _fingerprints(outside))
+    needed = [nodes[key] for key in dag.needs(config, stage) if key in nodes]
+    present = _present(store, needed)
+    for node in needed:
+        if node.stage not in present:
+            raise MissingStage(
+                f"{stage}: needs {node.stage}, which has not finished with this config; run `{command(node.stage)}`, or "
+                f"give --input {node.stage}=DIR"
+            )
+    if not force:
+        present |= _present(store, [nodes[stage]])
+    return PlannedRun(
+        config=config, store=store, nodes={key: node for key, node in nodes.items() if key in present or key == stage},
+        outside=outside, present=present, to_run=() if stage in present else (stage,),
+        replaced=frozenset({stage} if force else ()),
+    )
+
+
+def validate_data(planned: PlannedRun) -> None:
+    """Read every dataset of the stages that will run, before anything starts. Raises DataError."""
+    for stage in planned.to_run:
+        sources = [source for _, source in dag.data_sources(planned.config, stage)]
+        if sources:
+            readers.read(sources, stage, seed=planned.config.seed)  # type: ignore[arg-type]  # stages with data
+
+
+def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
+    """Run what is planned and record it in the run directory; the results of all planned stages.
+
+    Raises the first stage's failure, after the stages beside it have ended and been recorded; KeyboardInterrupt on
+    SIGINT and SIGTERM, with no process left behind.
+    """
+    store, config = planned.store, planned.config
+    with disk_problems(store.log_dir(config.name)):
+        store.log_dir(config.name).mkdir(parents=True, exist_ok=True)
+        write_synced(store.run_dir(config.name) / "config.yaml", resolved_yaml(config))
+    results = {stage: _result(manifest, skipped=True) for stage, manifest in planned.present.items()}
+    for stage, manifest in planned.present.items():
+        progress.end(stage, "skipped", summary=_made_with_other_versions(manifest))
+    failures: dict[str, ExpectedError] = {}
+    try:
+        if planned.to_run:
+            with signals_interrupt(), no_orphans():
+                run = _run_inline if config.pipeline.executor == "inline" else _run_on_ray
+                run(planned, progress, results, failures)
+    finally:
+        _record(planned, results)
+    for failure in failures.values():
+        raise failure
+    return {stage: results[stage] for stage in planned.nodes}
+
+
+def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
+    """The body of a stage task: skip, resume or run, then publish. `upstream` only orders the tasks.
+
+    Raises ExpectedError and nothing else, so that the driver can print one line.
+    """
+    node, store = job.node, Store(job.outputs)
+    if job.executor == "ray":
+        _settle_process(job)
+    with _failure_recorded(job), store.lock(node.stage, node.fingerprint, timeout_s=job.lock_timeout_s):
+        present = None if job.replace else store.find(node.stage, node.fingerprint)
+        if present is not None:
+            return _result(present, skipped=True)
+        if not store.left_complete(node.stage, node.fingerprint):
+            _run_recipe(job, store)
+        return _result(store.publish(node, replace=job.replace), skipped=False)
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM raises KeyboardInterrupt as SIGINT does."""
+    before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def no_orphans() -> Iterator[None]:
+    """Whatever this process starts inside, at any depth and in any session, is gone afterwards."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become our children, where we find them
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        yield
+    finally:
+        with _signals_ignored():
+            _end(set(psutil.Process().children(recursive=True)) - before)
+
+
+@contextlib.contextmanager
+def ray_session(config: ExperimentConfig, log_dir: Path) -> Iterator[Callable[[], None]]:
+    """A Ray connection for one run; yields a check that raises EnvironmentProblem once the local cluster has lost a
+    process. A local cluster has a token of its own and a short session directory whose logs are kept in `log_dir`.
+    """
+    if config.resources.address is not None:
+        with _ray_connected(log_dir, address=config.resources.address,
+                            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}}):
+            yield lambda: None
+        return
+    with _session_directory(log_dir) as directory:
+        _set_local_ray_environment()
+        with _ray_connected(log_dir, address="local", include_dashboard=False, _temp_dir=str(directory)):
+            yield lambda: _check_local_cluster(log_dir)
+
+
+def _identified(config: ExperimentConfig, store: Store, selection: dag.Selection,
+                inputs: Mapping[str, Path]) -> dict[str, Given]:
+    outside = {}
+    for key in selection.outside:
+        if key == dag.MODEL:
+            assert config.model.path is not None
+            path = model_directory(config.model.path, config.model.revision)
+            outside[key] = Given(path=path, fingerprint=store.content_of(path))
+        else:
+            outside[key] = store.identify(key, inputs[key])
+    return outside
+
+
+def _fingerprints(outside: Mapping[str, Given]) -> dict[str, str]:
+    return {key: given.fingerprint for key, given in outside.items()}
+
+
+def _present(store: Store, nodes: Sequence[dag.Node]) -> dict[str, Manifest]:
+    found = {node.stage: store.find(node.stage, node.fingerprint) for node in nodes}
+    return {stage: manifest for stage, manifest in found.items() if manifest is not None}
+
+
+def _result(manifest: Manifest, *, skipped: bool) -> StageResult:
+    return StageResult(stage=manifest.stage, fingerprint=manifest.fingerprint, skipped=skipped,
+                       seconds=manifest.seconds, metrics=manifest.metrics)
+
+
+def _made_with_other_versions(manifest: Manifest) -> str:
+    now = package_versions()
+    changed = [f"{name} {made_with}" for name, made_with in manifest.packages.items()
+               if name in now and now[name] != made_with]
+    return f"(made with {', '.join(changed)})" if changed else ""
+
+
+def _job(planned: PlannedRun, stage: str) -> StageJob:
+    config = planned.config
+    return StageJob(
+        node=planned.nodes[stage], outputs=planned.store.root, log_dir=planned.store.log_dir(config.name),
+        outside={key: given.path for key, given in planned.outside.items()},
+        resources=resources_of(config, stage), executor=config.pipeline.executor,
+        placement_timeout_s=config.resources.placement_timeout_s, lock_timeout_s=config.pipeline.lock_timeout_s,
+        side_by_side=dag.side_by_side(config, planned.to_run), replace=stage in planned.replaced,
+    )
+
+
+def resources_of(config: ExperimentConfig, stage: str) -> StageResources:
+    """`resources.<stage>` of the config."""
+    by_stage: dict[str, StageResources] = {name: getattr(config.resources, name) for name in dag.STAGES}
+    return by_stage[stage]
+
+
+def _start(planned: PlannedRun, stage: str, progress: Progress) -> None:
+    node, store = planned.nodes[stage], planned.store
+    progress.start(stage, [store.work_dir(stage, node.fingerprint) / METRICS,
+                           store.artifact_dir(stage, node.fingerprint) / METRICS])
+
+
+def _finish(planned: PlannedRun, result: StageResult, progress: Progress, results: dict[str, StageResult]) -> None:
+    results[result.stage] = result
+    planned.store.link(planned.config.name, result.stage, result.fingerprint)
+    progress.end(result.stage, "skipped" if result.skipped else "done",
+                 seconds=None if result.skipped else result.seconds)
+
+
+def _run_inline(planned: PlannedRun, progress: Progress, results: dict[str, StageResult],
+                failures: dict[str, ExpectedError]) -> None:
+    for stage in planned.to_run:
+        if failures:
+            progress.end(stage, "not run")
+            continue
+        _start(planned, stage, progress)
+        try:
+            _finish(planned, run_stage(_job(planned, stage)), progress, results)
+        except ExpectedError as error:
+            failures[stage] = error
+            progress.end(stage, "failed")
+
+
+def _run_on_ray(planned: PlannedRun, progress: Progress, results: dict[str, StageResult],
+                failures: dict[str, ExpectedError]) -> None:
+    log_dir = planned.store.log_dir(planned.config.name)
+    with ray_session(planned.config, log_dir) as check_cluster:
+        pending = _submit(planned, results)
+        following: set[str] = set()
+        not_run: set[str] = set()
+        while pending:
+            blocked = failures.keys() | not_run
+            for stage in [stage for stage in pending if blocked.intersection(planned.nodes[stage].inputs)]:
+                del pending[stage]
+                not_run.add(stage)
+                progress.end(stage, "not run")
+            for stage in pending.keys() - following:
+                if not pending.keys() & planned.nodes[stage].inputs.keys():
+                    following.add(stage)
+                    _start(planned, stage, progress)
+            for stage in _wait_for_any(pending):
+                try:
+                    _finish(planned, _fetch(stage, pending.pop(stage), log_dir), progress, results)
+                except ExpectedError as error:
+                    failures[stage] = error
+                    beside = [other for other in following & pending.keys()]
+                    progress.end(stage, "failed", summary=f"(waiting for {beside[0]} to end)" if beside else "")
+            progress.poll()
+            check_cluster()
+
+
+def _submit(planned: PlannedRun, results: Mapping[str, StageResult]) -> dict[str, Any]:
+    """One task per stage to run, its arguments the refs of the stages it needs; stage -> ref."""
+    import ray
+
+    # max_calls: a fresh process per stage, so that no memory, thread count or environment of one reaches the next
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(run_stage)
+    refs = {stage: ray.put(result) for stage, result in results.items()}
+    for stage in planned.to_run:
+        upstream = [refs[key] for key in planned.nodes[stage].inputs if key in refs]
+        refs[stage] = task.options(name=stage).remote(_job(planned, stage), *upstream)
+    return {stage: refs[stage] for stage in planned.to_run}
+
+
+def _wait_for_any(pending: Mapping[str, Any]) -> list[str]:
+    import ray
+
+    if not pending:
+        return []
+    done, _ = ray.wait(list(pending.values()), num_returns=1, timeout=POLL_S)
+    return [stage for stage, ref in pending.items() if ref in done]
+
+
+def _fetch(stage: str, ref: Any, log_dir: Path) -> StageResult:
+    import ray
+
+    try:
+        result: StageResult = ray.get(ref)
+        return result
+    except ray.exceptions.RayError as error:
+        raise as_expected(stage, error, log_dir) from error
+
+
+def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
+    """The one line that `error` becomes: itself when it was meant for the user, else the machine's fault or our bug."""
+    if isinstance(cause := _cause(error), ExpectedError):
+        return cause
+    if any(kind.__module__ == "ray.exceptions" for kind in type(cause).__mro__):
+        return EnvironmentProblem(
+            f"{stage}: a process of it died ({type(cause).__name__}; killed, or out of memory?); logs in {log}; run the "
+            "same command to go on"
+        )
+    if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in DISK_ERRNOS):
+        return EnvironmentProblem(f"{stage}: {cause or 'out of memory'}; free some and run the same command to go on")
+    first_line = next(iter(str(cause).splitlines()), "")
+    return StageFailed(f"{stage}: {type(cause).__name__}: {first_line}; this is a bug of the pipeline; traceback in {log}")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised first, behind any number of process boundaries."""
+    while any(kind.__name__ == "RayTaskError" for kind in type(error).__mro__):
+        inner: BaseException | None = error.cause  # type: ignore[attr-defined]  # RayTaskError; ray may not be imported
+        if inner is None or inner is error:
+            break
+        error = inner
+    return error
+
+
+@contextlib.contextmanager
+def _failure_recorded(job: StageJob) -> Iterator[None]:
+    log = job.log_dir / f"{job.node.stage}.traceback.txt"
+    try:
+        yield
+    except Exception as error:  # the one place where any failure of a stage is recorded and raised again
+        with contextlib.suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("".join(traceback.format_exception(error)))
+        raise as_expected(job.node.stage, error, log) from error
+
+
+def _settle_process(job: StageJob) -> None:
+    """A stage's own process: its output to a file, passive waiting, its share of the cores, no GPU it was not given.
+
+    Before torch is imported here; Ray sets OMP_NUM_THREADS=1 for a task with no CPUs of its own.
+    """
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // job.side_by_side))
+    if not job.resources.num_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with disk_problems(job.log_dir):
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+        with (job.log_dir / f"{job.node.stage}.log").open("ab") as log:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+
+
+def _run_recipe(job: StageJob, store: Store) -> None:
+    node, started = job.node, time.time()
+    inputs = {key: _verified_input(job, store, key) for key in node.inputs}
+    work = store.begin(node.stage, node.fingerprint)
+    module, _, function = node.entry.partition(":")
+    recipe = getattr(importlib.import_module(module), function)
+    runtime = Runtime(stage=node.stage, work_dir=work, log_dir=job.log_dir, resources=job.resources,
+                      executor=job.executor, placement_timeout_s=job.placement_timeout_s)
+    metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
+    store.seal(node, resolved=node.settings.model_dump(mode="json"), metrics=metrics, started=started,
+               exactness=_exactness(job, work / "out", inputs.values()))
+
+
+def _verified_input(job: StageJob, store: Store, key: str) -> Path:
+    """The directory of an input, verified on this host."""
+    directory = job.outside.get(key) or store.artifact_dir(key, job.node.inputs[key])
+    if key not in job.outside or (directory / MANIFEST).is_file():
+        store.verified(directory, hint=f"run again with --force {key} to make it anew")
+    return directory
+
+
+def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:
+    settings, stage = job.node.settings, job.node.stage
+    section = getattr(settings, stage)
+    return exactness_of(
+        precision=section.precision if isinstance(section, TrainingConfig) else "fp32",
+        num_gpus=job.resources.num_gpus,
+        max_staleness=_max_staleness(settings),
+        weights=[path for directory in (out, *inputs) for path in directory.glob("*.safetensors")],
+        inputs=[read_manifest(path, hint="").exactness for path in inputs if (path / MANIFEST).is_file()],
+    )
+
+
+def _max_staleness(settings: StageSettings) -> int:
+    if isinstance(settings, RewardSettings | PPOSettings | EvaluateSettings):
+        return settings.rollout.max_staleness
+    return 0
+
+
+def _record(planned: PlannedRun, results: Mapping[str, StageResult]) -> None:
+    """Links, summary.json and report.html of the run directory; stages of an older config disappear from it."""
+    store, name = planned.store, planned.config.name
+    current = _current_fingerprints(planned)
+    entries: dict[str, StageResult] = {}
+    for stage in dag.STAGES:
+        if stage in results:
+            entries[stage] = results[stage]
+        elif stage in current and _linked(store, name, stage) == dag.directory_name(stage, current[stage]):
+            with contextlib.suppress(EnvironmentProblem):
+                manifest = read_manifest(store.artifact_dir(stage, current[stage]), hint="")
+                entries[stage] = _result(manifest, skipped=True)
+        if stage in entries:
+            store.link(name, stage, entries[stage].fingerprint)
+        else:
+            store.unlink(name, stage)
+    summary = {
+        stage: {"fingerprint": entry.fingerprint, "skipped": entry.skipped, "seconds": entry.seconds,
+                "metrics": {key: _plain(value) for key, value in entry.metrics.items()}}
+        for stage, entry in entries.items()
+    }
+    with disk_problems(store.run_dir(name)):
+        write_synced(store.run_dir(name) / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def _current_fingerprints(planned: PlannedRun) -> dict[str, str]:
+    """Of every configured stage, as far as they can be told without what this run does not need (later datasets)."""
+    known = {stage: node.fingerprint for stage, node in planned.nodes.items()}
+    config, outside = planned.config, _fingerprints(planned.outside)
+    for stage in dag.configured(config):
+        with contextlib.suppress(ExpectedError):
+            if stage not in known and outside.keys() | known.keys() >= set(dag.needs(config, stage)):
+                selection = dag.Selection(stages=(stage,), outside=dag.needs(config, stage))
+                known[stage] = dag.plan(config, selection, outside | known)[stage].fingerprint
+    return known
+
+
+def _linked(store: Store, run: str, stage: str) -> str | None:
+    link = store.run_dir(run) / stage
+    return Path(os.readlink(link)).name if link.is_symlink() else None
+
+
+def _plain(value: float) -> float | None:
+    """A JSON number; JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """A second Ctrl-C must not cut the clean-up short. (Not SIG_IGN: children would inherit it.)"""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(processes: Collection[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(list(processes), timeout=CHILD_GRACE_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=CHILD_GRACE_S)
+
+
+@contextlib.contextmanager
+def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
+    import ray
+
+    _quieten_ray(log_dir)
+    try:
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        except (ray.exceptions.RayError, RuntimeError, ConnectionError, TimeoutError, ValueError, OSError) as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            raise EnvironmentProblem(
+                f"Ray did not start ({type(error).__name__}: {first_line}); see {log_dir}, check resources.address and "
+                "`rlhf doctor`, or set pipeline.executor=inline"
+            ) from error
+        except SystemExit as error:  # Ray's own SIGTERM handler, in force during its start
+            raise KeyboardInterrupt from error
+        signal.signal(signal.SIGTERM, _raise_interrupt)
+        yield
+    finally:
+        with _signals_ignored():
+            started = psutil.Process().children(recursive=True) if options["address"] == "local" else []
+            ray.shutdown()
+            _end(started)
+
+
+def _quieten_ray(log_dir: Path) -> None:
+    """Ray's messages about dying processes, printed by a thread of the driver even with log_to_driver off, to a file."""
+    import ray._private.worker as worker
+
+    def to_file(data: Mapping[str, Any], **_: object) -> None:
+        with contextlib.suppress(OSError), (log_dir / "ray-messages.log").open("a") as log:
+            log.write("\n".join(data["lines"]) + "\n")
+
+    assert callable(worker.print_to_stdstream)
+    worker.print_to_stdstream = to_file
+
+
+def _set_local_ray_environment() -> None:
+    """Read by Ray's own processes when they start: authentication by a token nobody else has, nothing phoned home."""
+    if "RAY_AUTH_TOKEN" not in _OWN_ENVIRONMENT:
+        _OWN_ENVIRONMENT.update({
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+            "OMP_WAIT_POLICY": "passive",
+        })
+    os.environ.update(_OWN_ENVIRONMENT)
+
+
+_OWN_ENVIRONMENT: dict[str, str] = {}
+"""Set once per process: Ray reads its token once and keeps it."""
+
+
+@contextlib.contextmanager
+def _session_directory(log_dir: Path) -> Iterator[Path]:
+    """A short directory for Ray's sockets (a path of at most 107 bytes); its logs are copied to `log_dir/ray` after."""
+    directory = Path(tempfile.mkdtemp(prefix=SESSION_PREFIX, dir="/tmp"))
+    lock = filelock.FileLock(directory / "owner.lock")
+    lock.acquire()
+    try:
+        yield directory
+    finally:
+        with _signals_ignored():
+            _keep_logs(directory, log_dir / "ray")
+            lock.release()
+            shutil.rmtree(directory, ignore_errors=True)
+            _remove_abandoned_sessions()
+
+
+def _keep_logs(session: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for path in session.glob("session_2*/logs/*"):
+            if path.is_file() and path.stat().st_size:
+                shutil.copyfile(path, target / path.name)
+
+
+def _remove_abandoned_sessions() -> None:
+    """Directories of drivers that were killed: nobody holds their lock any more."""
+    for path in Path("/tmp").glob(f"{SESSION_PREFIX}*/owner.lock"):
+        lock = filelock.FileLock(path)
+        with contextlib.suppress(OSError):
+            lock.acquire(timeout=0)
+            lock.release()
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _check_local_cluster(log_dir: Path) -> None:
+    from ray._private.worker import _global_node
+
+    dead = [] if _global_node is None else _global_node.dead_processes()
+    if dead:
+        raise EnvironmentProblem(f"Ray's {dead[0][0]} died; logs in {log_dir}; run the same command to go on")

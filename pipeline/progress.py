@@ -1,0 +1,168 @@
+"""What a person sees while stages run: a live line per stage on a terminal, one plain line per logged step elsewhere.
+
+    recipe --append--> work/<stage>-<fp>/metrics.jsonl <--tail-- Progress --> terminal | pipe
+
+Owns: following metrics.jsonl and wording the lines. Reads files only: works the same for stages on another machine.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+KEY_METRICS = (
+    "loss", "score", "kl", "accuracy", "margin", "policy_loss", "value_loss", "length", "tokens_per_second", "lr",
+)
+"""What is shown of a step, the most telling first, by the name after the slash."""
+NUM_SHOWN = 4
+BAR_CHARS = 20
+
+
+class Progress:
+    """Follows the stages of one run. Enter it before the run; call `poll` a few times a second.
+
+    Example:
+        with Progress() as progress:
+            progress.start("sft", [work_dir / "metrics.jsonl", artifact / "metrics.jsonl"])
+            progress.poll()
+            progress.end("sft", "done", seconds=21.4)
+    """
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._console = Console(file=self._stream, highlight=False)
+        self._stages: dict[str, _Followed] = {}
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def start(self, stage: str, metrics: list[Path]) -> None:
+        """Follow the first of `metrics` that exists (the unfinished file, later the published one)."""
+        self._stages[stage] = _Followed(paths=metrics)
+        if self._live is None:
+            self.note(f"{stage}: running")
+
+    def end(self, stage: str, outcome: str, *, seconds: float | None = None, summary: str = "") -> None:
+        """The stage is over: "done", "skipped", "failed" or "not run"."""
+        self.poll()
+        followed = self._stages.setdefault(stage, _Followed(paths=[]))
+        followed.outcome = " ".join(part for part in (
+            outcome, "" if seconds is None else f"in {duration(seconds)}", summary) if part)
+        if self._live is None:
+            self.note(f"{stage}: {followed.outcome}")
+        else:
+            self._live.update(self._table(), refresh=True)
+
+    def poll(self) -> None:
+        """Show what was logged since the last call."""
+        for stage, followed in self._stages.items():
+            for line in followed.new_lines():
+                if self._live is None:
+                    self.note(f"{stage}: {followed.position(line)} {shown(line)}")
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for stage, followed in self._stages.items():
+            table.add_row(stage, *followed.cells())
+        return table
+
+
+@dataclass(kw_only=True)
+class _Followed:
+    """One stage that is being followed."""
+
+    paths: list[Path]
+    started: float = field(default_factory=time.time)
+    offset: int = 0
+    first: Mapping[str, Any] | None = None
+    last: Mapping[str, Any] | None = None
+    outcome: str = ""
+
+    def new_lines(self) -> Iterator[Mapping[str, Any]]:
+        """Whole lines that this execution appended since the last call."""
+        path = next((path for path in self.paths if path.is_file()), None)
+        if path is None or self.outcome:
+            return
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # published in between: the next call finds it there
+            return
+        if len(content) < self.offset:  # cut back by a resume
+            self.offset = 0
+        whole = content[self.offset : content.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        for text in whole.splitlines():
+            line = json.loads(text)
+            if line["time"] >= self.started and (self.last is None or line["step"] > self.last["step"]):
+                self.first = self.first or line
+                self.last = line
+                yield line
+
+    def position(self, line: Mapping[str, Any]) -> str:
+        """Step, speed and time left."""
+        assert self.first is not None
+        parts = [f"step {line['step']}/{line['max_steps']}" if "max_steps" in line else f"step {line['step']}"]
+        steps, seconds = line["step"] - self.first["step"], line["time"] - self.first["time"]
+        if steps and seconds > 0:
+            parts.append(f"{steps / seconds:.2f} steps/s")
+            if "max_steps" in line:
+                parts.append(f"{duration((line['max_steps'] - line['step']) * seconds / steps)} left")
+        return " ".join(parts)
+
+    def cells(self) -> tuple[str, str, str]:
+        """Bar, position and metrics of the live line."""
+        if self.outcome:
+            return ("", self.outcome, "")
+        if self.last is None:
+            return ("", f"starting, {duration(time.time() - self.started)}", "")
+        done = round(BAR_CHARS * self.last["step"] / self.last["max_steps"]) if "max_steps" in self.last else 0
+        return ("━" * done + "─" * (BAR_CHARS - done), self.position(self.last), shown(self.last))
+
+
+def shown(line: Mapping[str, Any]) -> str:
+    """The few metrics of a step that fit on a line, e.g. "loss 2.31 lr 0.001"."""
+    names = {key.partition("/")[2]: value for key, value in reversed(line.items()) if "/" in key}
+    chosen = [name for name in KEY_METRICS if name in names][:NUM_SHOWN]
+    chosen += [name for name in reversed(names) if name not in chosen][: NUM_SHOWN - len(chosen)]
+    return " ".join(f"{name} {number(names[name])}" for name in chosen)
+
+
+def number(value: float) -> str:
+    """Four significant digits, large numbers with separators."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """E.g. "8 s", "3 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,115 @@
+"""The rollout service's records and its protocol: token ids in; token ids, log-probs and the weight version out.
+
+    RolloutRequest --submit--> RolloutEngine --> Rollout
+    WeightUpdate   --update--> RolloutEngine         (between pause and resume)
+
+Owns: what travels between a trainer and an engine. Text-free: nothing here knows a tokenizer. No torch at import time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one response is drawn. Nothing else may change the distribution: an engine applies no hidden defaults.
+
+    Example: Sampling(temperature=1.0, max_tokens=32, stop_token_ids=(2,), seed=7)
+    """
+
+    temperature: float  # > 0 samples softmax(logits / temperature); 0 is greedy
+    max_tokens: int  # response tokens at most, a stop token included
+    stop_token_ids: tuple[
+        int, ...
+    ]  # generation ends after any of these; the token itself is kept in the response
+    seed: int  # in [0, 2^63), of this request alone: the same request gives the same response whatever runs beside it
+
+    def __post_init__(self) -> None:
+        """Refuse what an engine would silently change: vLLM raises temperatures below 0.01 and refuses them above 2."""
+        if not (self.temperature == 0 or 0.01 <= self.temperature <= 2):
+            raise ValueError(f"temperature {self.temperature}: use 0 (greedy) or 0.01 to 2")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens {self.max_tokens}: at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: use 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """One prompt to continue."""
+
+    request_id: str  # unique among the requests in flight
+    prompt_ids: tuple[int, ...]  # as rendered by the caller; the engine adds nothing (no BOS)
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response.
+
+    Example: Rollout(request_id="s3-p17", prompt_ids=(5, 9), response_ids=(11, 2), logprobs=(-0.7, -0.1),
+                     finish_reason="stop", weight_versions=(3, 3), seed=7)
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # T tokens, the stop token included when there was one
+    logprobs: tuple[
+        float, ...
+    ]  # T, nats, under the distribution sampled from (temperature applied); greedy: at 1
+    finish_reason: (
+        FinishReason  # "stop": a stop token; "length": max_tokens; "abort": given up, not for training
+    )
+    weight_versions: tuple[int, ...]  # T, the weights that drew each token
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of a weight update, under its checkpoint name."""
+
+    name: str  # as in the model directory's safetensors, e.g. "model.layers.0.mlp.up_proj.weight"
+    dtype: str  # "float32" | "bfloat16"
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the mapped file
+    digest: str  # blake3 of the bytes, hex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUpdate:
+    """All weights of one version, in a file both sides can map."""
+
+    version: int
+    path: str
+    tensors: tuple[TensorSpec, ...]
+
+
+class RolloutEngine(Protocol):
+    """Request-level and asynchronous. Every call has a deadline (EngineConfig) and raises EngineError beyond it."""
+
+    async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """Generate for all of `requests`, concurrently with other calls; results in the order of the requests."""
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Give up on requests in flight: they end with finish_reason "abort". Unknown ids are ignored."""
+
+    async def pause(self) -> None:
+        """Stop decoding, abort what is in flight and clear every cache of keys and values. Idempotent."""
+
+    async def update(self, update: WeightUpdate) -> None:
+        """Replace all weights and take `update.version`. Only while paused. WeightSyncError: rebuild this engine."""
+
+    async def resume(self) -> None:
+        """Decode again after `pause`."""
+
+    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+        """Names of the tensors of `update` that the engine does not hold right now, bit for bit; changes nothing."""
+
+    async def version(self) -> int:
+        """The weight version in force: a real round trip to the process that decodes, so also the health check."""
+
+    async def close(self) -> None:
+        """Release processes and memory. Idempotent."""

@@ -1,0 +1,71 @@
+"""Settings of the rollout engines and of the weight sync, and the base class of every settings section.
+
+Light import: pydantic only. A field's default lives here and nowhere else. Fields that cannot change the result (names,
+paths, deadlines, worker counts) are marked `EXECUTION` and stay out of a stage's fingerprint.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EXECUTION: dict[str, Any] = {"identity": False}
+"""`json_schema_extra` of a field that must not change the result."""
+
+
+class Section(BaseModel):
+    """A strict, frozen part of the config tree."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def identity(self) -> dict[str, Any]:
+        """The values that can change the result, as plain JSON types; EXECUTION fields are left out at any depth."""
+        return {
+            name: _identity_of(getattr(self, name))
+            for name, field in type(self).model_fields.items()
+            if field.json_schema_extra != EXECUTION
+        }
+
+
+def _identity_of(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.identity()
+    if isinstance(value, list | tuple):
+        return [_identity_of(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _identity_of(item) for key, item in value.items()}
+    return value
+
+
+class EngineConfig(Section):
+    """`rollout:` - who generates, and how its weights get there."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    """Generation backend: vLLM, or plain transformers (the slow reference)."""
+    sync: Literal["shm", "gloo", "nccl"] = Field(default="shm", json_schema_extra=EXECUTION)
+    """Transport of the weights: a mapped file on the same host, gloo between hosts, nccl between GPUs."""
+    num_engines: int = Field(default=1, ge=1, json_schema_extra=EXECUTION)
+    """Engine processes that share the prompts."""
+    max_staleness: int = Field(default=0, ge=0)
+    """How many weight versions old a training rollout may be; 0 is synchronous."""
+    max_num_seqs: int = Field(default=128, ge=1, json_schema_extra=EXECUTION)
+    """Sequences an engine decodes at once."""
+    kv_cache_mib: int = Field(default=256, ge=8, json_schema_extra=EXECUTION)
+    """Memory for keys and values, in MiB, on CPU engines."""
+    gpu_memory_frac: float = Field(default=0.4, gt=0, le=0.95, json_schema_extra=EXECUTION)
+    """Share of a GPU's memory that an engine may take."""
+    enforce_eager: bool = Field(default=True, json_schema_extra=EXECUTION)
+    """Skip compilation and graph capture: a faster start, slower long runs on a GPU."""
+    parity_max_abs_diff: float = Field(default=1e-4, gt=0, json_schema_extra=EXECUTION)
+    """fp32: the run stops when any sampled token's log-prob differs by more between engine and trainer, in nats."""
+    parity_max_mean_ratio: float = Field(default=1.05, gt=1, json_schema_extra=EXECUTION)
+    """bf16: the run stops when exp(mean |log-prob difference|) reaches this."""
+    parity_num_prompts: int = Field(default=4, ge=1, json_schema_extra=EXECUTION)
+    """Prompts of the probe behind each parity check."""
+    parity_max_tokens: int = Field(default=16, ge=1, json_schema_extra=EXECUTION)
+    """Response tokens per probe prompt."""
+    start_timeout_s: float = Field(default=300.0, gt=0, json_schema_extra=EXECUTION)
+    """Deadline for an engine to load its model and answer."""
+    generate_timeout_s: float = Field(default=600.0, gt=0, json_schema_extra=EXECUTION)
+    """Deadline for one batch of generations."""
+    sync_timeout_s: float = Field(default=120.0, gt=0, json_schema_extra=EXECUTION)
+    """Deadline for one weight sync, and for a health round trip."""

@@ -1,0 +1,31 @@
+"""Errors a user can cause or must be told about: one line each, with the exit code it ends in.
+
+Owns: the root of the hierarchy, for `rollout` is what every other package may import. The cli prints `str(error)` and
+exits with `exit_code`; anything that is not an `ExpectedError` is our bug (exit 1, traceback in the log).
+"""
+
+
+class ExpectedError(Exception):
+    """What, where, how to fix, in one line. Takes exactly one argument, so that it survives a process boundary."""
+
+    exit_code = 1
+
+
+class EnvironmentProblem(ExpectedError):
+    """The machine, not the config or the data: Ray, the hub, a held lock, memory, a missing build."""
+
+    exit_code = 4
+
+
+class EngineError(EnvironmentProblem):
+    """A rollout engine did not start, did not answer before its deadline, or died."""
+
+
+class WeightSyncError(EngineError):
+    """Weights did not reach an engine whole. The engine must be rebuilt: it may hold a mixture of versions."""
+
+
+class ParityError(ExpectedError):
+    """Engine and trainer disagree about log-probs: training on would be silently wrong."""
+
+    exit_code = 5

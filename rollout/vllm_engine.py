@@ -1,0 +1,258 @@
+"""vLLM behind the engine protocol: token ids in; token ids, processed log-probs and weight versions out.
+
+    caller's loop --> AsyncLLM (this process) --> EngineCore (scheduler) --> Worker (model; `vllm_receiver` loads weights)
+
+Owns: every option that vLLM starts with, deadlines, and the end of its processes. Does not own: batching, scheduling and
+memory (vLLM), what a weight update holds (weight_sync). The device is the one that the installed vLLM was built for.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import psutil
+
+from rollout.api import Rollout, RolloutRequest, Sampling, WeightUpdate
+from rollout.config import EngineConfig
+from rollout.errors import EngineError, WeightSyncError
+from rollout.loop import before_deadline
+from rollout.vllm_plugin import BACKEND, LOG_PATH_VARIABLE
+from rollout.weight_file import checkpoint_layout
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read by `import vllm`; an engine's log file has more
+
+from vllm.config import WeightTransferConfig
+from vllm.config.logging import LoggingConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMError
+from vllm.inputs import TokensPrompt
+from vllm.logger import configure_logging
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+T = TypeVar("T")
+
+MIB = 2**20
+LOGGING = LoggingConfig(log_level="INFO")
+SHUTDOWN_TIMEOUT_S = 5.0
+"""How long an engine's processes may take to end by themselves before they are killed."""
+
+
+class VLLMEngine:
+    """One vLLM engine: two processes below the caller's. Use it on the event loop that opened it."""
+
+    def __init__(self, llm: AsyncLLM, *, config: EngineConfig, name: str, log_path: Path) -> None:
+        self._llm = llm
+        self._config = config
+        self._name = name
+        self._log_path = log_path
+        self._processes = _processes_of(llm)
+        self._paused = False
+        self._closed = False
+
+    @classmethod
+    async def open(cls, config: EngineConfig, *, model_dir: Path, dtype: str, max_model_len: int, log_path: Path,
+                   name: str) -> Self:
+        """Start the engine on the weights of `model_dir` (version 0). Blocks the loop while vLLM starts."""
+        layout = checkpoint_layout(model_dir, dtype=dtype)
+        arguments = _arguments(config, model_dir=model_dir, dtype=dtype, max_model_len=max_model_len)
+        _log_to(log_path)
+        with _process_environment(config, log_path):
+            try:
+                llm = AsyncLLM.from_engine_args(arguments)
+            except (RuntimeError, ValueError, OSError) as error:
+                raise EngineError(f"{name} did not start: {_one_line(error)}; see {log_path}") from error
+        engine = cls(llm, config=config, name=name, log_path=log_path)
+        try:
+            await engine._make_ready({"dtype": layout.dtype, "shapes": layout.shapes})
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """See `RolloutEngine.submit`. Requests that arrive while the engine is paused wait for `resume`."""
+        self._check_open()
+        tasks = [asyncio.ensure_future(self._generate(request)) for request in requests]
+        try:
+            return await before_deadline(asyncio.gather(*tasks), timeout_s=self._config.generate_timeout_s,
+                                         what=f"{self._name}: {len(requests)} rollouts")
+        except VLLMError as error:
+            raise EngineError(f"{self._name}: {_one_line(error)}; see {self._log_path}") from error
+        finally:
+            for task in tasks:
+                task.cancel()  # after a failure the others are not wanted any more; vLLM aborts them
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """See `RolloutEngine.abort`."""
+        await self._call("abort", lambda llm: llm.abort(list(request_ids)))
+
+    async def pause(self) -> None:
+        """See `RolloutEngine.pause`."""
+        await self._call("pause", lambda llm: llm.pause_generation(mode="abort", clear_cache=True))
+        self._paused = True
+
+    async def update(self, update: WeightUpdate) -> None:
+        """See `RolloutEngine.update`."""
+        assert self._paused, "update() only between pause() and resume()"
+        request = WeightTransferUpdateRequest(update_info=dataclasses.asdict(update))
+        try:
+            await self._call("start of the weight update", lambda llm: llm.start_weight_update())
+            await self._call("weight update", lambda llm: llm.update_weights(request))
+            await self._call("end of the weight update",
+                             lambda llm: llm.finish_weight_update(weight_version=str(update.version)))
+        except EngineError as error:
+            raise WeightSyncError(f"{error}; rebuild this engine") from error
+
+    async def resume(self) -> None:
+        """See `RolloutEngine.resume`."""
+        await self._call("resume", lambda llm: llm.resume_generation())
+        self._paused = False
+
+    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+        """See `RolloutEngine.diagnose`."""
+        differing: list[list[str]] = await self._call("diagnosis", lambda llm: llm.collective_rpc(
+            "rlhf_diagnose", timeout=self._config.sync_timeout_s, args=(dataclasses.asdict(update),)))
+        return tuple(dict.fromkeys(name for names in differing for name in names))
+
+    async def version(self) -> int:
+        """See `RolloutEngine.version`: asks the scheduler, and through it the process that holds the weights."""
+        scheduler = int(await self._call("version", lambda llm: llm.get_weight_version()))
+        workers: list[int] = await self._call(
+            "version", lambda llm: llm.collective_rpc("rlhf_version", timeout=self._config.sync_timeout_s))
+        if {scheduler} != set(workers):
+            raise WeightSyncError(f"{self._name}: scheduler at weight version {scheduler}, workers at {workers}; "
+                                  "rebuild this engine")
+        return scheduler
+
+    async def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
+        del self._llm  # its finaliser must not run at interpreter exit
+        _, alive = await asyncio.to_thread(psutil.wait_procs, self._processes, SHUTDOWN_TIMEOUT_S)
+        for process in alive:
+            process.kill()
+        await asyncio.to_thread(psutil.wait_procs, alive, SHUTDOWN_TIMEOUT_S)
+
+    async def _make_ready(self, layout: dict[str, Any]) -> None:
+        """Name the weights, tell the receiver what an update must hold, and generate once: the first time is slow."""
+        request = WeightTransferInitRequest(init_info=layout)
+        await self._call("start", lambda llm: llm.init_weight_transfer_engine(request))
+        await self._call("start", lambda llm: llm.update_weight_version("0"))
+        await self.version()
+        warm_up = Sampling(temperature=1.0, max_tokens=2, stop_token_ids=(), seed=0)
+        await self.submit([RolloutRequest(request_id="warm-up", prompt_ids=(0,), sampling=warm_up)])
+
+    async def _generate(self, request: RolloutRequest) -> Rollout:
+        final: RequestOutput | None = None
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        async for output in self._llm.generate(prompt, _sampling_params(request.sampling), request.request_id):
+            final = output
+        assert final is not None
+        return _rollout(request, final)
+
+    async def _call(self, what: str, call: Callable[[AsyncLLM], Awaitable[T]]) -> T:
+        """One control call: a deadline, and an error that names this engine. vLLM reports what fails in its other
+        processes as a bare Exception, so the outcome is looked at instead of caught."""
+        self._check_open()
+        (outcome,) = await before_deadline(asyncio.gather(call(self._llm), return_exceptions=True),
+                                           timeout_s=self._config.sync_timeout_s, what=f"{self._name}: {what}")
+        if isinstance(outcome, VLLMError) or type(outcome) is Exception:
+            raise EngineError(f"{self._name}: {what}: {_one_line(outcome)}; see {self._log_path}") from outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self._name}: closed")
+
+
+def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_len: int) -> AsyncEngineArgs:
+    """Everything that changes what is computed is said here, so that no default of vLLM's decides it."""
+    memory: dict[str, Any] = ({"kv_cache_memory_bytes": config.kv_cache_mib * MIB} if current_platform.is_cpu()
+                              else {"gpu_memory_utilization": config.gpu_memory_frac})
+    return AsyncEngineArgs(
+        model=str(model_dir), dtype=dtype, max_model_len=max_model_len, max_num_seqs=config.max_num_seqs,
+        enforce_eager=config.enforce_eager, seed=0, **memory,
+        skip_tokenizer_init=True, generation_config="vllm",  # the model directory sets no sampling defaults
+        logprobs_mode="processed_logprobs",  # of the distribution that is sampled from: after the temperature
+        enable_prefix_caching=False,  # with it, fp32 output depends on what ran before
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls="rollout.vllm_receiver.WorkerExtension",
+        disable_log_stats=True, logging_config=LOGGING)
+
+
+@contextmanager
+def _process_environment(config: EngineConfig, log_path: Path) -> Iterator[None]:
+    """What the engine's processes inherit. Afterwards this process has its own environment back: vLLM leaves
+    LD_PRELOAD and thread settings in it that are not meant for a trainer's other children."""
+    before = dict(os.environ)
+    os.environ |= {
+        LOG_PATH_VARIABLE: str(log_path),
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_PLUGINS": "rlhf_weight_receivers",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s) + 1),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),  # "auto" leaves a core out
+        "OMP_WAIT_POLICY": "passive",  # a waiting thread must not spin: trainer and engine take turns on the cores
+        "HF_HUB_OFFLINE": "1",  # the model directory is all there is
+    }
+    if config.enforce_eager and current_platform.is_cpu():
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the sampler alone is compiled, in 10 s, at the first request
+    try:
+        yield
+    finally:
+        for key in os.environ.keys() - before.keys():
+            del os.environ[key]
+        os.environ |= before
+
+
+def _log_to(log_path: Path) -> None:
+    """vLLM's messages of this process join those of its children, whose output `vllm_plugin` redirects."""
+    configure_logging(LOGGING)  # now, so that vLLM does not do it later and undo the next line
+    logging.getLogger("vllm").handlers = [logging.FileHandler(log_path)]
+
+
+def _processes_of(llm: AsyncLLM) -> list[psutil.Process]:
+    """The scheduler's process and its workers."""
+    cores = [psutil.Process(process.pid) for process in llm.engine_core.resources.engine_manager.processes]
+    return [process for core in cores for process in (core, *core.children(recursive=True))]
+
+
+def _sampling_params(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature, seed=sampling.seed, max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True,  # our stop set alone ends a response
+        logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def _rollout(request: RolloutRequest, output: RequestOutput) -> Rollout:
+    (completion,) = output.outputs
+    reason = completion.finish_reason
+    if reason not in ("stop", "length", "abort"):
+        raise EngineError(f"request {request.request_id} ended with {reason!r}")
+    versions = [int(span.version) for span in completion.weight_versions or () for _ in range(span.start, span.end)]
+    logprobs = tuple(completion.logprobs.logprobs) if completion.token_ids else ()
+    assert len(versions) == len(logprobs) == len(completion.token_ids), request.request_id
+    return Rollout(request_id=request.request_id, prompt_ids=request.prompt_ids,
+                   response_ids=tuple(completion.token_ids), logprobs=logprobs, finish_reason=reason,
+                   weight_versions=tuple(versions), seed=request.sampling.seed)
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of a message, without what vLLM wraps around a worker's error."""
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    _, _, inner = first.rpartition("Worker failed with error ")
+    return inner.removesuffix(", please check the stack trace above for the root cause").strip("'\"")

@@ -1,0 +1,173 @@
+"""Inside a vLLM worker: takes weights from the shared file, and says on demand which tensors the worker really holds.
+
+    init (layout) -> start -> update (map, verify, only then load) -> finish (rebuild tied heads, take the version)
+    diagnose: map -> read every live layer out -> names of those that differ
+
+Owns: verification before loading, the tied output head, reading packed layers. Does not own: the control calls (vLLM),
+pausing and caches (vllm_engine), what is sent (weight_sync). Tensor shapes: N outputs, K inputs of a linear layer.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rollout.api import TensorSpec, WeightUpdate
+from rollout.weight_file import Layout, load_verified, map_tensors
+
+READ_OUT_COLUMNS = 1024
+"""Columns of a packed weight that are read out at once: bounds the memory of `diagnose`."""
+
+
+@dataclass
+class ShmInit(WeightTransferInitInfo):
+    """What every update will have to hold; from the model directory, not from the trainer."""
+
+    dtype: str
+    shapes: dict[str, list[int]]
+
+
+@dataclass
+class ShmUpdate(WeightTransferUpdateInfo):
+    """A `WeightUpdate` as plain types, which is all that may cross a process boundary."""
+
+    version: int
+    path: str
+    tensors: list[dict[str, Any]]
+
+    def record(self) -> WeightUpdate:
+        """The typed record again."""
+        specs = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in self.tensors)
+        return WeightUpdate(version=self.version, path=self.path, tensors=specs)
+
+
+class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
+    """Loads whole weight versions from a mapped file. Nothing of the model is touched before all checks have passed."""
+
+    init_info_cls = ShmInit
+    update_info_cls = ShmUpdate
+    supports_draft_weight_update = False
+
+    held_version = 0  # 0: the weights of the model directory
+    _layout: Layout | None = None
+    _arriving = 0
+
+    def init_transfer_engine(self, init_info: ShmInit) -> None:
+        """Remember what a whole update is."""
+        shapes = {name: tuple(shape) for name, shape in init_info.shapes.items()}
+        self._layout = Layout(dtype=init_info.dtype, shapes=shapes)
+
+    def start_weight_update(self) -> None:
+        """Nothing yet: a refused update leaves the old weights whole."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Overrides the base class, which ends in an accelerator call that the CPU has not."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: ShmUpdate) -> None:
+        """Verify, then load layer by layer. WeightSyncError when the update is refused."""
+        assert self._layout is not None, "init_transfer_engine comes first"
+        update = update_info.record()
+        tensors = load_verified(update, self._layout)
+        initialize_layerwise_reload(self.model)
+        self.model.load_weights(tensors.items())
+        self._arriving = update.version
+
+    def finish_weight_update(self) -> None:
+        """Rebuild what is derived from the weights, and take the version."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._rebuild_tied_heads()
+        self.held_version = self._arriving
+
+    def shutdown(self) -> None:
+        """Nothing is kept open between updates."""
+
+    def diagnose(self, update: WeightUpdate) -> list[str]:
+        """Names of the tensors that the live model does not hold bit for bit, as far as they can be found in it."""
+        return list(_differing(self.model, map_tensors(update), self.model_config.dtype))
+
+    def _rebuild_tied_heads(self) -> None:
+        """On CPU an output head keeps a packed copy of its weight. Tied to the embedding it gets no tensor of its own
+        (models skip the name), so a reload leaves that copy as it was: new body, old head, and no error."""
+        modules = list(self.model.modules())
+        embeddings = {id(module.weight) for module in modules
+                      if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)}
+        for module in modules:
+            if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
+                module.quant_method.process_weights_after_loading(module)
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its worker class, for `collective_rpc`."""
+
+    weight_transfer_engine: ShmReceiver
+
+    def rlhf_version(self) -> int:
+        """The version this worker's weights have; answered by the process that decodes."""
+        return self.weight_transfer_engine.held_version
+
+    def rlhf_diagnose(self, update: dict[str, Any]) -> list[str]:
+        """See `ShmReceiver.diagnose`."""
+        receiver = self.weight_transfer_engine
+        return receiver.diagnose(receiver.parse_update_info(update).record())
+
+
+def _differing(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Iterator[str]:
+    modules = dict(model.named_modules())
+    latest: tuple[torch.nn.Module, str, torch.Tensor] | None = None  # q, k and v are read from one packed layer
+    for name, tensor in tensors.items():
+        place = _place(name, modules, tensors, model.packed_modules_mapping)
+        if place is None:
+            yield f"{name} (not compared: no such module)"
+            continue
+        module, leaf, first_row = place
+        if latest is None or latest[0] is not module or latest[1] != leaf:
+            latest = (module, leaf, _held(module, leaf, dtype))
+        if not torch.equal(latest[2][first_row:first_row + len(tensor)].cpu(), tensor):
+            yield name
+
+
+def _place(name: str, modules: Mapping[str, torch.nn.Module], tensors: Mapping[str, torch.Tensor],
+           packing: Mapping[str, list[str]]) -> tuple[torch.nn.Module, str, int] | None:
+    """(module, parameter, first row) where the engine keeps a checkpoint tensor; None if nothing has that name."""
+    owner, _, leaf = name.rpartition(".")
+    if owner in modules:
+        return modules[owner], leaf, 0
+    parent, _, child = owner.rpartition(".")
+    for whole, parts in packing.items():
+        if child in parts and f"{parent}.{whole}" in modules:
+            before = parts[:parts.index(child)]
+            return modules[f"{parent}.{whole}"], leaf, sum(len(tensors[f"{parent}.{part}.{leaf}"]) for part in before)
+    return None
+
+
+def _held(module: torch.nn.Module, leaf: str, dtype: torch.dtype) -> torch.Tensor:
+    if leaf == "weight" and isinstance(module, LinearBase):
+        return _read_out(module, module.input_size, dtype)
+    if leaf == "weight" and isinstance(module, ParallelLMHead):
+        return _read_out(module, module.embedding_dim, dtype)
+    return module.get_parameter(leaf)
+
+
+def _read_out(module: LinearBase | ParallelLMHead, num_inputs: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (N, K) that the layer computes with: its outputs for the rows of the identity. Exact in any precision,
+    for each output is one weight times one, plus zeros. A packed layer keeps no other readable copy."""
+    device = module.weight.device
+    columns = []
+    for start in range(0, num_inputs, READ_OUT_COLUMNS):
+        num_rows = min(READ_OUT_COLUMNS, num_inputs - start)
+        basis = torch.zeros(num_rows, num_inputs, dtype=dtype, device=device)
+        basis[:, start:start + num_rows].fill_diagonal_(1)
+        columns.append(module.quant_method.apply(module, basis, None).T)
+    return torch.cat(columns, dim=1)

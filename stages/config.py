@@ -1,0 +1,375 @@
+"""Every knob of every stage: documented, bounded, with its one default. Light import: pydantic only.
+
+    ExperimentConfig (pipeline) --settings_for(stage)--> XxxSettings --run()--> recipe
+
+A recipe receives its `XxxSettings`: the sections it may read and no others, so that what is read is what is fingerprinted.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rollout.config import EXECUTION, EngineConfig, Section
+
+DataFormat = Literal[
+    "text", "messages", "prompt_completion", "instruction", "preference", "hh_transcript", "prompt"
+]
+
+
+class DataSource(Section):
+    """One dataset of a stage."""
+
+    path: str = Field(min_length=1, json_schema_extra=EXECUTION)
+    """Local file (jsonl, json, txt; .gz of them). Identified by its content, not by this name."""
+    format: DataFormat | None = None
+    """Row schema; detected from the columns and the stage when absent."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Field name -> column that holds it, where the file's names differ (e.g. `prompt: question`)."""
+    weight: float = Field(default=1.0, ge=0)
+    """How often each row is seen per epoch: 2 twice, 0.5 a seeded half of the rows."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a malformed row does: end the run, or be left out and counted."""
+
+
+class ScoreFunction(Section):
+    """A user's own scoring function: the one kind of code a config may name."""
+
+    type: Literal["python"] = "python"
+    """A function in a local Python file."""
+    path: Path = Field(json_schema_extra=EXECUTION)
+    """The file; identified by its content."""
+    function: str = "score"
+    """`function(prompt, response, row)` -> score in [0, 1], or a mapping with `score` and named components."""
+
+
+class ModelConfig(Section):
+    """`model:` - take a model (`path`) or describe one to train from scratch (LLaMA architecture)."""
+
+    path: str | None = Field(default=None, json_schema_extra=EXECUTION)
+    """Model directory or hub id to start from; identified by its content. Absent: train from scratch."""
+    revision: str | None = Field(default=None, json_schema_extra=EXECUTION)
+    """Commit of a hub id."""
+    layers: int = Field(default=4, ge=1)
+    """Transformer layers."""
+    hidden_size: int = Field(default=160, ge=32)
+    """Width of the residual stream."""
+    intermediate_size: int = Field(default=432, ge=32)
+    """Width of the MLP."""
+    num_heads: int = Field(default=5, ge=1)
+    """Attention heads; vLLM on CPU wants hidden_size / num_heads to be 32 or a larger multiple of 16."""
+    num_kv_heads: int = Field(default=5, ge=1)
+    """Key/value heads; must divide num_heads."""
+    tie_embeddings: bool = True
+    """Share the input embedding with the output head."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary position embedding."""
+    context_length: int = Field(default=256, ge=16)
+    """Tokens a sequence may have, prompt and response together."""
+    chat_template: Path | None = Field(default=None, json_schema_extra=EXECUTION)
+    """Jinja file; absent: the tokenizer's own template, else ChatML. Identified by its content."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.path is None:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+                )
+            if self.num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+                )
+            if self.hidden_size // self.num_heads in (8, 16):
+                raise ValueError(
+                    "hidden_size / num_heads is below 32, which vLLM's CPU attention rejects; use 32 or more"
+                )
+        return self
+
+
+class PrepareConfig(Section):
+    """`prepare:` - documents in; tokenizer, packed shards and statistics out."""
+
+    data: list[DataSource] = Field(min_length=1)
+    """Documents."""
+    unicode_form: Literal["NFC", "NFKC"] | None = "NFC"
+    """Unicode normal form applied to every document."""
+    min_chars: int = Field(default=1, ge=1)
+    """Shorter documents are dropped (and counted)."""
+    max_chars: int = Field(default=1_000_000, ge=1)
+    """Longer documents are dropped (and counted)."""
+    heldout_frac: float = Field(default=0.01, gt=0, lt=0.5)
+    """Share of the documents held out for perplexity, chosen by content hash."""
+    vocab_size: int = Field(default=512, ge=300)
+    """Entries of the byte-level BPE tokenizer, special tokens included; unused with `model.path`."""
+    shard_tokens: int = Field(default=1_000_000, ge=1024)
+    """Tokens per shard file."""
+
+
+class TrainingConfig(Section):
+    """What every stage that trains by gradient has."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; absent: `num_epochs` over the data."""
+    num_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data where max_steps is absent."""
+    lr: float = Field(gt=0, le=1)
+    """Peak learning rate."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_frac: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    min_lr_frac: float = Field(default=0.1, ge=0, le=1)
+    """Where the decay ends, as a share of lr."""
+    batch_size: int = Field(ge=1)
+    """Sequences (pairs, for reward) per optimizer step."""
+    micro_batch_size: int = Field(ge=1)
+    """Sequences per forward: packed into one row, without padding."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16: fp32 master weights with a bf16 compute copy."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW: decay of the first moment."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW: decay of the second moment."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """AdamW: added to the denominator."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW: decoupled weight decay on matrices; norms and biases have none."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    gradient_checkpointing: bool = Field(default=False, json_schema_extra=EXECUTION)
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    log_every_steps: int = Field(default=10, ge=1, json_schema_extra=EXECUTION)
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every_steps: int = Field(default=50, ge=1, json_schema_extra=EXECUTION)
+    """Steps between checkpoints a killed run resumes from."""
+
+
+class PretrainConfig(TrainingConfig):
+    """`pretrain:` - causal language modelling on prepare's shards; batch_size counts rows of context_length tokens."""
+
+    lr: float = Field(default=2e-3, gt=0, le=1)
+    """Peak learning rate."""
+    batch_size: int = Field(default=16, ge=1)
+    """Rows of context_length tokens per optimizer step."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Rows per forward."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW: decoupled weight decay on matrices."""
+
+
+class SFTConfig(TrainingConfig):
+    """`sft:` - supervised fine-tuning on assistant tokens only."""
+
+    data: list[DataSource] = Field(min_length=1)
+    """Conversations: messages, prompt + completion, or instruction/input/output."""
+    lr: float = Field(default=1e-3, gt=0, le=1)
+    """Peak learning rate."""
+    batch_size: int = Field(default=32, ge=1)
+    """Conversations per optimizer step."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Conversations per forward."""
+
+
+class RewardConfig(TrainingConfig):
+    """`reward:` - a Bradley-Terry reward model from preference pairs."""
+
+    data: list[DataSource] = Field(min_length=1)
+    """Preference pairs: explicit, implicit (shared prefix) or HH transcripts."""
+    init_from: Literal["sft", "pretrain"] = "sft"
+    """The model whose body the reward model starts from; `pretrain` lets it run beside sft."""
+    lr: float = Field(default=1e-3, gt=0, le=1)
+    """Peak learning rate."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs per optimizer step."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Pairs per forward."""
+    heldout_frac: float = Field(default=0.1, gt=0, lt=0.9)
+    """Share of the pairs held out for accuracy, chosen by content hash of the prompt."""
+    group_column: str | None = None
+    """Column of the data; held-out accuracy is also reported per value of it, as accuracy_<value>."""
+    min_accuracy: float = Field(default=0.55, ge=0, le=1)
+    """Gate: a lower held-out accuracy ends the run (exit 5)."""
+    min_score_std: float = Field(default=1e-3, ge=0)
+    """Gate: a smaller spread of the scores over sampled responses ends the run (exit 5)."""
+    normaliser_prompts: int = Field(default=128, ge=2)
+    """Prompts answered by the sft model for the mean and std that scores are normalised by; with init_from: pretrain
+    the held-out pairs' own responses are scored instead."""
+    normaliser_max_response_tokens: int = Field(default=32, ge=1)
+    """Length bound of those responses."""
+
+
+class PPOConfig(TrainingConfig):
+    """`ppo:` - proximal policy optimisation with a value model; batch_size counts responses per optimizer step."""
+
+    data: list[DataSource] = Field(min_length=1)
+    """Prompts."""
+    max_steps: int = Field(default=40, ge=1)
+    """PPO iterations: one batch of rollouts and one weight sync each."""
+    num_prompts: int = Field(default=128, ge=1)
+    """Prompts per iteration."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses sampled per prompt."""
+    max_response_tokens: int = Field(default=32, ge=1)
+    """Response tokens at most, the end token included."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; policy log-probs are taken at the same."""
+    num_epochs: int = Field(default=2, ge=1)  # type: ignore[assignment]  # passes over one batch of rollouts
+    """Passes over each batch of rollouts."""
+    lr: float = Field(default=3e-4, gt=0, le=1)
+    """Peak learning rate of the policy."""
+    value_lr: float = Field(default=1e-3, gt=0, le=1)
+    """Peak learning rate of the value model."""
+    value_warmup_steps: int = Field(default=0, ge=0)
+    """Iterations in which only the value model learns."""
+    batch_size: int = Field(default=64, ge=1)
+    """Responses per optimizer step."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Responses per forward."""
+    adam_eps: float = Field(default=1e-5, gt=0)
+    """AdamW: added to the denominator."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """GAE: weight of longer returns."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """Policy ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """Policy ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound on the loss of negative advantages, as a ratio; absent: none."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """Range of a value around its value before the update; absent: no clipping."""
+    loss_aggregation: Literal[
+        "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant"
+    ] = "token_mean"
+    """How token losses become one number."""
+    whiten_advantages: bool = True
+    """Whiten advantages once per batch of rollouts; with KL in the loss this changes the effective kl_coef."""
+    score_clip: float | None = Field(default=10.0, gt=0)
+    """Normalised scores are clipped to this range (normalise, then clip, then KL); absent: none."""
+    truncation: Literal["penalty", "mask", "bootstrap"] = "penalty"
+    """Responses without an end token: add missing_eos_penalty, leave them out, or bootstrap from the value."""
+    missing_eos_penalty: float = Field(default=1.0, ge=0)
+    """Subtracted from the score of a truncated response, with truncation: penalty."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """beta: weight of the KL to the reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL (Schulman 2020)."""
+    kl_placement: Literal["reward", "loss", "kl_surrogate"] = "reward"
+    """Where the KL acts: per token in the reward (k1), as a loss on the sequence log-ratio (k2), or per token in the
+    loss (k2, k3), which optimises another objective."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """Whether kl_coef stays or is steered towards kl_target."""
+    kl_target: float = Field(default=6.0, gt=0)
+    """Adaptive: wanted KL to the reference, in nats per response."""
+    kl_horizon: int = Field(default=10_000, ge=1)
+    """Adaptive: responses over which kl_coef adapts."""
+    max_kl: float = Field(default=50.0, gt=0)
+    """The run stops (exit 5) when the mean KL to the reference exceeds this, in nats per response."""
+    log_every_steps: int = Field(default=1, ge=1, json_schema_extra=EXECUTION)
+    """Iterations between lines of metrics.jsonl."""
+    checkpoint_every_steps: int = Field(default=10, ge=1, json_schema_extra=EXECUTION)
+    """Iterations between checkpoints."""
+    num_logged_rollouts: int = Field(default=16, ge=0, json_schema_extra=EXECUTION)
+    """Rollouts written to rollouts.jsonl per iteration."""
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses in one batch of rollouts."""
+        return self.num_prompts * self.samples_per_prompt
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether anything weighs the KL to the reference."""
+        return self.kl_coef > 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        allowed = {"reward": {"k1"}, "loss": {"k2"}, "kl_surrogate": {"k2", "k3"}}[self.kl_placement]
+        if self.kl_estimator not in allowed:
+            raise ValueError(
+                f"kl_estimator {self.kl_estimator} in the {self.kl_placement} does not optimise the KL-regularised "
+                f"objective; use {' or '.join(sorted(allowed))}, or another kl_placement"
+            )
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError("kl_controller adaptive scales kl_coef, which is 0; give it a start value")
+        if self.batch_size > self.responses_per_step:
+            raise ValueError(
+                f"batch_size {self.batch_size} is more than num_prompts x samples_per_prompt = {self.responses_per_step}"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    """`evaluate:` - base, sft and ppo models on the same held-out prompts."""
+
+    prompts: list[DataSource] = Field(min_length=1)
+    """Held-out prompts; further columns are handed to the scoring function."""
+    score: ScoreFunction | None = None
+    """Judge of a response, in [0, 1]; absent: the reward model alone."""
+    max_prompts: int = Field(default=512, ge=1)
+    """Prompts used, from the start of the data."""
+    max_response_tokens: int = Field(default=32, ge=1)
+    """Response tokens at most."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    base_prompt: str = "{prompt}\n"
+    """How the base model is prompted, as a plain continuation; it ends at a line break or the end of its document."""
+    bootstrap_samples: int = Field(default=1000, ge=100)
+    """Resamples behind the 95 % interval of the win rate."""
+    num_samples_shown: int = Field(default=12, ge=0, json_schema_extra=EXECUTION)
+    """Rows of the sample table."""
+
+    @model_validator(mode="after")
+    def _base_prompt_has_a_place(self) -> Self:
+        if "{prompt}" not in self.base_prompt:
+            raise ValueError("base_prompt has no {prompt} in it")
+        return self
+
+
+class StageSettings(Section):
+    """What every recipe receives."""
+
+    seed: int
+    """Seed of the run; every generator is derived from it, the stage and the step."""
+    model: ModelConfig
+
+
+class PrepareSettings(StageSettings):
+    """What the prepare recipe may read."""
+
+    prepare: PrepareConfig
+
+
+class PretrainSettings(StageSettings):
+    """What the pretrain recipe may read."""
+
+    pretrain: PretrainConfig
+
+
+class SFTSettings(StageSettings):
+    """What the sft recipe may read."""
+
+    sft: SFTConfig
+
+
+class RewardSettings(StageSettings):
+    """What the reward recipe may read."""
+
+    reward: RewardConfig
+    rollout: EngineConfig
+
+
+class PPOSettings(StageSettings):
+    """What the ppo recipe may read."""
+
+    ppo: PPOConfig
+    rollout: EngineConfig
+
+
+class EvaluateSettings(StageSettings):
+    """What the evaluate recipe may read."""
+
+    evaluate: EvaluateConfig
+    rollout: EngineConfig

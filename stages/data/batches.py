@@ -1,0 +1,75 @@
+"""Data order: which rows step `s` reads, as a pure function of seed and step.
+
+    global position p = step * batch_size + k  ->  epoch p // num_rows, place p % num_rows in that epoch's permutation
+
+There is no iterator state, so resuming is one integer. Owns the order and every derived seed; does not own the rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import TypeVar
+
+import numpy as np
+from blake3 import blake3
+
+T = TypeVar("T")
+
+
+def stage_seed(seed: int, *names: str | int) -> int:
+    """H(seed, *names) in [0, 2**63): the seed of one generator, e.g. `stage_seed(seed, "ppo", step, rank)`.
+
+    Names are typed and length-prefixed, so ("a", "b") and ("ab",), or 1 and "1", give different seeds.
+    """
+    hasher = blake3()
+    for part in (seed, *names):
+        data = f"{type(part).__name__}:{part}".encode()
+        hasher.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(hasher.digest(8), "little") >> 1
+
+
+def permutation(num_rows: int, seed: int) -> np.ndarray:
+    """A seeded permutation of range(num_rows), the same under every numpy version: only Philox's raw stream is used."""
+    return np.argsort(np.random.Philox(key=seed).random_raw(num_rows), kind="stable")
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(num_rows, stage_seed(seed, "epoch", epoch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOrder:
+    """The row indices of every optimizer step.
+
+    Every row is seen once per epoch. Every batch is full: the last partial batch of an epoch is filled up with the first
+    rows of the next one, so no row is dropped and none is seen early. With fewer rows than a batch, one batch holds rows
+    of several epochs (a row then occurs more than once in it).
+    """
+
+    num_rows: int
+    batch_size: int
+    seed: int  # of the order; use stage_seed(run seed, stage, "order")
+
+    def __post_init__(self) -> None:
+        assert self.num_rows > 0 and self.batch_size > 0, "an order needs rows and a batch size"
+
+    def indices(self, step: int) -> tuple[int, ...]:
+        """Rows of optimizer step `step` (from 0), all ranks together: batch_size of them."""
+        first = step * self.batch_size
+        return tuple(self._row(position) for position in range(first, first + self.batch_size))
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Steps after which every row was seen num_epochs times (the last step may reach into the next epoch)."""
+        return max(1, ceil(num_epochs * self.num_rows / self.batch_size - 1e-9))
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_rows)
+        return int(_epoch_order(self.num_rows, self.seed, epoch)[place])
+
+
+def rank_share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """The contiguous share of one rank; shares differ by at most one item, and together they are `items` in order."""
+    start, stop = (len(items) * r // world_size for r in (rank, rank + 1))
+    return items[start:stop]

@@ -1,0 +1,471 @@
+"""Chat: messages -> token ids and a training mask, through the model's own template.
+
+    messages --template, content replaced by placeholders--> marker | content | marker | ...
+             --each piece tokenised apart--> ids, mask
+
+Markers may become special tokens; message content never does, whatever it spells. The mask covers what the assistant has
+to produce: its content and the end-of-turn token. Owns tokenizer, template, stop tokens and truncation. Does not own
+lengths or batches. Tokenizers must be byte-level (or otherwise add nothing at the start of a text): pieces are joined.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+from blake3 import blake3
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from stages.data.records import Message
+from stages.errors import ModelError
+
+END_OF_TEXT, IM_START, IM_END, PAD = SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|pad|>",
+)
+"""Special tokens of the tokenizers that prepare trains, in id order."""
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_logger = logging.getLogger(__name__)
+_PAD = "\x0c"  # white space that no template writes: where it is gone, the template trimmed the content
+_PLACEHOLDER = re.compile(rf"({_PAD}?)zqContent(\d+)Xqz({_PAD}?)")
+
+
+def _placeholder(index: int) -> str:
+    """Stands for a message's content. Letters and digits: survives escaping and JSON filters in a template."""
+    return f"{_PAD}zqContent{index}Xqz{_PAD}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """Token ids of a conversation, and which of them are trained (assistant content and end-of-turn tokens)."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]  # True: a token the assistant has to produce
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairIds:
+    """A preference pair as token ids; both responses follow the same prompt ids."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """A part of a rendered conversation: template text, or the place of a message's content."""
+
+    text: str = ""
+    message: int | None = None  # index of the message whose content stands here
+    trim_left: bool = False
+    trim_right: bool = False
+    trained: bool = False
+
+
+class ChatTokenizer:
+    """A Hugging Face tokenizer together with the template its model is trained and served with."""
+
+    tokenizer: PreTrainedTokenizerFast
+    template: str  # Jinja source in use
+    template_source: Literal["file", "tokenizer", "chatml"]
+    warning: str | None  # one loud line when ChatML had to be assumed; also logged
+    vocab_size: int  # tokens the tokenizer knows, added ones included
+    end_of_turn_id: int  # the token the template writes after an assistant turn
+    stop_token_ids: tuple[int, ...]  # sorted union of generation config, tokenizer and template
+    separator_id: int  # stands between documents
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        template: str | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        """`template`: Jinja source that wins over the tokenizer's own; `stop_token_ids`: further stop tokens.
+
+        Raises ModelError when the template is broken or ends no assistant turn with a token of its own.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                "the model's tokenizer has no tokenizer.json (a fast tokenizer); convert it once"
+            )
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.template, self.template_source, self.warning = _choose_template(tokenizer, template)
+        tokenizer.chat_template = self.template
+        if self.warning:
+            _logger.warning(self.warning)
+        self._marker_encoder, self._content_encoder = _encoders(tokenizer, self.template)
+        self._bos_id: int | None = tokenizer.bos_token_id
+        # True where the tokenizer itself puts BOS before plain text; most templates then write it, a few forget it.
+        self._adds_bos = self._bos_id is not None and self._bos_id in tokenizer("x")["input_ids"]
+        self._pieces_cache: dict[tuple[tuple[str, ...], bool], list[_Piece]] = {}
+        self._marker_cache: dict[str, list[int]] = {}
+        self._end_of_turn, self.end_of_turn_id = self._find_end_of_turn()
+        self.separator_id = document_separator_id(tokenizer)
+        stops = {*stop_token_ids, self.end_of_turn_id, tokenizer.eos_token_id}
+        self.stop_token_ids = tuple(sorted(token for token in stops if token is not None))
+
+    @classmethod
+    def load(
+        cls, directory: Path | str, template: Path | None = None, *, revision: str | None = None
+    ) -> "ChatTokenizer":
+        """From a model directory (with the stop tokens of its generation config) or a hub id. Raises ModelError."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), revision=revision or "main")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(f"{directory}: no tokenizer that can be loaded ({reason})") from error
+        source = None if template is None else _read_template(template)
+        assert isinstance(tokenizer, PreTrainedTokenizerFast), "checked for a tokenizer.json below"
+        return cls(tokenizer, template=source, stop_token_ids=_configured_stops(Path(directory)))
+
+    @property
+    def pad_token_id(self) -> int:
+        """A token to pad with that is no stop token, no BOS and in no rendered text: the tokenizer's own where possible.
+
+        Many tokenizers pad with EOS; a model that looks for the last token that is not padding then reads the wrong
+        one. Raises ModelError when every special token has a meaning.
+        """
+        written = {*self.prompt_ids((_QUESTION, _ANSWER, _QUESTION)), self._bos_id, *self.stop_token_ids}
+        special = sorted(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *special):
+            if token is not None and token not in written:
+                return int(token)
+        raise ModelError(
+            "the tokenizer has no special token left to pad with: each is a stop token or in the template"
+        )
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """Ids and mask of a conversation that ends with the assistant, up to its last end-of-turn token.
+
+        The ids are exactly `prompt_ids(messages[:-1]) + response_ids(messages[-1].content)`. BOS stands there once, if
+        the model has one. Raises ModelError when the template refuses the messages.
+        """
+        assert messages and messages[-1].role == "assistant", (
+            "a conversation to train on ends with the assistant"
+        )
+        return self._encode(self._conversation_pieces(tuple(message.role for message in messages)), messages)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids up to the place where the assistant starts to write."""
+        return self._encode(self._prompt_pieces(tuple(message.role for message in messages)), messages).ids
+
+    def response_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of an assistant's answer, its end-of-turn token included."""
+        answered = (_QUESTION, Message(role="assistant", content=text))
+        return self.render(answered).ids[len(self.prompt_ids(answered[:1])) :]
+
+    def render_pair(
+        self, prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]
+    ) -> PairIds:
+        """Prompt ids and the ids of both continuations, end-of-turn token included."""
+        prompt_ids = self.prompt_ids(prompt)
+        sides = [self.render((*prompt, *side)).ids for side in (chosen, rejected)]
+        if any(ids[: len(prompt_ids)] != prompt_ids for ids in sides):
+            raise ModelError(
+                "the chat template writes a prompt differently once more turns follow; pairs need it fixed"
+            )
+        return PairIds(
+            prompt=prompt_ids, chosen=sides[0][len(prompt_ids) :], rejected=sides[1][len(prompt_ids) :]
+        )
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of plain text: no special token comes out of it, none is added."""
+        return tuple(self._content_encoder.encode(text, add_special_tokens=False).ids)
+
+    def documents_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """`text_ids` of many texts at once, on all cores."""
+        return [
+            encoding.ids for encoding in self._content_encoder.encode_batch(texts, add_special_tokens=False)
+        ]
+
+    def continuation_ids(self, text: str) -> tuple[int, ...]:
+        """Ids for a base model to continue: BOS, or the document separator where there is none, then the text."""
+        return (
+            self._bos_id if self._adds_bos and self._bos_id is not None else self.separator_id,
+            *self.text_ids(text),
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def lint(self, rendered: Rendered) -> list[str]:
+        """What is wrong with a rendered conversation, in words: BOS not once, a turn without one trained end token."""
+        problems = []
+        probe = self.prompt_ids((_QUESTION, _ANSWER, _QUESTION))
+        if self._bos_id is not None and self._bos_id in probe:
+            doubled = rendered.ids[:2] == (self._bos_id, self._bos_id)
+            opens_turns = probe.count(self._bos_id) > 1  # SmolLM2: <|im_start|> is BOS too
+            if (
+                rendered.ids[0] != self._bos_id
+                or doubled
+                or (not opens_turns and rendered.ids.count(self._bos_id) > 1)
+            ):
+                problems.append(
+                    f"BOS occurs {rendered.ids.count(self._bos_id)} times, expected once, at the start"
+                )
+        runs = _trained_runs(rendered)
+        if not runs:
+            problems.append("no token is trained")
+        for run in runs:
+            ends = run.count(self.end_of_turn_id)
+            if ends != 1 or run[-1] != self.end_of_turn_id:
+                problems.append(f"an assistant turn has {ends} trained end tokens, expected one, at its end")
+        return problems
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer with the template in use, as save_pretrained does."""
+        self.tokenizer.save_pretrained(directory)
+
+    def _encode(self, pieces: Sequence[_Piece], messages: Sequence[Message]) -> Rendered:
+        ids: list[int] = []
+        mask: list[bool] = []
+        for piece in pieces:
+            if piece.message is None:
+                tokens = self._marker_ids(piece.text)
+            else:
+                content = messages[piece.message].content
+                content = content.lstrip() if piece.trim_left else content
+                content = content.rstrip() if piece.trim_right else content
+                tokens = list(self.text_ids(content))
+            ids += tokens
+            mask += [piece.trained] * len(tokens)
+        if self._adds_bos and self._bos_id is not None and ids[:1] != [self._bos_id]:
+            ids, mask = [self._bos_id, *ids], [False, *mask]
+        return Rendered(ids=tuple(ids), mask=tuple(mask))
+
+    def _marker_ids(self, text: str) -> list[int]:
+        if text not in self._marker_cache:
+            self._marker_cache[text] = self._marker_encoder.encode(text, add_special_tokens=False).ids
+        return self._marker_cache[text]
+
+    def _prompt_pieces(self, roles: tuple[str, ...]) -> list[_Piece]:
+        """A prompt, its earlier assistant turns cut at the same places as in a conversation."""
+        key = (roles, True)
+        if key not in self._pieces_cache:
+            self._pieces_cache[key] = self._cut_turns(
+                self._template_pieces(roles, add_generation_prompt=True), roles
+            )
+        return self._pieces_cache[key]
+
+    def _conversation_pieces(self, roles: tuple[str, ...]) -> list[_Piece]:
+        """The prompt's pieces, then what the assistant adds to them: all of it trained, up to the end of its turn.
+
+        Some templates write something between what they end a prompt with and the answer (Llama 2: a space). The
+        assistant has to produce that too, so it is trained.
+        """
+        key = (roles, False)
+        if key in self._pieces_cache:
+            return self._pieces_cache[key]
+        prompt = self._prompt_pieces(roles[:-1])
+        pieces = self._cut_turns(self._template_pieces(roles, add_generation_prompt=False), roles)
+        last = max(index for index, piece in enumerate(pieces) if piece.message == len(roles) - 1)
+        ahead = pieces[:last]
+        shared = len(prompt) - (prompt[-1].message is None)
+        opening = "".join(piece.text for piece in ahead[shared:])  # from the last prompt message to the answer
+        if ahead[:shared] != prompt[:shared] or not opening.startswith(prompt[-1].text):
+            raise ModelError("the chat template does not repeat its generation prompt when the answer is known")
+        lead = opening[len(prompt[-1].text) :]
+        answer = [_Piece(text=lead, trained=True), *pieces[last : last + 2]]
+        self._pieces_cache[key] = prompt + [
+            piece for piece in answer if piece.message is not None or piece.text
+        ]
+        return self._pieces_cache[key]
+
+    def _cut_turns(self, pieces: list[_Piece], roles: tuple[str, ...]) -> list[_Piece]:
+        """Template text after an assistant's content is cut behind its end-of-turn token; up to there it is trained."""
+        cut: list[_Piece] = []
+        answering = False
+        for piece in pieces:
+            if piece.message is not None:
+                answering = roles[piece.message] == "assistant"
+                cut.append(replace(piece, trained=answering))
+            elif answering:
+                before, end, after = piece.text.partition(self._end_of_turn)
+                if not end or before.strip():
+                    raise ModelError(
+                        f"the chat template does not end every assistant turn with {self._end_of_turn}"
+                    )
+                cut += [_Piece(text=before + end, trained=True), _Piece(text=after)]
+                answering = False
+            else:
+                cut.append(piece)
+        return [piece for piece in cut if piece.message is not None or piece.text]
+
+    def _template_pieces(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> list[_Piece]:
+        """Run the template with placeholders for contents and cut its output at them."""
+        messages = [{"role": role, "content": _placeholder(index)} for index, role in enumerate(roles)]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ModelError(f"the chat template fails on the roles {', '.join(roles)}: {error}") from error
+        assert isinstance(text, str)
+        pieces: list[_Piece] = []
+        at = 0
+        for found in _PLACEHOLDER.finditer(text):
+            left, index, right = found.groups()
+            pieces += [
+                _Piece(text=text[at : found.start()]),
+                _Piece(message=int(index), trim_left=not left, trim_right=not right),
+            ]
+            at = found.end()
+        pieces.append(_Piece(text=text[at:]))
+        left_out = set(range(len(roles))) - {piece.message for piece in pieces}
+        if left_out:
+            raise ModelError(
+                f"the chat template leaves out message {min(left_out)}, of role {roles[min(left_out)]}"
+            )
+        return [piece for piece in pieces if piece.message is not None or piece.text]
+
+    def _find_end_of_turn(self) -> tuple[str, int]:
+        """(text, id) of the first added token that the template writes after an assistant's content."""
+        pieces = self._template_pieces(("user", "assistant"), add_generation_prompt=False)
+        tail = "" if pieces[-1].message is not None else pieces[-1].text
+        added = self.tokenizer.added_tokens_decoder
+        token = next((token for token in self._marker_ids(tail) if token in added), None)
+        text = "" if token is None else added[token].content
+        if token is None or tail.partition(text)[0].strip():
+            raise ModelError(
+                "the chat template writes no end-of-turn token after the assistant; set model.chat_template"
+            )
+        return text, token
+
+
+_QUESTION, _ANSWER = Message(role="user", content="x"), Message(role="assistant", content="x")
+
+
+def _trained_runs(rendered: Rendered) -> list[list[int]]:
+    """The trained tokens of each assistant turn."""
+    pairs = zip(rendered.ids, rendered.mask, strict=True)
+    return [
+        [token for token, _ in run] for trained, run in groupby(pairs, key=lambda pair: pair[1]) if trained
+    ]
+
+
+def _choose_template(
+    tokenizer: PreTrainedTokenizerFast, given: str | None
+) -> tuple[str, Literal["file", "tokenizer", "chatml"], str | None]:
+    if given is not None:
+        return given, "file", None
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template, "tokenizer", None
+    if isinstance(tokenizer.chat_template, dict) and "default" in tokenizer.chat_template:
+        return tokenizer.chat_template["default"], "tokenizer", None
+    warning = "NO CHAT TEMPLATE: the tokenizer has none and model.chat_template is not set; assuming ChatML"
+    if tokenizer.backend_tokenizer.token_to_id(IM_END) is not None:
+        return CHATML, "chatml", warning
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "the tokenizer has no chat template, no <|im_end|> and no EOS; set model.chat_template"
+        )
+    return (
+        CHATML.replace(IM_END, tokenizer.eos_token),
+        "chatml",
+        f"{warning} with {tokenizer.eos_token} as end of turn",
+    )
+
+
+def _encoders(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[Tokenizer, Tokenizer]:
+    """Private copies of the backend: for template text, and for content, in which a special token's spelling is text.
+
+    `encode_special_tokens` is what transformers sets for `split_special_tokens`; it spares only tokens flagged special,
+    so in the content copy every token that the template writes is flagged.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    markers = Tokenizer.from_str(json.dumps(spec))
+    for token in spec["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in template
+    content = Tokenizer.from_str(json.dumps(spec))
+    content.encode_special_tokens = True
+    return markers, content
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"model.chat_template: cannot read {path}: {error}") from error
+
+
+def _configured_stops(directory: Path) -> list[int]:
+    """eos_token_id of generation_config.json and config.json: a number or a list of them."""
+    stops: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if path.is_file():
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            stops += [] if eos is None else [eos] if isinstance(eos, int) else eos
+    return stops
+
+
+def document_separator_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """`<|endoftext|>` where the vocabulary has it, else EOS."""
+    token = tokenizer.backend_tokenizer.token_to_id(END_OF_TEXT)
+    token = tokenizer.eos_token_id if token is None else token
+    if token is None:
+        raise ModelError("the tokenizer has neither <|endoftext|> nor an EOS token to put between documents")
+    return int(token)
+
+
+def truncate(rendered: Rendered, max_tokens: int) -> Rendered | None:
+    """Keep the first max_tokens tokens (sft's policy); None when no trained token is left."""
+    if not any(rendered.mask[:max_tokens]):
+        return None
+    return Rendered(ids=rendered.ids[:max_tokens], mask=rendered.mask[:max_tokens])
+
+
+def truncate_pair(
+    prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int], max_len: int
+) -> PairIds | None:
+    """Make prompt + either response fit max_len tokens by cutting the prompt's start, the same for both.
+
+    A response longer than max_len loses its own start: its end, where a reward model reads, is always kept. None when
+    what is left of the two is the same: the difference was cut away.
+    """
+    chosen, rejected = tuple(chosen_ids[-max_len:]), tuple(rejected_ids[-max_len:])
+    if chosen == rejected:
+        return None
+    room = max_len - max(len(chosen), len(rejected))
+    prompt = tuple(prompt_ids[max(0, len(prompt_ids) - room) :])
+    return PairIds(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """blake3 of what decides ids and rendering: equal iff one model's token ids can be handed to the other (pin 18).
+
+    Covers tokenizer.json (without truncation and padding, which are settings of a call) and the chat template.
+    """
+    try:
+        spec = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no readable tokenizer.json") from error
+    spec = {key: value for key, value in spec.items() if key not in ("truncation", "padding")}
+    template_file, config_file = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    template = None
+    if template_file.is_file():
+        template = template_file.read_text(encoding="utf-8")
+    elif config_file.is_file():
+        template = json.loads(config_file.read_text(encoding="utf-8")).get("chat_template")
+    return blake3(json.dumps([spec, template], sort_keys=True).encode()).hexdigest()

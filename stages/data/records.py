@@ -1,0 +1,60 @@
+"""Records: what a dataset row becomes, before any tokenizer.
+
+    file --readers--> Document | Conversation | Pair | Prompt --chat--> token ids
+
+Text is exactly what the row held; nothing here is tokenised, stripped or templated. Light import.
+
+Example: the row `{"prompt": "2+2?", "chosen": "4", "rejected": "5"}` is
+`Pair(prompt=(user "2+2?",), chosen=(assistant "4",), rejected=(assistant "5",), row={...})`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A text for pretraining."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Turns to imitate: at least one assistant message with content; the assistant turns are what is trained."""
+
+    messages: Messages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two continuations of one prompt, the first preferred. Both start and end with an assistant message."""
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    row: Mapping[str, Any]  # the row as it stood in the file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What a policy answers: ends with a message that is not the assistant's."""
+
+    messages: Messages
+    row: Mapping[
+        str, Any
+    ]  # the row's further columns, for rule rewards and scoring functions (`answer`, ...)

@@ -1,0 +1,57 @@
+"""The user's scoring function: the one piece of code a config may name.
+
+    {type: python, path: score.py, function: score} --load_judge--> judge(prompt, response, row) -> {"score": ..., ...}
+
+Owns: importing it from its file and checking what it returns. Light import.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stages.config import ScoreFunction
+from stages.errors import DataError
+
+Judge = Callable[[str, str, Mapping[str, Any]], dict[str, float]]
+
+
+def load_judge(config: ScoreFunction) -> Judge:
+    """The function of `config`, wrapped so that it always gives `score` in [0, 1] and numeric components.
+
+    Raises DataError when the file or the function is not there, when it raises, or when it returns something else.
+    """
+    where = f"{config.path}: {config.function}"
+    spec = importlib.util.spec_from_file_location("user_score", config.path)
+    if spec is None or spec.loader is None or not config.path.is_file():
+        raise DataError(f"{config.path}: no such Python file; set evaluate.score.path")
+    module = importlib.util.module_from_spec(spec)
+    _guarded(where, spec.loader.exec_module, module)
+    if config.function not in vars(module):
+        raise DataError(f"{where}: no such function in it; set evaluate.score.function")
+    function = vars(module)[config.function]
+
+    def judge(prompt: str, response: str, row: Mapping[str, Any]) -> dict[str, float]:
+        return _checked(where, _guarded(where, function, prompt, response, row))
+
+    return judge
+
+
+def _guarded(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the user's code; whatever it raises is the user's to mend, in one line."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # the one boundary to code that is not ours
+        raise DataError(f"{where}: raised {type(error).__name__}: {error}") from error
+
+
+def _checked(where: str, result: Any) -> dict[str, float]:
+    parts = dict(result) if isinstance(result, Mapping) else {"score": result}
+    if "score" not in parts:
+        raise DataError(f"{where}: returned no 'score', only {', '.join(map(str, parts))}")
+    for name, value in parts.items():
+        if isinstance(value, str) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"{where}: {name} is {value!r}; return finite numbers")
+    if not 0 <= parts["score"] <= 1:
+        raise DataError(f"{where}: score is {parts['score']!r}; return a number in [0, 1]")
+    return {name: float(value) for name, value in parts.items()}

@@ -1,0 +1,21 @@
+"""Errors of the stages, each with its exit code (see `rollout.errors`)."""
+
+from rollout.errors import ExpectedError
+
+
+class DataError(ExpectedError):
+    """A dataset the config names is missing or malformed: `file:line: field: what is wrong; how to fix`."""
+
+    exit_code = 3
+
+
+class ModelError(ExpectedError):
+    """A model directory cannot be used as the config asks (missing head, no tokenizer, wrong vocabulary)."""
+
+    exit_code = 2
+
+
+class TrainingStopped(ExpectedError):
+    """Training stopped itself: a non-finite loss, an exploding KL, or a gate that was not met."""
+
+    exit_code = 5

@@ -1,0 +1,285 @@
+"""Recipe: base, sft and ppo models side by side on the same held-out prompts.
+
+    for each model: sync its weights into one engine -> responses (seeded) -> scoring function, reward model, lengths
+    ppo against sft: win rate with a bootstrap interval, KL on ppo's own samples; perplexity on prepare's held-out text
+
+The base model is prompted as a plain continuation (`evaluate.base_prompt`), sft and ppo through their chat template.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollout.api import Rollout, RolloutRequest, Sampling
+from rollout.weight_sync import ModuleSource, WeightSync
+from stages.config import EvaluateConfig, EvaluateSettings
+from stages.data.batches import stage_seed
+from stages.data.chat import ChatTokenizer
+from stages.data.readers import read_prompts
+from stages.data.records import Prompt
+from stages.data.scoring import Judge, load_judge
+from stages.data.shards import heldout_sequences
+from stages.errors import DataError
+from stages.objectives.winrate import bootstrap_interval
+from stages.rollout_source import EngineClient, open_engines
+from stages.runtime import Runtime
+from stages.training.distributed import Worker, launch
+from stages.training.evaluation import perplexity
+from stages.training.forwards import logprobs_in_packs, scores_in_packs
+from stages.training.models import (
+    CausalLM,
+    ScoreNormaliser,
+    base_model,
+    freeze,
+    load_causal_lm,
+    load_reward_model,
+)
+
+RECIPE_VERSION = 1
+SAMPLES_FILE = "samples.jsonl"
+MICRO_BATCH_SIZE = 16  # sequences per forward; a matter of memory and rounding only
+
+
+@dataclass(kw_only=True)
+class Candidate:
+    """One model under evaluation and what it produced, in the order of the prompts."""
+
+    name: str  # base, sft, ppo
+    model: CausalLM
+    prompts: list[tuple[int, ...]]
+    rollouts: list[Rollout] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    judged: list[dict[str, float]] = field(
+        default_factory=list
+    )  # `score` and its components; empty without a judge
+    rewards: list[float] = field(default_factory=list)  # normalised reward-model scores
+
+
+def run(
+    settings: EvaluateSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
+) -> Mapping[str, float]:
+    """Compare; writes samples.jsonl. Inputs: pretrain or model, sft, reward, ppo; prepare for perplexity."""
+    return launch(evaluate, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
+
+
+def evaluate(
+    worker: Worker, *, settings: EvaluateSettings, inputs: Mapping[str, Path], out_dir: Path
+) -> dict[str, float]:
+    """The recipe proper."""
+    config = settings.evaluate
+
+    # 1. Held-out prompts, models, judge.
+    rows = read_prompts(config.prompts, seed=stage_seed(settings.seed, "evaluate", "rows"))
+    chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
+    prompts = _fitting(rows.records, chat, settings)
+    judge = None if config.score is None else load_judge(config.score)
+    candidates = _candidates(inputs, prompts, chat, config, worker.device)
+
+    # 2. Responses: one engine, each model's weights in turn.
+    _generate(candidates, settings, inputs, chat, worker.runtime)
+
+    # 3. Scores.
+    reward_model = freeze(load_reward_model(inputs["reward"])).to(worker.device)
+    normaliser = ScoreNormaliser.load(inputs["reward"])
+    for candidate in candidates:
+        candidate.texts = [_text(candidate, rollout, chat) for rollout in candidate.rollouts]
+        sequences = [
+            (*chat.prompt_ids(prompt.messages), *chat.response_ids(text))
+            for prompt, text in zip(prompts, candidate.texts, strict=True)
+        ]
+        raw = scores_in_packs(
+            reward_model, sequences, micro_batch_size=MICRO_BATCH_SIZE, device=worker.device
+        )
+        candidate.rewards = normaliser(raw).tolist()
+        if judge is not None:
+            pairs = zip(prompts, candidate.texts, strict=True)
+            candidate.judged = [
+                judge(prompt.messages[-1].content, text, prompt.row) for prompt, text in pairs
+            ]
+
+    # 4. Comparison.
+    by_name = {candidate.name: candidate for candidate in candidates}
+    metrics = {key: value for candidate in candidates for key, value in _means(candidate).items()}
+    metrics |= _win_rate(by_name["ppo"], by_name["sft"], settings)
+    metrics["kl_ppo_vs_sft"] = _kl(by_name["ppo"], by_name["sft"], worker.device)
+    metrics |= _perplexities(candidates, inputs, settings, worker.device)
+    metrics["prompts"] = float(len(prompts))
+    _write_samples(out_dir / SAMPLES_FILE, prompts, candidates)
+    return metrics
+
+
+def _fitting(prompts: Sequence[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> list[Prompt]:
+    """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation."""
+    config = settings.evaluate
+    longest = settings.model.context_length - config.max_response_tokens
+    kept = [
+        prompt
+        for prompt in prompts
+        if len(chat.prompt_ids(prompt.messages)) <= longest
+        and len(_continuation(prompt, chat, config)) <= longest
+    ]
+    if not kept:
+        raise DataError(
+            f"evaluate.prompts: none of {len(prompts)} has at most {longest} tokens "
+            "(model.context_length - evaluate.max_response_tokens)"
+        )
+    return kept[: config.max_prompts]
+
+
+def _continuation(prompt: Prompt, chat: ChatTokenizer, config: EvaluateConfig) -> tuple[int, ...]:
+    return chat.continuation_ids(config.base_prompt.replace("{prompt}", prompt.messages[-1].content))
+
+
+def _candidates(
+    inputs: Mapping[str, Path],
+    prompts: Sequence[Prompt],
+    chat: ChatTokenizer,
+    config: EvaluateConfig,
+    device: torch.device,
+) -> list[Candidate]:
+    as_chat = [chat.prompt_ids(prompt.messages) for prompt in prompts]
+    as_text = [_continuation(prompt, chat, config) for prompt in prompts]
+    directories = {"base": base_model(inputs), "sft": inputs["sft"], "ppo": inputs["ppo"]}
+    return [
+        Candidate(
+            name=name,
+            model=freeze(load_causal_lm(directory)).to(device),
+            prompts=as_text if name == "base" else as_chat,
+        )
+        for name, directory in directories.items()
+    ]
+
+
+def _generate(
+    candidates: Sequence[Candidate],
+    settings: EvaluateSettings,
+    inputs: Mapping[str, Path],
+    chat: ChatTokenizer,
+    runtime: Runtime,
+) -> None:
+    """Fill in every candidate's rollouts. The engine starts on the sft model and takes each model's weights by sync."""
+    with ExitStack() as stack:
+        client = stack.enter_context(
+            open_engines(
+                settings.rollout,
+                model_dir=inputs["sft"],
+                dtype="float32",
+                max_model_len=settings.model.context_length,
+                runtime=runtime,
+            )
+        )
+        for version, candidate in enumerate(candidates, start=1):
+            source = ModuleSource(candidate.model.inner, dtype="float32")
+            sync = WeightSync(source, engine=client.engine, loop=client.loop, config=client.config)
+            stack.callback(sync.close)
+            sync.sync(version)
+            candidate.rollouts = _sample(client, candidate, settings, chat)
+
+
+def _sample(
+    client: EngineClient, candidate: Candidate, settings: EvaluateSettings, chat: ChatTokenizer
+) -> list[Rollout]:
+    config = settings.evaluate
+    stop = (chat.separator_id, *chat.stop_token_ids) if candidate.name == "base" else chat.stop_token_ids
+    return client.generate(
+        [
+            RolloutRequest(
+                request_id=f"evaluate-{candidate.name}-{index}",
+                prompt_ids=prompt,
+                sampling=Sampling(
+                    temperature=config.temperature,
+                    max_tokens=config.max_response_tokens,
+                    stop_token_ids=stop,
+                    seed=stage_seed(settings.seed, "evaluate", index),
+                ),
+            )
+            for index, prompt in enumerate(candidate.prompts)
+        ]
+    )
+
+
+def _text(candidate: Candidate, rollout: Rollout, chat: ChatTokenizer) -> str:
+    """The response as its reader sees it; the base model's answer ends at its first line break."""
+    text = chat.decode(rollout.response_ids)
+    return text.strip().split("\n")[0].strip() if candidate.name == "base" else text
+
+
+def _means(candidate: Candidate) -> dict[str, float]:
+    """score_*, score_<component>_*, reward_*, length_* and truncated_* of one model."""
+    name, count = candidate.name, len(candidate.rollouts)
+    means = {
+        f"reward_{name}": sum(candidate.rewards) / count,
+        f"length_{name}": sum(len(rollout.response_ids) for rollout in candidate.rollouts) / count,
+        f"truncated_{name}": sum(rollout.finish_reason == "length" for rollout in candidate.rollouts) / count,
+    }
+    for part in candidate.judged[0] if candidate.judged else ():
+        key = f"score_{name}" if part == "score" else f"score_{part}_{name}"
+        means[key] = sum(judged[part] for judged in candidate.judged) / count
+    return means
+
+
+def _win_rate(ppo: Candidate, sft: Candidate, settings: EvaluateSettings) -> dict[str, float]:
+    """Share of prompts on which ppo scores higher, ties half; by the scoring function, else by the reward model."""
+    ours, theirs = (
+        [judged["score"] for judged in candidate.judged] if candidate.judged else candidate.rewards
+        for candidate in (ppo, sft)
+    )
+    outcomes = torch.tensor([(a > b) + (a == b) / 2 for a, b in zip(ours, theirs, strict=True)])
+    low, high = bootstrap_interval(
+        outcomes_N=outcomes,
+        num_samples=settings.evaluate.bootstrap_samples,
+        seed=stage_seed(settings.seed, "evaluate", "bootstrap"),
+    )
+    return {"win_rate_ppo_vs_sft": float(outcomes.mean()), "win_rate_low": low, "win_rate_high": high}
+
+
+def _kl(ppo: Candidate, sft: Candidate, device: torch.device) -> float:
+    """KL(ppo || sft) in nats per response: k1 on ppo's own responses, at temperature 1."""
+    responses = [rollout.response_ids for rollout in ppo.rollouts]
+    ours, theirs = (
+        logprobs_in_packs(
+            candidate.model,
+            ppo.prompts,
+            responses,
+            temperature=1.0,
+            micro_batch_size=MICRO_BATCH_SIZE,
+            device=device,
+        )
+        for candidate in (ppo, sft)
+    )
+    return sum(float((a - b).sum()) for a, b in zip(ours, theirs, strict=True)) / len(responses)
+
+
+def _perplexities(
+    candidates: Sequence[Candidate],
+    inputs: Mapping[str, Path],
+    settings: EvaluateSettings,
+    device: torch.device,
+) -> dict[str, float]:
+    if "prepare" not in inputs:
+        return {}
+    documents = heldout_sequences(inputs["prepare"], settings.model.context_length)
+    return {
+        f"perplexity_{candidate.name}": perplexity(candidate.model, documents, device=device)
+        for candidate in candidates
+    }
+
+
+def _write_samples(path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> None:
+    """One object per prompt: the prompt, and per model its response, reward and scores."""
+    with path.open("w") as file:
+        for index, prompt in enumerate(prompts):
+            line: dict[str, Any] = {"prompt": prompt.messages[-1].content}
+            for candidate in candidates:
+                judged = candidate.judged[index] if candidate.judged else {}
+                line[candidate.name] = {
+                    "response": candidate.texts[index],
+                    "reward": candidate.rewards[index],
+                    **judged,
+                }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

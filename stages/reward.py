@@ -1,0 +1,318 @@
+"""Recipe: a Bradley-Terry reward model from preference pairs.
+
+    pairs --chat template--> prompt, chosen, rejected ids --pack--> scores at the last tokens --logsigmoid--> AdamW
+    held-out accuracy beside the longer-wins rule, normaliser over the sft model's own responses, gates --> reward model
+
+A response always ends with the end-of-turn token when it is scored: here, in evaluation and in PPO.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from rollout.api import RolloutRequest, Sampling
+from stages.config import RewardSettings
+from stages.data.batches import BatchOrder, stage_seed
+from stages.data.chat import ChatTokenizer, PairIds, truncate_pair
+from stages.data.packing import plan_packs
+from stages.data.readers import read_pairs
+from stages.data.records import Pair
+from stages.errors import DataError, TrainingStopped
+from stages.objectives.losses import pair_loss_sum
+from stages.rollout_source import ENGINE_DTYPE, open_engines
+from stages.runtime import Runtime
+from stages.training.distributed import Worker, launch, place
+from stages.training.fit import fit, num_steps
+from stages.training.forwards import scores_in_packs, sequence_scores, with_end
+from stages.training.models import (
+    ScoreNormaliser,
+    TokenScorer,
+    base_model,
+    full_state,
+    reward_from_causal_lm,
+    save_model,
+)
+from stages.training.optimize import Optimizer
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One pair as token ids."""
+
+    ids: PairIds
+    group: str | None  # value of `reward.group_column`
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        return (*self.ids.prompt, *self.ids.chosen)
+
+    @property
+    def rejected(self) -> tuple[int, ...]:
+        return (*self.ids.prompt, *self.ids.rejected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """A micro-batch."""
+
+    examples: tuple[Example, ...]
+    num_pairs: int  # of the whole optimizer step
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(example.chosen) + len(example.rejected) for example in self.examples)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """All pairs of the stage, split by prompt."""
+
+    train: list[Example]
+    heldout: list[Example]
+    num_dropped: int  # malformed rows skipped, and pairs whose difference the context cut away
+
+
+def run(
+    settings: RewardSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
+) -> Mapping[str, float]:
+    """Train; writes a model directory with its normaliser. Inputs: sft, or pretrain / model with init_from: pretrain.
+
+    TrainingStopped (exit 5) when a gate is not met.
+    """
+    return launch(train, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
+
+
+def train(
+    worker: Worker, *, settings: RewardSettings, inputs: Mapping[str, Path], out_dir: Path
+) -> dict[str, float]:
+    """The recipe proper, on every worker."""
+    config = settings.reward
+    source = inputs["sft"] if config.init_from == "sft" else base_model(inputs)
+
+    # 1. Data: pairs as ids; whole prompts are held out.
+    chat = ChatTokenizer.load(source, settings.model.chat_template)
+    examples = _examples(settings, chat)
+    order = BatchOrder(
+        num_rows=len(examples.train),
+        batch_size=config.batch_size,
+        seed=stage_seed(settings.seed, "reward", "order"),
+    )
+
+    # 2. Model and optimizer.
+    torch.manual_seed(stage_seed(settings.seed, "reward", "head"))
+    model = reward_from_causal_lm(source, pad_token_id=chat.pad_token_id)
+    if config.gradient_checkpointing:
+        model.inner.gradient_checkpointing_enable()
+    place(model, worker, precision=config.precision, trained=True)
+    max_steps = num_steps(config, order)
+    optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
+
+    # 3. Train.
+    ranked = _RankedShare()
+    result = fit(
+        optimizer,
+        config,
+        max_steps=max_steps,
+        work_dir=worker.runtime.work_dir,
+        batch_of=lambda step: _micro_batches(
+            [examples.train[index] for index in order.indices(step)], config.micro_batch_size
+        ),
+        loss_of=lambda pairs: _loss(model, pairs, ranked, worker.device),
+        observe=ranked.take,
+    )
+
+    # 4. Held-out accuracy, normaliser, gates.
+    model.eval()
+    metrics = {
+        "loss_final": result.loss_final,
+        "tokens_per_second": result.tokens_per_second,
+        "steps": float(result.steps),
+        "pairs": float(len(examples.train)),
+        "pairs_heldout": float(len(examples.heldout)),
+        "pairs_dropped": float(examples.num_dropped),
+        **_accuracies(model, examples.heldout, config.micro_batch_size, worker.device),
+    }
+    sequences = _normaliser_sequences(settings, source, examples, chat, worker.runtime)
+    scores = scores_in_packs(model, sequences, micro_batch_size=config.micro_batch_size, device=worker.device)
+    normaliser = ScoreNormaliser(mean=float(scores.mean()), std=float(scores.std()))
+    metrics |= {"score_mean": normaliser.mean, "score_std": normaliser.std}
+    _check_gates(settings, metrics)
+
+    # 5. The model directory.
+    save_model(model, out_dir, full_state(model))
+    normaliser.save(out_dir)
+    chat.save(out_dir)
+    return metrics
+
+
+def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
+    config = settings.reward
+    rows = read_pairs(config.data, seed=stage_seed(settings.seed, "reward", "rows"))
+    train: list[Example] = []
+    heldout: list[Example] = []
+    num_dropped = rows.num_skipped
+    for pair in rows.records:
+        ids = chat.render_pair(pair.prompt, pair.chosen, pair.rejected)
+        fitting = truncate_pair(ids.prompt, ids.chosen, ids.rejected, settings.model.context_length)
+        if fitting is None:
+            num_dropped += 1
+            continue
+        example = Example(ids=fitting, group=_group(pair, config.group_column))
+        (heldout if _is_held_out(pair, config.heldout_frac) else train).append(example)
+    for name, part in (("training", train), ("held-out", heldout)):
+        if not part:
+            raise DataError(
+                f"reward.data: no {name} pair left of {len(rows.records)}; add pairs or change heldout_frac"
+            )
+    return Examples(train=train, heldout=heldout, num_dropped=num_dropped)
+
+
+def _group(pair: Pair, column: str | None) -> str | None:
+    if column is None:
+        return None
+    if column not in pair.row:
+        raise DataError(f"reward.group_column: no column {column!r}; columns are {', '.join(pair.row)}")
+    return str(pair.row[column])
+
+
+def _is_held_out(pair: Pair, fraction: float) -> bool:
+    """By a hash of the prompt's text, so that no prompt is on both sides and the order of the rows does not matter."""
+    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in pair.prompt)
+    return int.from_bytes(blake3(text.encode()).digest(8), "little") < fraction * 2**64
+
+
+def _micro_batches(examples: Sequence[Example], micro_batch_size: int) -> list[Pairs]:
+    plan = plan_packs([len(example.chosen) + len(example.rejected) for example in examples], micro_batch_size)
+    return [
+        Pairs(examples=tuple(examples[index] for index in members), num_pairs=len(examples))
+        for members in plan.packs
+    ]
+
+
+def _pair_scores(
+    model: TokenScorer, examples: Sequence[Example], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Raw scores of the chosen and of the rejected responses, [P] each, from one packed row."""
+    sequences = [example.chosen for example in examples] + [example.rejected for example in examples]
+    chosen_P, rejected_P = sequence_scores(model, sequences, device=device).chunk(2)
+    return chosen_P, rejected_P
+
+
+def _loss(model: TokenScorer, pairs: Pairs, ranked: "_RankedShare", device: torch.device) -> Tensor:
+    """This micro-batch's share of the step's mean Bradley-Terry loss, nats per pair."""
+    chosen_P, rejected_P = _pair_scores(model, pairs.examples, device)
+    ranked.add(chosen_P.detach(), rejected_P.detach())
+    margins_P = torch.zeros_like(chosen_P)
+    loss = pair_loss_sum(chosen_scores_P=chosen_P, rejected_scores_P=rejected_P, margins_P=margins_P)
+    return loss / pairs.num_pairs
+
+
+class _RankedShare:
+    """Training accuracy and margin since it was last asked."""
+
+    def __init__(self) -> None:
+        self._differences: list[Tensor] = []
+
+    def add(self, chosen_P: Tensor, rejected_P: Tensor) -> None:
+        self._differences.append(chosen_P - rejected_P)
+
+    def take(self) -> dict[str, float]:
+        differences = torch.cat(self._differences)
+        self._differences = []
+        return {
+            "train/accuracy": float((differences > 0).float().mean()),
+            "train/margin": float(differences.mean()),
+        }
+
+
+@torch.no_grad()
+def _accuracies(
+    model: TokenScorer, examples: Sequence[Example], micro_batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """Shares of held-out pairs ranked as labelled: all, per group, and by the longer-wins rule; ties count half."""
+    chosen = scores_in_packs(
+        model, [example.chosen for example in examples], micro_batch_size=micro_batch_size, device=device
+    )
+    rejected = scores_in_packs(
+        model, [example.rejected for example in examples], micro_batch_size=micro_batch_size, device=device
+    )
+    lengths = torch.tensor([len(example.ids.chosen) - len(example.ids.rejected) for example in examples])
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        if example.group is not None:
+            groups[example.group].append(index)
+    margins = chosen - rejected
+    return {
+        "accuracy_heldout": _share_positive(margins),
+        "accuracy_longer_wins": _share_positive(lengths),
+        "margin_heldout": float(margins.mean()),
+        **{
+            f"accuracy_{group}": _share_positive(margins[members])
+            for group, members in sorted(groups.items())
+        },
+    }
+
+
+def _share_positive(differences: Tensor) -> float:
+    return float((differences > 0).float().mean() + (differences == 0).float().mean() / 2)
+
+
+def _normaliser_sequences(
+    settings: RewardSettings, source: Path, examples: Examples, chat: ChatTokenizer, runtime: Runtime
+) -> list[tuple[int, ...]]:
+    """The sequences whose scores give mean and std: the sft model's own answers to the pairs' prompts."""
+    config = settings.reward
+    if config.init_from == "pretrain":
+        return [sequence for example in examples.heldout for sequence in (example.chosen, example.rejected)]
+    longest = settings.model.context_length - config.normaliser_max_response_tokens
+    prompts = dict.fromkeys(example.ids.prompt for example in (*examples.heldout, *examples.train))
+    fitting = [prompt for prompt in prompts if len(prompt) <= longest][: config.normaliser_prompts]
+    if len(fitting) < 2:
+        raise DataError(
+            f"reward.data: fewer than 2 prompts of at most {longest} tokens to sample the normaliser with"
+        )
+    requests = [
+        RolloutRequest(
+            request_id=f"normaliser-{index}",
+            prompt_ids=prompt,
+            sampling=Sampling(
+                temperature=1.0,
+                max_tokens=config.normaliser_max_response_tokens,
+                stop_token_ids=chat.stop_token_ids,
+                seed=stage_seed(settings.seed, "reward", "normaliser", index),
+            ),
+        )
+        for index, prompt in enumerate(fitting)
+    ]
+    with open_engines(
+        settings.rollout,
+        model_dir=source,
+        dtype=ENGINE_DTYPE[config.precision],
+        max_model_len=settings.model.context_length,
+        runtime=runtime,
+    ) as client:
+        rollouts = client.generate(requests)
+    return [
+        (*rollout.prompt_ids, *with_end(rollout.response_ids, chat.end_of_turn_id)) for rollout in rollouts
+    ]
+
+
+def _check_gates(settings: RewardSettings, metrics: Mapping[str, float]) -> None:
+    config = settings.reward
+    if metrics["accuracy_heldout"] < config.min_accuracy:
+        raise TrainingStopped(
+            f"reward: held-out accuracy {metrics['accuracy_heldout']:.3f} is below reward.min_accuracy "
+            f"{config.min_accuracy}; train longer, add pairs, or lower the gate"
+        )
+    if not metrics["score_std"] > config.min_score_std:
+        raise TrainingStopped(
+            f"reward: scores of sampled responses spread by {metrics['score_std']:.2g} only (reward.min_score_std "
+            f"{config.min_score_std}): a constant reward teaches nothing"
+        )

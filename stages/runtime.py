@@ -1,0 +1,37 @@
+"""What a stage is given besides its settings: places and machines, nothing that may change its result.
+
+Owns: `Runtime` and the resource settings. Light import.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from rollout.config import Section
+
+
+class StageResources(Section):
+    """`resources.<stage>:` - workers of one stage."""
+
+    num_workers: int = Field(default=1, ge=1)
+    """Training processes."""
+    num_cpus: float = Field(default=1.0, gt=0)
+    """CPUs Ray reserves per worker; a worker computes with all cores of its machine."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs per worker; 0 trains on the CPU."""
+    num_gpus_per_engine: float = Field(default=0.0, ge=0)
+    """GPUs per rollout engine of this stage; a fraction shares one with a worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """The surroundings of one stage execution."""
+
+    stage: str
+    work_dir: Path  # unfinished work of this fingerprint: checkpoints/, metrics.jsonl; survives a kill
+    log_dir: Path  # logs of engines and workers
+    resources: StageResources
+    executor: Literal["ray", "inline"]  # inline: every part of the stage in this process, without Ray
+    placement_timeout_s: float  # deadline for Ray to place this stage's workers

@@ -1,0 +1,144 @@
+"""Recipe: supervised fine-tuning on the assistant's tokens.
+
+    conversations --chat template--> ids + mask --pack--> model --cross-entropy on the mask--> AdamW --> sft model
+
+Packed sequences do not see each other; the end-of-turn token is trained once per assistant turn.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.config import SFTSettings
+from stages.data.batches import BatchOrder, stage_seed
+from stages.data.chat import ChatTokenizer, Rendered, truncate
+from stages.data.packing import PackedRow, pack, plan_packs
+from stages.data.readers import read_conversations
+from stages.errors import DataError
+from stages.objectives.logprobs import token_logprobs
+from stages.runtime import Runtime
+from stages.training.distributed import Worker, launch, place
+from stages.training.fit import fit, num_steps
+from stages.training.models import (
+    CausalLM,
+    base_model,
+    full_state,
+    load_causal_lm,
+    save_model,
+    set_stop_tokens,
+)
+from stages.training.optimize import Optimizer
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversations:
+    """A micro-batch: packed conversations and where their trained tokens stand."""
+
+    row: PackedRow
+    token_K: Tensor  # int64, positions of the trained tokens; each is predicted one position earlier
+    num_targets: int  # trained tokens of the whole optimizer step
+
+    @property
+    def num_tokens(self) -> int:
+        return self.row.num_tokens
+
+
+def run(
+    settings: SFTSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
+) -> Mapping[str, float]:
+    """Fine-tune; writes a model directory. Inputs: pretrain, or model."""
+    return launch(train, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
+
+
+def train(
+    worker: Worker, *, settings: SFTSettings, inputs: Mapping[str, Path], out_dir: Path
+) -> dict[str, float]:
+    """The recipe proper, on every worker."""
+    config = settings.sft
+
+    # 1. Data: conversations as ids with a mask of what is trained.
+    chat = ChatTokenizer.load(base_model(inputs), settings.model.chat_template)
+    examples, num_dropped = _examples(settings, chat)
+    order = BatchOrder(
+        num_rows=len(examples), batch_size=config.batch_size, seed=stage_seed(settings.seed, "sft", "order")
+    )
+
+    # 2. Model and optimizer.
+    model = load_causal_lm(base_model(inputs))
+    if config.gradient_checkpointing:
+        model.inner.gradient_checkpointing_enable()
+    place(model, worker, precision=config.precision, trained=True)
+    max_steps = num_steps(config, order)
+    optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
+
+    # 3. Train.
+    result = fit(
+        optimizer,
+        config,
+        max_steps=max_steps,
+        work_dir=worker.runtime.work_dir,
+        batch_of=lambda step: _micro_batches(
+            [examples[index] for index in order.indices(step)], config.micro_batch_size, worker.device
+        ),
+        loss_of=lambda conversations: _loss(model, conversations),
+    )
+
+    # 4. The model directory: it stops at the template's end of turn from now on.
+    set_stop_tokens(
+        model,
+        eos_token_id=chat.end_of_turn_id,
+        stop_token_ids=chat.stop_token_ids,
+        pad_token_id=chat.pad_token_id,
+    )
+    save_model(model, out_dir, full_state(model))
+    chat.save(out_dir)
+    return {
+        "loss_final": result.loss_final,
+        "tokens_per_second": result.tokens_per_second,
+        "steps": float(result.steps),
+        "conversations": float(len(examples)),
+        "conversations_dropped": float(num_dropped),
+    }
+
+
+def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered], int]:
+    """Rendered conversations cut to the context, and how many rows gave nothing to train on."""
+    rows = read_conversations(settings.sft.data, seed=stage_seed(settings.seed, "sft", "rows"))
+    rendered = [chat.render(conversation.messages) for conversation in rows.records]
+    cut = [truncate(example, settings.model.context_length) for example in rendered]
+    kept = [example for example in cut if example is not None]
+    if not kept:
+        raise DataError(
+            f"sft.data: no conversation has a trained token within model.context_length {settings.model.context_length}"
+        )
+    return kept, rows.num_skipped + len(cut) - len(kept)
+
+
+def _micro_batches(
+    examples: Sequence[Rendered], micro_batch_size: int, device: torch.device
+) -> list[Conversations]:
+    num_targets = sum(sum(example.mask) for example in examples)
+    plan = plan_packs([len(example.ids) for example in examples], micro_batch_size)
+    return [_packed([examples[index] for index in members], num_targets, device) for members in plan.packs]
+
+
+def _packed(examples: Sequence[Rendered], num_targets: int, device: torch.device) -> Conversations:
+    mask_N = torch.tensor([trained for example in examples for trained in example.mask])
+    return Conversations(
+        row=pack([example.ids for example in examples]).to(device),
+        token_K=mask_N.nonzero().squeeze(-1).to(device),
+        num_targets=num_targets,
+    )
+
+
+def _loss(model: CausalLM, conversations: Conversations) -> Tensor:
+    """This micro-batch's share of the mean cross-entropy over the step's trained tokens, nats."""
+    row, token_K = conversations.row, conversations.token_K
+    logits_KV = model(row.input_ids_1N, row.position_ids_1N, token_K - 1)[0]
+    logprobs_K = token_logprobs(logits=logits_KV, targets=row.input_ids_1N[0, token_K], temperature=1.0)
+    return -logprobs_K.sum() / conversations.num_targets

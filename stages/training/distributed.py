@@ -1,0 +1,183 @@
+"""The launcher of every training stage: the same recipe code in this process or in Ray actors, for 1 worker and for N.
+
+    stage task --launch(train, ...)--> N workers (placement group of our own) --train(worker, ...)--> rank 0's result
+
+Owns: placement and its deadline, process groups, devices, thread counts, sharding. The stage task holds no tensors.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from rollout.errors import EnvironmentProblem, ExpectedError
+from stages.runtime import Runtime
+from stages.training.models import CausalLM, Precision, TokenScorer
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One training process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    runtime: Runtime
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launch(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> Result:
+    """Run `train(worker, **arguments)` on every worker of the stage; rank 0's result.
+
+    Raises what `train` raised (ExpectedError), or EnvironmentProblem when workers cannot be placed or die.
+    """
+    if runtime.executor == "inline":
+        return _in_this_process(train, runtime, arguments)
+    return _on_ray(train, runtime, arguments)
+
+
+def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision, trained: bool) -> nn.Module:
+    """The model on its device in its compute precision.
+
+    fp32 on one worker is the plain module. bf16 keeps fp32 masters and computes in a bf16 copy through `fully_shard`,
+    also on a world of one, so that one worker and several run the same arithmetic. A frozen bf16 model is simply cast.
+    """
+    model.to(worker.device)
+    if precision == "fp32" and worker.world_size == 1:
+        return model
+    if not trained and worker.world_size == 1:
+        return model.to(torch.bfloat16)
+    _ensure_process_group(worker)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    fully_shard(model, mp_policy=policy)
+    return model
+
+
+def worker_environment(runtime: Runtime) -> dict[str, str]:
+    """Environment of a worker process: passive waiting and all cores, for trainer and engine alternate."""
+    threads = max(1, len(os.sched_getaffinity(0)) // runtime.resources.num_workers)
+    environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
+    if not runtime.resources.num_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return environment
+
+
+def _in_this_process(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        return train(Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime), **arguments)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    resources = runtime.resources
+    group = _placed_group(runtime)
+    actors: list[Any] = []
+    try:
+        for index in range(resources.num_workers):
+            options: dict[str, Any] = {
+                "num_cpus": resources.num_cpus,
+                "num_gpus": resources.num_gpus,
+                "max_restarts": 0,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=index
+                ),
+                "runtime_env": {"env_vars": worker_environment(runtime)},
+            }
+            actors.append(ray.remote(_TrainingActor).options(**options).remote())
+        address = ray.get(actors[0].free_address.remote(), timeout=runtime.placement_timeout_s)
+        calls = [
+            actor.run.remote(train, runtime, rank, address, arguments) for rank, actor in enumerate(actors)
+        ]
+        results: list[Result] = ray.get(calls)
+        return results[0]
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ExpectedError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.GetTimeoutError as error:
+        raise EnvironmentProblem(
+            f"{runtime.stage}: no worker answered within {runtime.placement_timeout_s:g} s; see {runtime.log_dir}"
+        ) from error
+    except ray.exceptions.RayActorError as error:
+        raise EnvironmentProblem(
+            f"{runtime.stage}: a training worker died (out of memory?); see {runtime.log_dir}, then run again to resume"
+        ) from error
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        ray.util.remove_placement_group(group)
+
+
+def _placed_group(runtime: Runtime) -> Any:
+    import ray
+
+    resources = runtime.resources
+    bundle = {"CPU": resources.num_cpus} | ({"GPU": resources.num_gpus} if resources.num_gpus else {})
+    group = ray.util.placement_group([bundle] * resources.num_workers, strategy="PACK")
+    if not group.wait(runtime.placement_timeout_s):
+        ray.util.remove_placement_group(group)
+        raise EnvironmentProblem(
+            f"{runtime.stage}: no place for {resources.num_workers} x {bundle} within "
+            f"{runtime.placement_timeout_s:g} s; the cluster has {ray.available_resources()} free - "
+            f"lower resources.{runtime.stage} or add nodes"
+        )
+    return group
+
+
+class _TrainingActor:
+    """One worker process of a stage."""
+
+    def free_address(self) -> str:
+        """host:port on this node for the process group's rendezvous."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{socket.gethostbyname(socket.gethostname())}:{probe.getsockname()[1]}"
+
+    def run(
+        self,
+        train: Callable[..., Result],
+        runtime: Runtime,
+        rank: int,
+        address: str,
+        arguments: dict[str, Any],
+    ) -> Result:
+        world_size = runtime.resources.num_workers
+        worker = Worker(rank=rank, world_size=world_size, device=_device(runtime), runtime=runtime)
+        if worker.world_size > 1:
+            backend = "nccl" if worker.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, f"tcp://{address}", world_size=worker.world_size, rank=rank)
+        return train(worker, **arguments)
+
+
+def _device(runtime: Runtime) -> torch.device:
+    if not runtime.resources.num_gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            f"resources.{runtime.stage}.num_gpus is {runtime.resources.num_gpus:g}, but torch sees no GPU here"
+        )
+    return torch.device("cuda", 0)
+
+
+def _ensure_process_group(worker: Worker) -> None:
+    if not dist.is_initialized():
+        backend = "nccl" if worker.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), world_size=1, rank=0)

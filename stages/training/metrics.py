@@ -1,0 +1,89 @@
+"""metrics.jsonl: one object per logged step, written as it happens, cut back on resume.
+
+    recipe --log--> work_dir/metrics.jsonl --> live line of the cli, report.html, the artifact
+
+Owns: the file and the table of metric names. Only recipes log; everything else returns its numbers.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+METRICS: dict[str, str] = {
+    "train/loss": "loss per token (pretrain, sft) or per pair (reward), nats",
+    "train/lr": "learning rate of this step",
+    "train/grad_norm": "global gradient norm before clipping",
+    "train/tokens_per_second": "tokens in forward and backward, per second",
+    "train/accuracy": "share of training pairs ranked as labelled",
+    "train/margin": "mean chosen - rejected score",
+    "eval/loss": "loss on held-out data, nats",
+    "rollout/score": "mean normalised reward-model score of the batch",
+    "rollout/score_std": "its standard deviation",
+    "rollout/kl": "KL to the reference: mean of k1 summed over each response, nats",
+    "rollout/length": "mean response tokens",
+    "rollout/truncated": "share of responses without an end token",
+    "rollout/entropy": "mean entropy of the policy per response token, nats",
+    "rollout/kl_coef": "beta in force",
+    "rollout/engine_max_abs_diff": "largest |log-prob of the engine - of the trainer| over the batch, nats",
+    "ppo/policy_loss": "clipped policy loss, mean over updates",
+    "ppo/value_loss": "clipped value loss, mean over updates",
+    "ppo/approx_kl": "KL between anchor and policy (k3), mean over updates",
+    "ppo/clip_fraction": "share of tokens whose ratio was clipped",
+    "ppo/ratio_first": "largest |ratio - 1| on the first minibatch of the first epoch",
+    "ppo/explained_variance": "1 - var(return - value) / var(return)",
+    "ppo/policy_grad_norm": "global gradient norm of the policy before clipping",
+    "ppo/value_grad_norm": "global gradient norm of the value model before clipping",
+    "ppo/lr": "learning rate of the policy",
+    "sync/seconds": "time of the weight sync",
+    "sync/version": "weight version the engines hold",
+    "sync/parity_max_abs_diff": "largest |log-prob difference| of the probe after the sync, nats",
+    "time/generation": "seconds waiting for rollouts",
+    "time/scoring": "seconds in reward, reference and value forwards",
+    "time/training": "seconds in PPO updates",
+    "time/sync": "seconds in sync and parity check",
+}
+
+
+class StepLog:
+    """A jsonl file of objects with a `step`; a resumed stage first drops the lines of steps it will take again."""
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        self._path = path
+        kept = [line for line in read_steps(path) if line["step"] <= resumed_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append `lines`; each has a `step` (1-based: the steps done so far)."""
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+class MetricsLog:
+    """`metrics.jsonl` of one stage.
+
+    Example: log = MetricsLog(work_dir, max_steps=40, resumed_step=0); log(3, {"train/loss": 2.1})
+    """
+
+    def __init__(self, work_dir: Path, *, max_steps: int, resumed_step: int) -> None:
+        self._log = StepLog(work_dir / METRICS_FILE, resumed_step=resumed_step)
+        self._max_steps = max_steps
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line for `step` (1-based: the steps done so far)."""
+        undeclared = metrics.keys() - METRICS.keys()
+        assert not undeclared, f"metrics without a description in METRICS: {undeclared}"
+        self._log.write(
+            [{"step": step, "max_steps": self._max_steps, "time": round(time.time(), 3), **metrics}]
+        )
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a StepLog's file, [] without one; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]

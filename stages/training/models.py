@@ -1,0 +1,242 @@
+"""Models of the chain: building, loading, forwards over packed rows, saving.
+
+    model directory --load--> module --forward over a PackedRow--> log-probs | scores | values --save--> model directory
+
+Owns: which architecture, where heads come from, in what precision a forward runs, and that no dropout is ever active.
+Does not own: packing (data.packing), losses (objectives), sharding across workers (distributed).
+Every forward here is over one packed row without attention mask and with `use_cache=False`: with the cache on,
+transformers drops the mask between packed sequences without a word.
+
+Shapes: R rows (1 where packed), N tokens of a row, K of its positions, V vocabulary, D hidden.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from stages.config import ModelConfig
+from stages.errors import ModelError
+
+Precision = Literal["fp32", "bf16"]
+NORMALISER_FILE = "score_normaliser.json"
+
+
+class CausalLM(nn.Module):
+    """A language model over packed rows. `inner` is the transformers model that is saved."""
+
+    def __init__(self, inner: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids_RN: Tensor, position_ids_RN: Tensor, positions_K: Tensor) -> Tensor:
+        """Logits [R, K, V] at the positions `positions_K` of each row; logits elsewhere are never computed."""
+        return self.inner(
+            input_ids=input_ids_RN, position_ids=position_ids_RN, use_cache=False, logits_to_keep=positions_K
+        ).logits
+
+
+class TokenScorer(nn.Module):
+    """A scalar per position of a packed row: reward model (read at last tokens) and value model (read anywhere)."""
+
+    def __init__(self, inner: PreTrainedModel, *, bias: float | None = None) -> None:
+        super().__init__()
+        self.inner = inner
+        self.bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
+
+    def forward(self, input_ids_1N: Tensor, position_ids_1N: Tensor, positions_K: Tensor) -> Tensor:
+        """Scores [K], float32, at the row positions `positions_K`."""
+        output = self.inner.base_model(input_ids=input_ids_1N, position_ids=position_ids_1N, use_cache=False)
+        hidden_KD = output.last_hidden_state[0, positions_K]
+        scores_K = self.inner.score(hidden_KD).squeeze(-1).float()
+        return scores_K if self.bias is None else scores_K + self.bias.float()
+
+
+def build_causal_lm(
+    config: ModelConfig, *, vocab_size: int, eos_token_id: int, pad_token_id: int
+) -> CausalLM:
+    """A LLaMA with fresh weights from torch's global generator, in fp32; seed that before."""
+    architecture = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.context_length,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        attn_implementation="sdpa",
+    )
+    return CausalLM(LlamaForCausalLM(architecture).float())
+
+
+def load_causal_lm(directory: Path) -> CausalLM:
+    """The language model of a model directory, in fp32 on the CPU, dropout off."""
+    _check_is_a_model(directory)
+    inner, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        use_safetensors=True,
+        **_no_dropout(directory),
+    )
+    _check_nothing_missing(directory, info["missing_keys"])
+    return CausalLM(inner)
+
+
+def reward_from_causal_lm(directory: Path, *, pad_token_id: int) -> TokenScorer:
+    """A reward model on the body of a language model; its head is drawn with std 1/sqrt(D + 1) from torch's global
+    generator (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO").
+
+    `pad_token_id` must not be an end token: transformers reads the score before the first pad otherwise.
+    """
+    _check_is_a_model(directory)
+    inner = AutoModelForSequenceClassification.from_pretrained(
+        directory,
+        num_labels=1,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        **_no_dropout(directory),
+    )
+    inner.config.pad_token_id = pad_token_id
+    nn.init.normal_(inner.score.weight, std=1 / math.sqrt(inner.config.hidden_size + 1))
+    return TokenScorer(inner)
+
+
+def load_reward_model(directory: Path) -> TokenScorer:
+    """The reward model of a model directory. ModelError when its head is not in the file: a random head is no model."""
+    _check_is_a_model(directory)
+    if not any(name.startswith("score.") for name in tensor_names(directory)):
+        raise ModelError(f"{directory}: no score head in it; give a reward model (rlhf reward makes one)")
+    inner, info = AutoModelForSequenceClassification.from_pretrained(
+        directory,
+        num_labels=1,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        use_safetensors=True,
+        **_no_dropout(directory),
+    )
+    _check_nothing_missing(directory, info["missing_keys"])
+    return TokenScorer(inner)
+
+
+def value_from_reward_model(directory: Path) -> TokenScorer:
+    """A value model that starts as the reward model, with the score normaliser folded into its head."""
+    scorer = load_reward_model(directory)
+    normaliser = ScoreNormaliser.load(directory)
+    with torch.no_grad():
+        scorer.inner.score.weight.div_(normaliser.std)
+    return TokenScorer(scorer.inner, bias=-normaliser.mean / normaliser.std)
+
+
+class ScoreNormaliser:
+    """Mean and std of the raw scores over responses sampled from the initial policy; saved with the reward model.
+
+    Dividing by std rescales what `ppo.kl_coef` means: it weighs nats against standard deviations of the score.
+    """
+
+    def __init__(self, *, mean: float, std: float) -> None:
+        self.mean = mean
+        self.std = std
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return (scores - self.mean) / self.std
+
+    def save(self, directory: Path) -> None:
+        (directory / NORMALISER_FILE).write_text(json.dumps({"mean": self.mean, "std": self.std}) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> "ScoreNormaliser":
+        path = directory / NORMALISER_FILE
+        if not path.is_file():
+            raise ModelError(
+                f"{path}: missing; without it scores have no scale - make the model with rlhf reward"
+            )
+        values = json.loads(path.read_text())
+        return cls(mean=values["mean"], std=values["std"])
+
+
+def base_model(inputs: Mapping[str, Path]) -> Path:
+    """The model directory a chain starts from: pretrain's, or the one `model.path` names."""
+    return inputs["pretrain"] if "pretrain" in inputs else inputs["model"]
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No gradient for any parameter of `model`, and eval mode."""
+    return model.requires_grad_(False).eval()
+
+
+def set_stop_tokens(
+    model: CausalLM, *, eos_token_id: int, stop_token_ids: Sequence[int], pad_token_id: int
+) -> None:
+    """What a saved chat model ends at, in transformers' `generate` and in vLLM alike."""
+    model.inner.config.eos_token_id = eos_token_id
+    model.inner.config.pad_token_id = pad_token_id
+    model.inner.generation_config.eos_token_id = list(stop_token_ids)
+    model.inner.generation_config.pad_token_id = pad_token_id
+
+
+def save_model(model: CausalLM | TokenScorer, directory: Path, state: dict[str, Tensor]) -> None:
+    """Write a plain `save_pretrained` layout (safetensors) with the full tensors of `state`, named as in `inner`."""
+    model.inner.save_pretrained(directory, state_dict=state)
+
+
+def full_state(model: CausalLM | TokenScorer) -> dict[str, Tensor]:
+    """The whole, unsharded fp32 weights of `inner`, on the CPU, by transformers' names."""
+    return {
+        name: _gathered(tensor).detach().cpu()
+        for name, tensor in model.inner.state_dict(keep_vars=True).items()
+    }
+
+
+def tensor_names(directory: Path) -> Iterator[str]:
+    """Names of the tensors in a model directory's safetensors files, without loading them."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_is_a_model(directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{directory}: not a model directory (no config.json); give a save_pretrained directory"
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise ModelError(f"{directory}: no safetensors weights; convert it with save_pretrained first")
+
+
+def _check_nothing_missing(directory: Path, missing: list[str]) -> None:
+    if missing:
+        raise ModelError(f"{directory}: weights missing from its files: {', '.join(sorted(missing)[:5])}")
+
+
+def _no_dropout(directory: Path) -> dict[str, float]:
+    """Overrides that switch off every dropout the directory's config names."""
+    config = AutoConfig.from_pretrained(directory).to_dict()
+    return {key: 0.0 for key, value in config.items() if "dropout" in key and isinstance(value, float)}

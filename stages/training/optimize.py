@@ -1,0 +1,96 @@
+"""The one inner loop of every stage: accumulate gradients over micro-batches, clip, step.
+
+    for each micro-batch: loss (a masked sum / the step's whole count) -> backward
+    all: clip to max_grad_norm -> AdamW at this step's learning rate
+
+Owns: AdamW, parameter groups, the learning rate, clipping, refusing non-finite numbers. Losses arrive already divided
+by the count of the whole step, so how a batch is split cannot change the gradient.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stages.config import TrainingConfig
+from stages.errors import TrainingStopped
+from stages.objectives.schedules import lr_factor
+
+MicroBatch = TypeVar("MicroBatch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One optimizer step."""
+
+    loss: float  # sum over the micro-batches: the mean of the step
+    grad_norm: float  # global, before clipping
+    lr: float
+
+
+class Optimizer:
+    """AdamW over one model, with its schedule.
+
+    `take_step` counts from 0; the schedule spans `max_steps` of them.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, *, lr: float, max_steps: int) -> None:
+        self.model = model
+        self._config = config
+        self._peak_lr = lr
+        self._max_steps = max_steps
+        self.adamw = torch.optim.AdamW(
+            _parameter_groups(model, config.weight_decay),
+            lr=lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+        )
+
+    def take_step(
+        self, step: int, micro_batches: Iterable[MicroBatch], loss_of: Callable[[MicroBatch], Tensor]
+    ) -> StepResult:
+        """Accumulate `loss_of` over `micro_batches` and update the weights once.
+
+        Raises TrainingStopped when the loss or the gradient is not finite; the weights are then unchanged.
+        """
+        self.adamw.zero_grad(set_to_none=True)
+        total = 0.0
+        for micro_batch in micro_batches:
+            loss = loss_of(micro_batch)
+            loss.backward()
+            total += loss.item()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise TrainingStopped(
+                f"step {step + 1}: loss {total:.4g}, gradient norm {norm:.4g}: not finite; "
+                "lower the learning rate or look at the data of this step"
+            )
+        lr = self._set_lr(step)
+        self.adamw.step()
+        return StepResult(loss=total, grad_norm=norm, lr=lr)
+
+    def _set_lr(self, step: int) -> float:
+        config = self._config
+        factor = lr_factor(
+            schedule=config.lr_schedule,
+            step=step,
+            warmup_steps=round(config.warmup_frac * self._max_steps),
+            total_steps=self._max_steps,
+            final_frac=config.min_lr_frac,
+        )
+        for group in self.adamw.param_groups:
+            group["lr"] = self._peak_lr * factor
+        return self._peak_lr * factor
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay; norms, biases and other vectors do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]

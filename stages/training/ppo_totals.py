@@ -1,0 +1,85 @@
+"""Times and totals of a PPO run: what its summary reports, over resumes too.
+
+Owns: `Clock` (one iteration) and `Totals` (the run; part of each checkpoint).
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Phase = Literal["generation", "scoring", "training", "sync"]
+
+
+class Clock:
+    """Seconds per phase of one iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Phase, float] = {}
+
+    @contextmanager
+    def measure(self, phase: Phase) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """Sums over all iterations so far."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # per phase
+    responses: int = 0
+    sync_seconds: list[float] = field(default_factory=list)  # one per sync
+    parity_max_abs_diff: float = 0.0  # worst of all parity checks, nats
+    engine_max_abs_diff: float = 0.0  # worst over all training rollouts, nats
+    kl_final: float = 0.0  # of the last batch, nats per response
+    score_final: float = 0.0  # of the last batch, normalised
+
+    def see_parity(self, max_abs_diff: float) -> None:
+        self.parity_max_abs_diff = max(self.parity_max_abs_diff, max_abs_diff)
+
+    def add(
+        self,
+        clock: Clock,
+        summary: Mapping[str, float],
+        *,
+        responses: int,
+        sync_seconds: float,
+        parity_max_abs_diff: float,
+    ) -> None:
+        """One finished iteration."""
+        for phase, seconds in clock.seconds.items():
+            self.seconds[phase] = self.seconds.setdefault(phase, 0.0) + seconds
+        self.responses += responses
+        self.sync_seconds.append(sync_seconds)
+        self.see_parity(parity_max_abs_diff)
+        self.engine_max_abs_diff = max(self.engine_max_abs_diff, summary["rollout/engine_max_abs_diff"])
+        self.score_final = summary["rollout/score"]
+        if "rollout/kl" in summary:
+            self.kl_final = summary["rollout/kl"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def metrics(self, *, version: int) -> dict[str, float]:
+        """The stage's final metrics."""
+        return {
+            "parity_max_abs_diff": self.parity_max_abs_diff,
+            "engine_max_abs_diff": self.engine_max_abs_diff,
+            "version_final": float(version),
+            "sync_seconds_median": statistics.median(self.sync_seconds),
+            "samples_per_second": self.responses / sum(self.seconds.values()),
+            "generation_seconds": self.seconds["generation"],
+            "scoring_seconds": self.seconds["scoring"],
+            "training_seconds": self.seconds["training"],
+            "sync_seconds": self.seconds["sync"],
+            "kl_final": self.kl_final,
+            "score_final": self.score_final,
+            "steps": float(len(self.sync_seconds)),
+        }

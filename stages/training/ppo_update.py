@@ -1,0 +1,202 @@
+"""The updates of one PPO iteration: E epochs of clipped policy and value steps over one batch of experience.
+
+    experiences (packs) --shuffled per epoch, a few to a step--> policy loss, value loss --> two optimizer steps
+
+Owns: the optimizers of policy and value model, the order of minibatches, the metrics of the updates. Which packs exist
+was decided once, before the anchor forward; they are shuffled here and never torn.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stages.config import PPOConfig
+from stages.data.batches import stage_seed
+from stages.data.experience import Experience, minibatches
+from stages.objectives.losses import (
+    aggregation_denominator,
+    kl_surrogate_loss,
+    policy_loss,
+    sequence_importance_weights,
+    sequence_kl_loss,
+    token_importance_weights,
+    value_loss,
+)
+from stages.training.forwards import response_logprobs, response_values
+from stages.training.optimize import Optimizer
+from stages.training.ppo_models import PPOModels
+
+
+class Learner:
+    """Policy and value model under training.
+
+    Example: learner = Learner(models, config, seed=0); metrics = learner.update(step, experiences, kl_coef=0.05)
+    """
+
+    def __init__(self, models: PPOModels, config: PPOConfig, *, seed: int) -> None:
+        self._models = models
+        self._config = config
+        self._seed = seed
+        self._packs_per_step = max(1, config.batch_size // config.micro_batch_size)
+        num_packs = math.ceil(config.responses_per_step / config.micro_batch_size)
+        self._steps_per_epoch = math.ceil(num_packs / self._packs_per_step)
+        total = config.max_steps * config.num_epochs * self._steps_per_epoch
+        self.policy = Optimizer(models.policy, config, lr=config.lr, max_steps=total)
+        self.value = Optimizer(models.value_model, config, lr=config.value_lr, max_steps=total)
+
+    @property
+    def parts(self) -> dict[str, Optimizer]:
+        """What a checkpoint holds."""
+        return {"policy": self.policy, "value": self.value}
+
+    def update(self, step: int, experiences: Sequence[Experience], *, kl_coef: float) -> dict[str, float]:
+        """All optimizer steps of iteration `step` (0-based); metrics averaged over them. Raises TrainingStopped."""
+        watch = _UpdateWatch()
+        for epoch in range(self._config.num_epochs):
+            seed = stage_seed(self._seed, "ppo", "minibatches", step, epoch)
+            for index, packs in enumerate(
+                minibatches(experiences, packs_per_step=self._packs_per_step, seed=seed)
+            ):
+                number = (step * self._config.num_epochs + epoch) * self._steps_per_epoch + index
+                self._take_steps(step, number, packs, kl_coef, watch)
+        return watch.metrics()
+
+    def _take_steps(
+        self, step: int, number: int, packs: Sequence[Experience], kl_coef: float, watch: "_UpdateWatch"
+    ) -> None:
+        config = self._config
+        masks = [pack.mask_BT for pack in packs]
+        denominator = aggregation_denominator(
+            masks=masks,
+            aggregation=config.loss_aggregation,
+            constant_length=config.max_response_tokens if config.loss_aggregation == "constant" else None,
+        )
+        num_tokens = float(sum(int(mask.sum()) for mask in masks))
+        if num_tokens == 0:
+            return
+        sequences = aggregation_denominator(
+            masks=masks, aggregation="sequence_mean_token_sum", constant_length=None
+        )
+        value = self.value.take_step(number, packs, lambda pack: self._value_loss(pack, denominator))
+        watch.add("ppo/value_loss", value.loss)
+        watch.add("ppo/value_grad_norm", value.grad_norm)
+        if step < config.value_warmup_steps:
+            return
+        policy = self.policy.take_step(
+            number,
+            packs,
+            lambda pack: self._policy_loss(pack, denominator, sequences, kl_coef, num_tokens, watch),
+        )
+        watch.close_step()
+        watch.add("ppo/policy_loss", policy.loss)
+        watch.add("ppo/policy_grad_norm", policy.grad_norm)
+        watch.add("ppo/lr", policy.lr)
+
+    def _value_loss(self, pack: Experience, denominator: Tensor) -> Tensor:
+        return value_loss(
+            values_BT=response_values(self._models.value_model, pack.packed),
+            anchor_values_BT=pack.anchor_values_BT,
+            returns_BT=pack.returns_BT,
+            mask_BT=pack.mask_BT,
+            clip=self._config.value_clip,
+            aggregation=self._config.loss_aggregation,
+            denominator=denominator,
+        ).loss
+
+    def _policy_loss(
+        self,
+        pack: Experience,
+        denominator: Tensor,
+        sequences: Tensor,
+        kl_coef: float,
+        num_tokens: float,
+        watch: "_UpdateWatch",
+    ) -> Tensor:
+        config = self._config
+        policy_BT = response_logprobs(self._models.policy, pack.packed, temperature=config.temperature)
+        single_update = config.num_epochs == 1 and self._steps_per_epoch == 1
+        result = policy_loss(
+            policy_logprobs_BT=policy_BT,
+            anchor_logprobs_BT=policy_BT.detach() if single_update else pack.anchor_logprobs_BT,
+            advantages_BT=pack.advantages_BT,
+            importance_weights_BT=None,
+            mask_BT=pack.mask_BT,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            aggregation=config.loss_aggregation,
+            denominator=denominator,
+        )
+        watch.see_ratio(result.ratio_min, result.ratio_max)
+        watch.add_share("ppo/approx_kl", float(result.token_sums["approx_kl_anchor_k3"]) / num_tokens)
+        watch.add_share("ppo/clip_fraction", float(result.token_sums["clip_frac"]) / num_tokens)
+        return result.loss + self._kl_term(pack, policy_BT, denominator, sequences, kl_coef)
+
+    def _kl_term(
+        self, pack: Experience, policy_BT: Tensor, denominator: Tensor, sequences: Tensor, kl_coef: float
+    ) -> Tensor:
+        """beta times the KL loss where the config puts the KL into the loss; 0 where it is in the reward."""
+        config = self._config
+        if config.kl_placement == "reward" or pack.reference_logprobs_BT is None:
+            return policy_BT.new_zeros(())
+        weighting = {
+            "logprobs_BT": policy_BT.detach(),
+            "rollout_logprobs_BT": pack.anchor_logprobs_BT,
+            "mask_BT": pack.mask_BT,
+        }
+        if config.kl_placement == "loss":
+            weights_B = sequence_importance_weights(**weighting, max_weight=math.inf, beyond="truncate")
+            loss = sequence_kl_loss(
+                policy_logprobs_BT=policy_BT,
+                reference_logprobs_BT=pack.reference_logprobs_BT,
+                importance_weights_B=weights_B,
+                mask_BT=pack.mask_BT,
+                denominator=sequences,
+            )
+            return kl_coef * loss
+        weights_BT = token_importance_weights(**weighting, max_weight=math.inf, beyond="truncate")
+        loss = kl_surrogate_loss(
+            policy_logprobs_BT=policy_BT,
+            reference_logprobs_BT=pack.reference_logprobs_BT,
+            importance_weights_BT=weights_BT,
+            mask_BT=pack.mask_BT,
+            estimator=config.kl_estimator,
+            aggregation=config.loss_aggregation,
+            denominator=denominator,
+        )
+        return kl_coef * loss
+
+
+class _UpdateWatch:
+    """Means over optimizer steps of what was watched; shares add up over the packs of a step first."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+        self._shares: dict[str, float] = defaultdict(float)
+        self._first_ratio = 0.0  # largest |ratio - 1| of the first optimizer step
+        self._first_step_open = True
+
+    def add(self, name: str, value: float) -> None:
+        self._sums[name] += value
+        self._counts[name] += 1
+
+    def add_share(self, name: str, share: float) -> None:
+        self._shares[name] += share
+
+    def see_ratio(self, smallest: Tensor, largest: Tensor) -> None:
+        if self._first_step_open and torch.isfinite(largest):
+            self._first_ratio = max(self._first_ratio, float(largest) - 1, 1 - float(smallest))
+
+    def close_step(self) -> None:
+        self._first_step_open = False
+        for name, share in self._shares.items():
+            self.add(name, share)
+        self._shares.clear()
+
+    def metrics(self) -> dict[str, float]:
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        return means if self._first_step_open else means | {"ppo/ratio_first": self._first_ratio}
