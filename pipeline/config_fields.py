@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
-from pipeline.yaml_source import KeyPath, Node, describe, short
+from pipeline.yaml_source import KeyPath, Node, describe, dotted, short
 from rollout.config import Section
 
 SYNONYMS = {"learning_rate": "lr", "beta": "kl_coef", "max_new_tokens": "max_response_tokens"}
@@ -79,11 +79,6 @@ def explained(error: ErrorDetails, tree: Node) -> ConfigError:
         named = [tuple(word.split(".")) for word in re.findall(r"^\w+(?:\.\w+)*|\w+(?:\.\w+)+", message)]
     blamed = tree.nearest(next((key for key in named if _is_stated(key, tree)), path or named[0]))
     return ConfigError(f"{blamed.origin.label}: {short(message, 400)}")
-
-
-def dotted(path: KeyPath) -> str:
-    """Example: ("sft", "data", 0) -> "sft.data.0"."""
-    return ".".join(short(str(key)) for key in path)
 
 
 def _reason(error: ErrorDetails, node: Node) -> str:

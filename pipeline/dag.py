@@ -125,9 +125,12 @@ def select(config: ExperimentConfig, targets: Collection[str], given: Collection
             continue
         if getattr(config, stage) is None:
             users = [user for user in STAGES if user in wanted and stage in needs(config, user)]
-            why = f", which {users[0]} needs" if users else ""
-            raise ConfigError(f"{stage}: no such section{why}; add `{stage}:`" + (
-                f", or give --input {stage}=DIR" if users else ""))
+            raise ConfigError(
+                f"{stage}: no such section, which {users[0]} needs; add `{stage}:`, or give `rlhf {users[0]}` --input "
+                f"{stage}=DIR"
+                if users
+                else f"{stage}: no such section; add `{stage}:`"
+            )
         for key in needs(config, stage):
             (outside if key == MODEL or key in given else wanted).add(key)
     return Selection(
@@ -203,7 +206,9 @@ def recipe_version(entry: str) -> int:
     """`RECIPE_VERSION` of a recipe, read from its source: importing a recipe imports torch."""
     module = entry.partition(":")[0]
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, f"{module}: no such module (entry {entry} of the stage table)"
+    assert spec is not None and spec.origin is not None, (
+        f"{module}: no such module (entry {entry} of the stage table)"
+    )
     for statement in ast.parse(Path(spec.origin).read_text()).body:
         match statement:
             case ast.Assign(targets=[ast.Name(id="RECIPE_VERSION")], value=ast.Constant(value=int(version))):
@@ -222,8 +227,15 @@ def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str]) -> N
         "inputs": inputs,
         "contents": contents,
     }
-    return Node(stage=stage.name, entry=stage.entry, settings=settings, recipe_version=version, inputs=inputs,
-                contents=contents, fingerprint=_digest(identity))
+    return Node(
+        stage=stage.name,
+        entry=stage.entry,
+        settings=settings,
+        recipe_version=version,
+        inputs=inputs,
+        contents=contents,
+        fingerprint=_digest(identity),
+    )
 
 
 def _digest(identity: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import importlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -119,13 +120,24 @@ def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | 
     nodes = dag.plan(config, selection, _fingerprints(outside))
     present = _present(store, [node for stage, node in nodes.items() if stage not in forced])
     return PlannedRun(
-        config=config, store=store, nodes=nodes, outside=outside, present=present,
-        to_run=tuple(stage for stage in nodes if stage not in present), replaced=forced,
+        config=config,
+        store=store,
+        nodes=nodes,
+        outside=outside,
+        present=present,
+        to_run=tuple(stage for stage in nodes if stage not in present),
+        replaced=forced,
     )
 
 
-def plan_stage(config: ExperimentConfig, stage: str, *, inputs: Mapping[str, Path], force: bool,
-               command: Callable[[str], str]) -> PlannedRun:
+def plan_stage(
+    config: ExperimentConfig,
+    stage: str,
+    *,
+    inputs: Mapping[str, Path],
+    force: bool,
+    command: Callable[[str], str],
+) -> PlannedRun:
     """One stage on what the stages before it left, or on `inputs`.
 
     `command(stage)` is how a user makes a missing stage. Raises MissingStage besides what `plan_run` raises.
@@ -149,8 +161,12 @@ def plan_stage(config: ExperimentConfig, stage: str, *, inputs: Mapping[str, Pat
     if not force:
         present |= _present(store, [nodes[stage]])
     return PlannedRun(
-        config=config, store=store, nodes={key: node for key, node in nodes.items() if key in present or key == stage},
-        outside=outside, present=present, to_run=() if stage in present else (stage,),
+        config=config,
+        store=store,
+        nodes={key: node for key, node in nodes.items() if key in present or key == stage},
+        outside=outside,
+        present=present,
+        to_run=() if stage in present else (stage,),
         replaced=frozenset({stage} if force else ()),
     )
 
@@ -220,7 +236,9 @@ def signals_interrupt() -> Iterator[None]:
 @contextlib.contextmanager
 def no_orphans() -> Iterator[None]:
     """Whatever this process starts inside, at any depth and in any session, is gone afterwards."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become our children, where we find them
+    ctypes.CDLL(None).prctl(
+        PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
+    )  # orphans become our children, where we find them
     before = set(psutil.Process().children(recursive=True))
     try:
         yield
@@ -235,8 +253,11 @@ def ray_session(config: ExperimentConfig, log_dir: Path) -> Iterator[Callable[[]
     process. A local cluster has a token of its own and a short session directory whose logs are kept in `log_dir`.
     """
     if config.resources.address is not None:
-        with _ray_connected(log_dir, address=config.resources.address,
-                            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}}):
+        with _ray_connected(
+            log_dir,
+            address=config.resources.address,
+            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}},
+        ):
             yield lambda: None
         return
     with _session_directory(log_dir) as directory:
@@ -245,8 +266,42 @@ def ray_session(config: ExperimentConfig, log_dir: Path) -> Iterator[Callable[[]
             yield lambda: _check_local_cluster(log_dir)
 
 
-def _identified(config: ExperimentConfig, store: Store, selection: dag.Selection,
-                inputs: Mapping[str, Path]) -> dict[str, Given]:
+def read_on_every_node(file: Path, address: str) -> dict[str, str | None]:
+    """Node address -> the text of `file` there, None where it cannot be read. Raises EnvironmentProblem."""
+    log_dir = Path(tempfile.mkdtemp(prefix="rlhf-doctor-"))
+    try:
+        with _ray_connected(log_dir, address=address):
+            import ray
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            task = ray.remote(num_cpus=0, max_retries=0)(_text_of)
+            answers = {
+                node["NodeManagerAddress"]: task.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ).remote(file)
+                for node in ray.nodes()
+                if node["Alive"]
+            }
+            try:
+                return dict(zip(answers, ray.get(list(answers.values()), timeout=60), strict=True))
+            except ray.exceptions.RayError as error:
+                raise EnvironmentProblem(
+                    f"{address}: a node does not answer ({type(error).__name__})"
+                ) from error
+    finally:
+        shutil.rmtree(log_dir, ignore_errors=True)
+
+
+def _text_of(file: Path) -> str | None:
+    try:
+        return file.read_text()
+    except OSError:
+        return None
+
+
+def _identified(
+    config: ExperimentConfig, store: Store, selection: dag.Selection, inputs: Mapping[str, Path]
+) -> dict[str, Given]:
     outside = {}
     for key in selection.outside:
         if key == dag.MODEL:
@@ -268,25 +323,38 @@ def _present(store: Store, nodes: Sequence[dag.Node]) -> dict[str, Manifest]:
 
 
 def _result(manifest: Manifest, *, skipped: bool) -> StageResult:
-    return StageResult(stage=manifest.stage, fingerprint=manifest.fingerprint, skipped=skipped,
-                       seconds=manifest.seconds, metrics=manifest.metrics)
+    return StageResult(
+        stage=manifest.stage,
+        fingerprint=manifest.fingerprint,
+        skipped=skipped,
+        seconds=manifest.seconds,
+        metrics=manifest.metrics,
+    )
 
 
 def _made_with_other_versions(manifest: Manifest) -> str:
     now = package_versions()
-    changed = [f"{name} {made_with}" for name, made_with in manifest.packages.items()
-               if name in now and now[name] != made_with]
+    changed = [
+        f"{name} {made_with}"
+        for name, made_with in manifest.packages.items()
+        if name in now and now[name] != made_with
+    ]
     return f"(made with {', '.join(changed)})" if changed else ""
 
 
 def _job(planned: PlannedRun, stage: str) -> StageJob:
     config = planned.config
     return StageJob(
-        node=planned.nodes[stage], outputs=planned.store.root, log_dir=planned.store.log_dir(config.name),
+        node=planned.nodes[stage],
+        outputs=planned.store.root,
+        log_dir=planned.store.log_dir(config.name),
         outside={key: given.path for key, given in planned.outside.items()},
-        resources=resources_of(config, stage), executor=config.pipeline.executor,
-        placement_timeout_s=config.resources.placement_timeout_s, lock_timeout_s=config.pipeline.lock_timeout_s,
-        side_by_side=dag.side_by_side(config, planned.to_run), replace=stage in planned.replaced,
+        resources=resources_of(config, stage),
+        executor=config.pipeline.executor,
+        placement_timeout_s=config.resources.placement_timeout_s,
+        lock_timeout_s=config.pipeline.lock_timeout_s,
+        side_by_side=dag.side_by_side(config, planned.to_run),
+        replace=stage in planned.replaced,
     )
 
 
@@ -298,19 +366,33 @@ def resources_of(config: ExperimentConfig, stage: str) -> StageResources:
 
 def _start(planned: PlannedRun, stage: str, progress: Progress) -> None:
     node, store = planned.nodes[stage], planned.store
-    progress.start(stage, [store.work_dir(stage, node.fingerprint) / METRICS,
-                           store.artifact_dir(stage, node.fingerprint) / METRICS])
+    progress.start(
+        stage,
+        [
+            store.work_dir(stage, node.fingerprint) / METRICS,
+            store.artifact_dir(stage, node.fingerprint) / METRICS,
+        ],
+    )
 
 
-def _finish(planned: PlannedRun, result: StageResult, progress: Progress, results: dict[str, StageResult]) -> None:
+def _finish(
+    planned: PlannedRun, result: StageResult, progress: Progress, results: dict[str, StageResult]
+) -> None:
     results[result.stage] = result
     planned.store.link(planned.config.name, result.stage, result.fingerprint)
-    progress.end(result.stage, "skipped" if result.skipped else "done",
-                 seconds=None if result.skipped else result.seconds)
+    progress.end(
+        result.stage,
+        "skipped" if result.skipped else "done",
+        seconds=None if result.skipped else result.seconds,
+    )
 
 
-def _run_inline(planned: PlannedRun, progress: Progress, results: dict[str, StageResult],
-                failures: dict[str, ExpectedError]) -> None:
+def _run_inline(
+    planned: PlannedRun,
+    progress: Progress,
+    results: dict[str, StageResult],
+    failures: dict[str, ExpectedError],
+) -> None:
     for stage in planned.to_run:
         if failures:
             progress.end(stage, "not run")
@@ -323,8 +405,12 @@ def _run_inline(planned: PlannedRun, progress: Progress, results: dict[str, Stag
             progress.end(stage, "failed")
 
 
-def _run_on_ray(planned: PlannedRun, progress: Progress, results: dict[str, StageResult],
-                failures: dict[str, ExpectedError]) -> None:
+def _run_on_ray(
+    planned: PlannedRun,
+    progress: Progress,
+    results: dict[str, StageResult],
+    failures: dict[str, ExpectedError],
+) -> None:
     log_dir = planned.store.log_dir(planned.config.name)
     with ray_session(planned.config, log_dir) as check_cluster:
         pending = _submit(planned, results)
@@ -345,8 +431,10 @@ def _run_on_ray(planned: PlannedRun, progress: Progress, results: dict[str, Stag
                     _finish(planned, _fetch(stage, pending.pop(stage), log_dir), progress, results)
                 except ExpectedError as error:
                     failures[stage] = error
-                    beside = [other for other in following & pending.keys()]
-                    progress.end(stage, "failed", summary=f"(waiting for {beside[0]} to end)" if beside else "")
+                    beside = sorted(following & pending.keys())
+                    progress.end(
+                        stage, "failed", summary=f"(waiting for {beside[0]} to end)" if beside else ""
+                    )
             progress.poll()
             check_cluster()
 
@@ -393,9 +481,13 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
             "same command to go on"
         )
     if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in DISK_ERRNOS):
-        return EnvironmentProblem(f"{stage}: {cause or 'out of memory'}; free some and run the same command to go on")
+        return EnvironmentProblem(
+            f"{stage}: {cause or 'out of memory'}; free some and run the same command to go on"
+        )
     first_line = next(iter(str(cause).splitlines()), "")
-    return StageFailed(f"{stage}: {type(cause).__name__}: {first_line}; this is a bug of the pipeline; traceback in {log}")
+    return StageFailed(
+        f"{stage}: {type(cause).__name__}: {first_line}; this is a bug of the pipeline; traceback in {log}"
+    )
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -444,11 +536,22 @@ def _run_recipe(job: StageJob, store: Store) -> None:
     work = store.begin(node.stage, node.fingerprint)
     module, _, function = node.entry.partition(":")
     recipe = getattr(importlib.import_module(module), function)
-    runtime = Runtime(stage=node.stage, work_dir=work, log_dir=job.log_dir, resources=job.resources,
-                      executor=job.executor, placement_timeout_s=job.placement_timeout_s)
+    runtime = Runtime(
+        stage=node.stage,
+        work_dir=work,
+        log_dir=job.log_dir,
+        resources=job.resources,
+        executor=job.executor,
+        placement_timeout_s=job.placement_timeout_s,
+    )
     metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
-    store.seal(node, resolved=node.settings.model_dump(mode="json"), metrics=metrics, started=started,
-               exactness=_exactness(job, work / "out", inputs.values()))
+    store.seal(
+        node,
+        resolved=node.settings.model_dump(mode="json"),
+        metrics=metrics,
+        started=started,
+        exactness=_exactness(job, work / "out", inputs.values()),
+    )
 
 
 def _verified_input(job: StageJob, store: Store, key: str) -> Path:
@@ -494,12 +597,18 @@ def _record(planned: PlannedRun, results: Mapping[str, StageResult]) -> None:
         else:
             store.unlink(name, stage)
     summary = {
-        stage: {"fingerprint": entry.fingerprint, "skipped": entry.skipped, "seconds": entry.seconds,
-                "metrics": {key: _plain(value) for key, value in entry.metrics.items()}}
+        stage: {
+            "fingerprint": entry.fingerprint,
+            "skipped": entry.skipped,
+            "seconds": entry.seconds,
+            "metrics": {key: _plain(value) for key, value in entry.metrics.items()},
+        }
         for stage, entry in entries.items()
     }
     with disk_problems(store.run_dir(name)):
-        write_synced(store.run_dir(name) / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_synced(
+            store.run_dir(name) / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        )
 
 
 def _current_fingerprints(planned: PlannedRun) -> dict[str, str]:
@@ -554,8 +663,15 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     _quieten_ray(log_dir)
     try:
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR", **options)
-        except (ray.exceptions.RayError, RuntimeError, ConnectionError, TimeoutError, ValueError, OSError) as error:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (
+            ray.exceptions.RayError,
+            RuntimeError,
+            ConnectionError,
+            TimeoutError,
+            ValueError,
+            OSError,
+        ) as error:
             first_line = next(iter(str(error).splitlines()), "")
             raise EnvironmentProblem(
                 f"Ray did not start ({type(error).__name__}: {first_line}); see {log_dir}, check resources.address and "
@@ -576,7 +692,7 @@ def _quieten_ray(log_dir: Path) -> None:
     """Ray's messages about dying processes, printed by a thread of the driver even with log_to_driver off, to a file."""
     import ray._private.worker as worker
 
-    def to_file(data: Mapping[str, Any], **_: object) -> None:
+    def to_file(data: Mapping[str, Any], ignore_prefix: bool) -> None:
         with contextlib.suppress(OSError), (log_dir / "ray-messages.log").open("a") as log:
             log.write("\n".join(data["lines"]) + "\n")
 
@@ -587,13 +703,15 @@ def _quieten_ray(log_dir: Path) -> None:
 def _set_local_ray_environment() -> None:
     """Read by Ray's own processes when they start: authentication by a token nobody else has, nothing phoned home."""
     if "RAY_AUTH_TOKEN" not in _OWN_ENVIRONMENT:
-        _OWN_ENVIRONMENT.update({
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_IGNORE_UNHANDLED_ERRORS": "1",
-            "OMP_WAIT_POLICY": "passive",
-        })
+        _OWN_ENVIRONMENT.update(
+            {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+                "OMP_WAIT_POLICY": "passive",
+            }
+        )
     os.environ.update(_OWN_ENVIRONMENT)
 
 
@@ -639,6 +757,6 @@ def _remove_abandoned_sessions() -> None:
 def _check_local_cluster(log_dir: Path) -> None:
     from ray._private.worker import _global_node
 
-    dead = [] if _global_node is None else _global_node.dead_processes()
+    dead: list[tuple[str, Any]] = [] if _global_node is None else _global_node.dead_processes()
     if dead:
         raise EnvironmentProblem(f"Ray's {dead[0][0]} died; logs in {log_dir}; run the same command to go on")

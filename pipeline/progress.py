@@ -19,7 +19,16 @@ from rich.live import Live
 from rich.table import Table
 
 KEY_METRICS = (
-    "loss", "score", "kl", "accuracy", "margin", "policy_loss", "value_loss", "length", "tokens_per_second", "lr",
+    "loss",
+    "score",
+    "kl",
+    "accuracy",
+    "margin",
+    "policy_loss",
+    "value_loss",
+    "length",
+    "tokens_per_second",
+    "lr",
 )
 """What is shown of a step, the most telling first, by the name after the slash."""
 NUM_SHOWN = 4
@@ -47,8 +56,9 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
             self._live.stop()
@@ -70,8 +80,9 @@ class Progress:
         """The stage is over: "done", "skipped", "failed" or "not run"."""
         self.poll()
         followed = self._stages.setdefault(stage, _Followed(paths=[]))
-        followed.outcome = " ".join(part for part in (
-            outcome, "" if seconds is None else f"in {duration(seconds)}", summary) if part)
+        followed.outcome = " ".join(
+            part for part in (outcome, "" if seconds is None else f"in {duration(seconds)}", summary) if part
+        )
         if self._live is None:
             self.note(f"{stage}: {followed.outcome}")
         else:
@@ -127,7 +138,9 @@ class _Followed:
     def position(self, line: Mapping[str, Any]) -> str:
         """Step, speed and time left."""
         assert self.first is not None
-        parts = [f"step {line['step']}/{line['max_steps']}" if "max_steps" in line else f"step {line['step']}"]
+        parts = [
+            f"step {line['step']}/{line['max_steps']}" if "max_steps" in line else f"step {line['step']}"
+        ]
         steps, seconds = line["step"] - self.first["step"], line["time"] - self.first["time"]
         if steps and seconds > 0:
             parts.append(f"{steps / seconds:.2f} steps/s")
@@ -141,13 +154,15 @@ class _Followed:
             return ("", self.outcome, "")
         if self.last is None:
             return ("", f"starting, {duration(time.time() - self.started)}", "")
-        done = round(BAR_CHARS * self.last["step"] / self.last["max_steps"]) if "max_steps" in self.last else 0
+        done = (
+            round(BAR_CHARS * self.last["step"] / self.last["max_steps"]) if "max_steps" in self.last else 0
+        )
         return ("━" * done + "─" * (BAR_CHARS - done), self.position(self.last), shown(self.last))
 
 
 def shown(line: Mapping[str, Any]) -> str:
     """The few metrics of a step that fit on a line, e.g. "loss 2.31 lr 0.001"."""
-    names = {key.partition("/")[2]: value for key, value in reversed(line.items()) if "/" in key}
+    names = {key.partition("/")[2]: value for key, value in reversed(list(line.items())) if "/" in key}
     chosen = [name for name in KEY_METRICS if name in names][:NUM_SHOWN]
     chosen += [name for name in reversed(names) if name not in chosen][: NUM_SHOWN - len(chosen)]
     return " ".join(f"{name} {number(names[name])}" for name in chosen)

@@ -123,7 +123,7 @@ def _parse_file(path: Path, label: str, stated: Origin | None) -> Node:
         line = data.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{data[error.start]:02X}"
         raise ConfigError(f"{label}:{line}: not UTF-8 ({byte}); convert with iconv") from None
-    tree = _Composer(text, label, path.absolute().parent).document()
+    tree = _Composer(text, label, Path(os.path.realpath(path.parent))).document()
     if tree is None:
         raise ConfigError(f"{label}: empty; a config is lines of `key: value`, at least `name: ...`")
     if not isinstance(tree.value, dict):
@@ -154,7 +154,7 @@ class _Composer:
             next(events)  # the stream's start
             if isinstance(next(events), yaml.StreamEndEvent):
                 return None
-            tree = self._node(next(events), events, depth=0)
+            tree = self._node(next(events), events, ())
             next(events)  # the document's end
             after = next(events)
             if not isinstance(after, yaml.StreamEndEvent):
@@ -169,26 +169,26 @@ class _Composer:
             raise self._error_at(mark.line + 1 if mark else 1, f"not valid YAML: {what}") from None
         return None if tree.value is None and tree.text == "" else tree
 
-    def _node(self, event: Any, events: Iterator[Any], depth: int) -> Node:
+    def _node(self, event: Any, events: Iterator[Any], path: KeyPath) -> Node:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
-                raise self._error(event, f"alias *{event.anchor} stands before (or inside) its anchor")
+                raise self._error(event, f"alias *{event.anchor}: nothing above is anchored as &{event.anchor}")
             node, size = self._anchors[event.anchor]
             self._count(event, size)
             return node
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             raise self._error(event, f"tags such as {tag} are not allowed; write plain values")
-        if depth > MAX_DEPTH:
+        if len(path) > MAX_DEPTH:
             raise self._error(event, f"nested deeper than {MAX_DEPTH} levels")
         before = self._num_nodes
         self._count(event, 1)
-        node = self._value(event, events, depth)
+        node = self._value(event, events, path)
         if event.anchor is not None:
             self._anchors[event.anchor] = (node, self._num_nodes - before)
         return node
 
-    def _value(self, event: Any, events: Iterator[Any], depth: int) -> Node:
+    def _value(self, event: Any, events: Iterator[Any], path: KeyPath) -> Node:
         origin = self._origin(event)
         if isinstance(event, yaml.ScalarEvent):
             self._check_text(event)
@@ -196,9 +196,9 @@ class _Composer:
                 return Node(value=event.value, origin=origin)
             return Node(value=parse_scalar(event.value), origin=origin, text=event.value)
         if isinstance(event, yaml.SequenceStartEvent):
-            items = []
+            items: list[Node] = []
             while not isinstance(item := next(events), yaml.SequenceEndEvent):
-                items.append(self._node(item, events, depth + 1))
+                items.append(self._node(item, events, (*path, len(items))))
             return Node(value=items, origin=origin)
         entries: dict[str, Node] = {}
         inherited: dict[str, Node] = {}
@@ -209,8 +209,8 @@ class _Composer:
             if key.value in entries:
                 first = entries[key.value].origin.label.rpartition(":")[2]
                 where = f" (first in line {first})" if self._has_lines else ""
-                raise self._error(key, f"{short(key.value)}: stated twice{where}; keep one")
-            node = self._node(next(events), events, depth + 1)
+                raise self._error(key, f"{dotted((*path, key.value))}: stated twice{where}; keep one")
+            node = self._node(next(events), events, (*path, key.value))
             if key.value == "<<" and key.style is None:
                 inherited |= self._merge_key(key, node)
             else:
@@ -366,6 +366,11 @@ def short(text: str, limit: int = 80) -> str:
         for character in text[: limit + 1]
     )
     return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
+
+def dotted(path: KeyPath) -> str:
+    """Example: ("sft", "data", 0) -> "sft.data.0"."""
+    return ".".join(short(str(key)) for key in path)
 
 
 def describe(node: Node) -> str:

@@ -7,13 +7,16 @@ blocked: all tensors live on the worker thread. Tensor shapes: B sequences, T pr
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar
 
 import torch
+import transformers.utils.logging
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from rollout.api import FinishReason, Rollout, RolloutRequest, WeightUpdate
@@ -38,8 +41,7 @@ class HFEngine:
         self._name = name
         self._version = 0  # the weights of the model directory
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._in_flight: set[str] = set()
-        self._aborted: set[str] = set()  # read by the worker thread before every token
+        self._in_flight: dict[str, threading.Event] = {}  # set: given up; the worker thread looks before every token
         self._running = asyncio.Event()
         self._running.set()
         self._closed = False
@@ -59,26 +61,27 @@ class HFEngine:
         """See `RolloutEngine.submit`. Requests that arrive while the engine is paused wait for `resume`."""
         self._check_open()
         self._check_lengths(requests)
-        ids = {request.request_id for request in requests}
-        assert len(ids) == len(requests) and not ids & self._in_flight, "request ids in flight are unique"
-        self._in_flight |= ids
+        given_up = {request.request_id: threading.Event() for request in requests}
+        assert len(given_up) == len(requests) and not given_up.keys() & self._in_flight.keys(), "ids are unique"
+        self._in_flight |= given_up
         try:
-            return await before_deadline(self._generate(requests), timeout_s=self._config.generate_timeout_s,
+            return await before_deadline(self._generate(requests, given_up), timeout_s=self._config.generate_timeout_s,
                                          what=f"{self._name}: {len(requests)} rollouts")
         finally:
-            self._aborted |= ids  # the worker thread stops at its next token, if it still runs
-            self._in_flight -= ids
+            for request_id, event in given_up.items():
+                event.set()
+                del self._in_flight[request_id]
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """See `RolloutEngine.abort`."""
         self._check_open()
-        self._aborted |= self._in_flight & set(request_ids)
+        self._give_up(self._in_flight.keys() & set(request_ids))
 
     async def pause(self) -> None:
         """See `RolloutEngine.pause`. There is nothing to clear: keys and values live as long as their batch."""
         self._check_open()
         self._running.clear()
-        self._aborted |= self._in_flight
+        self._give_up(self._in_flight)
         await self._on_worker(lambda: None, "pause")  # runs after the batch that was being decoded
 
     async def update(self, update: WeightUpdate) -> None:
@@ -109,31 +112,38 @@ class HFEngine:
         if self._closed:
             return
         self._closed = True
-        self._aborted |= self._in_flight
+        self._give_up(self._in_flight)
         self._running.set()
         await asyncio.to_thread(self._worker.shutdown)
 
-    async def _generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    async def _generate(self, requests: Sequence[RolloutRequest],
+                        given_up: Mapping[str, threading.Event]) -> list[Rollout]:
         """Whole batches, one after another; concurrent calls take turns."""
+        await self._running.wait()
+        self._check_open()
         rollouts: list[Rollout] = []
         size = self._config.max_num_seqs
         for start in range(0, len(requests), size):
             batch = requests[start:start + size]
-            await self._running.wait()
-            self._check_open()
-            rollouts += await asyncio.get_running_loop().run_in_executor(self._worker, self._decode, batch)
+            rollouts += await asyncio.get_running_loop().run_in_executor(
+                self._worker, self._decode, batch, given_up)
         return rollouts
 
-    def _decode(self, batch: Sequence[RolloutRequest]) -> list[Rollout]:
+    def _decode(self, batch: Sequence[RolloutRequest], given_up: Mapping[str, threading.Event]) -> list[Rollout]:
         return decode(self._model, batch, max_model_len=self._max_model_len, version=self._version,
-                      is_aborted=self._aborted.__contains__)
+                      is_aborted=lambda request_id: given_up[request_id].is_set())
+
+    def _give_up(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._in_flight[request_id].set()
 
     def _load_update(self, update: WeightUpdate) -> None:
         """Through transformers' own checkpoint loading, so that in-memory layouts that differ are its business."""
         tensors = load_verified(update, self._layout)
         copies = {name: tensor.clone() for name, tensor in tensors.items()}  # it adopts the tensors it is given
-        model = type(self._model).from_pretrained(None, config=self._model.config, state_dict=copies,
-                                                  dtype=DTYPES[self._layout.dtype])
+        with _no_progress_bar():
+            model = type(self._model).from_pretrained(None, config=self._model.config, state_dict=copies,
+                                                      dtype=DTYPES[self._layout.dtype])
         self._model = model.to(self._model.device).eval()
 
     async def _on_worker(self, work: Callable[[], T], what: str) -> T:
@@ -242,8 +252,21 @@ def _inverse_cdf(logprobs_V: torch.Tensor, uniform: float) -> int:
 
 
 def _load(model_dir: Path, dtype: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    with _no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[dtype], attn_implementation="sdpa")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one for every load, and there is one load per sync."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _differing(model: PreTrainedModel, update: WeightUpdate) -> tuple[str, ...]:

@@ -7,18 +7,21 @@ restarting one (a failed engine ends the run's use of the pool; an error names i
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rollout.api import Rollout, RolloutEngine, RolloutRequest, WeightUpdate
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
-from rollout.errors import EngineError, EnvironmentProblem, ExpectedError
+from rollout.errors import EngineError, ExpectedError, WeightSyncError
 from rollout.loop import before_deadline
 
 T = TypeVar("T")
@@ -70,6 +73,164 @@ class ActorEngine:
     """A `RolloutEngine` whose engine lives in an actor. Picklable."""
 
     def __init__(self, actor: ActorHandle, *, config: EngineConfig, name: str) -> None:
-        self.name = name
         self._actor = actor
         self._config = config
+        self._name = name
+
+    async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """See `RolloutEngine.submit`. When the caller gives up, so does the engine."""
+        try:
+            return await self._answer(self._actor.submit.remote(requests), f"{len(requests)} rollouts",
+                                      self._config.generate_timeout_s)
+        except BaseException:
+            self._actor.abort.remote([request.request_id for request in requests])
+            raise
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """See `RolloutEngine.abort`."""
+        await self._control(self._actor.abort.remote(request_ids), "abort")
+
+    async def pause(self) -> None:
+        """See `RolloutEngine.pause`."""
+        await self._control(self._actor.pause.remote(), "pause")
+
+    async def update(self, update: WeightUpdate) -> None:
+        """See `RolloutEngine.update`."""
+        await self._control(self._actor.update.remote(update), "weight update")
+
+    async def resume(self) -> None:
+        """See `RolloutEngine.resume`."""
+        await self._control(self._actor.resume.remote(), "resume")
+
+    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+        """See `RolloutEngine.diagnose`."""
+        return await self._control(self._actor.diagnose.remote(update), "diagnosis")
+
+    async def version(self) -> int:
+        """See `RolloutEngine.version`: through the actor to the process that decodes."""
+        return await self._control(self._actor.version.remote(), "version")
+
+    async def close(self) -> None:
+        """See `RolloutEngine.close`. An engine that does not answer is killed."""
+        with contextlib.suppress(EngineError):
+            await self._answer(self._actor.close.remote(), "close", CLOSE_TIMEOUT_S)
+        ray.kill(self._actor)
+
+    async def _control(self, answer: Awaitable[T], what: str) -> T:
+        return await self._answer(answer, what, self._config.sync_timeout_s)
+
+    async def _answer(self, answer: Awaitable[T], what: str, timeout_s: float) -> T:
+        """The actor's answer, or an error that names the engine. A bug inside the actor stays Ray's error, with its
+        traceback."""
+        try:
+            return await before_deadline(answer, timeout_s=timeout_s + GRACE_S, what=f"{self._name}: {what}")
+        except RayTaskError as error:
+            if isinstance(error.cause, ExpectedError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            raise EngineError(f"{self._name}: {what}: its process is gone ({type(error).__name__})") from error
+
+
+class EnginePool:
+    """A `RolloutEngine` over several: requests go where the fewest tokens are outstanding, control calls go to all.
+
+    Picklable: a rollout source and a trainer may both hold it. Each copy balances what it submits itself.
+    """
+
+    def __init__(self, engines: Sequence[RolloutEngine]) -> None:
+        assert engines
+        self._engines = tuple(engines)
+        self._outstanding = [0] * len(engines)  # response tokens at most, per engine
+
+    async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """See `RolloutEngine.submit`. Which engine answers does not change a response: its seed is its own."""
+        owners = [self._assign(request) for request in requests]
+        shares = {index: [request for request, owner in zip(requests, owners, strict=True) if owner == index]
+                  for index in dict.fromkeys(owners)}
+        tasks = [asyncio.ensure_future(self._engines[index].submit(share)) for index, share in shares.items()]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # when one engine has failed, the others' rollouts are not wanted any more
+            for request, owner in zip(requests, owners, strict=True):
+                self._outstanding[owner] -= request.sampling.max_tokens
+        by_id = {rollout.request_id: rollout for answer in answers for rollout in answer}
+        return [by_id[request.request_id] for request in requests]
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """See `RolloutEngine.abort`. To all: ids that an engine does not know are ignored."""
+        await asyncio.gather(*(engine.abort(request_ids) for engine in self._engines))
+
+    async def pause(self) -> None:
+        """See `RolloutEngine.pause`."""
+        await asyncio.gather(*(engine.pause() for engine in self._engines))
+
+    async def update(self, update: WeightUpdate) -> None:
+        """See `RolloutEngine.update`. All map the same file."""
+        await asyncio.gather(*(engine.update(update) for engine in self._engines))
+
+    async def resume(self) -> None:
+        """See `RolloutEngine.resume`."""
+        await asyncio.gather(*(engine.resume() for engine in self._engines))
+
+    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+        """See `RolloutEngine.diagnose`: what any engine lacks."""
+        answers = await asyncio.gather(*(engine.diagnose(update) for engine in self._engines))
+        return tuple(dict.fromkeys(name for names in answers for name in names))
+
+    async def version(self) -> int:
+        """See `RolloutEngine.version`. WeightSyncError when the engines do not agree."""
+        versions = await asyncio.gather(*(engine.version() for engine in self._engines))
+        if len(set(versions)) > 1:
+            raise WeightSyncError(f"the engines hold weight versions {versions}; rebuild them")
+        return versions[0]
+
+    async def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        await asyncio.gather(*(engine.close() for engine in self._engines))
+
+    def _assign(self, request: RolloutRequest) -> int:
+        index = self._outstanding.index(min(self._outstanding))
+        self._outstanding[index] += request.sampling.max_tokens
+        return index
+
+
+def start_actor_engines(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_len: int, log_dir: Path,
+                        num_gpus_each: float = 0.0) -> EnginePool:
+    """Start `config.num_engines` actors on this node (weights arrive through its shared memory) of the running Ray
+    cluster; returns when all have answered.
+
+    `dtype`: "float32" or "bfloat16". Engine i logs to `log_dir`/engine-i.log. Close with `await pool.close()`.
+    Raises EngineError when one does not start within `config.start_timeout_s`.
+    """
+    names = [f"engine-{index}" for index in range(config.num_engines)]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actors = [EngineActor.options(num_gpus=num_gpus_each, scheduling_strategy=here,
+                                  runtime_env={"env_vars": _environment(num_gpus_each)}).remote() for _ in names]
+    opening = [actor.open.remote(config, model_dir, dtype, max_model_len, log_dir / f"{name}.log", name)
+               for actor, name in zip(actors, names, strict=True)]
+    try:
+        ray.get(opening, timeout=config.start_timeout_s + GRACE_S)
+    except RayError as error:
+        for actor in actors:
+            ray.kill(actor)
+        raise _start_error(error, config, num_gpus_each) from error
+    return EnginePool([ActorEngine(actor, config=config, name=name)
+                       for actor, name in zip(actors, names, strict=True)])
+
+
+def _environment(num_gpus: float) -> dict[str, str]:
+    """Before torch is imported there. Ray would set one thread, and does not hide GPUs from an actor that has none."""
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
+    return threads if num_gpus else threads | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _start_error(error: RayError, config: EngineConfig, num_gpus: float) -> Exception:
+    if isinstance(error, RayTaskError) and isinstance(error.cause, ExpectedError):
+        return error.cause
+    if isinstance(error, GetTimeoutError):
+        return EngineError(f"{config.num_engines} engines with {num_gpus:g} GPUs each did not start within "
+                           f"{config.start_timeout_s:g} s; give them room, or raise rollout.start_timeout_s")
+    return EngineError(f"an engine's process ended while it started ({type(error).__name__}): {error}")

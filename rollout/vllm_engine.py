@@ -119,15 +119,15 @@ class VLLMEngine:
 
     async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
         """See `RolloutEngine.diagnose`."""
-        differing: list[list[str]] = await self._call("diagnosis", lambda llm: llm.collective_rpc(
-            "rlhf_diagnose", timeout=self._config.sync_timeout_s, args=(dataclasses.asdict(update),)))
+        payload = dataclasses.asdict(update)
+        differing: list[list[str]] = await self._call(
+            "diagnosis", lambda llm: llm.collective_rpc("rlhf_diagnose", args=(payload,)))
         return tuple(dict.fromkeys(name for names in differing for name in names))
 
     async def version(self) -> int:
         """See `RolloutEngine.version`: asks the scheduler, and through it the process that holds the weights."""
         scheduler = int(await self._call("version", lambda llm: llm.get_weight_version()))
-        workers: list[int] = await self._call(
-            "version", lambda llm: llm.collective_rpc("rlhf_version", timeout=self._config.sync_timeout_s))
+        workers: list[int] = await self._call("version", lambda llm: llm.collective_rpc("rlhf_version"))
         if {scheduler} != set(workers):
             raise WeightSyncError(f"{self._name}: scheduler at weight version {scheduler}, workers at {workers}; "
                                   "rebuild this engine")

@@ -8,6 +8,7 @@ bytes and checks (weight_file), loading (engines). Blocks its caller until every
 """
 
 import atexit
+import contextlib
 import fcntl
 import math
 import os
@@ -236,13 +237,15 @@ class _SharedDirectory:
 
 def _remove_stale() -> None:
     for path in SHARED_MEMORY.glob(f"{PREFIX}*"):
-        if path.stat().st_uid != os.getuid() or time.time() - path.stat().st_mtime < STALE_AFTER_S:
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
-        except BlockingIOError:
-            pass  # its owner lives
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError):  # locked: its owner lives
+            if time.time() - path.stat().st_mtime > STALE_AFTER_S:
+                _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
+    finally:
+        os.close(descriptor)

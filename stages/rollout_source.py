@@ -167,7 +167,7 @@ def open_source(client: EngineClient, plan: SourcePlan, *, runtime: Runtime) -> 
         return
     import ray
 
-    actor = ray.remote(RolloutSource).options(num_cpus=0, max_restarts=0).remote(client.engine, plan)
+    actor: Any = ray.remote(RolloutSource).options(num_cpus=0, max_restarts=0).remote(client.engine, plan)
     try:
         yield _ActorSource(actor, client.config.generate_timeout_s)
     finally:

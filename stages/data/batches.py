@@ -1,8 +1,8 @@
 """Data order: which rows step `s` reads, as a pure function of seed and step.
 
-    global position p = step * batch_size + k  ->  epoch p // num_rows, place p % num_rows in that epoch's permutation
+    position p = step * batch_size + k  ->  epoch p // num_rows, place p % num_rows in its permutation
 
-There is no iterator state, so resuming is one integer. Owns the order and every derived seed; does not own the rows.
+There is no iterator state, so resuming is one integer. Owns the order and every derived seed; not the rows.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def stage_seed(seed: int, *names: str | int) -> int:
 
 
 def permutation(num_rows: int, seed: int) -> np.ndarray:
-    """A seeded permutation of range(num_rows), the same under every numpy version: only Philox's raw stream is used."""
+    """A seeded permutation of range(num_rows): from Philox's raw stream, so the same under every numpy."""
     return np.argsort(np.random.Philox(key=seed).random_raw(num_rows), kind="stable")
 
 
@@ -43,9 +43,9 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 class BatchOrder:
     """The row indices of every optimizer step.
 
-    Every row is seen once per epoch. Every batch is full: the last partial batch of an epoch is filled up with the first
-    rows of the next one, so no row is dropped and none is seen early. With fewer rows than a batch, one batch holds rows
-    of several epochs (a row then occurs more than once in it).
+    Every row is seen once per epoch. Every batch is full: the last partial batch of an epoch is filled up
+    with the first rows of the next one, so no row is dropped. With fewer rows than a batch, one batch holds
+    rows of several epochs (a row then occurs more than once in it).
     """
 
     num_rows: int
@@ -61,7 +61,7 @@ class BatchOrder:
         return tuple(self._row(position) for position in range(first, first + self.batch_size))
 
     def num_steps(self, num_epochs: float) -> int:
-        """Steps after which every row was seen num_epochs times (the last step may reach into the next epoch)."""
+        """Steps after which every row was seen num_epochs times (the last may reach into the next epoch)."""
         return max(1, ceil(num_epochs * self.num_rows / self.batch_size - 1e-9))
 
     def _row(self, position: int) -> int:
@@ -70,6 +70,6 @@ class BatchOrder:
 
 
 def rank_share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
-    """The contiguous share of one rank; shares differ by at most one item, and together they are `items` in order."""
+    """The contiguous share of one rank: sizes differ by at most one, and together they are `items`."""
     start, stop = (len(items) * r // world_size for r in (rank, rank + 1))
     return items[start:stop]

@@ -3,9 +3,10 @@
     messages --template, content replaced by placeholders--> marker | content | marker | ...
              --each piece tokenised apart--> ids, mask
 
-Markers may become special tokens; message content never does, whatever it spells. The mask covers what the assistant has
-to produce: its content and the end-of-turn token. Owns tokenizer, template, stop tokens and truncation. Does not own
-lengths or batches. Tokenizers must be byte-level (or otherwise add nothing at the start of a text): pieces are joined.
+Markers may become special tokens; message content never does, whatever it spells. The mask covers what the
+assistant has to produce: its content and the end-of-turn token. Owns tokenizer, template, stop tokens and
+truncation. Does not own batches. Tokenizers must be byte-level, or otherwise add nothing at the start of a
+text: pieces are joined.
 """
 
 import json
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from blake3 import blake3
 from jinja2 import TemplateError
@@ -46,13 +47,13 @@ _PLACEHOLDER = re.compile(rf"({_PAD}?)zqContent(\d+)Xqz({_PAD}?)")
 
 
 def _placeholder(index: int) -> str:
-    """Stands for a message's content. Letters and digits: survives escaping and JSON filters in a template."""
+    """Stands for a message's content. Letters and digits: survives escaping and JSON filters."""
     return f"{_PAD}zqContent{index}Xqz{_PAD}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """Token ids of a conversation, and which of them are trained (assistant content and end-of-turn tokens)."""
+    """Token ids of a conversation, and which are trained: assistant content and end-of-turn tokens."""
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]  # True: a token the assistant has to produce
@@ -113,7 +114,7 @@ class ChatTokenizer:
             _logger.warning(self.warning)
         self._marker_encoder, self._content_encoder = _encoders(tokenizer, self.template)
         self._bos_id: int | None = tokenizer.bos_token_id
-        # True where the tokenizer itself puts BOS before plain text; most templates then write it, a few forget it.
+        # The tokenizer itself puts BOS before plain text; most templates then write it, a few forget to.
         self._adds_bos = self._bos_id is not None and self._bos_id in tokenizer("x")["input_ids"]
         self._pieces_cache: dict[tuple[tuple[str, ...], bool], list[_Piece]] = {}
         self._marker_cache: dict[str, list[int]] = {}
@@ -126,22 +127,24 @@ class ChatTokenizer:
     def load(
         cls, directory: Path | str, template: Path | None = None, *, revision: str | None = None
     ) -> "ChatTokenizer":
-        """From a model directory (with the stop tokens of its generation config) or a hub id. Raises ModelError."""
+        """From a model directory, with the stop tokens of its generation config, or a hub id.
+
+        Raises ModelError.
+        """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), revision=revision or "main")
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), revision=revision or "main")
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{directory}: no tokenizer that can be loaded ({reason})") from error
-        source = None if template is None else _read_template(template)
-        assert isinstance(tokenizer, PreTrainedTokenizerFast), "checked for a tokenizer.json below"
+        source = None if template is None else read_template(template)
         return cls(tokenizer, template=source, stop_token_ids=_configured_stops(Path(directory)))
 
     @property
     def pad_token_id(self) -> int:
-        """A token to pad with that is no stop token, no BOS and in no rendered text: the tokenizer's own where possible.
+        """A token to pad with: no stop token, not BOS, in no rendered text. The tokenizer's own if possible.
 
-        Many tokenizers pad with EOS; a model that looks for the last token that is not padding then reads the wrong
-        one. Raises ModelError when every special token has a meaning.
+        Many tokenizers pad with EOS; a model that looks for the last token that is not padding then reads the
+        wrong one. Raises ModelError when every special token has a meaning.
         """
         written = {*self.prompt_ids((_QUESTION, _ANSWER, _QUESTION)), self._bos_id, *self.stop_token_ids}
         special = sorted(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
@@ -155,8 +158,8 @@ class ChatTokenizer:
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Ids and mask of a conversation that ends with the assistant, up to its last end-of-turn token.
 
-        The ids are exactly `prompt_ids(messages[:-1]) + response_ids(messages[-1].content)`. BOS stands there once, if
-        the model has one. Raises ModelError when the template refuses the messages.
+        The ids are exactly `prompt_ids(messages[:-1]) + response_ids(messages[-1].content)`. BOS stands there
+        once, if the model has one. Raises ModelError when the template refuses the messages.
         """
         assert messages and messages[-1].role == "assistant", (
             "a conversation to train on ends with the assistant"
@@ -197,7 +200,7 @@ class ChatTokenizer:
         ]
 
     def continuation_ids(self, text: str) -> tuple[int, ...]:
-        """Ids for a base model to continue: BOS, or the document separator where there is none, then the text."""
+        """Ids for a base model to continue: BOS (or the document separator), then the text."""
         return (
             self._bos_id if self._adds_bos and self._bos_id is not None else self.separator_id,
             *self.text_ids(text),
@@ -210,7 +213,7 @@ class ChatTokenizer:
         )
 
     def lint(self, rendered: Rendered) -> list[str]:
-        """What is wrong with a rendered conversation, in words: BOS not once, a turn without one trained end token."""
+        """What is wrong with a rendered conversation: BOS not once, a turn without one trained end token."""
         problems = []
         probe = self.prompt_ids((_QUESTION, _ANSWER, _QUESTION))
         if self._bos_id is not None and self._bos_id in probe:
@@ -269,9 +272,9 @@ class ChatTokenizer:
         return self._pieces_cache[key]
 
     def _conversation_pieces(self, roles: tuple[str, ...]) -> list[_Piece]:
-        """The prompt's pieces, then what the assistant adds to them: all of it trained, up to the end of its turn.
+        """The prompt's pieces, then what the assistant adds, up to the end of its turn: all of that is trained.
 
-        Some templates write something between what they end a prompt with and the answer (Llama 2: a space). The
+        Some templates write something between the end of a prompt and the answer (Llama 2: a space). The
         assistant has to produce that too, so it is trained.
         """
         key = (roles, False)
@@ -282,9 +285,11 @@ class ChatTokenizer:
         last = max(index for index, piece in enumerate(pieces) if piece.message == len(roles) - 1)
         ahead = pieces[:last]
         shared = len(prompt) - (prompt[-1].message is None)
-        opening = "".join(piece.text for piece in ahead[shared:])  # from the last prompt message to the answer
+        opening = "".join(piece.text for piece in ahead[shared:])  # between last prompt message and answer
         if ahead[:shared] != prompt[:shared] or not opening.startswith(prompt[-1].text):
-            raise ModelError("the chat template does not repeat its generation prompt when the answer is known")
+            raise ModelError(
+                "the chat template opens a known answer with other text than its generation prompt"
+            )
         lead = opening[len(prompt[-1].text) :]
         answer = [_Piece(text=lead, trained=True), *pieces[last : last + 2]]
         self._pieces_cache[key] = prompt + [
@@ -293,7 +298,7 @@ class ChatTokenizer:
         return self._pieces_cache[key]
 
     def _cut_turns(self, pieces: list[_Piece], roles: tuple[str, ...]) -> list[_Piece]:
-        """Template text after an assistant's content is cut behind its end-of-turn token; up to there it is trained."""
+        """Cut template text after an assistant's content behind its end-of-turn token; train it up to there."""
         cut: list[_Piece] = []
         answering = False
         for piece in pieces:
@@ -388,10 +393,10 @@ def _choose_template(
 
 
 def _encoders(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[Tokenizer, Tokenizer]:
-    """Private copies of the backend: for template text, and for content, in which a special token's spelling is text.
+    """Private copies of the backend: for template text, and for content, where special tokens are mere text.
 
-    `encode_special_tokens` is what transformers sets for `split_special_tokens`; it spares only tokens flagged special,
-    so in the content copy every token that the template writes is flagged.
+    `encode_special_tokens` is what transformers sets for `split_special_tokens`; it acts on tokens flagged
+    special only, so in the content copy every token that the template writes is flagged.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     markers = Tokenizer.from_str(json.dumps(spec))
@@ -402,7 +407,8 @@ def _encoders(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[Tokeni
     return markers, content
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """A chat template file. Raises ModelError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -441,8 +447,8 @@ def truncate_pair(
 ) -> PairIds | None:
     """Make prompt + either response fit max_len tokens by cutting the prompt's start, the same for both.
 
-    A response longer than max_len loses its own start: its end, where a reward model reads, is always kept. None when
-    what is left of the two is the same: the difference was cut away.
+    A response longer than max_len loses its own start: its end, where a reward model reads, is always kept.
+    None when what is left of the two is the same: the difference was cut away.
     """
     chosen, rejected = tuple(chosen_ids[-max_len:]), tuple(rejected_ids[-max_len:])
     if chosen == rejected:
@@ -453,9 +459,9 @@ def truncate_pair(
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """blake3 of what decides ids and rendering: equal iff one model's token ids can be handed to the other (pin 18).
+    """blake3 of what decides ids and rendering: equal iff one model's ids can be handed to the other.
 
-    Covers tokenizer.json (without truncation and padding, which are settings of a call) and the chat template.
+    Covers tokenizer.json, less truncation and padding (settings of a call), and the chat template.
     """
     try:
         spec = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))

@@ -1,12 +1,12 @@
 """Packing: several sequences in one row, without padding and without seeing each other.
 
-    lengths --plan_packs--> PackPlan (who shares a row) --pack--> PackedRow --model--> per-token values --split--> per sequence
+    lengths --plan_packs--> PackPlan --pack--> PackedRow --model--> per-token values --split--> per sequence
 
 Legend: N tokens of one packed row, S sequences in it.
 
-The forward is always `model(**row.model_inputs())`: position ids that restart per sequence, attention_mask=None and
-use_cache=False, on which transformers builds the block-diagonal mask itself (with a cache it silently drops it). Masks come
-from lengths, never from comparing ids with a pad id.
+The forward is always `model(**row.model_inputs())`: position ids that restart per sequence,
+attention_mask=None and use_cache=False, on which transformers builds the block-diagonal mask itself (with a
+cache it silently drops it). Masks come from lengths, never from comparing ids with a pad id.
 """
 
 from collections.abc import Sequence
@@ -56,11 +56,11 @@ class PackedRow:
         )
 
     def split(self, values_N: Tensor) -> list[Tensor]:
-        """Per-token values (N, ...) as S views, one per sequence: a scalar value model's output, hidden states, ..."""
+        """Per-token values (N, ...) as S views, one per sequence: values, hidden states, log-probs."""
         return split(values_N, self.lengths)
 
     def targets_1N(self, ignore_index: int = -100) -> Tensor:
-        """Labels for logits at the same position: the next token of the same sequence; ignore_index at each last token."""
+        """Label of each position: the next token of its sequence; ignore_index at each last token."""
         targets_1N = torch.roll(self.input_ids_1N, -1, dims=1)
         targets_1N[0, self.last_tokens()] = ignore_index
         return targets_1N
@@ -87,7 +87,7 @@ def pack(sequences: Sequence[Sequence[int]]) -> PackedRow:
 
 
 def pack_values(values: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
-    """Per-token values of S sequences laid end to end like their ids: (1, N). For masks, log-probs, advantages."""
+    """Per-token values of S sequences laid end to end like their ids: (1, N). For masks, log-probs, ..."""
     return torch.tensor([[value for sequence in values for value in sequence]], dtype=dtype)
 
 
@@ -109,9 +109,9 @@ class PackPlan:
 
 
 def plan_packs(lengths: Sequence[int], micro_batch_size: int) -> PackPlan:
-    """ceil(S / micro_batch_size) packs of at most micro_batch_size sequences with token counts as equal as greedy gets them.
+    """ceil(S / micro_batch_size) packs of at most micro_batch_size sequences, token counts about equal.
 
-    Longest first into the pack with the fewest tokens that has room; ties by index, so the plan is a function of `lengths`.
+    Longest first into the pack with the fewest tokens that has room; ties by index, so deterministic.
     """
     num_packs = -(-len(lengths) // micro_batch_size)
     packs: list[list[int]] = [[] for _ in range(num_packs)]

@@ -2,10 +2,10 @@
 
     path, glob, directory --files_of--> files --rows--> columns --schemas--> records --weight--> Rows
 
-Owns files, line numbers, bad rows, weights. Does not own what a row means (schemas) or tokens (chat). Imports neither torch
-nor transformers. A .jsonl file is read line by line; a .txt file is one document per paragraph (blocks of lines between
-blank lines), so that a single book can be deduplicated and split; a .json file is a list of objects, or objects one after
-another. Each may be gzipped.
+Owns files, line numbers, bad rows, weights. Does not own what a row means (schemas) or tokens (chat). Imports
+neither torch nor transformers. A .jsonl file is read line by line; a .txt file is one document per paragraph
+(blocks of lines between blank lines), so that a single book can be deduplicated and split; a .json file is a
+list of objects, or objects one after another. Each may be gzipped.
 """
 
 import glob
@@ -14,11 +14,11 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
@@ -47,7 +47,7 @@ MAX_SKIPPED_FRAC = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows(Generic[R]):
-    """What was read: records in file order (sources one after another, weights applied), and the rows left out."""
+    """What was read: records in file order (source after source, weights applied), and the rows left out."""
 
     records: list[R]
     num_skipped: int  # malformed rows left out under on_bad_row: skip
@@ -83,7 +83,7 @@ def read_prompts(sources: Sequence[DataSource], *, seed: int) -> Rows[Prompt]:
 
 
 def read(sources: Sequence[DataSource], stage: StageName, *, seed: int) -> Rows[Any]:
-    """The records that `stage` takes: what the four functions above do, by stage name (to validate a whole config)."""
+    """The records that `stage` takes: the four functions above by stage name, to validate a whole config."""
     records: list[Any] = []
     num_skipped = 0
     for index, source in enumerate(sources):
@@ -108,7 +108,7 @@ def read_source(source: DataSource, stage: StageName) -> Rows[Any]:
 
 
 def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
-    """Each record floor(weight) times, and a seeded choice of round(fraction * n) of them once more, in file order.
+    """Each record floor(weight) times, then a seeded choice of round(fraction * n) of them once more.
 
     The choice is made once: the same rows in every epoch.
     """
@@ -128,7 +128,7 @@ def first_rows(source: DataSource, stage: StageName, n: int) -> Preview:
 
 
 def content_digest(source: DataSource) -> str:
-    """blake3 of the source's file contents in path order; file names and folders do not enter, the kind of file does."""
+    """blake3 of the source's file contents in path order. File names do not enter, the kind of file does."""
     total = blake3()
     for path in files_of(source.path):
         kind, gzipped = _kind(path)
@@ -139,7 +139,7 @@ def content_digest(source: DataSource) -> str:
 
 
 def files_of(path: str) -> list[Path]:
-    """The files behind a path, glob or directory (at any depth, hidden ones left out), sorted. Raises DataError."""
+    """The files behind a path, glob or directory (recursive, no hidden ones), sorted. Raises DataError."""
     place = Path(path)
     if place.is_dir():
         files = [
@@ -248,7 +248,7 @@ class _SourceReader(Iterator[Any]):
         return schema
 
 
-class _reading:  # noqa: N801  # used as a statement: `with _reading(path):`
+class _reading:  # used as a statement: `with _reading(path):`
     """Turn what the operating system or a decompressor says into one line about the file."""
 
     def __init__(self, path: Path) -> None:
@@ -284,7 +284,7 @@ def _raw_rows(path: Path) -> Iterator[_RawRow]:
         yield from {"jsonl": _jsonl_rows, "json": _json_rows, "txt": _paragraphs}[kind](stream, path)
 
 
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, str | RowError]]:
+def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, str | RowError]]:
     """(line number, text without its line end), or what is wrong with the line."""
     for number, data in enumerate(stream, start=1):
         try:
@@ -301,7 +301,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, str | RowError]]:
         yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
 
 
-def _jsonl_rows(stream: IO[bytes], path: Path) -> Iterator[_RawRow]:
+def _jsonl_rows(stream: Iterable[bytes], path: Path) -> Iterator[_RawRow]:
     for number, line in _lines(stream):
         if isinstance(line, RowError):
             yield _RawRow(line=number, columns=None, problem=str(line))
@@ -320,7 +320,7 @@ def _row_of(value: Any, line: int) -> _RawRow:
     )
 
 
-def _paragraphs(stream: IO[bytes], path: Path) -> Iterator[_RawRow]:
+def _paragraphs(stream: Iterable[bytes], path: Path) -> Iterator[_RawRow]:
     lines: list[str] = []
     start, problem = 1, ""
     for number, line in _lines(stream):
@@ -344,8 +344,8 @@ def _paragraph(start: int, lines: list[str], problem: str) -> _RawRow:
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _json_rows(stream: IO[bytes], path: Path) -> Iterator[_RawRow]:
-    """The elements of a list, or values one after another. What cannot be parsed ends the file: there is no next row to find."""
+def _json_rows(stream: Iterable[bytes], path: Path) -> Iterator[_RawRow]:
+    """The elements of a list, or values one after another. A syntax error ends the file."""
     lines = []
     for number, line in _lines(stream):
         if isinstance(line, RowError):
@@ -375,8 +375,8 @@ def _json_rows(stream: IO[bytes], path: Path) -> Iterator[_RawRow]:
                 f"{shown(path)}:{line_number}: not valid JSON: missing ',' or ']' (column {column})"
             )
     if in_list and _after_space(text, at + 1) < len(text):
-        line = 1 + text.count("\n", 0, at)
-        raise DataError(f"{shown(path)}:{line}: not valid JSON: more text after the list")
+        line_number = 1 + text.count("\n", 0, at)
+        raise DataError(f"{shown(path)}:{line_number}: not valid JSON: more text after the list")
 
 
 def _after_space(text: str, at: int) -> int:

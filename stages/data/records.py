@@ -35,7 +35,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Turns to imitate: at least one assistant message with content; the assistant turns are what is trained."""
+    """Turns to imitate: the assistant turns are what is trained; it ends with one."""
 
     messages: Messages
 

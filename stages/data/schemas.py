@@ -2,8 +2,8 @@
 
     row + column map --detect--> Schema --parse--> Document | Conversation | Pair | Prompt
 
-Owns what a row means to a stage. Does not own files, lines, weights (readers). A further format is one more Schema in
-SCHEMAS. Light import.
+Owns what a row means to a stage. Does not own files, lines, weights (readers). A further format is one more
+Schema in SCHEMAS. Light import.
 """
 
 import re
@@ -36,6 +36,10 @@ class Cells:
             return self._columns[field] if self._columns[field] in self.row else None
         return next((alias for alias in self._aliases[field] if alias in self.row), None)
 
+    def is_renamed(self, field: str) -> bool:
+        """Whether the config names this field's column."""
+        return field in self._columns
+
     def required(self, field: str) -> tuple[str, Any]:
         """(column, value) of a field that must be there."""
         column = self.column(field)
@@ -65,8 +69,8 @@ def as_text(value: Any, name: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            f"{name}: half a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start + 1}; "
-            "it is no text"
+            f"{name}: half a surrogate pair (\\u{ord(value[error.start]):04x}) at character "
+            f"{error.start + 1}; it is no text"
         ) from None
     return value
 
@@ -80,7 +84,7 @@ def described(value: Any) -> str:
     if isinstance(value, int | float):
         shown = str(value) if isinstance(value, float) or abs(value) < 10**20 else "too long to show"
         return f"number {shown}"
-    return {str: "text", list: "list", dict: "object"}.get(type(value), type(value).__name__)
+    return {"str": "text", "dict": "object"}.get(type(value).__name__, type(value).__name__)
 
 
 def filled(text: str, name: str, what: str) -> str:
@@ -142,22 +146,30 @@ def _messages(cells: Cells) -> Conversation:
 
 
 def _prompt_completion(cells: Cells) -> Conversation:
-    prompt = as_messages(*reversed(cells.required("prompt")), role="user")
-    column, value = cells.required("completion")
-    completion = as_messages(value, column, "assistant")
-    if completion[-1].role != "assistant":
+    prompt_column, prompt = cells.required("prompt")
+    column, completion = cells.required("completion")
+    answer = as_messages(completion, column, "assistant")
+    if answer[-1].role != "assistant":
         raise RowError(f"{column}: does not end with the assistant")
-    return _conversation(prompt + completion, column)
+    return _conversation(as_messages(prompt, prompt_column, "user") + answer, column)
+
+
+def _input_of(cells: Cells, column: str) -> tuple[str, Any] | None:
+    """(column, value) of the `input` that goes with the prompt: an instruction's, or one the config names."""
+    input_column = cells.column("input")
+    if input_column is None or not (cells.is_renamed("input") or column == "instruction"):
+        return None
+    return input_column, cells.row[input_column]
 
 
 def _asked(cells: Cells, field: str) -> Messages:
     """The prompt of `field`; an instruction is joined with its `input` by a blank line."""
     column, value = cells.required(field)
     messages = as_messages(value, column, "user")
-    if not isinstance(value, str) or cells.column("input") is None or column != cells.column("instruction"):
+    extra = _input_of(cells, column)
+    if extra is None or extra[1] is None or not isinstance(value, str):
         return messages
-    extra_column, extra = cells.required("input")
-    text = "" if extra is None else as_text(extra, extra_column)
+    text = as_text(extra[1], extra[0])
     return (Message(role="user", content=f"{value}\n\n{text}"),) if text.strip() else messages
 
 
@@ -198,8 +210,8 @@ def _said(text: str) -> Messages:
 
 
 def _pair_of_texts(chosen: str, rejected: str, row: Mapping[str, Any]) -> Pair:
-    """No prompt column: the shared beginning is the prompt, back to its last line break, or else its last space, for
-    two answers may begin with the same words."""
+    """No prompt column: the shared beginning is the prompt, back to its last line break, or else its last
+    space: two answers may begin with the same words."""
     shared = _common_prefix(chosen, rejected)
     breaks = [shared.rfind("\n") + 1, max(shared.rfind(space) for space in " \t") + 1]
     cut = next(
@@ -248,7 +260,7 @@ def _is_transcript(value: Any) -> bool:
 
 
 def _turns(text: str, name: str) -> Messages:
-    """`\\n\\nHuman: … \\n\\nAssistant: …` -> messages; neighbouring turns of one speaker are joined by a blank line."""
+    """`\\n\\nHuman: … \\n\\nAssistant: …` -> messages; one speaker's turns in a row are joined."""
     parts = _TURN.split(text.strip())
     if len(parts) < 3 or parts[0].strip():
         raise RowError(f"{name}: expected a transcript '\\n\\nHuman: … \\n\\nAssistant: …'")
@@ -275,11 +287,10 @@ def _hh_pair(cells: Cells) -> Pair:
 
 
 def _hh_prompt(cells: Cells) -> Prompt:
-    """The first turn of the person: a policy answers it afresh."""
-    turns = _transcript(cells, "chosen")
-    if turns[0].role != "user":
-        raise RowError("chosen: starts with the assistant: no prompt")
-    return Prompt(messages=turns[:1], row=cells.rest("chosen", "rejected"))
+    """The first turn of the person: a policy answers it afresh. What was answered then does not matter."""
+    column, _ = cells.required("chosen")
+    turns = _turns(cells.text("chosen").partition("\n\nAssistant:")[0], column)
+    return Prompt(messages=turns, row=cells.rest("chosen", "rejected"))
 
 
 def _prompt(cells: Cells) -> Prompt:
@@ -289,7 +300,7 @@ def _prompt(cells: Cells) -> Prompt:
     column, _ = cells.required("prompt")
     if last is None or all(message.role == "system" for message in messages[: last + 1]):
         raise RowError(f"{column}: empty prompt: no message to answer")
-    joined = ("input",) if column == cells.column("instruction") else ()
+    joined = ("input",) if _input_of(cells, column) is not None else ()
     return Prompt(messages=messages[: last + 1], row=cells.rest("prompt", *joined))
 
 
@@ -310,7 +321,7 @@ class Schema:
         )
 
     def missing(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> int:
-        """Required fields the row does not have; a transcript schema misses one more on a row without transcript."""
+        """Required fields the row lacks; a transcript schema misses one more on a row without transcript."""
         cells = self.cells(row, columns)
         missing = sum(cells.column(field) is None for field in self.required)
         if self.transcript_in is None:
@@ -319,11 +330,7 @@ class Schema:
         return missing + (column is None or not _is_transcript(row[column]))
 
 
-_ASKED = {
-    "prompt": ("prompt", "question", "instruction"),
-    "instruction": ("instruction",),
-    "input": ("input",),
-}
+_ASKED = {"prompt": ("prompt", "question", "instruction"), "input": ("input",)}
 _SIDES = {"chosen": ("chosen",), "rejected": ("rejected",)}
 _PROMPT = (
     Schema(
@@ -385,7 +392,7 @@ SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
 
 
 def detect(stage: StageName, row: Mapping[str, Any], columns: Mapping[str, str]) -> Schema:
-    """The first schema of the stage whose required fields the row has; else the nearest, whose parse names what lacks."""
+    """The stage's first schema whose required fields the row has; else the nearest, to say what it lacks."""
     return min(SCHEMAS[stage], key=lambda schema: schema.missing(row, columns) / len(schema.required))
 
 

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -33,6 +33,7 @@ from stages.errors import ModelError
 
 Precision = Literal["fp32", "bf16"]
 NORMALISER_FILE = "score_normaliser.json"
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class CausalLM(nn.Module):
@@ -181,7 +182,7 @@ def base_model(inputs: Mapping[str, Path]) -> Path:
     return inputs["pretrain"] if "pretrain" in inputs else inputs["model"]
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: Model) -> Model:
     """No gradient for any parameter of `model`, and eval mode."""
     return model.requires_grad_(False).eval()
 

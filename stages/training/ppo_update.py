@@ -157,6 +157,7 @@ class Learner:
                 denominator=sequences,
             )
             return kl_coef * loss
+        assert config.kl_estimator != "k1", "PPOConfig refuses k1 as a loss"
         weights_BT = token_importance_weights(**weighting, max_weight=math.inf, beyond="truncate")
         loss = kl_surrogate_loss(
             policy_logprobs_BT=policy_BT,

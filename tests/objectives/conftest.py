@@ -1,4 +1,4 @@
-"""A world of N ranks without torch.distributed: a thread per rank, meeting at a barrier in every all-reduce."""
+"""A world of N ranks without torch.distributed: a thread per rank, meeting in every all-reduce."""
 
 import threading
 from collections.abc import Callable

@@ -43,12 +43,8 @@ def test_pin_1_brute_force_vectorised_packed_and_padded_agree(lengths, temperatu
     totals = [p + r for p, r in lengths]
     logits = [torch.randn(n, VOCABULARY, generator=generator) / 2 for n in totals]
     ids = [torch.randint(VOCABULARY, (n,), generator=generator) for n in totals]
-    expected = torch.tensor(
-        sum(
-            (brute_force(*args, temperature) for args in zip(logits, ids, prompts, responses, strict=True)),
-            [],
-        )
-    )
+    sequences = zip(logits, ids, prompts, responses, strict=True)
+    expected = torch.tensor([x for sequence in sequences for x in brute_force(*sequence, temperature)])
 
     packed = packed_response_positions(prompt_lengths=prompts, response_lengths=responses, device="cpu")
     logits_SV, ids_S = torch.cat(logits), torch.cat(ids)

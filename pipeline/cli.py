@@ -1,0 +1,241 @@
+"""The `rlhf` command: parses, calls, prints; nothing else.
+
+    argv --> main --> command --> config.load --> executor.plan_* --> executor.execute --> summary lines
+                         `--> ExpectedError: one line on stderr and its exit code; never a traceback
+
+Exit codes: 0 done, 1 our bug, 2 config or a missing stage, 3 data, 4 environment, 5 training stopped, 75 interrupted.
+Light import: the first thing a user waits for.
+"""
+
+import difflib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+from pipeline import config as configs
+from pipeline import dag, doctor, executor
+from pipeline.errors import ConfigError
+from pipeline.progress import Progress, duration, number
+from pipeline.report import write_report
+from rollout.errors import ExpectedError
+from stages.data import readers
+
+INTERRUPTED = 75
+NUM_ROWS_CHECKED = 2
+ROW_CHARS = 160
+
+app = typer.Typer(
+    name="rlhf",
+    help="RLHF post-training: dataset in, model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file: sft.lr=1e-4"),
+]
+
+
+class Engine(StrEnum):
+    """Who generates."""
+
+    vllm = "vllm"
+    hf = "hf"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script: runs a command and exits with its code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's threads when they start
+    sys.exit(_exit_code(list(sys.argv[1:] if argv is None else argv)))
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Last stage to run.")] = None,
+    force: Annotated[str | None, typer.Option(metavar="STAGE", help="Make it and all after it anew.")] = None,
+) -> None:
+    """Run every stage of CONFIG; finished ones are skipped."""
+    loaded = configs.load(config, overrides or [])
+    last, forced = _stage_name("--until", until), _stage_name("--force", force)
+    configs.check_paths(loaded, {"model", *dag.until(loaded.config, last)})
+    _execute(executor.plan_run(loaded.config, last=last, force=forced))
+
+
+def _run_one(stage: str) -> Callable[..., None]:
+    def command(
+        config: ConfigFile,
+        overrides: Overrides = None,
+        inputs: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--input", metavar="STAGE=DIR", help="Artifact or model directory to use for a stage."
+            ),
+        ] = None,
+        force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is there.")] = False,
+    ) -> None:
+        loaded = configs.load(config, overrides or [])
+        configs.check_paths(loaded, {"model", stage})
+        _execute(
+            executor.plan_stage(
+                loaded.config,
+                stage,
+                inputs=dict(map(_input, inputs or [])),
+                force=force,
+                command=lambda missing: " ".join(["rlhf", missing, str(config), *(overrides or [])]),
+            )
+        )
+
+    return command
+
+
+for _stage in dag.STAGES:
+    app.command(name=_stage, help=f"Run {_stage} alone, on what the stages before it left or on --input.")(
+        _run_one(_stage)
+    )
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check CONFIG and the first rows of its datasets; show what a run would do. Starts nothing."""
+    loaded = configs.load(config, overrides or [])
+    configs.check_paths(loaded)
+    typer.echo(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
+    for stage in dag.configured(loaded.config):
+        for key, source in dag.data_sources(loaded.config, stage):
+            preview = readers.first_rows(source, stage, NUM_ROWS_CHECKED)  # type: ignore[arg-type]  # a stage with data
+            typer.echo(f"\n{key}: {source.path} ({preview.format})")
+            for record in preview.records:
+                typer.echo(f"  {_shortened(record)}")
+    planned = executor.plan_run(loaded.config)
+    typer.echo("\nstages:")
+    for stage, node in planned.nodes.items():
+        action = "skip" if stage in planned.present else "run"
+        needs = ", ".join(node.inputs) or "nothing"
+        typer.echo(
+            f"  {stage:9} {action:5} needs {needs:40} {_steps(loaded.config, stage):22} {node.fingerprint}"
+        )
+
+
+@app.command(name="doctor")
+def examine(
+    outputs: Annotated[Path, typer.Option(help="Directory a run would write to.")] = Path("outputs"),
+    address: Annotated[str | None, typer.Option(help="Ray cluster whose nodes have to see it too.")] = None,
+) -> None:
+    """Examine this machine: packages, memory, cores, GPU, the outputs directory."""
+    findings = doctor.examine(outputs, address)
+    for finding in findings:
+        typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.subject:12} {finding.text}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(4)
+
+
+@app.command()
+def generate(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Artifact or model directory.")],
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Response tokens at most.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    engine: Annotated[Engine, typer.Option(help="Who generates.")] = Engine.hf,
+) -> None:
+    """Print one response of a model."""
+    from stages.generate import generate as respond
+
+    typer.echo(
+        respond(
+            model_dir, prompt, temperature=temperature, max_tokens=max_tokens, seed=seed, engine=engine.value
+        )
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of config files, for editors."""
+    typer.echo(json.dumps(configs.json_schema(), indent=2))
+
+
+def _exit_code(argv: list[str]) -> int:
+    try:
+        with executor.signals_interrupt():
+            code = typer.main.get_command(app).main(args=argv, prog_name="rlhf", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+    except ExpectedError as error:
+        return _complain(str(error), error.exit_code)
+    except TyperException as error:
+        return _complain(error.format_message() or "give a command; see `rlhf --help`", 2)
+    except (KeyboardInterrupt, Abort):
+        return _complain("interrupted; run the same command to go on", INTERRUPTED)
+    except Exception as error:  # our bug, outside of any stage
+        with tempfile.NamedTemporaryFile("w", prefix="rlhf-traceback-", suffix=".txt", delete=False) as log:
+            traceback.print_exc(file=log)
+        return _complain(
+            f"{type(error).__name__}: {error}; this is a bug of the pipeline; traceback in {log.name}", 1
+        )
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"rlhf: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _execute(planned: executor.PlannedRun) -> None:
+    executor.validate_data(planned)
+    run_dir = planned.store.run_dir(planned.config.name)
+    try:
+        with Progress() as progress:
+            results = executor.execute(planned, progress)
+    finally:
+        if (run_dir / "summary.json").is_file():
+            report = write_report(run_dir)
+    typer.echo("")
+    for stage, result in results.items():
+        shown = "  ".join(f"{key} {number(value)}" for key, value in list(result.metrics.items())[:5])
+        typer.echo(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
+    typer.echo(f"report: {os.path.relpath(report)}")
+
+
+def _stage_name(option: str, name: str | None) -> str | None:
+    if name is None or name in dag.STAGES:
+        return name
+    close = difflib.get_close_matches(name, dag.STAGES, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(dag.STAGES)}"
+    raise ConfigError(f"{option} {name}: no such stage; {hint}")
+
+
+def _input(text: str) -> tuple[str, Path]:
+    stage, equals, directory = text.partition("=")
+    if not equals or not directory:
+        raise ConfigError(f"--input {text}: write STAGE=DIR, e.g. --input sft=outputs/runs/demo/sft")
+    _stage_name("--input", stage)
+    return stage, Path(directory)
+
+
+def _steps(config: Any, stage: str) -> str:
+    section = getattr(config, stage)
+    fields = type(section).model_fields
+    if "max_steps" in fields and section.max_steps is not None:
+        return f"{section.max_steps} steps"
+    return f"{section.num_epochs:g} epochs of its data" if "num_epochs" in fields else ""
+
+
+def _shortened(record: Any) -> str:
+    text = " ".join(str(record).split())
+    return text if len(text) <= ROW_CHARS else f"{text[:ROW_CHARS]}…"
+
+
+if __name__ == "__main__":
+    main()

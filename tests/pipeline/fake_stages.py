@@ -1,0 +1,59 @@
+"""A recipe that stands in for all six: writes a tiny "model", and does to itself what a control file says.
+
+    $FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "sleep_s": 1, "kill": true}
+    $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from stages.config import StageSettings
+from stages.errors import TrainingStopped
+from stages.runtime import Runtime
+
+RECIPE_VERSION = 1
+
+
+def run(
+    settings: StageSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
+) -> Mapping[str, float]:
+    control = Path(os.environ["FAKE_STAGES"])
+    with (control / "calls.txt").open("a") as calls:
+        calls.write(f"{runtime.stage} {os.getpid()}\n")
+    orders = _orders(control / f"{runtime.stage}.json")
+    metrics = runtime.work_dir / "metrics.jsonl"
+    first = len(metrics.read_text().splitlines()) + 1 if metrics.exists() else 1
+    for step in range(first, 4):
+        line = {"step": step, "max_steps": 3, "time": time.time(), "train/loss": 1 / step, "train/lr": 0.1}
+        with metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if step == 2:
+            _obey(orders, control / f"{runtime.stage}.json")
+    (out_dir / "config.json").write_text("{}")
+    (out_dir / "model.safetensors").write_text(f"{runtime.stage} from {sorted(inputs)}")
+    print(f"{runtime.stage}: threads {os.environ.get('OMP_NUM_THREADS')}")
+    return {"loss": 0.25, "first_step": first}
+
+
+def _orders(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _obey(orders: dict[str, object], path: Path) -> None:
+    if orders.pop("kill", None):
+        path.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "sleep_s" in orders:
+        (path.parent / f"{path.stem}.sleeping").touch()
+        time.sleep(float(str(orders["sleep_s"])))
+    match orders.get("error"):
+        case "TrainingStopped":
+            raise TrainingStopped("sft: loss is nan at step 2; lower sft.lr")
+        case "ValueError":
+            raise ValueError("a bug of ours\nwith a second line")
+        case "OSError":
+            raise OSError(28, "No space left on device")
