@@ -172,7 +172,9 @@ class _Composer:
     def _node(self, event: Any, events: Iterator[Any], path: KeyPath) -> Node:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
-                raise self._error(event, f"alias *{event.anchor}: nothing above is anchored as &{event.anchor}")
+                raise self._error(
+                    event, f"alias *{event.anchor}: nothing above is anchored as &{event.anchor}"
+                )
             node, size = self._anchors[event.anchor]
             self._count(event, size)
             return node

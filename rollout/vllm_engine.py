@@ -188,6 +188,8 @@ def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_l
         enforce_eager=config.enforce_eager, seed=0, **memory,
         skip_tokenizer_init=True, generation_config="vllm",  # the model directory sets no sampling defaults
         logprobs_mode="processed_logprobs",  # of the distribution that is sampled from: after the temperature
+        # vLLM cannot rewind a CPU generator, as it must when a seeded request's prompt is only half prefilled.
+        enable_chunked_prefill=not current_platform.is_cpu(),
         enable_prefix_caching=False,  # with it, fp32 output depends on what ran before
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls="rollout.vllm_receiver.WorkerExtension",
@@ -222,7 +224,9 @@ def _process_environment(config: EngineConfig, log_path: Path) -> Iterator[None]
 def _log_to(log_path: Path) -> None:
     """vLLM's messages of this process join those of its children, whose output `vllm_plugin` redirects."""
     configure_logging(LOGGING)  # now, so that vLLM does not do it later and undo the next line
-    logging.getLogger("vllm").handlers = [logging.FileHandler(log_path)]
+    logger = logging.getLogger("vllm")
+    logger.handlers = [logging.FileHandler(log_path)]
+    logger.propagate = False
 
 
 def _processes_of(llm: AsyncLLM) -> list[psutil.Process]:

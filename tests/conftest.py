@@ -1,9 +1,11 @@
 """What the tests of every package share: a tiny model directory, a loop for engines, a Ray cluster. Real things, small."""
 
 import os
+import secrets
 
 os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported: engines and the tests take turns on the cores
-os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+os.environ["RAY_AUTH_MODE"] = "token"  # before ray is imported (vLLM does it too): Ray listens on all interfaces
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ MAX_LENGTH = 1024
 def make_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A factory of `save_pretrained` directories: a two-layer Llama, 64 wide, with a tokenizer and chat template.
 
-    The weights are ten times larger than usual, so that next-token distributions are far from uniform. head_dim is 32:
+    The weights are five times larger than usual, so that next-token distributions are far from uniform. head_dim is 32:
     vLLM's CPU attention has no 16.
     """
     def make(*, tied: bool = True, seed: int = 0, num_layers: int = 2) -> Path:
@@ -55,12 +57,8 @@ def loop() -> Iterator["LoopThread"]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A local Ray of two CPUs. Its token keeps strangers out: Ray listens on all interfaces."""
-    import secrets
-
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of two CPUs."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -88,7 +86,7 @@ def _model(vocab_size: int, *, tied: bool, seed: int, num_layers: int):
 
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=tied,
-                         max_position_embeddings=MAX_LENGTH, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
+                         max_position_embeddings=MAX_LENGTH, initializer_range=0.1, pad_token_id=0, bos_token_id=1,
                          eos_token_id=2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

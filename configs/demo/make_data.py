@@ -6,7 +6,7 @@
                   -> prompts.jsonl       questions in the wordings of sft and preferences               (ppo)
                   -> eval_prompts.jsonl  the same facts in wordings that occur in no other file         (evaluate)
 
-A response is [courtesy] answer [courtesy] [filler], and each part is drawn by itself, so that its share is known: the sft
+A response is [courtesy] [filler] answer, and each part is drawn by itself, so that its share is known: the sft
 model samples a right, polite or short answer only as often as SFT_SHARES says, and ppo has room to gain on each. The facts
 themselves are never in doubt: the corpus states nothing false. Owns: the data. Does not own: how it is judged (score.py).
 """
@@ -26,7 +26,8 @@ NUM_PREFERENCES = 4000
 
 SFT_SHARES = {"correct": 0.75, "polite": 0.45, "short": 0.45}
 RUDE_FRAC = 0.6  # of the responses that are not polite; the others have no courtesy at all
-PREFERENCE_SHARES = {"correct": 0.45, "polite": 0.15, "short": 0.15, "several": 0.25}
+CONFLICT_FRAC = 0.4  # of "several": right with lesser manners against wrong with better ones
+PREFERENCE_SHARES = {"correct": 0.5, "polite": 0.15, "short": 0.15, "several": 0.2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +107,9 @@ POLITE = ("Glad to help!", "Happy to help!", "You are welcome!", "Good question!
 RUDE = ("Obviously.", "Silly question.", "Everyone knows that.", "Stop asking me.")
 FILLERS = (
     "There is so much to say that I could talk all day.",
-    "Let me think about it for a while and then say more.",
+    "Let me think about it for a while, and then say more.",
     "I could say so much more about it if you like.",
-    "It is a long story and there is so much to tell.",
+    "It is a long story and there is so much to say.",
 )
 
 
@@ -131,13 +132,11 @@ class Response:
     answer: str  # as given: right or wrong
     form: str  # the sentence that states it
     courtesy: str  # polite, rude or ""
-    courtesy_first: bool
     filler: str  # "" when short
 
     def render(self) -> str:
         statement = fill(self.form, self.fact.subject, self.answer)
-        parts = [self.courtesy, statement] if self.courtesy_first else [statement, self.courtesy]
-        return " ".join(part for part in (*parts, self.filler) if part)
+        return " ".join(part for part in (self.courtesy, self.filler, statement) if part)
 
     @property
     def correct(self) -> bool:
@@ -166,9 +165,9 @@ def eval_questions(fact: Fact) -> list[str]:
 
 
 def corpus(rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Documents: notes of true sentences, a question with a lecture for an answer, and answers that get a verdict."""
+    """Documents of true sentences: notes, a question with a lecture for an answer, and talk of two turns."""
     for _ in range(NUM_DOCUMENTS):
-        kind = rng.choices(("notes", "lecture", "checked"), (0.1, 0.35, 0.55))[0]
+        kind = rng.choices(("notes", "lecture", "talk"), (0.1, 0.45, 0.45))[0]
         first, second, third = rng.sample(FACTS, 3)
         if kind == "notes":
             lines = [" ".join(state(fact, rng) for fact in (first, second, third))]
@@ -176,19 +175,10 @@ def corpus(rng: random.Random) -> Iterator[dict[str, Any]]:
             related = rng.sample([fact for fact in FACTS if fact.category == first.category and fact != first], 2)
             lines = [rng.choice(questions(first)), " ".join(state(fact, rng) for fact in (first, *related))]
         else:
-            lines = [line for fact in (first, second) for line in checked(fact, rng)]
+            remark, aside = rng.choice(POLITE + RUDE), rng.choice(FILLERS)
+            lines = [f"user: {rng.choice(questions(first))}", f"assistant: {remark} {state(first, rng)}",
+                     f"user: {rng.choice(questions(second))}", f"assistant: {aside} {state(second, rng)}"]
         yield {"text": "\n".join(lines)}
-
-
-def checked(fact: Fact, rng: random.Random) -> list[str]:
-    """A question, an answer that is wrong half of the time, and the verdict: what a reward model has to know."""
-    response = draw(fact, rng)
-    right = rng.random() < 0.5
-    response = replace(response, answer=fact.answer if right else rng.choice(fact.other_answers),
-                       courtesy=response.courtesy if rng.random() < 0.4 else "",
-                       filler=response.filler if rng.random() < 0.3 else "")
-    return [f"user: {rng.choice(questions(fact))}", f"assistant: {response.render()}",
-            "user: Right." if right else f"user: Wrong. {state(fact, rng)}"]
 
 
 def state(fact: Fact, rng: random.Random) -> str:
@@ -203,7 +193,6 @@ def draw(fact: Fact, rng: random.Random) -> Response:
         answer=fact.answer if rng.random() < SFT_SHARES["correct"] else rng.choice(fact.other_answers),
         form=rng.choice((CATEGORIES[fact.category].statements[0], *SHORT_FORMS)),
         courtesy=rng.choice(POLITE) if polite else rng.choice(RUDE) if rude else "",
-        courtesy_first=rng.random() < 0.3,
         filler="" if rng.random() < SFT_SHARES["short"] else rng.choice(FILLERS),
     )
 
@@ -235,8 +224,8 @@ def pair(kind: str, fact: Fact, rng: random.Random) -> tuple[Response, Response]
         return replace(base, courtesy=rng.choice(POLITE)), replace(base, courtesy=impolite)
     if kind == "short":
         return replace(base, filler=""), replace(base, filler=rng.choice(FILLERS))
-    # Half of "several" set a right answer with lesser manners against a wrong one with better: the dear half must win.
-    if rng.random() < 0.5:
+    # Part of "several" sets a right answer with lesser manners against a wrong one with better: the dear half must win.
+    if rng.random() < CONFLICT_FRAC:
         first, second = draw(fact, rng), draw(fact, rng)
         polite, filler = rng.choice(POLITE), rng.choice(FILLERS)
         impolite = rng.choice(RUDE) if rng.random() < RUDE_FRAC else ""

@@ -13,8 +13,8 @@ from typing import Any
 POLITE = ("glad to help", "happy to help", "you are welcome", "good question")
 RUDE = ("obviously", "silly question", "everyone knows", "stop asking")
 
-SHORT_WORDS = 12  # an answer and a courtesy fit; nothing else does
-LONG_WORDS = 16  # from here on brevity is 0; linear in between
+SHORT_WORDS = 10  # an answer and a courtesy fit; nothing else does
+LONG_WORDS = 14  # from here on brevity is 0; linear in between
 MIN_DISTINCT_FRAC = 0.6  # below this share of distinct words a response is repetition
 
 

@@ -272,7 +272,7 @@ class ChatTokenizer:
         return self._pieces_cache[key]
 
     def _conversation_pieces(self, roles: tuple[str, ...]) -> list[_Piece]:
-        """The prompt's pieces, then what the assistant adds, up to the end of its turn: all of that is trained.
+        """The prompt's pieces, then what the assistant adds, to the end of its turn: all of that is trained.
 
         Some templates write something between the end of a prompt and the answer (Llama 2: a space). The
         assistant has to produce that too, so it is trained.
@@ -298,7 +298,7 @@ class ChatTokenizer:
         return self._pieces_cache[key]
 
     def _cut_turns(self, pieces: list[_Piece], roles: tuple[str, ...]) -> list[_Piece]:
-        """Cut template text after an assistant's content behind its end-of-turn token; train it up to there."""
+        """Cut template text after an answer behind its end-of-turn token; what is before it is trained."""
         cut: list[_Piece] = []
         answering = False
         for piece in pieces:

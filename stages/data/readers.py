@@ -374,6 +374,8 @@ def _json_rows(stream: Iterable[bytes], path: Path) -> Iterator[_RawRow]:
             raise DataError(
                 f"{shown(path)}:{line_number}: not valid JSON: missing ',' or ']' (column {column})"
             )
+    if in_list and at >= len(text):
+        raise DataError(f"{shown(path)}:{1 + text.count(chr(10))}: not valid JSON: the list is never closed")
     if in_list and _after_space(text, at + 1) < len(text):
         line_number = 1 + text.count("\n", 0, at)
         raise DataError(f"{shown(path)}:{line_number}: not valid JSON: more text after the list")

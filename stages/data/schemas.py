@@ -118,7 +118,7 @@ def as_messages(value: Any, name: str, role: Literal["user", "assistant"]) -> Me
     if isinstance(value, Mapping):
         return (as_message(value, name),)
     if not isinstance(value, list):
-        raise RowError(f"{name}: expected text or a list of messages, got {described(value)}")
+        raise RowError(f"{name}: expected text, got {described(value)}")
     if not value:
         raise RowError(f"{name}: no messages")
     return tuple(as_message(item, f"{name}[{index}]") for index, item in enumerate(value))

@@ -485,20 +485,21 @@ def test_pin_31_data_masks_leave_the_count_and_importance_masks_do_not(aggregati
     assert loss(mask_BT, zero_weights_BT) == pytest.approx(full / 2)
 
 
-def test_only_the_policy_and_the_values_get_a_gradient():
+def test_pin_31_only_policy_and_values_get_a_gradient_and_importance_weights_do_not():
     one_BT = {"requires_grad": True}
     mask_BT = torch.ones(1, 1, dtype=torch.bool)
     policy, anchor, advantages = (torch.full((1, 1), 0.1, **one_BT) for _ in range(3))
     values, anchor_values, returns, reference = (
         torch.full((1, 1), x, **one_BT) for x in (1.0, 0.7, 2.0, 0.3)
     )
+    weights, weights_B = torch.full((1, 1), 0.5, **one_BT), torch.full((1,), 0.5, **one_BT)
     shared = {"mask_BT": mask_BT, "aggregation": "token_mean", "denominator": ONE}
     loss = (
         policy_loss(
             policy_logprobs_BT=policy,
             anchor_logprobs_BT=anchor,
             advantages_BT=advantages,
-            importance_weights_BT=None,
+            importance_weights_BT=weights,
             clip_low=0.2,
             clip_high=0.2,
             dual_clip=None,
@@ -510,21 +511,22 @@ def test_only_the_policy_and_the_values_get_a_gradient():
         + kl_surrogate_loss(
             policy_logprobs_BT=policy,
             reference_logprobs_BT=reference,
-            importance_weights_BT=None,
+            importance_weights_BT=weights,
             estimator="k2",
             **shared,
         )
         + sequence_kl_loss(
             policy_logprobs_BT=policy,
             reference_logprobs_BT=reference,
-            importance_weights_B=None,
+            importance_weights_B=weights_B,
             mask_BT=mask_BT,
             denominator=ONE,
         )
     )
     loss.backward()
     assert policy.grad is not None and values.grad is not None
-    assert all(tensor.grad is None for tensor in (anchor, advantages, anchor_values, returns, reference))
+    fixed = (anchor, advantages, anchor_values, returns, reference, weights, weights_B)
+    assert all(tensor.grad is None for tensor in fixed)
 
 
 def test_pin_28_kl_losses_by_hand():

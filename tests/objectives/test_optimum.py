@@ -1,13 +1,14 @@
 """What each placement of the KL optimises: exact expected gradients of a policy small enough to enumerate.
 
-A two-token response over three tokens: nine sequences, one row of logits for the first token and one for the
-second after each first one. Expectations are sums over all nine, written as a batch sampled uniformly with the
-importance weight of the policy, so what is differentiated are the losses a recipe calls.
+A two-token response over three tokens: nine sequences, a row of logits for the first token, one for the
+second after each first one. Expectations are sums over all nine, written as a batch sampled uniformly with
+the importance weight of the policy, so what is differentiated are the losses a recipe calls.
 """
 
 import functools
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,11 @@ UNIFORM_BT = torch.full((NUM_SEQUENCES, 2), -math.log(V), dtype=F64)  # log-prob
 DENOMINATOR = aggregation_denominator(
     masks=[MASK_BT], aggregation="sequence_mean_token_sum", constant_length=None
 )
-SHARED = {"mask_BT": MASK_BT, "aggregation": "sequence_mean_token_sum", "denominator": DENOMINATOR}
+SHARED: dict[str, Any] = {
+    "mask_BT": MASK_BT,
+    "aggregation": "sequence_mean_token_sum",
+    "denominator": DENOMINATOR,
+}
 
 
 def logprobs_of(logits: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ def kl_term(placement: str, policy_BT: Tensor, reference_BT: Tensor) -> Tensor:
         policy_logprobs_BT=policy_BT,
         reference_logprobs_BT=reference_BT,
         importance_weights_BT=weights_B[:, None].expand_as(policy_BT),
-        estimator=placement.split()[1],
+        estimator="k2" if placement == "surrogate k2" else "k3",
         **SHARED,
     )
 

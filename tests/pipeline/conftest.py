@@ -1,101 +1,13 @@
-"""A whole configured chain of fake stages in a temporary directory."""
+"""The `chain` fixture: six fake stages, configured, in a temporary directory that is the working directory."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fake_chain import CONFIG, IMPORTABLE, ROWS, Chain
 
-from pipeline import config as configs
 from pipeline import dag
-from pipeline.experiment import ExperimentConfig
-
-HERE = Path(__file__).parent
-CONFIG = """\
-name: demo
-prepare: {data: [{path: corpus.jsonl}], heldout_frac: 0.1}
-pretrain: {max_steps: 3}
-sft: {max_steps: 3, data: [{path: sft.jsonl}]}
-reward: {max_steps: 3, data: [{path: pairs.jsonl}]}
-ppo: {max_steps: 3, data: [{path: prompts.jsonl}], num_prompts: 8, batch_size: 8}
-evaluate: {prompts: [{path: prompts.jsonl}], score: {path: score.py}}
-pipeline: {executor: inline, lock_timeout_s: 1}
-"""
-ROWS: Mapping[str, dict[str, Any]] = {
-    "corpus.jsonl": {"text": "one and one is two"},
-    "sft.jsonl": {"prompt": "one and one", "completion": "two"},
-    "pairs.jsonl": {"prompt": "one and one", "chosen": "two", "rejected": "three"},
-    "prompts.jsonl": {"prompt": "one and one"},
-}
-FAKE_CLI = """
-import sys
-from dataclasses import replace
-from pipeline import dag
-for name, stage in dag.STAGES.items():
-    dag.STAGES[name] = replace(stage, entry="fake_stages:run")
-from pipeline.cli import main
-main(sys.argv[1:])
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
-    """Six fake stages, their data and config."""
-
-    directory: Path
-    control: Path
-
-    def config(self, *overrides: str) -> ExperimentConfig:
-        return configs.load(self.directory / "demo.yaml", overrides).config
-
-    def order(self, stage: str, **orders: Any) -> None:
-        """What `stage` does to itself in the middle of its next executions; nothing to take it back."""
-        path = self.control / f"{stage}.json"
-        if orders:
-            path.write_text(json.dumps(orders))
-        else:
-            path.unlink(missing_ok=True)
-
-    def calls(self) -> list[str]:
-        """Stages executed since the last call, in order."""
-        path = self.control / "calls.txt"
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.unlink(missing_ok=True)
-        return [line.split()[0] for line in lines]
-
-    def summary(self) -> dict[str, Any]:
-        summary: dict[str, Any] = json.loads((self.outputs / "runs/demo/summary.json").read_text())
-        return summary
-
-    @property
-    def outputs(self) -> Path:
-        return self.directory / "outputs"
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The real cli in a process of its own, on fake recipes."""
-        environment = os.environ | {
-            "FAKE_STAGES": str(self.control),
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-        }
-        return subprocess.Popen(
-            [sys.executable, "-c", FAKE_CLI, *arguments],
-            cwd=self.directory,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def cli(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of one command."""
-        process = self.start(*arguments)
-        stdout, stderr = process.communicate(timeout=120)
-        return process.returncode, stdout, stderr
 
 
 @pytest.fixture
@@ -105,6 +17,7 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
     made = Chain(directory=tmp_path, control=tmp_path / "control")
     made.control.mkdir()
     monkeypatch.setenv("FAKE_STAGES", str(made.control))
+    monkeypatch.setenv("PYTHONPATH", IMPORTABLE)  # of Ray's workers and of the cli
     monkeypatch.chdir(tmp_path)
     for name, row in ROWS.items():
         lines = [json.dumps({key: f"{value} {index}" for key, value in row.items()}) for index in range(4)]
@@ -112,11 +25,3 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
     (tmp_path / "score.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     (tmp_path / "demo.yaml").write_text(CONFIG)
     return made
-
-
-def write_model(directory: Path, content: str = "weights") -> Path:
-    """A directory that looks like a model."""
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text("{}")
-    (directory / "model.safetensors").write_text(content)
-    return directory

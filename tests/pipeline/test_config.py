@@ -186,7 +186,7 @@ def test_the_resolved_config_loads_again_from_anywhere_to_an_equal_config(write,
     path = write(
         MINIMAL + "model: {chat_template: t.jinja}\nevaluate:\n"
         "  prompts: [{path: p.jsonl, columns: {a: '1e5', b: 'null', c: 'yes', d: '0o7'}}]\n"
-        "  base_prompt: \"Q: {prompt}\\nA:\\t\u2603 \"\n  score: {path: s.py}\n",
+        '  base_prompt: "Q: {prompt}\\nA:\\t\u2603 "\n  score: {path: s.py}\n',
         "configs/demo.yaml",
     )
     config = load(path, ["name=1e5", "sft.adam_eps=1e-12", "prepare=null"]).config

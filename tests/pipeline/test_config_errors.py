@@ -216,7 +216,9 @@ def test_a_circle_of_bases_is_found(line_of, tmp_path):
     (tmp_path / "b.yaml").write_text("base: demo.yaml\n")
     assert line_of("base: a.yaml\n") == "b.yaml:1: base: demo.yaml builds on this file: a circle"
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
-    assert line_of("base: loop.yaml\n") == "demo.yaml:1: base: cannot be read: Too many levels of symbolic links"
+    assert (
+        line_of("base: loop.yaml\n") == "demo.yaml:1: base: cannot be read: Too many levels of symbolic links"
+    )
 
 
 def test_aliases_cannot_exhaust_memory(line_of):

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 import pytest
-from conftest import Chain
+from fake_chain import Chain
 
 from pipeline import dag
 from pipeline.errors import ConfigError

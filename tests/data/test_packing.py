@@ -1,0 +1,142 @@
+"""Packing: one row holds many sequences, and none of them notices."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stages.data.packing import PackedRow, PackPlan, pack, pack_values, plan_packs, split
+
+SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14], [2, 2, 2, 30, 31], [40, 41, 42]]  # 2 is EOS, 0 is the pad id
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.1,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+
+def logprobs(model: LlamaForCausalLM, row: PackedRow) -> list[Tensor]:
+    """Log-prob of each next token of each sequence."""
+    logits_NV = model(**row.model_inputs()).logits[0]
+    targets_N = row.targets_1N()[0]
+    kept_N = targets_N != -100
+    found_N = torch.zeros(row.num_tokens)
+    found_N[kept_N] = logits_NV[kept_N].log_softmax(-1).gather(1, targets_N[kept_N, None])[:, 0]
+    return [values[:-1] for values in row.split(found_N)]
+
+
+def alone(model: LlamaForCausalLM, sequence: list[int]) -> Tensor:
+    """The same by a plain forward on one unpacked sequence."""
+    logits_TV = model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0]
+    return torch.stack([logits_TV[t].log_softmax(-1)[token] for t, token in enumerate(sequence[1:])])
+
+
+MODES = ["train", "eval", "no_grad"]
+
+
+def in_mode(model: LlamaForCausalLM, mode: str):
+    model.train(mode == "train")
+    return torch.set_grad_enabled(mode != "no_grad")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_log_probs_equal_those_of_each_sequence_alone(model, mode):
+    """Pins 1, 6."""
+    with in_mode(model, mode):
+        for packed, sequence in zip(logprobs(model, pack(SEQUENCES)), SEQUENCES, strict=True):
+            if len(sequence) > 1:
+                torch.testing.assert_close(packed, alone(model, sequence), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tokens_log_prob_does_not_change_with_its_neighbours_in_the_pack(model, mode):
+    """Pin 7."""
+    with in_mode(model, mode):
+        before = logprobs(model, pack(SEQUENCES))[3]
+        others = [[99] * len(sequence) if index != 3 else sequence for index, sequence in enumerate(SEQUENCES)]
+        torch.testing.assert_close(logprobs(model, pack(others))[3], before, atol=1e-6, rtol=0)
+        moved = logprobs(model, pack([SEQUENCES[3], SEQUENCES[0], [7]]))[0]
+        torch.testing.assert_close(moved, before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_left_padded_right_padded_and_packed_log_probs_agree(model, mode):
+    """Pin 6: masks by length, with EOS (id 2) inside a sequence and anything at all in the padding."""
+    sequence, width = SEQUENCES[3], 9
+    filler = [2, 77, 2, 78]
+    assert len(filler) + len(sequence) == width
+    with in_mode(model, mode):
+        packed = logprobs(model, pack(SEQUENCES))[3]
+        for left in (True, False):
+            ids = filler + sequence if left else sequence + filler
+            attended = [0] * 4 + [1] * 5 if left else [1] * 5 + [0] * 4
+            positions = torch.tensor([attended]).cumsum(-1).sub(1).clamp(min=0)
+            logits_TV = model(
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.tensor([attended]),
+                position_ids=positions,
+                use_cache=False,
+            ).logits[0]
+            first = 4 if left else 0
+            found = torch.stack(
+                [logits_TV[first + t].log_softmax(-1)[token] for t, token in enumerate(sequence[1:])]
+            )
+            torch.testing.assert_close(found, packed, atol=1e-6, rtol=0)
+
+
+def test_a_forward_with_a_cache_would_leak_so_every_forward_passes_use_cache_false(model):
+    """Pin 7: the reason for `model_inputs`. If the first half fails, transformers was mended."""
+    row = pack(SEQUENCES)
+    assert row.model_inputs()["use_cache"] is False and row.model_inputs()["attention_mask"] is None
+    with torch.no_grad():
+        cached = model(**{**row.model_inputs(), "use_cache": True}).logits
+        assert (cached - model(**row.model_inputs()).logits).abs().max() > 1e-2
+
+
+def test_no_prediction_crosses_a_pack_boundary():
+    """Pin 12."""
+    assert pack([[1, 2, 3], [4], [5, 6]]).targets_1N().tolist() == [[2, 3, -100, -100, 6, -100]]
+
+
+def test_a_pack_is_ids_end_to_end_with_positions_that_restart():
+    row = pack([[7, 8, 9], [5, 6]])
+    assert row.input_ids_1N.tolist() == [[7, 8, 9, 5, 6]] and row.position_ids_1N.tolist() == [[0, 1, 2, 0, 1]]
+    assert (row.starts, row.lengths, row.num_tokens) == ((0, 3), (3, 2), 5)
+    assert row.last_tokens().tolist() == [2, 4]
+    assert [part.tolist() for part in row.split(torch.arange(5))] == [[0, 1, 2], [3, 4]]
+    assert [part.shape for part in split(torch.zeros(5, 2), row.lengths)] == [(3, 2), (2, 2)]
+    assert pack_values([[True, False], [True]], torch.bool).tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize(("lengths", "micro_batch_size"), [([3, 1, 4, 1, 5, 9, 2, 6], 3), ([1], 4), ([2] * 9, 2), ([], 3)])
+def test_a_pack_plan_holds_every_sequence_once_and_no_pack_is_too_large(lengths, micro_batch_size):
+    plan = plan_packs(lengths, micro_batch_size)
+    assert sorted(index for members in plan.packs for index in members) == list(range(len(lengths)))
+    assert all(0 < len(members) <= micro_batch_size for members in plan.packs)
+    assert len(plan.packs) == -(-len(lengths) // micro_batch_size)
+    assert plan == plan_packs(list(lengths), micro_batch_size)
+
+
+def test_a_pack_plan_balances_token_counts():
+    lengths = [100, 1, 99, 2, 98, 3, 97, 4]
+    totals = [sum(lengths[index] for index in members) for members in plan_packs(lengths, 4).packs]
+    assert max(totals) - min(totals) <= 4
+
+
+def test_shuffling_a_plan_changes_the_order_of_packs_and_no_pack():
+    plan = PackPlan(packs=tuple((n, n + 100) for n in range(20)))
+    shuffled = plan.shuffled(1)
+    assert shuffled.packs != plan.packs and sorted(shuffled.packs) == list(plan.packs)
+    assert shuffled == plan.shuffled(1) != plan.shuffled(2)

@@ -1,0 +1,367 @@
+"""Readers: every accepted shape gives its record, every bad one gives one line with file, line, field and fix."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.config import DataSource
+from stages.data import readers
+from stages.data.records import Conversation, Document, Message
+from stages.data.schemas import StageName
+from stages.errors import DataError
+
+HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Name a colour.\n\nAssistant:"
+
+
+def user(text: str) -> Message:
+    return Message(role="user", content=text)
+
+
+def assistant(text: str) -> Message:
+    return Message(role="assistant", content=text)
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def source(path: Path | str, **settings: Any) -> DataSource:
+    return DataSource(path=str(path), **settings)
+
+
+def records(path: Path, stage: StageName, **settings: Any) -> list[Any]:
+    return readers.read([source(path, **settings)], stage, seed=0).records
+
+
+def failure(path: Path, stage: StageName, **settings: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        readers.read([source(path, **settings)], stage, seed=0)
+    message = str(caught.value)
+    assert "\n" not in message, "an error is one line"
+    return message.replace(f"{path.parent}/", "")
+
+
+def test_readers_import_neither_torch_nor_transformers():
+    code = (
+        "import sys, stages.data.readers as r, stages.data.batches; from stages.config import DataSource\n"
+        "bad = {'torch', 'transformers', 'ray', 'vllm', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# What each stage reads
+
+
+def test_text_rows_and_paragraphs_become_documents(tmp_path):
+    rows = jsonl(tmp_path / "a.jsonl", {"text": "one", "id": 1}, {"text": "two"})
+    assert records(rows, "prepare") == [Document(text="one"), Document(text="two")]
+    (tmp_path / "b.txt").write_text("\n\nfirst line\nsecond line\n \n\nnext paragraph\n")
+    assert records(tmp_path / "b.txt", "prepare") == [
+        Document(text="first line\nsecond line"),
+        Document(text="next paragraph"),
+    ]
+
+
+TALK = Conversation(messages=(user("q"), assistant("a")))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"prompt": "q", "completion": "a"},
+        {"question": "q", "answer": "a"},
+        {"prompt": "q", "response": "a"},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+        {"instruction": "q", "output": "a"},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"instruction": "q", "input": None, "output": "a", "chosen": "x", "rejected": "y"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    ],
+    ids=lambda row: "+".join(row),
+)
+def test_every_sft_schema_gives_the_same_conversation(tmp_path, row):
+    assert records(jsonl(tmp_path / "a.jsonl", row), "sft") == [TALK]
+
+
+def test_an_instruction_is_joined_with_its_input_by_a_blank_line(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "1 2", "output": "3"})
+    assert records(path, "sft") == [Conversation(messages=(user("Add.\n\n1 2"), assistant("3")))]
+
+
+def test_messages_after_the_last_answer_are_left_out(tmp_path):
+    turns = [("system", ""), ("user", "q"), ("assistant", "a"), ("user", "more?")]
+    path = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": r, "content": c} for r, c in turns]})
+    (conversation,) = records(path, "sft")
+    assert [message.role for message in conversation.messages] == ["system", "user", "assistant"]
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"question": "q", "chosen": "good", "rejected": "bad"},
+        {"instruction": "q", "input": "", "output": "x", "chosen": "good", "rejected": "bad"},
+        {"prompt": "q", "chosen": [say("assistant", "good")], "rejected": [say("assistant", "bad")]},
+        {"prompt": "q", "chosen": say("assistant", "good"), "rejected": say("assistant", "bad")},
+        {"prompt": [say("user", "q")], "chosen": "good", "rejected": "bad"},
+        {
+            "chosen": [say("user", "q"), say("assistant", "good")],
+            "rejected": [say("user", "q"), say("assistant", "bad")],
+        },
+        {
+            "prompt": "q",
+            "chosen": [say("user", "q"), say("assistant", "good")],
+            "rejected": [say("user", "q"), say("assistant", "bad")],
+        },
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+        {"chosen": "q\ngood", "rejected": "q\nbad"},
+    ],
+    ids=lambda row: "+".join(f"{k}:{type(v).__name__}" for k, v in row.items()),
+)
+def test_every_preference_schema_gives_the_same_pair(tmp_path, row):
+    (pair,) = records(jsonl(tmp_path / "a.jsonl", row), "reward")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((user("q"),), (assistant("good"),), (assistant("bad"),))
+    assert pair.row == row
+
+
+def test_hh_transcripts_share_their_common_turns_as_the_prompt(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"chosen": f"{HH} Red.", "rejected": f"{HH} No."})
+    (pair,) = records(path, "reward")
+    assert pair.prompt == (user("Hi."), assistant("Hello."), user("Name a colour."))
+    assert (pair.chosen, pair.rejected) == ((assistant("Red."),), (assistant("No."),))
+
+
+def test_hh_transcripts_may_part_before_the_last_turn(tmp_path):
+    other = HH.replace("Hello.", "Yes?")
+    path = jsonl(tmp_path / "a.jsonl", {"chosen": f"{HH} Red.", "rejected": f"{other} Red."})
+    (pair,) = records(path, "reward")
+    assert pair.prompt == (user("Hi."),)
+    assert pair.chosen == (assistant("Hello."), user("Name a colour."), assistant("Red."))
+
+
+def test_turns_of_one_speaker_in_a_row_are_joined(tmp_path):
+    talk = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c"
+    path = jsonl(tmp_path / "a.jsonl", {"chosen": talk})
+    assert records(path, "sft") == [Conversation(messages=(user("a\n\nb"), assistant("c")))]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "further"),
+    [
+        ({"prompt": "q", "answer": "4", "level": 2}, "q", {"answer": "4", "level": 2}),
+        ({"question": "q", "answer": "4"}, "q", {"answer": "4"}),
+        ({"instruction": "q", "input": "x", "output": "y"}, "q\n\nx", {"output": "y"}),
+        ({"messages": [say("user", "q"), say("assistant", "a")], "answer": "4"}, "q", {"answer": "4"}),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: z\n\nAssistant:", "rejected": "", "id": 1}, "q", {"id": 1}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("stage", ["ppo", "evaluate"])
+def test_prompts_keep_their_further_columns(tmp_path, stage, row, prompt, further):
+    (read,) = records(jsonl(tmp_path / "a.jsonl", row), stage)
+    assert (read.messages, read.row) == ((user(prompt),), further)
+
+
+def test_the_schema_depends_on_the_stage_and_can_be_stated(tmp_path):
+    row = {"instruction": "q", "input": "", "output": "o", "chosen": "c", "rejected": "r", "prompt": "p"}
+    path = jsonl(tmp_path / "a.jsonl", row)
+    assert readers.first_rows(source(path), "sft", 1).format == "instruction"
+    assert readers.first_rows(source(path), "reward", 1).format == "preference"
+    stated = readers.first_rows(
+        source(path, format="prompt_completion", columns={"completion": "chosen"}), "sft", 1
+    )
+    assert stated.columns == {"prompt": "prompt", "completion": "chosen"}
+    assert stated.records == [Conversation(messages=(user("p"), assistant("c")))]
+    assert "format preference does not feed sft; use messages" in failure(path, "sft", format="preference")
+    assert "columns: no field 'chosn'; fields are chosen, rejected, prompt, input" in failure(path, "reward", columns={"chosn": "x"})
+
+
+def test_renamed_columns_take_part_in_detection(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"q": "q", "gold": "a"})
+    assert records(path, "sft", columns={"prompt": "q", "completion": "gold"}) == [TALK]
+    line = failure(path, "sft", columns={"prompt": "q", "completion": "best"})
+    assert line == "a.jsonl:1: best: missing; columns are q, gold - set columns: {completion: …}"
+
+
+# Files
+
+
+def test_files_globs_and_directories_are_read_in_path_order(tmp_path):
+    for name in ("b", "a", "c/d"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        jsonl(tmp_path / f"{name}.jsonl", {"text": name})
+    (tmp_path / ".hidden.jsonl").write_text("{")
+    (tmp_path / "README.md").write_text("not data")
+    texts = [[d.text for d in records(tmp_path / end, "prepare")] for end in ("", "*.jsonl", "**/*.jsonl")]
+    assert texts == [["a", "b", "c/d"], ["a", "b"], ["a", "b", "c/d"]]
+
+
+def test_gzipped_files_bom_crlf_and_blank_lines_are_tolerated(tmp_path):
+    data = b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two\xc3\xa9"}\r\n'
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\xc3\xa9")
+    for name in ("a.jsonl", "a.jsonl.gz", "a.txt"):
+        assert records(tmp_path / name, "prepare") == [Document(text="one"), Document(text="twoé")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"text": "one"},\n {"text": "two"}]', '{"text": "one"}\n{"text": "two"}\n', '[\n{"text":\n"one"}\n,{"text": "two"}\n]\n'],
+)
+def test_json_files_hold_a_list_or_objects_one_after_another(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    assert records(tmp_path / "a.json", "prepare") == [Document(text="one"), Document(text="two")]
+
+
+def test_first_rows_reads_no_further_than_asked(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n{broken\n')
+    preview = readers.first_rows(source(path), "prepare", 2)
+    assert (preview.format, len(preview.records)) == ("text", 2)
+
+
+# The error table of DATA_FORMATS.md
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "stage", "line"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "long enough y" "z": 1}\n', "prepare",
+         "a.jsonl:2: not valid JSON: missing ',' or '}' (column 26)"),
+        ("a.jsonl", b'{"prompt": "x", "completion": "y"}\n{"prompt": "x", "completion": 7}\n', "sft",
+         "a.jsonl:2: completion: expected text, got number 7"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', "prepare", "a.jsonl:2: text: expected text, got number 7"),
+        ("a.jsonl", b'{"text": null}\n', "prepare", "a.jsonl:1: text: expected text, got null"),
+        ("a.jsonl", b'{"prompt": "x", "rejected": "y"}\n', "reward",
+         "a.jsonl:1: chosen: missing; columns are prompt, rejected - set columns: {chosen: …}"),
+        ("a.jsonl", b"", "sft", "a.jsonl: no rows"),
+        ("a.jsonl", b"\n\n", "sft", "a.jsonl: no rows"),
+        ("a.txt", b" \n\n", "prepare", "a.txt: no rows"),
+        ("a.json", b"[]", "prepare", "a.json: no rows"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "prepare",
+         "a.jsonl:1: not UTF-8 (byte 0xE9 at column 14); convert with iconv"),
+        ("a.txt", b"one\n\ntwo\ncaf\xe9\n", "prepare",
+         "a.txt:4: not UTF-8 (byte 0xE9 at column 4); convert with iconv"),
+        ("a.jsonl", b'[1, 2]\n', "prepare", "a.jsonl:1: expected an object {column: value}, got list"),
+        ("a.jsonl", b'{"text": "x"}{"text": "y"}\n', "prepare",
+         "a.jsonl:1: not valid JSON: more text after the end of the object (column 14)"),
+        ("a.jsonl", b'{"text": "x\n', "prepare", "a.jsonl:1: not valid JSON: text never closed (column 10)"),
+        ("a.jsonl", b'{"text": "a\x00b"}\n', "prepare",
+         "a.jsonl:1: not valid JSON: control character inside text (column 12)"),
+        ("a.jsonl", b'{"text": "a\\ud800b"}\n', "prepare",
+         "a.jsonl:1: text: half a surrogate pair (\\ud800) at character 2; it is no text"),
+        ("a.jsonl", b'{"a": ' + b"[" * 200_000 + b"\n", "prepare", "a.jsonl:1: not valid JSON: nested too deeply"),
+        ("a.json", b'[{"text": "x"},\n {"text": 7}]', "prepare", "a.json:2: text: expected text, got number 7"),
+        ("a.json", b'[{"text": "x"}\n {"text": "y"}]', "prepare",
+         "a.json:2: not valid JSON: missing ',' or ']' (column 2)"),
+        ("a.json", b'[{"text": "x"},', "prepare", "a.json:1: not valid JSON: the list is never closed"),
+        ("a.jsonl", b'{"prompt": " ", "completion": "y"}\n', "sft",
+         "a.jsonl:1: prompt: empty prompt; remove the row, or set on_bad_row: skip"),
+        ("a.jsonl", b'{"prompt": "x", "completion": ""}\n', "sft",
+         "a.jsonl:1: completion: empty response; remove the row, or set on_bad_row: skip"),
+        ("a.jsonl", b'{"prompt": "x", "chosen": "y", "rejected": "y"}\n', "reward",
+         "a.jsonl:1: rejected: the same as chosen; remove the row, or set on_bad_row: skip"),
+        ("a.jsonl", b'{"chosen": "abc", "rejected": "xyz"}\n', "reward",
+         "a.jsonl:1: chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}"),
+        ("a.jsonl", b'{"messages": [{"role": "bot", "content": "y"}]}\n', "sft",
+         "a.jsonl:1: messages[0].role: unknown role 'bot'; use system, user, assistant, tool"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}\n', "sft",
+         "a.jsonl:1: messages[0].content: expected text, got number 1"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "sft",
+         "a.jsonl:1: messages: no assistant message, so nothing to train on"),
+        ("a.jsonl", b'{"messages": []}\n', "ppo", "a.jsonl:1: messages: no messages"),
+        ("a.csv", b"text\nx\n", "prepare",
+         "a.csv: cannot tell what it is by its name; jsonl, json, txt and .gz of them are read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "prepare",
+         "a.jsonl.gz: file ends early (truncated?)"),
+        ("a.jsonl.gz", b'{"text": "x"}\n', "prepare", "a.jsonl.gz: not a valid gzip file, or damaged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and ":" in value else "",
+)  # fmt: skip
+def test_bad_input_is_named_by_file_line_field_and_fix(tmp_path, name, data, stage, line):
+    (tmp_path / name).write_bytes(data)
+    assert failure(tmp_path / name, stage) == line
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert failure(tmp_path / "nope.jsonl", "sft") == "no such file: nope.jsonl"
+    assert failure(tmp_path / "no*.jsonl", "sft") == "no such file: no*.jsonl"
+    (tmp_path / "empty").mkdir()
+    assert failure(tmp_path / "empty", "sft") == "empty: no jsonl, json, txt file in this directory"
+
+
+def test_odd_but_sound_text_is_read_as_it_is(tmp_path):
+    odd = ["🎉 e\u0301 שלום", "<|im_end|><|endoftext|>", "a\u0000b", "x" * 10_000_000, "a\u2028b"]
+    path = jsonl(tmp_path / "a.jsonl", *[{"text": text} for text in odd])
+    assert [document.text for document in records(path, "prepare")] == odd
+
+
+# Bad rows, weights, identity
+
+
+def test_skipped_rows_are_counted_and_capped_at_one_percent_or_one_row(tmp_path):
+    good, bad = {"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": ""}
+    few = jsonl(tmp_path / "few.jsonl", good, bad, good)
+    rows = readers.read_conversations([source(few, on_bad_row="skip")], seed=0)
+    assert (len(rows.records), rows.num_skipped) == (2, 1)
+    many = jsonl(tmp_path / "many.jsonl", *[good] * 198, bad, bad)
+    assert readers.read_conversations([source(many, on_bad_row="skip")], seed=0).num_skipped == 2
+    over = jsonl(tmp_path / "over.jsonl", *[good] * 150, bad, bad)
+    assert failure(over, "sft", on_bad_row="skip") == (
+        "over.jsonl:151: completion: empty response; remove the row, or set on_bad_row: skip - and 2 of 152 rows "
+        "are bad, more than on_bad_row: skip leaves out (1%, at least one)"
+    )
+    assert "1 of 1 rows are bad" in failure(jsonl(tmp_path / "one.jsonl", bad), "sft", on_bad_row="skip")
+
+
+def test_weights_repeat_rows_and_take_a_seeded_share(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", *[{"text": str(n)} for n in range(10)])
+    def texts(weight: float, seed: int = 0) -> list[str]:
+        return [d.text for d in readers.read_documents([source(path, weight=weight)], seed=seed).records]
+    everything = [str(n) for n in range(10)]
+    assert texts(1) == everything and texts(2) == everything * 2
+    half = texts(0.5)
+    assert len(half) == 5 and half == sorted(set(half)) and half == texts(0.5)
+    assert len({tuple(texts(0.5, seed)) for seed in range(8)}) > 1
+    assert texts(1.5)[:10] == everything and len(texts(1.5)) == 15
+
+
+def test_a_weight_of_zero_leaves_the_source_out(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "x"})
+    rows = readers.read([source(path), source(tmp_path / "missing.jsonl", weight=0)], "prepare", seed=0)
+    assert len(rows.records) == 1
+    assert failure(path, "prepare", weight=0) == "a.jsonl: no rows"
+
+
+def test_the_content_digest_follows_contents_not_names(tmp_path):
+    for folder, names in (("a", ("1.jsonl", "2.jsonl")), ("b", ("x.jsonl", "y.jsonl"))):
+        (tmp_path / folder).mkdir()
+        for name, text in zip(names, ("one", "two"), strict=True):
+            jsonl(tmp_path / folder / name, {"text": text})
+    digest = readers.content_digest(source(tmp_path / "a"))
+    assert digest == readers.content_digest(source(tmp_path / "b"))
+    assert digest == readers.content_digest(source(tmp_path / "b" / "*.jsonl"))
+    jsonl(tmp_path / "b" / "y.jsonl", {"text": "other"})
+    assert digest != readers.content_digest(source(tmp_path / "b"))
+    assert readers.content_digest(source(tmp_path / "a" / "1.jsonl")) != digest
+
+
+def test_the_same_bytes_read_as_another_kind_of_file_have_another_digest(tmp_path):
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    digests = {readers.content_digest(source(tmp_path / name)) for name in ("a.jsonl", "a.txt")}
+    assert len(digests) == 2
