@@ -80,6 +80,7 @@ class Manifest(BaseModel):
         Exactness  # "exact": the same bytes again from the same config; else same prompts, seeds and order
     )
     packages: dict[str, str]
+    machine: dict[str, str]
     git_commit: str | None  # of the pipeline's own checkout; "-dirty" where it had changes
     started_at: str  # UTC, ISO 8601
     seconds: float  # of the execution that finished it
@@ -182,6 +183,7 @@ class Store:
                 contents=dict(node.contents),
                 exactness=exactness,
                 packages=package_versions(),
+                machine=machine(),
                 git_commit=git_commit(),
                 started_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 seconds=round(time.time() - started, 3),
@@ -455,6 +457,19 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+@cache
+def machine() -> dict[str, str]:
+    """What kind of machine this is; not which one."""
+    cpu = platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {"cpu": cpu, "cores": str(len(os.sched_getaffinity(0))), "memory": f"{memory:.0f} GiB"}
 
 
 @cache

@@ -23,6 +23,7 @@ from typer.exceptions import Abort, TyperException
 
 from pipeline import config as configs
 from pipeline import dag, doctor, executor
+from pipeline.artifacts import check_model_directory
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
@@ -153,6 +154,7 @@ def generate(
     engine: Annotated[Engine, typer.Option(help="Who generates.")] = Engine.hf,
 ) -> None:
     """Print one response of a model."""
+    check_model_directory(model_dir, named=str(model_dir))
     from stages.generate import generate as respond
 
     typer.echo(

@@ -261,7 +261,7 @@ def ray_session(config: ExperimentConfig, log_dir: Path) -> Iterator[Callable[[]
             yield lambda: None
         return
     with _session_directory(log_dir) as directory:
-        _set_local_ray_environment()
+        _authenticate_local_cluster()
         with _ray_connected(log_dir, address="local", include_dashboard=False, _temp_dir=str(directory)):
             yield lambda: _check_local_cluster(log_dir)
 
@@ -700,23 +700,22 @@ def _quieten_ray(log_dir: Path) -> None:
     worker.print_to_stdstream = to_file
 
 
-def _set_local_ray_environment() -> None:
-    """Read by Ray's own processes when they start: authentication by a token nobody else has, nothing phoned home."""
-    if "RAY_AUTH_TOKEN" not in _OWN_ENVIRONMENT:
-        _OWN_ENVIRONMENT.update(
-            {
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN": secrets.token_hex(32),
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "RAY_IGNORE_UNHANDLED_ERRORS": "1",
-                "OMP_WAIT_POLICY": "passive",
-            }
-        )
-    os.environ.update(_OWN_ENVIRONMENT)
+def _authenticate_local_cluster() -> None:
+    """A token that nobody else has, for a cluster whose servers listen on every interface; nothing phoned home.
 
+    The environment carries it to Ray's own processes; this one has read its environment already if ray was imported.
+    """
+    os.environ.update(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_IGNORE_UNHANDLED_ERRORS="1",
+        OMP_WAIT_POLICY="passive",
+    )
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # a C extension
 
-_OWN_ENVIRONMENT: dict[str, str] = {}
-"""Set once per process: Ray reads its token once and keeps it."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager

@@ -15,8 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ConfigError
 from pipeline.progress import duration
 from pipeline.report_page import Box, Html, curve, el, graph, join, number, page, table
+from pipeline.yaml_source import read_config
 from stages.training.metrics import METRICS
 
 MODELS = ("base", "sft", "ppo")
@@ -129,13 +131,11 @@ def _as_number(value: Any) -> float | None:
 
 def _num_samples(run_dir: Path) -> int:
     """`evaluate.num_samples_shown` of the resolved config."""
-    import yaml  # only here: a report of a run without a config needs none
-
     try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        config = read_config(run_dir / "config.yaml")
+    except ConfigError:
         return NUM_SAMPLES
-    stated = _mapping(_mapping(config).get("evaluate")).get("num_samples_shown")
+    stated = config.nearest(("evaluate", "num_samples_shown")).value
     return stated if isinstance(stated, int) else NUM_SAMPLES
 
 

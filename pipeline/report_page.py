@@ -89,7 +89,7 @@ def graph(boxes: Sequence[Box]) -> Html:
     ]
     for start, end in arcs:
         leaving = [arc for arc in arcs if arc[0] == start]
-        arriving = [arc for arc in reversed(arcs) if arc[1] == end]
+        arriving = [arc for arc in arcs if arc[1] == end]
         x1 = left[start] + width / 2 + 16 * (leaving.index((start, end)) * -1 + (len(leaving) - 1) / 2)
         x2 = left[end] + width / 2 + 16 * (arriving.index((start, end)) - (len(arriving) - 1) / 2)
         y = top - 20 * (end - start)
@@ -212,10 +212,10 @@ def page(title: str, subtitle: str, sections: Mapping[str, Html]) -> str:
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 CSS = """
-:root { --bg: #fbfbfa; --card: #fff; --text: #1d2125; --muted: #626b75; --rule: #e2e5e9; --accent: #1f6feb;
-  --soft: #eef4fe; --good: #1a7f46; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14171a; --card: #1c2025; --text: #e4e7ea; --muted: #98a2ad;
-  --rule: #31373e; --accent: #6ea8fe; --soft: #1d2a3d; --good: #57c785; } }
+:root { --bg: #fbfbfa; --card: #fff; --text: #1d2125; --muted: #626b75; --rule: #e2e5e9;
+  --accent: #1f6feb; }
+@media (prefers-color-scheme: dark) { :root { --bg: #14171a; --card: #1c2025; --text: #e4e7ea;
+  --muted: #98a2ad; --rule: #31373e; --accent: #6ea8fe; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -266,7 +266,7 @@ table.samples td { min-width: 190px; white-space: pre-wrap; }
 table.samples .note { display: block; margin-top: 4px; white-space: normal; }
 details { padding: 10px 14px; margin: 8px 0; }
 summary { cursor: pointer; font-weight: 600; }
-pre { overflow-x: auto; margin: 8px 0 0; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { overflow-x: auto; margin: 8px 0 0; font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; }
 footer { color: var(--muted); padding: 32px 0; font-size: 13px; }
 @media print { nav { display: none; } details { break-inside: avoid; } }
 """

@@ -172,9 +172,8 @@ class _Composer:
     def _node(self, event: Any, events: Iterator[Any], path: KeyPath) -> Node:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
-                raise self._error(
-                    event, f"alias *{event.anchor}: nothing above is anchored as &{event.anchor}"
-                )
+                anchor = short(str(event.anchor))
+                raise self._error(event, f"alias *{anchor}: nothing above is anchored as &{anchor}")
             node, size = self._anchors[event.anchor]
             self._count(event, size)
             return node
@@ -244,7 +243,7 @@ class _Composer:
         return self._error_at(event.start_mark.line + 1, what)
 
     def _error_at(self, line: int, what: str) -> ConfigError:
-        return ConfigError(f"{self._position(line)}: {what}")
+        return ConfigError(f"{self._position(line)}: {short(what, 400)}")
 
     def _position(self, line: int) -> str:
         return f"{self._label}:{line}" if self._has_lines else self._label

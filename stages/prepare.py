@@ -172,16 +172,15 @@ def _hash(text: str) -> bytes:
 
 
 def _split(kept: Sequence[Sequence[str]], heldout_frac: float) -> tuple[list[list[str]], list[str]]:
-    """Training documents per source, and the held-out ones: a hash below heldout_frac; at least the lowest
-    hash of all."""
+    """Training documents per source, and the held-out ones: hash below heldout_frac, or the lowest."""
 
-    def place(text: str) -> float:
-        return int.from_bytes(_hash(text)[:8], "big") / 2**64
+    def place(text: str) -> int:
+        return int.from_bytes(_hash(text)[:8], "big")
 
-    lowest = min((place(text) for texts in kept for text in texts), default=0.0)
-    bound = max(heldout_frac, lowest + 2**-60)
-    train = [[text for text in texts if place(text) >= bound] for texts in kept]
-    return train, [text for texts in kept for text in texts if place(text) < bound]
+    lowest = min((place(text) for texts in kept for text in texts), default=0)
+    last = max(int(heldout_frac * 2**64) - 1, lowest)
+    train = [[text for text in texts if place(text) > last] for texts in kept]
+    return train, [text for texts in kept for text in texts if place(text) <= last]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

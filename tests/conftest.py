@@ -57,13 +57,29 @@ def loop() -> Iterator["LoopThread"]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray of two CPUs."""
-    import ray
+def start_ray() -> Iterator[Callable[[], None]]:
+    """Call it to have a local Ray of two CPUs until the session ends; what depends on this fixture is closed before."""
+    started = False
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    def start() -> None:
+        nonlocal started
+        import ray
+
+        if not started:
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        started = True
+
+    yield start
+    if started:
+        import ray
+
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(start_ray: Callable[[], None]) -> None:
+    """A local Ray of two CPUs."""
+    start_ray()
 
 
 def _tokenizer():

@@ -12,21 +12,20 @@ Shapes: R rows (1 where packed), N tokens of a row, K of its positions, V vocabu
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from stages.config import ModelConfig
 from stages.errors import ModelError
@@ -60,10 +59,16 @@ class TokenScorer(nn.Module):
 
     def forward(self, input_ids_1N: Tensor, position_ids_1N: Tensor, positions_K: Tensor) -> Tensor:
         """Scores [K], float32, at the row positions `positions_K`."""
-        output = self.inner.base_model(input_ids=input_ids_1N, position_ids=position_ids_1N, use_cache=False)
-        hidden_KD = output.last_hidden_state[0, positions_K]
-        scores_K = self.inner.score(hidden_KD).squeeze(-1).float()
+        body: Any = self.inner.base_model
+        output = body(input_ids=input_ids_1N, position_ids=position_ids_1N, use_cache=False)
+        scores_K = self.head(output.last_hidden_state[0, positions_K]).squeeze(-1).float()
         return scores_K if self.bias is None else scores_K + self.bias.float()
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear layer behind the scores: `score` in transformers' sequence classifiers."""
+        assert isinstance(self.inner.score, nn.Linear)
+        return self.inner.score
 
 
 def build_causal_lm(
@@ -83,23 +88,16 @@ def build_causal_lm(
         bos_token_id=None,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
-        attn_implementation="sdpa",
     )
-    return CausalLM(LlamaForCausalLM(architecture).float())
+    return CausalLM(
+        AutoModelForCausalLM.from_config(architecture, attn_implementation="sdpa", dtype=torch.float32)
+    )
 
 
 def load_causal_lm(directory: Path) -> CausalLM:
     """The language model of a model directory, in fp32 on the CPU, dropout off."""
-    _check_is_a_model(directory)
-    inner, info = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-        use_safetensors=True,
-        **_no_dropout(directory),
-    )
-    _check_nothing_missing(directory, info["missing_keys"])
+    inner, missing = _loaded(AutoModelForCausalLM, directory)
+    _check_nothing_missing(directory, missing)
     return CausalLM(inner)
 
 
@@ -109,35 +107,20 @@ def reward_from_causal_lm(directory: Path, *, pad_token_id: int) -> TokenScorer:
 
     `pad_token_id` must not be an end token: transformers reads the score before the first pad otherwise.
     """
-    _check_is_a_model(directory)
-    inner = AutoModelForSequenceClassification.from_pretrained(
-        directory,
-        num_labels=1,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        **_no_dropout(directory),
-    )
+    inner, missing = _loaded(AutoModelForSequenceClassification, directory, num_labels=1)
+    _check_nothing_missing(directory, [name for name in missing if not name.startswith("score.")])
     inner.config.pad_token_id = pad_token_id
-    nn.init.normal_(inner.score.weight, std=1 / math.sqrt(inner.config.hidden_size + 1))
-    return TokenScorer(inner)
+    scorer = TokenScorer(inner)
+    nn.init.normal_(scorer.head.weight, std=1 / math.sqrt(inner.config.hidden_size + 1))
+    return scorer
 
 
 def load_reward_model(directory: Path) -> TokenScorer:
     """The reward model of a model directory. ModelError when its head is not in the file: a random head is no model."""
-    _check_is_a_model(directory)
-    if not any(name.startswith("score.") for name in tensor_names(directory)):
+    inner, missing = _loaded(AutoModelForSequenceClassification, directory, num_labels=1)
+    if any(name.startswith("score.") for name in missing):
         raise ModelError(f"{directory}: no score head in it; give a reward model (rlhf reward makes one)")
-    inner, info = AutoModelForSequenceClassification.from_pretrained(
-        directory,
-        num_labels=1,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-        use_safetensors=True,
-        **_no_dropout(directory),
-    )
-    _check_nothing_missing(directory, info["missing_keys"])
+    _check_nothing_missing(directory, missing)
     return TokenScorer(inner)
 
 
@@ -146,7 +129,7 @@ def value_from_reward_model(directory: Path) -> TokenScorer:
     scorer = load_reward_model(directory)
     normaliser = ScoreNormaliser.load(directory)
     with torch.no_grad():
-        scorer.inner.score.weight.div_(normaliser.std)
+        scorer.head.weight.div_(normaliser.std)
     return TokenScorer(scorer.inner, bias=-normaliser.mean / normaliser.std)
 
 
@@ -210,17 +193,27 @@ def full_state(model: CausalLM | TokenScorer) -> dict[str, Tensor]:
     }
 
 
-def tensor_names(directory: Path) -> Iterator[str]:
-    """Names of the tensors in a model directory's safetensors files, without loading them."""
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            yield from file.keys()
-
-
 def _gathered(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model of `directory` in fp32 without dropout, and the names of the weights its files do not have."""
+    _check_is_a_model(directory)
+    transformers_logging.set_verbosity_error()  # its load report says at length what is checked here in a line
+    transformers_logging.disable_progress_bar()
+    model, info = auto_class.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        use_safetensors=True,
+        **_no_dropout(directory),
+        **options,
+    )
+    return model, list(info["missing_keys"])
 
 
 def _check_is_a_model(directory: Path) -> None:

@@ -42,7 +42,10 @@ def test_every_row_is_seen_once_per_epoch_under_ranks(world_size):
     """Pin 34."""
     order = BatchOrder(num_rows=12, batch_size=4, seed=1)
     seen = Counter(
-        row for step in range(3) for rank in range(world_size) for row in rank_share(order.indices(step), rank, world_size)
+        row
+        for step in range(3)
+        for rank in range(world_size)
+        for row in rank_share(order.indices(step), rank, world_size)
     )
     assert seen == Counter(range(12))
     sizes = [len(rank_share(order.indices(0), rank, world_size)) for rank in range(world_size)]

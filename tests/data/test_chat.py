@@ -13,7 +13,12 @@ from stages.data.chat import CHATML, ChatTokenizer, Rendered, tokenizer_digest, 
 from stages.data.records import Message
 from stages.errors import ModelError
 
-CORPUS = ["the cat sat on the mat", "a dog ran to the red house", "You are a helpful assistant", "user system"]
+CORPUS = [
+    "the cat sat on the mat",
+    "a dog ran to the red house",
+    "You are a helpful assistant",
+    "user system",
+]
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}"
@@ -21,7 +26,8 @@ SMOLLM2 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
+    "{% set system = messages[0]['content'] %}"
     "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for message in turns %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -32,11 +38,23 @@ LLAMA2 = (
     "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|spare|>")
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + 'END' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+LLAMA3_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|spare|>",
+)
 
 
 @cache
@@ -64,11 +82,13 @@ def tokenizer(special: tuple[str, ...], *, adds_bos: bool = False, **names: str)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
 
+@cache
 def chatml() -> ChatTokenizer:
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "chat_template": CHATML}
     return ChatTokenizer(tokenizer(chat_module.SPECIAL_TOKENS, **names))
 
 
+@cache
 def smollm2() -> ChatTokenizer:
     """As the real one: BOS is <|im_start|>, and both EOS and padding are <|im_end|>."""
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
@@ -76,20 +96,23 @@ def smollm2() -> ChatTokenizer:
     return ChatTokenizer(tokenizer(special, unk_token="<|endoftext|>", chat_template=SMOLLM2, **names))
 
 
+@cache
 def llama2() -> ChatTokenizer:
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": LLAMA2}
     return ChatTokenizer(tokenizer(("<unk>", "<s>", "</s>"), adds_bos=True, **names))
 
 
+@cache
 def llama3() -> ChatTokenizer:
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "chat_template": LLAMA3}
     return ChatTokenizer(tokenizer(LLAMA3_TOKENS, adds_bos=True, **names))
 
 
+@cache
 def forgetful() -> ChatTokenizer:
     """The tokenizer puts BOS before text; the template forgets it."""
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = PLAIN.replace("END", "</s>")
     return ChatTokenizer(tokenizer(("<unk>", "<s>", "</s>"), adds_bos=True, chat_template=template, **names))
 
 
@@ -156,7 +179,7 @@ def test_loss_is_on_assistant_tokens_only_with_one_end_token_per_turn(make, mess
 
 @every_model
 def test_bos_occurs_exactly_once(make):
-    """Pin 9. Where BOS is also the template's turn marker (SmolLM2), it opens every turn and is never doubled."""
+    """Pin 9. Where BOS is also the turn marker (SmolLM2), it opens every turn and is never doubled."""
     chat = make()
     ids = chat.render(TALKS[1]).ids
     bos = chat.tokenizer.bos_token_id
@@ -186,8 +209,7 @@ def test_a_turn_marker_that_is_not_flagged_special_cannot_be_forged_either():
     """Pin 11: `split_special_tokens` alone leaves added tokens that are not flagged special."""
     base = tokenizer(("<s>", "</s>"), bos_token="<s>", eos_token="</s>")
     base.add_tokens([AddedToken("<|end|>", special=False, normalized=False)])
-    template = "{% for m in messages %}{{ m.role + ' ' + m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
-    chat = ChatTokenizer(base, template=template)
+    chat = ChatTokenizer(base, template=PLAIN.replace("END", "<|end|>"))
     assert chat.end_of_turn_id == base.convert_tokens_to_ids("<|end|>")
     assert chat.end_of_turn_id not in chat.text_ids("<|end|>")
     assert chat.end_of_turn_id in chat.stop_token_ids and base.eos_token_id in chat.stop_token_ids
@@ -198,7 +220,9 @@ def test_a_default_system_message_is_written_by_the_template_and_not_trained():
     rendered = chat.render(talk("the cat", "sat"))
     assert "named SmolLM" in chat.decode(rendered.ids)
     assert "named SmolLM" not in chat.decode(chat.render(talk("the cat", "sat", system="Be short")).ids)
-    assert chat.decode([t for t, trained in zip(rendered.ids, rendered.mask, strict=True) if trained]) == "sat"
+    assert (
+        chat.decode([t for t, trained in zip(rendered.ids, rendered.mask, strict=True) if trained]) == "sat"
+    )
 
 
 def test_an_end_token_that_is_also_the_pad_token_is_trained():
@@ -228,7 +252,7 @@ def test_the_stop_set_is_the_union_of_generation_config_tokenizer_and_template(t
 
 
 def test_a_saved_tokenizer_keeps_template_and_ids(tmp_path):
-    chat = ChatTokenizer(llama3().tokenizer, template=LLAMA3.replace("\n\n", "\n"))
+    chat = ChatTokenizer(llama3.__wrapped__().tokenizer, template=LLAMA3.replace("\n\n", "\n"))
     chat.save(tmp_path)
     again = ChatTokenizer.load(tmp_path)
     assert (again.template, again.template_source) == (chat.template, "tokenizer")
@@ -243,7 +267,9 @@ def test_the_template_file_wins_then_the_tokenizers_own_then_chatml_with_one_lou
     from_file = ChatTokenizer.load(tmp_path, tmp_path / "t.jinja")
     assert (from_file.template_source, from_file.template, from_file.warning) == ("file", SMOLLM2, None)
     assert ChatTokenizer.load(tmp_path).template_source == "tokenizer" and not caplog.records
-    bare = ChatTokenizer(tokenizer(chat_module.SPECIAL_TOKENS, eos_token="<|endoftext|>", pad_token="<|pad|>"))
+    bare = ChatTokenizer(
+        tokenizer(chat_module.SPECIAL_TOKENS, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    )
     assert (bare.template_source, bare.template) == ("chatml", CHATML)
     assert len(caplog.records) == 1 and "ChatML" in caplog.text and bare.warning in caplog.text
 
@@ -314,9 +340,11 @@ def test_truncating_keeps_the_start_and_drops_what_has_nothing_left_to_train():
 
 def test_truncating_a_pair_keeps_the_end_of_the_responses_and_cuts_the_prompts_start():
     """Pin 16."""
+
     def ids(*args) -> tuple:
         pair = truncate_pair(*args)
         return () if pair is None else (pair.prompt, pair.chosen, pair.rejected)
+
     assert ids([1, 2, 3], [4, 9], [5, 6, 9], 6) == ((1, 2, 3), (4, 9), (5, 6, 9))
     assert ids([1, 2, 3], [4, 9], [5, 6, 9], 4) == ((3,), (4, 9), (5, 6, 9))
     assert ids([1, 2, 3], [4, 9], [5, 6, 9], 3) == ((), (4, 9), (5, 6, 9))
@@ -334,7 +362,7 @@ def test_the_tokenizer_digest_tells_tokenizers_apart_and_survives_a_resave(tmp_p
     chatml().save(tmp_path / "a")
     ChatTokenizer.load(tmp_path / "a").save(tmp_path / "b")
     smollm2().save(tmp_path / "c")
-    ChatTokenizer(chatml().tokenizer, template=SMOLLM2).save(tmp_path / "d")
+    ChatTokenizer(chatml.__wrapped__().tokenizer, template=SMOLLM2).save(tmp_path / "d")
     a, b, c, d = (tokenizer_digest(tmp_path / name) for name in "abcd")
     assert a == b and len({a, c, d}) == 3
     ChatTokenizer.load(tmp_path / "a").tokenizer("x", padding="max_length", max_length=4, truncation=True)

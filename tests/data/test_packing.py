@@ -7,7 +7,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.data.packing import PackedRow, PackPlan, pack, pack_values, plan_packs, split
 
-SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14], [2, 2, 2, 30, 31], [40, 41, 42]]  # 2 is EOS, 0 is the pad id
+SEQUENCES = [
+    [5, 6, 7, 8, 9, 10, 11],
+    [12],
+    [13, 14],
+    [2, 2, 2, 30, 31],
+    [40, 41, 42],
+]  # 2 is EOS, 0 is the pad id
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,9 @@ def test_a_tokens_log_prob_does_not_change_with_its_neighbours_in_the_pack(model
     """Pin 7."""
     with in_mode(model, mode):
         before = logprobs(model, pack(SEQUENCES))[3]
-        others = [[99] * len(sequence) if index != 3 else sequence for index, sequence in enumerate(SEQUENCES)]
+        others = [
+            [99] * len(sequence) if index != 3 else sequence for index, sequence in enumerate(SEQUENCES)
+        ]
         torch.testing.assert_close(logprobs(model, pack(others))[3], before, atol=1e-6, rtol=0)
         moved = logprobs(model, pack([SEQUENCES[3], SEQUENCES[0], [7]]))[0]
         torch.testing.assert_close(moved, before, atol=1e-6, rtol=0)
@@ -112,7 +120,9 @@ def test_no_prediction_crosses_a_pack_boundary():
 
 def test_a_pack_is_ids_end_to_end_with_positions_that_restart():
     row = pack([[7, 8, 9], [5, 6]])
-    assert row.input_ids_1N.tolist() == [[7, 8, 9, 5, 6]] and row.position_ids_1N.tolist() == [[0, 1, 2, 0, 1]]
+    assert row.input_ids_1N.tolist() == [[7, 8, 9, 5, 6]] and row.position_ids_1N.tolist() == [
+        [0, 1, 2, 0, 1]
+    ]
     assert (row.starts, row.lengths, row.num_tokens) == ((0, 3), (3, 2), 5)
     assert row.last_tokens().tolist() == [2, 4]
     assert [part.tolist() for part in row.split(torch.arange(5))] == [[0, 1, 2], [3, 4]]
@@ -120,7 +130,9 @@ def test_a_pack_is_ids_end_to_end_with_positions_that_restart():
     assert pack_values([[True, False], [True]], torch.bool).tolist() == [[True, False, True]]
 
 
-@pytest.mark.parametrize(("lengths", "micro_batch_size"), [([3, 1, 4, 1, 5, 9, 2, 6], 3), ([1], 4), ([2] * 9, 2), ([], 3)])
+@pytest.mark.parametrize(
+    ("lengths", "micro_batch_size"), [([3, 1, 4, 1, 5, 9, 2, 6], 3), ([1], 4), ([2] * 9, 2), ([], 3)]
+)
 def test_a_pack_plan_holds_every_sequence_once_and_no_pack_is_too_large(lengths, micro_batch_size):
     plan = plan_packs(lengths, micro_batch_size)
     assert sorted(index for members in plan.packs for index in members) == list(range(len(lengths)))

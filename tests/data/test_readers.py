@@ -1,4 +1,4 @@
-"""Readers: every accepted shape gives its record, every bad one gives one line with file, line, field and fix."""
+"""Readers: every accepted shape gives its record, every bad one one line with file, line, field and fix."""
 
 import gzip
 import json
@@ -133,7 +133,11 @@ def say(role: str, content: str) -> dict[str, str]:
 )
 def test_every_preference_schema_gives_the_same_pair(tmp_path, row):
     (pair,) = records(jsonl(tmp_path / "a.jsonl", row), "reward")
-    assert (pair.prompt, pair.chosen, pair.rejected) == ((user("q"),), (assistant("good"),), (assistant("bad"),))
+    assert (pair.prompt, pair.chosen, pair.rejected) == (
+        (user("q"),),
+        (assistant("good"),),
+        (assistant("bad"),),
+    )
     assert pair.row == row
 
 
@@ -165,7 +169,11 @@ def test_turns_of_one_speaker_in_a_row_are_joined(tmp_path):
         ({"question": "q", "answer": "4"}, "q", {"answer": "4"}),
         ({"instruction": "q", "input": "x", "output": "y"}, "q\n\nx", {"output": "y"}),
         ({"messages": [say("user", "q"), say("assistant", "a")], "answer": "4"}, "q", {"answer": "4"}),
-        ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: z\n\nAssistant:", "rejected": "", "id": 1}, "q", {"id": 1}),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: z\n\nAssistant:", "rejected": "", "id": 1},
+            "q",
+            {"id": 1},
+        ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -186,7 +194,9 @@ def test_the_schema_depends_on_the_stage_and_can_be_stated(tmp_path):
     assert stated.columns == {"prompt": "prompt", "completion": "chosen"}
     assert stated.records == [Conversation(messages=(user("p"), assistant("c")))]
     assert "format preference does not feed sft; use messages" in failure(path, "sft", format="preference")
-    assert "columns: no field 'chosn'; fields are chosen, rejected, prompt, input" in failure(path, "reward", columns={"chosn": "x"})
+    assert "columns: no field 'chosn'; fields are chosen, rejected, prompt, input" in failure(
+        path, "reward", columns={"chosn": "x"}
+    )
 
 
 def test_renamed_columns_take_part_in_detection(tmp_path):
@@ -220,7 +230,11 @@ def test_gzipped_files_bom_crlf_and_blank_lines_are_tolerated(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ['[{"text": "one"},\n {"text": "two"}]', '{"text": "one"}\n{"text": "two"}\n', '[\n{"text":\n"one"}\n,{"text": "two"}\n]\n'],
+    [
+        '[{"text": "one"},\n {"text": "two"}]',
+        '{"text": "one"}\n{"text": "two"}\n',
+        '[\n{"text":\n"one"}\n,{"text": "two"}\n]\n',
+    ],
 )
 def test_json_files_hold_a_list_or_objects_one_after_another(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
@@ -244,7 +258,8 @@ def test_first_rows_reads_no_further_than_asked(tmp_path):
          "a.jsonl:2: not valid JSON: missing ',' or '}' (column 26)"),
         ("a.jsonl", b'{"prompt": "x", "completion": "y"}\n{"prompt": "x", "completion": 7}\n', "sft",
          "a.jsonl:2: completion: expected text, got number 7"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', "prepare", "a.jsonl:2: text: expected text, got number 7"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', "prepare",
+         "a.jsonl:2: text: expected text, got number 7"),
         ("a.jsonl", b'{"text": null}\n', "prepare", "a.jsonl:1: text: expected text, got null"),
         ("a.jsonl", b'{"prompt": "x", "rejected": "y"}\n', "reward",
          "a.jsonl:1: chosen: missing; columns are prompt, rejected - set columns: {chosen: …}"),
@@ -264,8 +279,10 @@ def test_first_rows_reads_no_further_than_asked(tmp_path):
          "a.jsonl:1: not valid JSON: control character inside text (column 12)"),
         ("a.jsonl", b'{"text": "a\\ud800b"}\n', "prepare",
          "a.jsonl:1: text: half a surrogate pair (\\ud800) at character 2; it is no text"),
-        ("a.jsonl", b'{"a": ' + b"[" * 200_000 + b"\n", "prepare", "a.jsonl:1: not valid JSON: nested too deeply"),
-        ("a.json", b'[{"text": "x"},\n {"text": 7}]', "prepare", "a.json:2: text: expected text, got number 7"),
+        ("a.jsonl", b'{"a": ' + b"[" * 200_000 + b"\n", "prepare",
+         "a.jsonl:1: not valid JSON: nested too deeply"),
+        ("a.json", b'[{"text": "x"},\n {"text": 7}]', "prepare",
+         "a.json:2: text: expected text, got number 7"),
         ("a.json", b'[{"text": "x"}\n {"text": "y"}]', "prepare",
          "a.json:2: not valid JSON: missing ',' or ']' (column 2)"),
         ("a.json", b'[{"text": "x"},', "prepare", "a.json:1: not valid JSON: the list is never closed"),
@@ -276,7 +293,8 @@ def test_first_rows_reads_no_further_than_asked(tmp_path):
         ("a.jsonl", b'{"prompt": "x", "chosen": "y", "rejected": "y"}\n', "reward",
          "a.jsonl:1: rejected: the same as chosen; remove the row, or set on_bad_row: skip"),
         ("a.jsonl", b'{"chosen": "abc", "rejected": "xyz"}\n', "reward",
-         "a.jsonl:1: chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}"),
+         "a.jsonl:1: chosen: shares no beginning with rejected, so there is no prompt - "
+         "set columns: {prompt: …}"),
         ("a.jsonl", b'{"messages": [{"role": "bot", "content": "y"}]}\n', "sft",
          "a.jsonl:1: messages[0].role: unknown role 'bot'; use system, user, assistant, tool"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}\n', "sft",
@@ -322,16 +340,18 @@ def test_skipped_rows_are_counted_and_capped_at_one_percent_or_one_row(tmp_path)
     assert readers.read_conversations([source(many, on_bad_row="skip")], seed=0).num_skipped == 2
     over = jsonl(tmp_path / "over.jsonl", *[good] * 150, bad, bad)
     assert failure(over, "sft", on_bad_row="skip") == (
-        "over.jsonl:151: completion: empty response; remove the row, or set on_bad_row: skip - and 2 of 152 rows "
-        "are bad, more than on_bad_row: skip leaves out (1%, at least one)"
+        "over.jsonl:151: completion: empty response; remove the row, or set on_bad_row: skip - and 2 of 152 "
+        "rows are bad, more than on_bad_row: skip leaves out (1%, at least one)"
     )
     assert "1 of 1 rows are bad" in failure(jsonl(tmp_path / "one.jsonl", bad), "sft", on_bad_row="skip")
 
 
 def test_weights_repeat_rows_and_take_a_seeded_share(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *[{"text": str(n)} for n in range(10)])
+
     def texts(weight: float, seed: int = 0) -> list[str]:
         return [d.text for d in readers.read_documents([source(path, weight=weight)], seed=seed).records]
+
     everything = [str(n) for n in range(10)]
     assert texts(1) == everything and texts(2) == everything * 2
     half = texts(0.5)

@@ -32,6 +32,7 @@ ROWS: Mapping[str, dict[str, Any]] = {
 FAKE_CLI = """
 import sys
 from dataclasses import replace
+from pipeline import dag
 for name, stage in dag.STAGES.items():
     dag.STAGES[name] = replace(stage, entry="fake_stages:run")
 from pipeline.cli import main

@@ -104,6 +104,10 @@ IN_FILES = [
     (NAME + "---\nname: b\n", "demo.yaml:2: a second document; one config per file"),
     (NAME + "? [a, b]\n: c\n", "demo.yaml:2: a key must be plain text"),
     (NAME + "seed: *x\n", "demo.yaml:2: alias *x: nothing above is anchored as &x"),
+    (
+        NAME + "seed: *" + "x" * 500,
+        f"demo.yaml:2: alias *{'x' * 79}…: nothing above is anchored as &{'x' * 79}…",
+    ),
     (NAME + "sft: &a\n  data: [*a]\n", "demo.yaml:3: alias *a: nothing above is anchored as &a"),
     # hostile
     ("name: !!python/object/apply:os.system ['true']\n",

@@ -9,7 +9,7 @@ from rollout.loop import LoopThread
 
 
 @pytest.fixture(scope="session")
-def rigs(loop: LoopThread, request: pytest.FixtureRequest,
+def rigs(loop: LoopThread, start_ray: Callable[[], None], request: pytest.FixtureRequest,
          tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Rig]]:
     """(kind, tied) -> its rig, started at the first call. Kinds: vllm, hf, actor (vllm in a Ray actor), fake."""
     started: dict[tuple[str, bool], Rig] = {}
@@ -18,7 +18,7 @@ def rigs(loop: LoopThread, request: pytest.FixtureRequest,
         if (kind, tied) not in started:
             model_dir = request.getfixturevalue("tied_model_dir" if tied else "untied_model_dir")
             if kind == "actor":
-                request.getfixturevalue("ray_cluster")
+                start_ray()
             started[kind, tied] = start_rig(kind, loop, model_dir, tmp_path_factory.mktemp(kind))
         return started[kind, tied]
 

@@ -1,0 +1,63 @@
+"""One response of a finished model, for a person: what `rlhf generate` prints. No recipe: it makes no artifact.
+
+    prompt --chat template, if the model has one--> ids --> engine --> response ids --> text
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoConfig
+
+from rollout.api import RolloutRequest, Sampling
+from rollout.config import EngineConfig
+from stages.data.chat import ChatTokenizer
+from stages.data.records import Message
+from stages.errors import ModelError
+from stages.rollout_source import open_engines
+from stages.runtime import Runtime, StageResources
+
+
+def generate(
+    model_dir: Path,
+    prompt: str,
+    *,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    engine: Literal["vllm", "hf"],
+) -> str:
+    """The model's response, special tokens left out. A model without a chat template continues the text.
+
+    Raises ModelError when the prompt does not fit, EngineError when the engine does not start.
+    """
+    chat = ChatTokenizer.load(model_dir)
+    if chat.template_source == "chatml":
+        ids = chat.continuation_ids(prompt)
+    else:
+        ids = chat.prompt_ids((Message(role="user", content=prompt),))
+    context: int = AutoConfig.from_pretrained(model_dir).max_position_embeddings
+    if len(ids) >= context:
+        raise ModelError(f"{model_dir}: the prompt has {len(ids)} tokens, the model's context {context}")
+    sampling = Sampling(
+        temperature=temperature,
+        max_tokens=min(max_tokens, context - len(ids)),
+        stop_token_ids=chat.stop_token_ids,
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory(prefix="rlhf-generate-") as directory:
+        runtime = Runtime(
+            stage="generate",
+            work_dir=Path(directory),
+            log_dir=Path(directory),
+            resources=StageResources(),
+            executor="inline",
+            placement_timeout_s=60.0,
+        )
+        config = EngineConfig(engine=engine, max_num_seqs=1, kv_cache_mib=64)
+        with open_engines(
+            config, model_dir=model_dir, dtype="float32", max_model_len=context, runtime=runtime
+        ) as client:
+            request = RolloutRequest(request_id="generate", prompt_ids=ids, sampling=sampling)
+            (rollout,) = client.generate([request])
+    return chat.decode(rollout.response_ids)

@@ -1,0 +1,225 @@
+"""The command as users meet it: exit codes, one line for a mistake, signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_chain import Chain, write_model
+
+from pipeline import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def rlhf(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    output = capsys.readouterr()
+    return int(str(ended.value.code)), output.out, output.err
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a command that must fail with exactly one line."""
+    code, _, stderr = rlhf(capsys, *arguments)
+    assert stderr.count("\n") == 1, stderr
+    return code, stderr
+
+
+def test_a_run_ends_with_the_place_of_its_report(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    code, stdout, stderr = rlhf(capsys, "run", "demo.yaml")
+    assert (code, stderr) == (0, "")
+    assert stdout.splitlines()[-1] == "report: outputs/runs/demo/report.html"
+    assert (chain.outputs / "runs/demo/report.html").is_file()
+    _, stdout, _ = rlhf(capsys, "run", "demo.yaml", "--until", "sft")
+    assert len(re.findall("^(prepare|pretrain|sft) +skipped", stdout, re.M)) == 3
+
+
+def test_a_setting_that_does_not_exist_is_code_2(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    code, stderr = complaint(capsys, "run", "demo.yaml", "sft.lrr=1")
+    assert code == 2
+    assert "lrr" in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml"),
+        (["run", "demo.yaml", "--until", "sfft"], "--until sfft: no such stage; did you mean 'sft'?"),
+        (["run", "demo.yaml", "--force", "dpo"], "--force dpo: no such stage; did you mean 'ppo'?"),
+        (["run", "demo.yaml", "--untill", "sft"], "--untill"),
+        (["runn", "demo.yaml"], "Did you mean 'run'?"),
+        (["reward", "demo.yaml"], "reward: needs sft, which has not finished with this config; run `rlhf sft demo.yaml`"),
+        (["reward", "demo.yaml", "--input", "sft=nowhere"], "--input sft=nowhere: no such directory"),
+        (["reward", "demo.yaml", "--input", "sft"], "--input sft: write STAGE=DIR"),
+        (["reward", "demo.yaml", "--input", "sftt=x"], "--input sftt: no such stage; did you mean 'sft'?"),
+        (["reward", "demo.yaml", "--input", "ppo=x"], "--input ppo: reward takes sft"),
+        (["run"], "CONFIG"),
+        (["generate", "nowhere", "hello"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_code_2(
+    chain: Chain, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+):
+    code, stderr = complaint(capsys, *arguments)
+    assert said in stderr
+    assert code == 2
+
+
+def test_the_command_that_makes_a_missing_stage_repeats_the_overrides(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+):
+    _, stderr = complaint(capsys, "reward", "demo.yaml", "seed=3")
+    assert "`rlhf sft demo.yaml seed=3`" in stderr
+
+
+def test_a_missing_dataset_is_code_3(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    (chain.directory / "pairs.jsonl").unlink()
+    code, stderr = complaint(capsys, "run", "demo.yaml")
+    assert code == 3
+    assert "pairs.jsonl" in stderr
+    assert rlhf(capsys, "run", "demo.yaml", "--until", "sft")[0] == 0
+
+
+def test_a_broken_row_is_code_3_before_any_stage_runs(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    (chain.directory / "prompts.jsonl").write_text("{broken\n")
+    code, stderr = complaint(capsys, "run", "demo.yaml")
+    assert code == 3
+    assert "prompts.jsonl:1" in stderr
+    assert chain.calls() == []
+
+
+def test_a_corrupt_artifact_is_code_4_and_named(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    rlhf(capsys, "run", "demo.yaml")
+    (chain.outputs / "runs/demo/sft/model.safetensors").write_text("damaged")
+    code, stderr = complaint(capsys, "run", "demo.yaml")
+    assert code == 4
+    assert "sft-" in stderr and "model.safetensors" in stderr and "--force sft" in stderr
+
+
+def test_an_outputs_path_that_cannot_be_written_is_code_4(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    (chain.directory / "taken").write_text("a file")
+    code, stderr = complaint(capsys, "run", "demo.yaml", "outputs=taken")
+    assert code == 4
+    assert "outputs=DIR" in stderr
+
+
+def test_a_stage_that_stops_itself_is_code_5_and_the_finished_ones_are_reported(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+):
+    chain.order("sft", error="TrainingStopped")
+    code, stderr = complaint(capsys, "run", "demo.yaml")
+    assert (code, stderr) == (5, "rlhf: sft: loss is nan at step 2; lower sft.lr\n")
+    assert list(chain.summary()) == ["prepare", "pretrain"]
+    assert (chain.outputs / "runs/demo/report.html").is_file()
+
+
+def test_a_bug_in_a_stage_is_code_1_and_names_the_traceback(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    chain.order("sft", error="ValueError")
+    code, stderr = complaint(capsys, "run", "demo.yaml")
+    assert code == 1
+    assert stderr.rstrip().endswith("outputs/runs/demo/logs/sft.traceback.txt")
+
+
+def test_a_bug_elsewhere_is_code_1_and_names_the_traceback(
+    chain: Chain, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("pipeline.executor.plan_run", broken)
+    code, stderr = complaint(capsys, "run", "demo.yaml")
+    assert code == 1
+    log = Path(stderr.split()[-1])
+    assert "surprise" in log.read_text()
+    log.unlink()
+
+
+def test_a_stage_alone_on_a_given_model(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    write_model(chain.directory / "mine")
+    assert rlhf(capsys, "reward", "demo.yaml", "--input", "sft=mine")[0] == 0
+    assert chain.calls() == ["reward"]
+    assert list(chain.summary()) == ["reward"]
+    rlhf(capsys, "reward", "demo.yaml", "--input", "sft=mine")
+    assert chain.calls() == []
+    rlhf(capsys, "reward", "demo.yaml", "--input", "sft=mine", "--force")
+    assert chain.calls() == ["reward"]
+
+
+def test_check_shows_rows_and_what_would_be_skipped_and_starts_nothing(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+):
+    rlhf(capsys, "run", "demo.yaml", "--until", "sft")
+    chain.calls()
+    code, stdout, _ = rlhf(capsys, "check", "demo.yaml", "ppo.max_steps=7")
+    assert code == 0
+    assert "sft.data.0: " in stdout and "one and one 1" in stdout
+    actions = dict(re.findall(r"^  (\w+) +(skip|run) ", stdout, re.M))
+    assert actions == dict.fromkeys(["prepare", "pretrain", "sft"], "skip") | dict.fromkeys(
+        ["reward", "ppo", "evaluate"], "run"
+    )
+    assert "7 steps" in stdout
+    assert chain.calls() == []
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]):
+    _, stdout, _ = rlhf(capsys, "schema")
+    assert "ppo" in json.loads(stdout)["properties"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["inline", "ray"])
+def test_a_signal_ends_the_run_with_code_75_and_no_process_left(chain: Chain, number: int, where: str):
+    chain.order("sft", sleep_s=100)
+    process = chain.start("run", "demo.yaml", f"pipeline.executor={where}")
+    deadline = time.monotonic() + 60
+    while not (chain.control / "sft.sleeping").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (75, "rlhf: interrupted; run the same command to go on\n")
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert list(chain.summary()) == ["prepare", "pretrain"]
+
+    chain.order("sft")
+    chain.calls()
+    code, _, stderr = chain.cli("run", "demo.yaml", "--until", "sft")
+    assert (code, stderr, chain.calls()) == (0, "", ["sft"])
+    assert chain.summary()["sft"]["metrics"]["first_step"] == 3
+
+
+def test_the_installed_command_answers_quickly_and_without_heavy_imports():
+    command = (
+        "import sys, pipeline.cli\n"
+        "heavy = {'torch', 'ray', 'transformers', 'vllm', 'datasets', 'numpy'} & sys.modules.keys()\n"
+        "print(sorted(heavy - {'numpy'}))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout == "[]\n"
+
+
+def test_doctor_writes_and_reads_back_and_recognises_a_cuda_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from pipeline import doctor
+
+    versions = {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(doctor, "_imports", lambda name: doctor.Finding(ok=True, subject=name, text="1.0"))
+    monkeypatch.chdir(tmp_path)
+    code, stdout, _ = rlhf(capsys, "doctor")
+    assert code == 4
+    assert re.search(r"^FAIL torchvision .*pip uninstall -y torchvision", stdout, re.M)
+    assert re.search(r"^ok +outputs .*written and read back", stdout, re.M)
+    assert os.listdir(tmp_path / "outputs") == []

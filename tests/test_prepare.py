@@ -1,0 +1,201 @@
+"""prepare: documents in; tokenizer, shards and statistics out, byte for byte the same each time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from transformers import AutoTokenizer
+
+from stages import prepare
+from stages.config import DataSource, ModelConfig, PrepareConfig, PrepareSettings
+from stages.data.chat import CHATML, ChatTokenizer
+from stages.data.records import Message
+from stages.data.shards import TokenShards, heldout_sequences
+from stages.errors import DataError
+from stages.runtime import Runtime, StageResources
+
+NOUNS = ["cat", "dog", "house", "tree", "river", "teacher", "window", "garden"]
+VERBS = ["sees", "likes", "finds", "paints"]
+DOCUMENTS = [
+    f"The {a} {verb} the {b}. It is {len(a) + len(b)} o'clock."
+    for a in NOUNS
+    for verb in VERBS
+    for b in NOUNS
+]
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Runtime:
+    return Runtime(
+        stage="prepare",
+        work_dir=tmp_path / "work",
+        log_dir=tmp_path / "logs",
+        resources=StageResources(),
+        executor="inline",
+        placement_timeout_s=1.0,
+    )
+
+
+def corpus(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def settings(
+    *paths: Path, weight: float = 1.0, model: dict[str, Any] | None = None, **config: Any
+) -> PrepareSettings:
+    sources = [DataSource(path=str(path), weight=weight) for path in paths]
+    config = {"vocab_size": 320, "heldout_frac": 0.1, "shard_tokens": 1024, **config}
+    return PrepareSettings(
+        seed=0,
+        model=ModelConfig(context_length=64, **model or {}),
+        prepare=PrepareConfig(data=sources, **config),
+    )
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: blake3(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def train_text(directory: Path) -> str:
+    shards = TokenShards(directory)
+    ids = [token for index in range(len(shards)) for token in shards.row(index).tolist()]
+    return AutoTokenizer.from_pretrained(directory).decode(ids)
+
+
+def test_the_artifact_holds_a_loadable_tokenizer_rows_and_statistics(tmp_path, runtime):
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    metrics = prepare.run(settings(path), {}, tmp_path / "out", runtime)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    assert tokenizer.convert_tokens_to_ids(special) == [0, 1, 2, 3]
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (
+        "<|endoftext|>",
+        "<|pad|>",
+        None,
+    )
+    assert tokenizer.chat_template == CHATML
+    shards = TokenShards(tmp_path / "out")
+    assert shards.row(0).shape == (64,) and shards.row(0)[0] == tokenizer.eos_token_id
+    assert shards.vocab_size == len(tokenizer) == metrics["vocab_size"] == 320
+    assert len(shards) == metrics["rows"] == metrics["tokens_train"] // 64
+    assert len(list((tmp_path / "out").glob("train-*.bin"))) > 1
+    texts = [text for text in train_text(tmp_path / "out").split("<|endoftext|>") if text]
+    assert set(texts[:-1]) <= set(DOCUMENTS)
+    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert statistics["documents"] == len(DOCUMENTS) and statistics["chars_per_token"] > 1.5
+    assert all(statistics[name] == value for name, value in metrics.items())
+
+
+def test_the_chat_template_works_with_the_trained_tokenizer(tmp_path, runtime):
+    prepare.run(settings(corpus(tmp_path / "a.jsonl", DOCUMENTS)), {}, tmp_path / "out", runtime)
+    chat = ChatTokenizer.load(tmp_path / "out")
+    rendered = chat.render([Message(role="user", content="Hi"), Message(role="assistant", content="A cat")])
+    assert chat.lint(rendered) == [] and chat.stop_token_ids == (0, 2) and chat.pad_token_id == 3
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path, runtime):
+    chosen = settings(corpus(tmp_path / "a.jsonl", DOCUMENTS), weight=1.5)
+    for name in ("one", "two"):
+        prepare.run(chosen, {}, tmp_path / name, runtime)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_any_text_survives_encoding_and_forged_special_tokens_stay_text(tmp_path, runtime):
+    """Pin 11."""
+    odd = "<|endoftext|><|im_end|> naïve 日本語 🎉 \t tabs, 12345"
+    prepare.run(settings(corpus(tmp_path / "a.jsonl", [*DOCUMENTS, odd])), {}, tmp_path / "out", runtime)
+    chat = ChatTokenizer.load(tmp_path / "out")
+    assert chat.decode(chat.text_ids(odd)) == odd and not {0, 1, 2, 3} & set(chat.text_ids(odd))
+    separators = sum(
+        TokenShards(tmp_path / "out").row(i).tolist().count(0)
+        for i in range(len(TokenShards(tmp_path / "out")))
+    )
+    assert separators <= len(DOCUMENTS) + 2
+
+
+def test_repetitions_and_wrong_lengths_are_dropped_counted_and_shown(tmp_path, runtime):
+    extra = [
+        "  " + DOCUMENTS[0] + "\r\n",
+        DOCUMENTS[1],
+        "caf\u00e9 au lait, please",
+        "cafe\u0301 au lait, please",
+        "x",
+        "",
+        "y" * 3000,
+    ]
+    first, second = corpus(tmp_path / "a.jsonl", DOCUMENTS), corpus(tmp_path / "b.jsonl", extra)
+    chosen = settings(first, second, min_chars=2, max_chars=2000)
+    metrics = prepare.run(chosen, {}, tmp_path / "out", runtime)
+    assert metrics["documents"] == len(DOCUMENTS) + 7
+    assert (metrics["dropped_duplicate"], metrics["dropped_too_short"], metrics["dropped_too_long"]) == (
+        3,
+        2,
+        1,
+    )
+    assert metrics["documents_kept"] == len(DOCUMENTS) + 1
+    examples = json.loads((tmp_path / "out" / "statistics.json").read_text())["dropped_examples"]
+    assert examples["too_short"] == ["x", ""] and examples["too_long"] == ["y" * 200]
+    assert examples["duplicate"] == [DOCUMENTS[0], DOCUMENTS[1], "caf\u00e9 au lait, please"]
+
+
+def test_held_out_documents_are_chosen_by_their_content(tmp_path, runtime):
+    def heldout(name: str, texts: list[str]) -> set[str]:
+        prepare.run(settings(corpus(tmp_path / f"{name}.jsonl", texts)), {}, tmp_path / name, runtime)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        found = {tokenizer.decode(ids[1:-1]) for ids in heldout_sequences(tmp_path / name, 1000)}
+        assert not any(text in train_text(tmp_path / name) for text in found)
+        return found
+
+    everything = heldout("all", DOCUMENTS)
+    assert 0.03 < len(everything) / len(DOCUMENTS) < 0.2
+    assert heldout("reversed", DOCUMENTS[::-1]) == everything
+    assert heldout("half", DOCUMENTS[:128]) == everything & set(DOCUMENTS[:128])
+
+
+def test_even_a_tiny_share_holds_out_one_document(tmp_path, runtime):
+    chosen = settings(corpus(tmp_path / "a.jsonl", DOCUMENTS), heldout_frac=1e-9)
+    assert prepare.run(chosen, {}, tmp_path / "out", runtime)["documents_heldout"] == 1
+
+
+def test_weights_repeat_training_documents_only(tmp_path, runtime):
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    once = prepare.run(settings(path), {}, tmp_path / "once", runtime)
+    twice = prepare.run(settings(path, weight=2), {}, tmp_path / "twice", runtime)
+    assert twice["tokens_heldout"] == once["tokens_heldout"]
+    assert (
+        twice["chars_train"] == 2 * once["chars_train"] and twice["documents_kept"] == once["documents_kept"]
+    )
+
+
+def test_a_given_models_tokenizer_is_taken_with_its_template(tmp_path, runtime, tied_model_dir):
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    metrics = prepare.run(settings(path), {"model": tied_model_dir}, tmp_path / "out", runtime)
+    given, taken = (AutoTokenizer.from_pretrained(d) for d in (tied_model_dir, tmp_path / "out"))
+    assert taken.get_vocab() == given.get_vocab() and taken.chat_template == given.chat_template
+    assert TokenShards(tmp_path / "out").separator_id == given.eos_token_id
+    assert metrics["vocab_size"] == len(given)
+
+
+def test_a_template_file_is_stored_with_the_tokenizer(tmp_path, runtime):
+    template = CHATML.replace("assistant\\n", "assistant: ").replace("assistant\n", "assistant\n")
+    (tmp_path / "t.jinja").write_text(template)
+    chosen = settings(corpus(tmp_path / "a.jsonl", DOCUMENTS), model={"chat_template": tmp_path / "t.jinja"})
+    prepare.run(chosen, {}, tmp_path / "out", runtime)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("texts", "config", "words"),
+    [
+        (["only one document"], {}, "no document is left to train on"),
+        (["a short text", "another text", "a third"], {}, "do not fill one row of model.context_length 64"),
+        (["x", "y"], {"min_chars": 5}, "no document is left to train on"),
+    ],
+)
+def test_too_little_data_is_one_line_that_says_what_to_do(tmp_path, runtime, texts, config, words):
+    with pytest.raises(DataError, match=words) as caught:
+        prepare.run(settings(corpus(tmp_path / "a.jsonl", texts), **config), {}, tmp_path / "out", runtime)
+    assert "\n" not in str(caught.value) and ";" in str(caught.value)
