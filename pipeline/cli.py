@@ -31,6 +31,7 @@ from rollout.errors import ExpectedError
 from stages.data import readers
 
 INTERRUPTED = 75
+TYPERS_INTERRUPTED = 130
 NUM_ROWS_CHECKED = 2
 ROW_CHARS = 160
 
@@ -174,6 +175,8 @@ def _exit_code(argv: list[str]) -> int:
     try:
         with executor.signals_interrupt():
             code = typer.main.get_command(app).main(args=argv, prog_name="rlhf", standalone_mode=False)
+            if code == TYPERS_INTERRUPTED:
+                raise KeyboardInterrupt
             return code if isinstance(code, int) else 0
     except ExpectedError as error:
         return _complain(str(error), error.exit_code)

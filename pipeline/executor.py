@@ -224,7 +224,7 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
 
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt as SIGINT does."""
+    """Inside, SIGTERM raises KeyboardInterrupt as SIGINT does: the one exception that ray.wait lets through."""
     before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

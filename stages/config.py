@@ -223,7 +223,7 @@ class PPOConfig(TrainingConfig):
     value_warmup_steps: int = Field(default=0, ge=0)
     """Iterations in which only the value model learns."""
     batch_size: int = Field(default=64, ge=1)
-    """Responses per optimizer step."""
+    """Responses per optimizer step; all of a batch of rollouts where it has fewer."""
     micro_batch_size: int = Field(default=16, ge=1)
     """Responses per forward."""
     adam_eps: float = Field(default=1e-5, gt=0)
@@ -294,10 +294,8 @@ class PPOConfig(TrainingConfig):
             )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("kl_controller adaptive scales kl_coef, which is 0; give it a start value")
-        if self.batch_size > self.responses_per_step:
-            raise ValueError(
-                f"batch_size {self.batch_size} is more than num_prompts x samples_per_prompt = {self.responses_per_step}"
-            )
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(f"dual_clip {self.dual_clip:g} is not above 1 + clip_high = {1 + self.clip_high:g}")
         return self
 
 

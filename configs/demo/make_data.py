@@ -1,6 +1,6 @@
 """Writes the demo's data, all of it, from one seed: `python configs/demo/make_data.py [OUT_DIR]`.
 
-    56 true facts -> corpus.jsonl        what is true, said in many ways                                (pretrain)
+    48 true facts -> corpus.jsonl        what is true, said in many ways                                (pretrain)
                   -> sft.jsonl           answers of mixed quality: the model knows better than it says  (sft)
                   -> preferences.jsonl   right over wrong, polite over rude, short over long            (reward)
                   -> prompts.jsonl       questions in the wordings of sft and preferences               (ppo)
@@ -81,14 +81,6 @@ CATEGORIES: dict[str, Category] = {
                    "What capital does {x} have?"),
         eval_questions=("Name the capital of {x}.", "Do you know the capital of {x}?"),
     ),
-    "home": Category(
-        facts={"bird": "nest", "bee": "hive", "spider": "web", "horse": "stable", "pig": "sty", "bear": "den",
-               "rabbit": "burrow", "king": "castle"},
-        statements=("A {x} lives in a {y}.", "The home of a {x} is a {y}.", "You find a {x} in a {y}."),
-        questions=("Where does a {x} live?", "Tell me the home of a {x}.", "What is the home of a {x}?",
-                   "Where do you find a {x}?"),
-        eval_questions=("Name the home of a {x}.", "Do you know where a {x} lives?"),
-    ),
     "plural": Category(
         facts={"mouse": "mice", "foot": "feet", "tooth": "teeth", "man": "men", "goose": "geese", "child": "children",
                "leaf": "leaves", "wolf": "wolves"},
@@ -99,8 +91,7 @@ CATEGORIES: dict[str, Category] = {
     ),
 }
 
-PREFIXES = ("", "Hello! ", "Please help me. ", "One question. ", "I want to know this. ")
-EVAL_PREFIXES = ("", "Hello! ")
+PREFIXES = ("", "Hello! ", "Please help me. ")
 
 SHORT_FORMS = ("It is {y}.", "The answer is {y}.")
 POLITE = ("Glad to help!", "Happy to help!", "You are welcome!", "Good question!")
@@ -161,7 +152,7 @@ def questions(fact: Fact) -> list[str]:
 
 def eval_questions(fact: Fact) -> list[str]:
     return [prefix + fill(question, fact.subject)
-            for question in CATEGORIES[fact.category].eval_questions for prefix in EVAL_PREFIXES]
+            for question in CATEGORIES[fact.category].eval_questions for prefix in PREFIXES]
 
 
 def corpus(rng: random.Random) -> Iterator[dict[str, Any]]:

@@ -54,11 +54,12 @@ class StepLog:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self._path = path
         kept = [line for line in read_steps(path) if line["step"] <= resumed_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        path.write_text("")
+        self.write(kept)
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append `lines`; each has a `step` (1-based: the steps done so far)."""
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
@@ -85,5 +86,5 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     """The lines of a StepLog's file, [] without one; a last line cut short by a kill is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at U+2028
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,75 @@
+"""Attention by sequence lengths: the block-diagonal mask's numbers, values and gradients, without the mask's cost."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from stages.data.packed_attention import register_packed_attention
+from stages.data.packing import pack
+
+CONFIG = LlamaConfig(
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    initializer_range=0.1,
+)
+ROW = pack([[5, 6, 7, 8, 9, 10, 11], [12], [13, 14], [2, 2, 2, 30, 31]])
+
+
+def model(implementation: str) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = LlamaForCausalLM(CONFIG)
+    made.set_attn_implementation(implementation)
+    return made
+
+
+def outputs(made: LlamaForCausalLM, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = made(**ROW.model_inputs(), **kwargs).logits.log_softmax(-1)
+    logits.square().mean().backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in made.parameters()])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_attention_by_lengths_equals_attention_with_the_mask(mode):
+    """Pins 6, 7, 33: values and gradients."""
+    masked, by_lengths = (
+        model("sdpa").train(mode == "train"),
+        model(register_packed_attention()).train(mode == "train"),
+    )
+    expected = outputs(masked)
+    for found, wanted in zip(outputs(by_lengths, sequence_lengths=ROW.lengths), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+
+
+def test_without_lengths_it_is_plain_sdpa_packed_or_padded():
+    made = model(register_packed_attention()).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            outputs_of(made, **ROW.model_inputs()), outputs_of(model("sdpa"), **ROW.model_inputs())
+        )
+        padded = {"input_ids": torch.tensor([[0, 0, 5, 6]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])}
+        torch.testing.assert_close(outputs_of(made, **padded), outputs_of(model("sdpa"), **padded))
+
+
+def outputs_of(made: LlamaForCausalLM, **inputs) -> torch.Tensor:
+    return made(**inputs).logits
+
+
+def test_it_reaches_the_layers_of_reward_models_and_through_checkpointing():
+    name = register_packed_attention()
+    scorer = AutoModelForSequenceClassification.from_config(CONFIG, num_labels=1, attn_implementation=name)
+    with torch.no_grad():
+        hidden = scorer.model(**ROW.model_inputs(), sequence_lengths=ROW.lengths).last_hidden_state
+    assert hidden.shape == (1, ROW.num_tokens, 64)
+    plain, checkpointed = model(name), model(name)
+    checkpointed.gradient_checkpointing_enable()
+    for found, wanted in zip(
+        outputs(checkpointed.train(), sequence_lengths=ROW.lengths),
+        outputs(plain.train(), sequence_lengths=ROW.lengths),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)

@@ -1,0 +1,324 @@
+"""PPO: one batch judged and updated on tiny models, and whole runs of the recipe on the reference engine."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from blake3 import blake3
+
+from rollout.api import Rollout
+from rollout.config import EngineConfig
+from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
+from stages.data.experience import assemble, minibatches, pack_rollouts
+from stages.errors import ModelError, TrainingStopped
+from stages.ppo import run
+from stages.runtime import Runtime, StageResources
+from stages.training.distributed import Worker
+from stages.training.models import ScoreNormaliser, full_state, reward_from_causal_lm, save_model
+from stages.training.ppo_models import judge, load_ppo_models
+from stages.training.ppo_update import Learner
+
+CPU = torch.device("cpu")
+PAD, EOS = 0, 2
+CONFIG = PPOConfig(
+    data=[DataSource(path="unused")],
+    max_steps=3,
+    num_prompts=8,
+    batch_size=4,
+    micro_batch_size=2,
+    max_response_tokens=6,
+    num_epochs=2,
+    lr=1e-3,
+    value_lr=1e-3,
+    warmup_frac=0.0,
+    checkpoint_every_steps=1,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tied_model_dir, tmp_path_factory):
+    """An sft model and a reward model on its body."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("reward")
+    model = reward_from_causal_lm(tied_model_dir, pad_token_id=PAD)
+    save_model(model, directory, full_state(model))
+    ScoreNormaliser(mean=0.1, std=1.5).save(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tied_model_dir / name).exists():
+            (directory / name).write_bytes((tied_model_dir / name).read_bytes())
+    return {"sft": tied_model_dir, "reward": directory}
+
+
+def runtime_in(directory: Path) -> Runtime:
+    for name in ("work", "logs", "out"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    return Runtime(
+        stage="ppo",
+        work_dir=directory / "work",
+        log_dir=directory / "logs",
+        resources=StageResources(),
+        executor="inline",
+        placement_timeout_s=30,
+    )
+
+
+def worker_in(directory: Path) -> Worker:
+    return Worker(rank=0, world_size=1, device=CPU, runtime=runtime_in(directory))
+
+
+def some_rollouts(count=8) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(5)
+    rollouts = []
+    for index in range(count):
+        length = 2 + index % 5
+        response = torch.randint(5, 300, (length,), generator=generator).tolist()
+        ended = index % 3 != 0
+        rollouts.append(
+            Rollout(
+                request_id=str(index),
+                prompt_ids=tuple(torch.randint(5, 300, (3 + index % 2,), generator=generator).tolist()),
+                response_ids=tuple([*response[:-1], EOS] if ended else response),
+                logprobs=(-1.0,) * length,
+                finish_reason="stop" if ended else "length",
+                weight_versions=(0,) * length,
+                seed=index,
+            )
+        )
+    return rollouts
+
+
+def judged_batch(inputs, tmp_path, config=CONFIG):
+    models = load_ppo_models(config, inputs, worker_in(tmp_path))
+    packs = pack_rollouts(some_rollouts(), micro_batch_size=config.micro_batch_size, max_length=6, device=CPU)
+    return models, packs, [judge(models, pack, config, end_of_turn_id=EOS) for pack in packs]
+
+
+def test_pin_4_the_first_ratio_is_exactly_one_and_close_to_it_under_another_split(inputs, tmp_path):
+    models, packs, judgements = judged_batch(inputs, tmp_path)
+    experiences, _ = assemble(packs, judgements, CONFIG, kl_coef=0.05)
+    metrics = Learner(models, CONFIG, seed=0).update(0, experiences, kl_coef=0.05)
+    assert metrics["ppo/ratio_first"] == 0.0
+
+    models, _, _ = judged_batch(inputs, tmp_path)
+    whole = pack_rollouts(some_rollouts(), micro_batch_size=8, max_length=6, device=CPU)
+    other = judge(models, whole[0], CONFIG, end_of_turn_id=EOS).anchor_logprobs_BT
+    by_id = {
+        rollout.request_id: row
+        for pack, judgement in zip(packs, judgements, strict=True)
+        for rollout, row in zip(pack.rollouts, judgement.anchor_logprobs_BT, strict=True)
+    }
+    for rollout, row in zip(whole[0].rollouts, other, strict=True):
+        torch.testing.assert_close(row, by_id[rollout.request_id], atol=1e-5, rtol=0)
+
+
+def test_pin_4_epochs_shuffle_packs_and_never_tear_them():
+    packs = list(range(6))
+    epochs = [minibatches(packs, packs_per_step=2, seed=seed) for seed in range(4)]
+    assert all(sorted(pack for step in epoch for pack in step) == packs for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) > 1
+    assert minibatches(packs, packs_per_step=2, seed=3) == epochs[3]
+
+
+def test_pin_4_with_one_update_per_batch_the_anchor_is_the_detached_policy(inputs, tmp_path):
+    config = CONFIG.model_copy(update={"num_epochs": 1, "batch_size": 8})
+    models, packs, judgements = judged_batch(inputs, tmp_path, config)
+    experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
+    spoiled = [replace(item, anchor_logprobs_BT=item.anchor_logprobs_BT - 3) for item in experiences]
+    metrics = Learner(models, config, seed=0).update(0, spoiled, kl_coef=0.05)
+    assert metrics["ppo/ratio_first"] == 0.0 and metrics["ppo/clip_fraction"] == 0.0
+
+
+def test_pin_19_rewards_of_a_response_add_up_to_score_minus_beta_kl(inputs, tmp_path):
+    config = CONFIG.model_copy(update={"gae_lambda": 1.0, "whiten_advantages": False, "missing_eos_penalty": 0.0})
+    models, packs, judgements = judged_batch(inputs, tmp_path, config)
+    with torch.no_grad():
+        for parameter in models.policy.parameters():
+            parameter.mul_(1.05)
+    judgements = [judge(models, pack, config, end_of_turn_id=EOS) for pack in packs]
+    experiences, _ = assemble(packs, judgements, config, kl_coef=0.3)
+    for judgement, experience in zip(judgements, experiences, strict=True):
+        expected = judgement.scores_B - 0.3 * judgement.kl_B
+        assert judgement.kl_B.abs().min() > 0
+        torch.testing.assert_close(experience.returns_BT[:, 0], expected, atol=1e-5, rtol=0)
+
+
+def test_pin_20_a_truncated_response_is_penalised_left_out_or_bootstrapped(inputs, tmp_path):
+    results = {}
+    for truncation in ("penalty", "mask", "bootstrap"):
+        config = CONFIG.model_copy(
+            update={"truncation": truncation, "gae_lambda": 1.0, "whiten_advantages": False, "kl_coef": 0.0}
+        )
+        models, packs, judgements = judged_batch(inputs, tmp_path, config)
+        experiences, _ = assemble(packs, judgements, config, kl_coef=0.0)
+        results[truncation] = (packs, judgements, experiences)
+    for pack, judgement, experience in zip(*results["penalty"], strict=True):
+        expected = judgement.scores_B - 1.0 * pack.truncated_B
+        torch.testing.assert_close(experience.returns_BT[:, 0], expected, atol=1e-5, rtol=0)
+    for pack, _, experience in zip(*results["mask"], strict=True):
+        assert not experience.mask_BT[pack.truncated_B].any()
+        assert torch.equal(experience.mask_BT[~pack.truncated_B], pack.packed.mask_BT[~pack.truncated_B])
+    for pack, judgement, experience in zip(*results["bootstrap"], strict=True):
+        expected = torch.where(pack.truncated_B, judgement.final_values_B, judgement.scores_B)
+        torch.testing.assert_close(experience.returns_BT[:, 0], expected, atol=1e-5, rtol=0)
+
+
+def test_pin_22_returns_are_of_unwhitened_advantages_and_whitening_is_once_over_the_batch(inputs, tmp_path):
+    _, packs, judgements = judged_batch(inputs, tmp_path)
+    plain = CONFIG.model_copy(update={"whiten_advantages": False})
+    whitened, _ = assemble(packs, judgements, CONFIG, kl_coef=0.05)
+    unwhitened, _ = assemble(packs, judgements, plain, kl_coef=0.05)
+    for left, right in zip(whitened, unwhitened, strict=True):
+        assert torch.equal(left.returns_BT, right.returns_BT)
+    mask = torch.cat([item.mask_BT for item in whitened])
+    values = torch.cat([item.advantages_BT for item in whitened])[mask]
+    assert abs(float(values.mean())) < 1e-5 and float(values.std(unbiased=False)) == pytest.approx(1, abs=1e-3)
+
+
+def test_pin_24_scores_are_normalised_then_clipped_before_the_kl_is_taken(inputs, tmp_path):
+    wide = CONFIG.model_copy(update={"score_clip": None})
+    narrow = CONFIG.model_copy(update={"score_clip": 0.05})
+    _, _, unclipped = judged_batch(inputs, tmp_path, wide)
+    models, packs, clipped = judged_batch(inputs, tmp_path, narrow)
+    for left, right in zip(unclipped, clipped, strict=True):
+        assert torch.equal(left.scores_B.clamp(-0.05, 0.05), right.scores_B)
+    raw = models.reward_model(
+        packs[0].packed.row.input_ids_1N, packs[0].packed.row.position_ids_1N, packs[0].packed.positions.final_B
+    )
+    ended = ~packs[0].truncated_B
+    torch.testing.assert_close(unclipped[0].scores_B[ended], ((raw - 0.1) / 1.5)[ended], atol=1e-5, rtol=0)
+
+
+def test_pin_28_the_config_refuses_kl_choices_that_optimise_something_else():
+    for placement, estimator in (("reward", "k2"), ("reward", "k3"), ("loss", "k1"), ("loss", "k3"), ("kl_surrogate", "k1")):
+        with pytest.raises(ValueError, match="does not optimise"):
+            PPOConfig(data=[DataSource(path="x")], kl_placement=placement, kl_estimator=estimator)
+
+
+@pytest.mark.parametrize(("placement", "estimator"), [("loss", "k2"), ("kl_surrogate", "k2"), ("kl_surrogate", "k3")])
+def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_path, placement, estimator):
+    config = CONFIG.model_copy(
+        update={"kl_placement": placement, "kl_estimator": estimator, "num_epochs": 4, "lr": 1e-4}
+    )
+
+    def kl_after(kl_coef):
+        models = load_ppo_models(config, inputs, worker_in(tmp_path))
+        with torch.no_grad():
+            for index, parameter in enumerate(models.policy.parameters()):
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+                parameter.add_(noise, alpha=0.03)
+        packs = pack_rollouts(some_rollouts(), micro_batch_size=2, max_length=6, device=CPU)
+        judgements = [judge(models, pack, config, end_of_turn_id=EOS) for pack in packs]
+        experiences, _ = assemble(packs, judgements, config, kl_coef=kl_coef)
+        silent = [replace(item, advantages_BT=torch.zeros_like(item.advantages_BT)) for item in experiences]
+        learner = Learner(models, config, seed=0)
+        for step in range(3):
+            learner.update(step, silent, kl_coef=kl_coef)
+        after = torch.cat([judge(models, pack, config, end_of_turn_id=EOS).kl_B for pack in packs])
+        return float(after.square().mean())
+
+    assert kl_after(1.0) < 0.7 * kl_after(0.0)
+
+
+def test_pin_30_the_move_of_an_update_and_the_kl_to_the_reference_are_two_metrics(inputs, tmp_path):
+    models, packs, judgements = judged_batch(inputs, tmp_path)
+    experiences, summary = assemble(packs, judgements, CONFIG, kl_coef=0.05)
+    metrics = Learner(models, CONFIG, seed=0).update(0, experiences, kl_coef=0.05)
+    assert summary["rollout/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["ppo/approx_kl"] > 1e-6
+
+
+def test_without_a_kl_weight_no_reference_is_loaded(inputs, tmp_path):
+    config = CONFIG.model_copy(update={"kl_coef": 0.0})
+    models, packs, judgements = judged_batch(inputs, tmp_path, config)
+    assert models.reference is None and judgements[0].kl_B is None
+    _, summary = assemble(packs, judgements, config, kl_coef=0.0)
+    assert "rollout/kl" not in summary
+
+
+def test_value_warm_up_leaves_the_policy_alone(inputs, tmp_path):
+    config = CONFIG.model_copy(update={"value_warmup_steps": 1})
+    models, packs, judgements = judged_batch(inputs, tmp_path, config)
+    experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
+    policy = {name: value.clone() for name, value in models.policy.state_dict().items()}
+    value = models.value_model.head.weight.detach().clone()
+    Learner(models, config, seed=0).update(0, experiences, kl_coef=0.05)
+    assert all(torch.equal(policy[name], tensor) for name, tensor in models.policy.state_dict().items())
+    assert not torch.equal(value, models.value_model.head.weight)
+
+
+# Whole runs.
+
+
+def settings_for(prompts: Path, **changes) -> PPOSettings:
+    config = CONFIG.model_copy(update={"data": [DataSource(path=str(prompts))], **changes})
+    return PPOSettings(
+        seed=3,
+        model=ModelConfig(context_length=64),
+        ppo=config,
+        rollout=EngineConfig(engine="hf", parity_num_prompts=2, parity_max_tokens=4),
+    )
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    texts = ["the cat", "a dog", "two and three", "please say", "the house", "red mat", "thank you", "ran to", "sat on"]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+def run_in(directory, settings, inputs):
+    runtime = runtime_in(directory)
+    metrics = run(settings, inputs, directory / "out", runtime)
+    weights = blake3((directory / "out" / "model.safetensors").read_bytes()).hexdigest()
+    return metrics, weights, (directory / "out" / "rollouts.jsonl").read_text()
+
+
+def test_pin_35_the_same_run_twice_gives_identical_token_ids_and_weights(inputs, prompts, tmp_path):
+    first = run_in(tmp_path / "first", settings_for(prompts), inputs)
+    second = run_in(tmp_path / "second", settings_for(prompts), inputs)
+    assert first[1:] == second[1:]
+    metrics = first[0]
+    assert metrics["version_final"] == 3.0 and metrics["parity_max_abs_diff"] <= 1e-5
+    assert metrics["samples_per_second"] > 0 and metrics["sync_seconds_median"] > 0
+
+
+def test_pin_40_a_run_that_died_and_went_on_ends_in_the_same_bits(inputs, prompts, tmp_path, monkeypatch):
+    _, whole, rollouts = run_in(tmp_path / "whole", settings_for(prompts), inputs)
+
+    class Killed(Exception):
+        """Stands for a SIGKILL in the middle of an update."""
+
+    update = Learner.update
+
+    def dying(self, step, experiences, *, kl_coef):
+        if step == 2:
+            raise Killed
+        return update(self, step, experiences, kl_coef=kl_coef)
+
+    monkeypatch.setattr(Learner, "update", dying)
+    with pytest.raises(Killed):
+        run_in(tmp_path / "killed", settings_for(prompts), inputs)
+    monkeypatch.undo()
+    metrics, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings_for(prompts), inputs)
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
+    assert metrics["steps"] == 3.0
+
+
+def test_a_kl_beyond_its_cap_stops_the_run(inputs, prompts, tmp_path):
+    with pytest.raises(TrainingStopped, match=r"ppo step \d+: KL to the reference is .* above ppo\.max_kl"):
+        run_in(tmp_path, settings_for(prompts, lr=0.5, max_steps=3, max_kl=0.5, max_grad_norm=1e3), inputs)
+
+
+def test_pin_18_a_reward_model_with_another_tokenizer_is_refused(inputs, prompts, tmp_path):
+    other = tmp_path / "reward"
+    other.mkdir()
+    for path in inputs["reward"].iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="its tokenizer is not the policy's"):
+        run_in(tmp_path / "run", settings_for(prompts), {"sft": inputs["sft"], "reward": other})
