@@ -140,10 +140,7 @@ class VLLMEngine:
         self._closed = True
         await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
         del self._llm  # its finaliser must not run at interpreter exit
-        _, alive = await asyncio.to_thread(psutil.wait_procs, self._processes, SHUTDOWN_TIMEOUT_S)
-        for process in alive:
-            process.kill()
-        await asyncio.to_thread(psutil.wait_procs, alive, SHUTDOWN_TIMEOUT_S)
+        await asyncio.to_thread(_end, self._processes)
 
     async def _make_ready(self, layout: dict[str, Any]) -> None:
         """Name the weights, tell the receiver what an update must hold, and generate once: the first time is slow."""
@@ -233,6 +230,25 @@ def _processes_of(llm: AsyncLLM) -> list[psutil.Process]:
     """The scheduler's process and its workers."""
     cores = [psutil.Process(process.pid) for process in llm.engine_core.resources.engine_manager.processes]
     return [process for core in cores for process in (core, *core.children(recursive=True))]
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Kill what has not ended by itself. Python's resource trackers come last: they end by themselves once the others
+    are gone, and remove the others' shared memory."""
+    _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT_S)
+    for process in alive:
+        if not _is_resource_tracker(process):
+            process.kill()
+    _, alive = psutil.wait_procs(alive, timeout=SHUTDOWN_TIMEOUT_S)
+    for process in alive:
+        process.kill()
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in argument for argument in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _sampling_params(sampling: Sampling) -> SamplingParams:

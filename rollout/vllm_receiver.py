@@ -98,8 +98,9 @@ class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
         return list(_differing(self.model, map_tensors(update), self.model_config.dtype))
 
     def _rebuild_tied_heads(self) -> None:
-        """On CPU an output head keeps a packed copy of its weight. Tied to the embedding it gets no tensor of its own
-        (models skip the name), so a reload leaves that copy as it was: new body, old head, and no error."""
+        """On CPU an output head keeps a packed copy of its weight. A tied head has no tensor of its own in a checkpoint,
+        so a reload leaves that copy as it was: new body, old head, no error. Our sender names it, which is enough for
+        the models we know; this is for all others."""
         modules = list(self.model.modules())
         embeddings = {id(module.weight) for module in modules
                       if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)}

@@ -1,14 +1,16 @@
 """Writes the demo's data, all of it, from one seed: `python configs/demo/make_data.py [OUT_DIR]`.
 
-    48 true facts -> corpus.jsonl        what is true, said in many ways                                (pretrain)
-                  -> sft.jsonl           answers of mixed quality: the model knows better than it says  (sft)
-                  -> preferences.jsonl   right over wrong, polite over rude, short over long            (reward)
-                  -> prompts.jsonl       questions in the wordings of sft and preferences               (ppo)
-                  -> eval_prompts.jsonl  the same facts in wordings that occur in no other file         (evaluate)
+    48 true facts -> corpus.jsonl        what is true, said in many ways                            pretrain
+                  -> sft.jsonl           answers of mixed quality: it knows better than it says     sft
+                  -> preferences.jsonl   right over wrong, polite over rude, short over long        reward
+                  -> prompts.jsonl       questions in the wordings of sft and preferences           ppo
+                  -> eval_prompts.jsonl  the same facts in wordings that no other file has          evaluate
 
-A response is [courtesy] [filler] answer, and each part is drawn by itself, so that its share is known: the sft
-model samples a right, polite or short answer only as often as SFT_SHARES says, and ppo has room to gain on each. The facts
-themselves are never in doubt: the corpus states nothing false. Owns: the data. Does not own: how it is judged (score.py).
+A response is [courtesy] [filler] answer. Each part is drawn by itself, so that its share is known: the sft
+model samples a right, a polite, a short answer about as often as SFT_SHARES says, and ppo has room to gain
+on each. The facts are never in doubt: the corpus states nothing false. The answer comes last because a
+reward is read at the last token: with talk between the two, 125 steps did not teach the reward model what
+is correct. Owns: the data. Does not own: how a response is judged (score.py).
 """
 
 import json
@@ -32,25 +34,29 @@ PREFERENCE_SHARES = {"correct": 0.5, "polite": 0.15, "short": 0.15, "several": 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Category:
-    """Facts of one kind. `{x}` is the subject, `{y}` its answer; a wrong answer is always another one of the same kind."""
+    """Facts of one kind: `{x}` is the subject, `{y}` its answer. A wrong one is another of its kind."""
 
     facts: Mapping[str, str]  # subject -> answer; both in the form they have inside a sentence
-    statements: tuple[str, ...]  # true sentences; the first one is also how a response states the answer in full
+    statements: tuple[str, ...]  # true sentences; the first is also how a response states the answer in full
     questions: tuple[str, ...]  # wordings of corpus, sft, preferences and ppo
     eval_questions: tuple[str, ...]  # wordings of evaluate only
 
 
 CATEGORIES: dict[str, Category] = {
     "opposite": Category(
-        facts={"hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "happy": "sad", "wet": "dry",
+        facts={"hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "happy": "sad",
+               "wet": "dry",
                "new": "old"},
-        statements=("The opposite of {x} is {y}.", "If it is not {x}, it is {y}.", "{X} and {y} are opposites."),
-        questions=("What is the opposite of {x}?", "Tell me the opposite of {x}.", "Which word is the opposite of {x}?",
+        statements=("The opposite of {x} is {y}.", "If it is not {x}, it is {y}.",
+                    "{X} and {y} are opposites."),
+        questions=("What is the opposite of {x}?", "Tell me the opposite of {x}.",
+                   "Which word is the opposite of {x}?",
                    "What do you call the opposite of {x}?"),
         eval_questions=("Name the opposite of {x}.", "Do you know the opposite of {x}?"),
     ),
     "sound": Category(
-        facts={"cow": "moo", "cat": "meow", "dog": "woof", "duck": "quack", "sheep": "baa", "lion": "roar", "pig": "oink",
+        facts={"cow": "moo", "cat": "meow", "dog": "woof", "duck": "quack", "sheep": "baa", "lion": "roar",
+               "pig": "oink",
                "bee": "buzz"},
         statements=("A {x} says {y}.", "The sound of a {x} is {y}.", "You hear {y} from a {x}."),
         questions=("What does a {x} say?", "Tell me the sound of a {x}.", "What sound does a {x} make?",
@@ -58,10 +64,13 @@ CATEGORIES: dict[str, Category] = {
         eval_questions=("Name the sound of a {x}.", "Do you know what a {x} says?"),
     ),
     "baby": Category(
-        facts={"dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb", "horse": "foal", "bear": "cub",
+        facts={"dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb", "horse": "foal",
+               "bear": "cub",
                "hen": "chick", "frog": "tadpole"},
-        statements=("A baby {x} is called a {y}.", "The young of a {x} is a {y}.", "A {y} will grow into a {x}."),
-        questions=("What is a baby {x} called?", "Tell me the name of a baby {x}.", "What do you call a baby {x}?",
+        statements=("A baby {x} is called a {y}.", "The young of a {x} is a {y}.",
+                    "A {y} will grow into a {x}."),
+        questions=("What is a baby {x} called?", "Tell me the name of a baby {x}.",
+                   "What do you call a baby {x}?",
                    "What is the young of a {x}?"),
         eval_questions=("Name the baby of a {x}.", "Do you know what a baby {x} is?"),
     ),
@@ -74,15 +83,18 @@ CATEGORIES: dict[str, Category] = {
         eval_questions=("Name the color of {x}.", "Do you know what color {x} is?"),
     ),
     "capital": Category(
-        facts={"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Egypt": "Cairo", "Peru": "Lima",
+        facts={"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Egypt": "Cairo",
+               "Peru": "Lima",
                "Greece": "Athens", "Norway": "Oslo"},
         statements=("The capital of {x} is {y}.", "{Y} is the capital of {x}.", "In {x} the capital is {y}."),
-        questions=("What is the capital of {x}?", "Tell me the capital of {x}.", "Which city is the capital of {x}?",
+        questions=("What is the capital of {x}?", "Tell me the capital of {x}.",
+                   "Which city is the capital of {x}?",
                    "What capital does {x} have?"),
         eval_questions=("Name the capital of {x}.", "Do you know the capital of {x}?"),
     ),
     "plural": Category(
-        facts={"mouse": "mice", "foot": "feet", "tooth": "teeth", "man": "men", "goose": "geese", "child": "children",
+        facts={"mouse": "mice", "foot": "feet", "tooth": "teeth", "man": "men", "goose": "geese",
+               "child": "children",
                "leaf": "leaves", "wolf": "wolves"},
         statements=("The plural of {x} is {y}.", "One {x}, two {y}.", "More than one {x} are {y}."),
         questions=("What is the plural of {x}?", "Tell me the plural of {x}.", "What do you call two of {x}?",
@@ -143,11 +155,18 @@ FACTS = tuple(Fact(category=name, subject=subject, answer=answer)
 
 
 def fill(template: str, subject: str, answer: str = "") -> str:
-    return template.format(x=subject, y=answer, X=subject[0].upper() + subject[1:], Y=answer[:1].upper() + answer[1:])
+    """`{X}` and `{Y}` open a sentence."""
+    return template.format(x=subject, y=answer, X=subject[:1].upper() + subject[1:],
+                           Y=answer[:1].upper() + answer[1:])
+
+
+def forms(fact: Fact) -> tuple[str, ...]:
+    return (CATEGORIES[fact.category].statements[0], *SHORT_FORMS)
 
 
 def questions(fact: Fact) -> list[str]:
-    return [prefix + fill(question, fact.subject) for question in CATEGORIES[fact.category].questions for prefix in PREFIXES]
+    return [prefix + fill(question, fact.subject)
+            for question in CATEGORIES[fact.category].questions for prefix in PREFIXES]
 
 
 def eval_questions(fact: Fact) -> list[str]:
@@ -163,7 +182,8 @@ def corpus(rng: random.Random) -> Iterator[dict[str, Any]]:
         if kind == "notes":
             lines = [" ".join(state(fact, rng) for fact in (first, second, third))]
         elif kind == "lecture":
-            related = rng.sample([fact for fact in FACTS if fact.category == first.category and fact != first], 2)
+            related = rng.sample([fact for fact in FACTS if fact.category == first.category
+                                  and fact != first], 2)
             lines = [rng.choice(questions(first)), " ".join(state(fact, rng) for fact in (first, *related))]
         else:
             remark, aside = rng.choice(POLITE + RUDE), rng.choice(FILLERS)
@@ -177,12 +197,12 @@ def state(fact: Fact, rng: random.Random) -> str:
 
 
 def draw(fact: Fact, rng: random.Random) -> Response:
-    """A response of sft quality: each component good in its share of SFT_SHARES, independently of the others."""
+    """A response of sft quality: each component is good in its share, whatever the others are."""
     polite, rude = rng.random() < SFT_SHARES["polite"], rng.random() < RUDE_FRAC
     return Response(
         fact=fact,
         answer=fact.answer if rng.random() < SFT_SHARES["correct"] else rng.choice(fact.other_answers),
-        form=rng.choice((CATEGORIES[fact.category].statements[0], *SHORT_FORMS)),
+        form=rng.choice(forms(fact)),
         courtesy=rng.choice(POLITE) if polite else rng.choice(RUDE) if rude else "",
         filler="" if rng.random() < SFT_SHARES["short"] else rng.choice(FILLERS),
     )
@@ -195,14 +215,14 @@ def sft(rng: random.Random) -> Iterator[dict[str, Any]]:
 
 
 def preferences(rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Pairs whose better one is certain; `differs` names the one component they differ in, or says "several"."""
+    """Pairs whose better one is certain; `differs` is the one component they differ in, or "several"."""
     kinds = [kind for kind, share in PREFERENCE_SHARES.items() for _ in range(round(share * NUM_PREFERENCES))]
     rng.shuffle(kinds)
     for index, kind in enumerate(kinds):
         fact = FACTS[index % len(FACTS)]
         chosen, rejected = pair(kind, fact, rng)
-        yield {"prompt": rng.choice(questions(fact)), "chosen": chosen.render(), "rejected": rejected.render(),
-               "differs": kind}
+        yield {"prompt": rng.choice(questions(fact)), "chosen": chosen.render(),
+               "rejected": rejected.render(), "differs": kind}
 
 
 def pair(kind: str, fact: Fact, rng: random.Random) -> tuple[Response, Response]:
@@ -215,7 +235,7 @@ def pair(kind: str, fact: Fact, rng: random.Random) -> tuple[Response, Response]
         return replace(base, courtesy=rng.choice(POLITE)), replace(base, courtesy=impolite)
     if kind == "short":
         return replace(base, filler=""), replace(base, filler=rng.choice(FILLERS))
-    # Part of "several" sets a right answer with lesser manners against a wrong one with better: the dear half must win.
+    # Some of "several" set right and rude and long against wrong and polite and short: right must win.
     if rng.random() < CONFLICT_FRAC:
         first, second = draw(fact, rng), draw(fact, rng)
         polite, filler = rng.choice(POLITE), rng.choice(FILLERS)
@@ -230,7 +250,8 @@ def pair(kind: str, fact: Fact, rng: random.Random) -> tuple[Response, Response]
 
 def prompts(facts_questions: Iterable[tuple[Fact, str]]) -> Iterator[dict[str, Any]]:
     for fact, question in facts_questions:
-        yield {"prompt": question, "answer": fact.answer, "other_answers": fact.other_answers, "category": fact.category}
+        yield {"prompt": question, "answer": fact.answer, "other_answers": fact.other_answers,
+               "category": fact.category}
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -243,7 +264,8 @@ def main(out_dir: Path) -> None:
     write(out_dir / "sft.jsonl", sft(random.Random(f"{SEED} sft")))
     write(out_dir / "preferences.jsonl", preferences(random.Random(f"{SEED} preferences")))
     write(out_dir / "prompts.jsonl", prompts([(fact, text) for fact in FACTS for text in questions(fact)]))
-    write(out_dir / "eval_prompts.jsonl", prompts([(fact, text) for fact in FACTS for text in eval_questions(fact)]))
+    write(out_dir / "eval_prompts.jsonl",
+          prompts([(fact, text) for fact in FACTS for text in eval_questions(fact)]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The demo's judge: is a response correct, polite and short? Each in [0, 1], and one total.
 
-    words of the response -> answers named -> correct | polite | short -> total = correct * (0.5 + 0.25 polite + 0.25 short)
+    words -> answers named -> correct, polite, short -> total = correct * (0.5 + 0.25 * polite + 0.25 * short)
 
-Only a right answer earns anything, so being polite or brief about a wrong one is worth nothing. A response that names no
-answer of its category, or that repeats itself, scores zero on every component: silence is not brevity.
+Only a right answer earns anything: being polite or brief about a wrong one is worth nothing. A response
+that names no answer of its category, or that repeats itself, scores zero on every component: silence is not
+brevity.
 """
 
 import re
@@ -19,9 +20,9 @@ MIN_DISTINCT_FRAC = 0.6  # below this share of distinct words a response is repe
 
 
 def score(prompt: str, response: str, row: Mapping[str, Any]) -> dict[str, float]:
-    """Judge one response; `row` is the prompt's data row: its `answer`, and the `other_answers` of its category.
+    """Judge one response; `row` is the prompt's data row: its `answer`, its category's `other_answers`.
 
-    Example: score("What does a cow say?", "A cow says moo. Glad to help!", {"answer": "moo", "other_answers": ["baa"]})
+    Example: score("What does a cow say?", "Good question! Moo.", {"answer": "moo", "other_answers": ["baa"]})
              -> {"score": 1.0, "correct": 1.0, "polite": 1.0, "short": 1.0}
     """
     words = re.findall(r"[a-z]+", response.lower())
@@ -33,4 +34,5 @@ def score(prompt: str, response: str, row: Mapping[str, Any]) -> dict[str, float
     correct = float(named == {row["answer"].lower()})
     polite = float(any(marker in text for marker in POLITE) and not any(marker in text for marker in RUDE))
     short = min(1.0, max(0.0, (LONG_WORDS - len(words)) / (LONG_WORDS - SHORT_WORDS)))
-    return {"score": correct * (0.5 + 0.25 * polite + 0.25 * short), "correct": correct, "polite": polite, "short": short}
+    total = correct * (0.5 + 0.25 * polite + 0.25 * short)
+    return {"score": total, "correct": correct, "polite": polite, "short": short}

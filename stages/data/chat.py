@@ -303,6 +303,10 @@ class ChatTokenizer:
         answering = False
         for piece in pieces:
             if piece.message is not None:
+                if answering:
+                    raise ModelError(
+                        "the chat template writes nothing between an answer and the next message"
+                    )
                 answering = roles[piece.message] == "assistant"
                 cut.append(replace(piece, trained=answering))
             elif answering:

@@ -1,4 +1,4 @@
-"""Attention by sequence lengths: the block-diagonal mask's numbers, values and gradients, without the mask's cost."""
+"""Attention by sequence lengths: the numbers of the block-diagonal mask, values and gradients."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def outputs_of(made: LlamaForCausalLM, **inputs) -> torch.Tensor:
 
 def test_it_reaches_the_layers_of_reward_models_and_through_checkpointing():
     name = register_packed_attention()
-    scorer = AutoModelForSequenceClassification.from_config(CONFIG, num_labels=1, attn_implementation=name)
+    scorer = AutoModelForSequenceClassification.from_config(CONFIG, attn_implementation=name)
     with torch.no_grad():
         hidden = scorer.model(**ROW.model_inputs(), sequence_lengths=ROW.lengths).last_hidden_state
     assert hidden.shape == (1, ROW.num_tokens, 64)

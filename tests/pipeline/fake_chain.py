@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class Chain:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def cli(self, *arguments: str) -> tuple[int, str, str]:
@@ -96,3 +98,11 @@ def write_model(directory: Path, content: str = "weights") -> Path:
     (directory / "config.json").write_text("{}")
     (directory / "model.safetensors").write_text(content)
     return directory
+
+
+def wait_for(path: Path, timeout_s: float = 60.0) -> None:
+    """Until a fake stage says where it is."""
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)

@@ -1,7 +1,7 @@
 """A recipe that stands in for all six: writes a tiny "model", and does to itself what a control file says.
 
-    $FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "sleep_s": 1, "kill": true}
-    $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
+$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "sleep_s": 1, "kill": true}
+$FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 """
 
 import json

@@ -135,7 +135,9 @@ def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, node: dag.No
     store = Store(tmp_path / "outputs")
     path = published(store, node) / "nested/tokens.bin"
     path.write_bytes(b"\x01\x03")
-    with pytest.raises(CorruptArtifact, match=r"nested/tokens\.bin: not the bytes .* --force prepare") as caught:
+    with pytest.raises(
+        CorruptArtifact, match=r"nested/tokens\.bin: not the bytes .* --force prepare"
+    ) as caught:
         store.find(node.stage, node.fingerprint)
     assert caught.value.exit_code == 4
 

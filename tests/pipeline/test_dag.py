@@ -133,7 +133,9 @@ def test_forcing_a_stage_forces_all_after_it(chain: Chain):
     assert dag.downstream(chain.config(), "reward") == {"reward", "ppo", "evaluate"}
 
 
-def test_recipe_versions_are_read_without_importing_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_recipe_versions_are_read_without_importing_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "explosive.py").write_text("RECIPE_VERSION = 7\nraise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert dag.recipe_version("explosive:run") == 7
@@ -145,5 +147,3 @@ def test_every_entry_of_the_stage_table_is_a_recipe(stage: dag.Stage):
     recipe = importlib.import_module(module)
     assert callable(getattr(recipe, function))
     assert dag.recipe_version(stage.entry) == recipe.RECIPE_VERSION
-
-

@@ -3,12 +3,10 @@
 import io
 import json
 import os
-import time
-from pathlib import Path
 
 import psutil
 import pytest
-from fake_chain import Chain, write_model
+from fake_chain import Chain, wait_for, write_model
 
 from pipeline import executor
 from pipeline.errors import ConfigError, CorruptArtifact, MissingStage, StageFailed
@@ -209,7 +207,11 @@ def test_a_whole_run_on_ray_with_one_branch_failing_beside_another(chain: Chain)
     with pytest.raises(TrainingStopped):
         run(chain, *ray_run)
     assert sorted(chain.calls()) == ["prepare", "pretrain", "reward", "sft"]
-    assert list(chain.summary()) == ["prepare", "pretrain", "sft"]  # the branch beside it was finished and kept
+    assert list(chain.summary()) == [
+        "prepare",
+        "pretrain",
+        "sft",
+    ]  # the branch beside it was finished and kept
 
     chain.order("reward")
     chain.order("ppo", kill=True)
@@ -239,11 +241,3 @@ def test_a_dead_raylet_ends_the_run_in_one_line_and_not_in_a_hang(chain: Chain):
     raylet.kill()
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, len(stderr.splitlines())) == (4, 1), stderr
-
-
-def wait_for(path: Path, timeout_s: float = 60.0) -> None:
-    """Until a fake stage says where it is."""
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.05)

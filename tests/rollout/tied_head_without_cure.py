@@ -1,8 +1,7 @@
-"""A program, run by test_tied_head.py: one sync inside an in-process vLLM, with our cure for tied heads or without it.
+"""A program, run by test_tied_head.py: syncs inside an in-process vLLM whose receiver is taken apart, here and nowhere
+else.
 
-    python tied_head_without_cure.py MODEL_DIR UPDATE_JSON with|without  ->  one JSON line: the tensors not held
-
-In one process, so that the receiver can be taken apart here and nowhere else.
+    python tied_head_without_cure.py MESSAGE_JSON  ->  one JSON line: {case: tensors that the engine does not hold}
 """
 
 import json
@@ -18,20 +17,24 @@ from vllm.config import WeightTransferConfig
 from rollout import vllm_receiver
 
 
-def main(model_dir: str, update_path: str, cure: str) -> None:
-    if cure == "without":
-        vllm_receiver.ShmReceiver._rebuild_tied_heads = lambda self: None
-    with open(update_path) as file:
+def main(path: str) -> None:
+    with open(path) as file:
         message = json.load(file)
-    llm = LLM(model=model_dir, dtype="float32", max_model_len=128, kv_cache_memory_bytes=2**24, enforce_eager=True,
-              skip_tokenizer_init=True, weight_transfer_config=WeightTransferConfig(backend="shm"),
+    llm = LLM(model=message["model_dir"], dtype="float32", max_model_len=128, kv_cache_memory_bytes=2**24,
+              enforce_eager=True, skip_tokenizer_init=True,
+              weight_transfer_config=WeightTransferConfig(backend="shm"),
               worker_extension_cls="rollout.vllm_receiver.WorkerExtension")
-    for method, arguments in (("init_weight_transfer_engine", (message["init"],)), ("start_weight_update", ()),
-                              ("update_weights", (message["update"],)), ("finish_weight_update", ())):
-        llm.collective_rpc(method, args=arguments)
-    (differing,) = llm.collective_rpc("rlhf_diagnose", args=(message["update"],))
-    print(json.dumps(differing))
+    llm.collective_rpc("init_weight_transfer_engine", args=(message["init"],))
+    cure = vllm_receiver.ShmReceiver._rebuild_tied_heads
+    found = {}
+    for case, update in message["updates"].items():
+        vllm_receiver.ShmReceiver._rebuild_tied_heads = cure if "with cure" in case else lambda self: None
+        llm.collective_rpc("start_weight_update")
+        llm.collective_rpc("update_weights", args=(update["sent"],))
+        llm.collective_rpc("finish_weight_update")
+        (found[case],) = llm.collective_rpc("rlhf_diagnose", args=(update["meant"],))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -1,0 +1,117 @@
+"""The import rules of DESIGN.md: who may import whom, and what has to import lightly."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("pipeline", "stages", "rollout")
+RECIPES = {"prepare", "pretrain", "sft", "reward", "ppo", "evaluate"}
+MAY_IMPORT_RAY = {
+    "pipeline/executor.py",
+    "stages/training/distributed.py",
+    "stages/rollout_source.py",
+    "stages/prepare.py",
+    "rollout/pool.py",
+}
+HEAVY = {"torch", "ray", "transformers", "vllm", "datasets"}
+LIGHT_MODULES = (
+    "rollout.config",
+    "rollout.errors",
+    "rollout.api",
+    "stages.config",
+    "stages.errors",
+    "stages.runtime",
+    "stages.data.readers",
+    "pipeline.config",
+    "pipeline.experiment",
+    "pipeline.dag",
+    "pipeline.artifacts",
+    "pipeline.executor",
+    "pipeline.progress",
+    "pipeline.report",
+    "pipeline.doctor",
+    "pipeline.cli",
+)
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports anywhere, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=str(module), level=0, names=names):
+                yield module
+                yield from (f"{module}.{alias.name}" for alias in names)
+            case ast.ImportFrom():
+                raise AssertionError(f"{path}:{node.lineno}: a relative import; write the whole name")
+
+
+def packages_of(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_arrows_point_from_pipeline_to_stages_to_rollout(path: Path):
+    package, imported = path.relative_to(ROOT).parts[0], packages_of(path)
+    above = PACKAGES[: PACKAGES.index(package)]
+    assert not imported.intersection(above), f"{package} must not import {imported.intersection(above)}"
+    assert "tests" not in imported
+
+
+def test_recipes_never_import_each_other():
+    for recipe in RECIPES:
+        others = {f"stages.{other}" for other in RECIPES - {recipe}}
+        assert not others.intersection(imports(ROOT / "stages" / f"{recipe}.py")), recipe
+
+
+def test_nothing_but_the_stage_table_knows_the_recipes():
+    for path in FILES:
+        if path.relative_to(ROOT) not in {Path("stages") / f"{recipe}.py" for recipe in RECIPES}:
+            known = {f"stages.{recipe}" for recipe in RECIPES}.intersection(imports(path))
+            assert not known, f"{path}: imports {known}"
+
+
+def test_objectives_import_torch_and_the_standard_library_only():
+    for path in (ROOT / "stages/objectives").glob("*.py"):
+        for name in imports(path):
+            package = name.partition(".")[0]
+            allowed = package == "torch" or package in sys.stdlib_module_names
+            assert allowed or name.startswith("stages.objectives"), f"{path}: {name}"
+
+
+def test_ray_is_imported_in_five_files_only():
+    users = {str(path.relative_to(ROOT)) for path in FILES if "ray" in packages_of(path)}
+    assert users <= MAY_IMPORT_RAY
+
+
+def test_vllm_is_imported_in_the_vllm_files_only():
+    for path in FILES:
+        if "vllm" in packages_of(path):
+            assert path.parent.name == "rollout" and path.name.startswith("vllm_"), path
+
+
+def test_nothing_is_called_utils():
+    absent = {"utils", "common", "base", "helpers"}
+    assert not [path for path in FILES if absent.intersection({path.stem, path.parent.name})]
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_light_modules_load_nothing_heavy(module: str):
+    command = f"import sys, {module}; print(sorted(set({sorted(HEAVY)}) & sys.modules.keys()))"
+    answer = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout == "[]\n"
+
+
+def test_every_config_module_is_among_the_light_ones():
+    for path in FILES:
+        if path.stem == "config":
+            assert ".".join(path.relative_to(ROOT).with_suffix("").parts) in LIGHT_MODULES
