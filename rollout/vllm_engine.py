@@ -55,6 +55,7 @@ class VLLMEngine:
         self._name = name
         self._log_path = log_path
         self._processes = _processes_of(llm)
+        self._shared_memory = _shared_memory_of(self._processes)
         self._paused = False
         self._closed = False
 
@@ -140,7 +141,7 @@ class VLLMEngine:
         self._closed = True
         await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
         del self._llm  # its finaliser must not run at interpreter exit
-        await asyncio.to_thread(_end, self._processes)
+        await asyncio.to_thread(_end, self._processes, self._shared_memory)
 
     async def _make_ready(self, layout: dict[str, Any]) -> None:
         """Name the weights, tell the receiver what an update must hold, and generate once: the first time is slow."""
@@ -232,23 +233,20 @@ def _processes_of(llm: AsyncLLM) -> list[psutil.Process]:
     return [process for core in cores for process in (core, *core.children(recursive=True))]
 
 
-def _end(processes: Sequence[psutil.Process]) -> None:
-    """Kill what has not ended by itself. Python's resource trackers come last: they end by themselves once the others
-    are gone, and remove the others' shared memory."""
+def _shared_memory_of(processes: Sequence[psutil.Process]) -> set[Path]:
+    """What the processes talk through. They remove it themselves, unless they are killed."""
+    maps = [Path(f"/proc/{process.pid}/maps").read_text() for process in processes]
+    return {Path(line.split()[-1]) for text in maps for line in text.splitlines() if "/dev/shm/" in line}
+
+
+def _end(processes: Sequence[psutil.Process], shared_memory: set[Path]) -> None:
+    """Kill what has not ended by itself, and remove what it could not remove."""
     _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT_S)
     for process in alive:
-        if not _is_resource_tracker(process):
-            process.kill()
-    _, alive = psutil.wait_procs(alive, timeout=SHUTDOWN_TIMEOUT_S)
-    for process in alive:
         process.kill()
-
-
-def _is_resource_tracker(process: psutil.Process) -> bool:
-    try:
-        return any("resource_tracker" in argument for argument in process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
+    psutil.wait_procs(alive, timeout=SHUTDOWN_TIMEOUT_S)
+    for path in shared_memory:
+        path.unlink(missing_ok=True)
 
 
 def _sampling_params(sampling: Sampling) -> SamplingParams:

@@ -295,7 +295,9 @@ class PPOConfig(TrainingConfig):
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("kl_controller adaptive scales kl_coef, which is 0; give it a start value")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
-            raise ValueError(f"dual_clip {self.dual_clip:g} is not above 1 + clip_high = {1 + self.clip_high:g}")
+            raise ValueError(
+                f"dual_clip {self.dual_clip:g} is not above 1 + clip_high = {1 + self.clip_high:g}"
+            )
         return self
 
 

@@ -1,6 +1,6 @@
 """One response of a finished model, for a person: what `rlhf generate` prints. No recipe: it makes no artifact.
 
-    prompt --chat template, if the model has one--> ids --> engine --> response ids --> text
+prompt --chat template, if the model has one--> ids --> engine --> response ids --> text
 """
 
 import tempfile

@@ -118,8 +118,8 @@ def _initial_model(settings: PretrainSettings, inputs: Mapping[str, Path], chat:
 def _loss(model: CausalLM, rows: Rows) -> Tensor:
     """This micro-batch's share of the mean cross-entropy of the step, nats per token."""
     ids_RN = rows.input_ids_RN
-    positions_N = torch.arange(ids_RN.shape[1], device=ids_RN.device)
-    logits_RNV = model(ids_RN, positions_N.expand_as(ids_RN), positions_N)
+    every_N = torch.arange(ids_RN.shape[1], device=ids_RN.device)
+    logits_RNV = model({"input_ids": ids_RN, "use_cache": False}, every_N)
     targets_RN = torch.ones_like(ids_RN, dtype=torch.bool)
     targets_RN[:, 0] = False
     return (

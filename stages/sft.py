@@ -139,6 +139,6 @@ def _packed(examples: Sequence[Rendered], num_targets: int, device: torch.device
 def _loss(model: CausalLM, conversations: Conversations) -> Tensor:
     """This micro-batch's share of the mean cross-entropy over the step's trained tokens, nats."""
     row, token_K = conversations.row, conversations.token_K
-    logits_KV = model(row.input_ids_1N, row.position_ids_1N, token_K - 1)[0]
+    logits_KV = model(row.model_inputs(), token_K - 1)[0]
     logprobs_K = token_logprobs(logits=logits_KV, targets=row.input_ids_1N[0, token_K], temperature=1.0)
     return -logprobs_K.sum() / conversations.num_targets

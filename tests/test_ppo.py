@@ -131,7 +131,9 @@ def test_pin_4_with_one_update_per_batch_the_anchor_is_the_detached_policy(input
 
 
 def test_pin_19_rewards_of_a_response_add_up_to_score_minus_beta_kl(inputs, tmp_path):
-    config = CONFIG.model_copy(update={"gae_lambda": 1.0, "whiten_advantages": False, "missing_eos_penalty": 0.0})
+    config = CONFIG.model_copy(
+        update={"gae_lambda": 1.0, "whiten_advantages": False, "missing_eos_penalty": 0.0}
+    )
     models, packs, judgements = judged_batch(inputs, tmp_path, config)
     with torch.no_grad():
         for parameter in models.policy.parameters():
@@ -173,7 +175,9 @@ def test_pin_22_returns_are_of_unwhitened_advantages_and_whitening_is_once_over_
         assert torch.equal(left.returns_BT, right.returns_BT)
     mask = torch.cat([item.mask_BT for item in whitened])
     values = torch.cat([item.advantages_BT for item in whitened])[mask]
-    assert abs(float(values.mean())) < 1e-5 and float(values.std(unbiased=False)) == pytest.approx(1, abs=1e-3)
+    assert abs(float(values.mean())) < 1e-5 and float(values.std(unbiased=False)) == pytest.approx(
+        1, abs=1e-3
+    )
 
 
 def test_pin_24_scores_are_normalised_then_clipped_before_the_kl_is_taken(inputs, tmp_path):
@@ -183,20 +187,26 @@ def test_pin_24_scores_are_normalised_then_clipped_before_the_kl_is_taken(inputs
     models, packs, clipped = judged_batch(inputs, tmp_path, narrow)
     for left, right in zip(unclipped, clipped, strict=True):
         assert torch.equal(left.scores_B.clamp(-0.05, 0.05), right.scores_B)
-    raw = models.reward_model(
-        packs[0].packed.row.input_ids_1N, packs[0].packed.row.position_ids_1N, packs[0].packed.positions.final_B
-    )
+    raw = models.reward_model(packs[0].packed.row.model_inputs(), packs[0].packed.positions.final_B)
     ended = ~packs[0].truncated_B
     torch.testing.assert_close(unclipped[0].scores_B[ended], ((raw - 0.1) / 1.5)[ended], atol=1e-5, rtol=0)
 
 
 def test_pin_28_the_config_refuses_kl_choices_that_optimise_something_else():
-    for placement, estimator in (("reward", "k2"), ("reward", "k3"), ("loss", "k1"), ("loss", "k3"), ("kl_surrogate", "k1")):
+    for placement, estimator in (
+        ("reward", "k2"),
+        ("reward", "k3"),
+        ("loss", "k1"),
+        ("loss", "k3"),
+        ("kl_surrogate", "k1"),
+    ):
         with pytest.raises(ValueError, match="does not optimise"):
             PPOConfig(data=[DataSource(path="x")], kl_placement=placement, kl_estimator=estimator)
 
 
-@pytest.mark.parametrize(("placement", "estimator"), [("loss", "k2"), ("kl_surrogate", "k2"), ("kl_surrogate", "k3")])
+@pytest.mark.parametrize(
+    ("placement", "estimator"), [("loss", "k2"), ("kl_surrogate", "k2"), ("kl_surrogate", "k3")]
+)
 def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_path, placement, estimator):
     config = CONFIG.model_copy(
         update={"kl_placement": placement, "kl_estimator": estimator, "num_epochs": 4, "lr": 1e-4}
@@ -264,7 +274,17 @@ def settings_for(prompts: Path, **changes) -> PPOSettings:
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    texts = ["the cat", "a dog", "two and three", "please say", "the house", "red mat", "thank you", "ran to", "sat on"]
+    texts = [
+        "the cat",
+        "a dog",
+        "two and three",
+        "please say",
+        "the house",
+        "red mat",
+        "thank you",
+        "ran to",
+        "sat on",
+    ]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return path
 

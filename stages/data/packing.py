@@ -44,6 +44,7 @@ class PackedRow:
             "position_ids": self.position_ids_1N,
             "attention_mask": None,
             "use_cache": False,
+            "sequence_lengths": self.lengths,  # read by training.packed_attention alone
         }
 
     def to(self, device: torch.device | str) -> "PackedRow":

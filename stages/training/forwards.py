@@ -57,7 +57,7 @@ def pack_responses(
 
 def response_logprobs(model: nn.Module, packed: ResponsePack, *, temperature: float) -> Tensor:
     """Log-probs [B, T] of the response tokens, float32, 0 in the padding."""
-    logits_NV = model(packed.row.input_ids_1N, packed.row.position_ids_1N, packed.positions.predicting_N)[0]
+    logits_NV = model(packed.row.model_inputs(), packed.positions.predicting_N)[0]
     logprobs_N = token_logprobs(logits=logits_NV, targets=packed.targets_N, temperature=temperature)
     return pad_ragged(values_N=logprobs_N, mask_BT=packed.mask_BT)
 
@@ -67,7 +67,7 @@ def response_logprobs_and_entropies(
     model: nn.Module, packed: ResponsePack, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """`response_logprobs`, and the entropies [B, T] of the distributions the tokens were drawn from, in nats."""
-    logits_NV = model(packed.row.input_ids_1N, packed.row.position_ids_1N, packed.positions.predicting_N)[0]
+    logits_NV = model(packed.row.model_inputs(), packed.positions.predicting_N)[0]
     logprobs_N = token_logprobs(logits=logits_NV, targets=packed.targets_N, temperature=temperature)
     entropies_N = token_entropies(logits=logits_NV, temperature=temperature)
     return (
@@ -78,13 +78,13 @@ def response_logprobs_and_entropies(
 
 def response_values(model: nn.Module, packed: ResponsePack) -> Tensor:
     """Values [B, T], each read where its token is predicted (prompt_length - 1 + t); 0 in the padding."""
-    values_N = model(packed.row.input_ids_1N, packed.row.position_ids_1N, packed.positions.predicting_N)
+    values_N = model(packed.row.model_inputs(), packed.positions.predicting_N)
     return pad_ragged(values_N=values_N, mask_BT=packed.mask_BT)
 
 
 def final_values(model: nn.Module, packed: ResponsePack) -> Tensor:
     """Values [B] of the state after each last token: what truncated responses bootstrap from."""
-    return model(packed.row.input_ids_1N, packed.row.position_ids_1N, packed.positions.final_B)
+    return model(packed.row.model_inputs(), packed.positions.final_B)
 
 
 def with_end(response: TokenIds, end_of_turn_id: int) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def with_end(response: TokenIds, end_of_turn_id: int) -> tuple[int, ...]:
 def sequence_scores(model: nn.Module, sequences: Sequence[TokenIds], *, device: torch.device) -> Tensor:
     """Raw reward-model scores [B], each read at its sequence's last token."""
     row = pack(sequences).to(device)
-    return model(row.input_ids_1N, row.position_ids_1N, row.last_tokens())
+    return model(row.model_inputs(), row.last_tokens())
 
 
 @torch.no_grad()

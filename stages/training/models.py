@@ -4,8 +4,8 @@
 
 Owns: which architecture, where heads come from, in what precision a forward runs, and that no dropout is ever active.
 Does not own: packing (data.packing), losses (objectives), sharding across workers (distributed).
-Every forward here is over one packed row without attention mask and with `use_cache=False`: with the cache on,
-transformers drops the mask between packed sequences without a word.
+Every forward here has `use_cache=False`: with the cache on, transformers drops the mask between packed sequences
+without a word.
 
 Shapes: R rows (1 where packed), N tokens of a row, K of its positions, V vocabulary, D hidden.
 """
@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from stages.config import ModelConfig
 from stages.errors import ModelError
+from stages.training.packed_attention import register_packed_attention
 
 Precision = Literal["fp32", "bf16"]
 NORMALISER_FILE = "score_normaliser.json"
@@ -42,11 +43,13 @@ class CausalLM(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, input_ids_RN: Tensor, position_ids_RN: Tensor, positions_K: Tensor) -> Tensor:
-        """Logits [R, K, V] at the positions `positions_K` of each row; logits elsewhere are never computed."""
-        return self.inner(
-            input_ids=input_ids_RN, position_ids=position_ids_RN, use_cache=False, logits_to_keep=positions_K
-        ).logits
+    def forward(self, inputs: Mapping[str, Any], positions_K: Tensor) -> Tensor:
+        """Logits [R, K, V] at the positions `positions_K` of each row; logits elsewhere are never computed.
+
+        `inputs`: `PackedRow.model_inputs()`, or `input_ids` [R, N] of whole rows with `use_cache=False`.
+        """
+        assert inputs["use_cache"] is False
+        return self.inner(**inputs, logits_to_keep=positions_K).logits
 
 
 class TokenScorer(nn.Module):
@@ -57,10 +60,11 @@ class TokenScorer(nn.Module):
         self.inner = inner
         self.bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
-    def forward(self, input_ids_1N: Tensor, position_ids_1N: Tensor, positions_K: Tensor) -> Tensor:
-        """Scores [K], float32, at the row positions `positions_K`."""
+    def forward(self, inputs: Mapping[str, Any], positions_K: Tensor) -> Tensor:
+        """Scores [K], float32, at the positions `positions_K` of the row behind `PackedRow.model_inputs()`."""
+        assert inputs["use_cache"] is False
         body: Any = self.inner.base_model
-        output = body(input_ids=input_ids_1N, position_ids=position_ids_1N, use_cache=False)
+        output = body(**inputs)
         scores_K = self.head(output.last_hidden_state[0, positions_K]).squeeze(-1).float()
         return scores_K if self.bias is None else scores_K + self.bias.float()
 
@@ -89,9 +93,7 @@ def build_causal_lm(
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
     )
-    return CausalLM(
-        AutoModelForCausalLM.from_config(architecture, attn_implementation="sdpa", dtype=torch.float32)
-    )
+    return CausalLM(AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **_attention()))
 
 
 def load_causal_lm(directory: Path) -> CausalLM:
@@ -207,13 +209,17 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
     model, info = auto_class.from_pretrained(
         directory,
         dtype=torch.float32,
-        attn_implementation="sdpa",
         output_loading_info=True,
         use_safetensors=True,
+        **_attention(),
         **_no_dropout(directory),
         **options,
     )
     return model, list(info["missing_keys"])
+
+
+def _attention() -> dict[str, str]:
+    return {"attn_implementation": register_packed_attention()}
 
 
 def _check_is_a_model(directory: Path) -> None:

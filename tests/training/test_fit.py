@@ -94,7 +94,10 @@ def test_an_unfinished_checkpoint_is_not_one(tmp_path):
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     train(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000006", "step-000009"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000006",
+        "step-000009",
+    ]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path):
@@ -110,7 +113,9 @@ def test_the_learning_rate_warms_up_and_decays(tmp_path):
 
 def test_matrices_decay_and_vectors_do_not():
     optimizer = Optimizer(nn.Linear(3, 2), CONFIG, lr=0.1, max_steps=1)
-    decays = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.adamw.param_groups}
+    decays = {
+        group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.adamw.param_groups
+    }
     assert decays == {0.1: [2], 0.0: [1]}
 
 

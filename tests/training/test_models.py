@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stages.data.packing import pack
 from stages.errors import ModelError
+from stages.training.packed_attention import PACKED_ATTENTION
 from stages.training.forwards import (
     logprobs_in_packs,
     pack_responses,
@@ -52,7 +53,9 @@ def plain_scores(directory, sequences, side):
     for sequence in sequences:
         fill = [PAD] * (width - len(sequence))
         rows.append([*fill, *sequence] if side == "left" else [*sequence, *fill])
-        masks.append([int(place >= len(fill) if side == "left" else place < len(sequence)) for place in range(width)])
+        masks.append(
+            [int(place >= len(fill) if side == "left" else place < len(sequence)) for place in range(width)]
+        )
     with torch.no_grad():
         return model(torch.tensor(rows), attention_mask=torch.tensor(masks)).logits[:, 0]
 
@@ -94,8 +97,8 @@ def test_pin_15_a_value_model_has_the_normaliser_folded_into_its_head(reward_dir
     value = freeze(value_from_reward_model(reward_dir))
     row = pack(SEQUENCES)
     positions = torch.arange(row.num_tokens)
-    scores = raw(row.input_ids_1N, row.position_ids_1N, positions)
-    values = value(row.input_ids_1N, row.position_ids_1N, positions)
+    scores = raw(row.model_inputs(), positions)
+    values = value(row.model_inputs(), positions)
     torch.testing.assert_close(values, (scores - 0.25) / 2.0, atol=1e-6, rtol=0)
 
 
@@ -124,7 +127,11 @@ def test_pin_5_dropout_named_in_a_model_directory_is_never_active(tied_model_dir
     for load in (load_causal_lm, lambda directory: reward_from_causal_lm(directory, pad_token_id=PAD)):
         loaded = load(tmp_path).train()
         assert loaded.inner.config.attention_dropout == 0.0
-        assert all(module.attention_dropout == 0.0 for module in loaded.modules() if hasattr(module, "attention_dropout"))
+        assert all(
+            module.attention_dropout == 0.0
+            for module in loaded.modules()
+            if hasattr(module, "attention_dropout")
+        )
     policy = load_causal_lm(tmp_path)
     packed = pack_responses([(5, 6)], [(7, 8, 9)], max_length=3, device=CPU)
     assert torch.equal(
@@ -156,7 +163,9 @@ def test_pin_7_a_tokens_log_prob_does_not_change_with_its_neighbours_in_the_pack
     prompts, responses = [(5, 6, 7), (9,), (30, 31)], [(8, 2), (10, 11, 12, 2), (32, 2)]
 
     def scored(indices):
-        packed = pack_responses([prompts[i] for i in indices], [responses[i] for i in indices], max_length=4, device=CPU)
+        packed = pack_responses(
+            [prompts[i] for i in indices], [responses[i] for i in indices], max_length=4, device=CPU
+        )
         with torch.set_grad_enabled(mode != "no_grad"):
             return response_logprobs(model, packed, temperature=1.0).detach()
 
@@ -171,12 +180,17 @@ def test_pin_2_log_probs_divide_the_logits_by_the_temperature(tied_model_dir):
     with torch.no_grad():
         logits = model.inner(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, 2:4]
     expected = torch.log_softmax(logits / 0.7, -1)[[0, 1], list(response)]
-    (scored,) = logprobs_in_packs(model, [prompt], [response], temperature=0.7, micro_batch_size=1, device=CPU)
+    (scored,) = logprobs_in_packs(
+        model, [prompt], [response], temperature=0.7, micro_batch_size=1, device=CPU
+    )
     torch.testing.assert_close(scored, expected, atol=1e-6, rtol=0)
 
 
 def test_pin_33_the_gradient_of_the_whole_model_does_not_depend_on_how_a_batch_is_split(tied_model_dir):
-    prompts, responses = [(5, 6, 7), (9,), (30, 31), (12, 13)], [(8, 2), (10, 11, 12, 2), (32, 2), (14, 15, 2)]
+    prompts, responses = (
+        [(5, 6, 7), (9,), (30, 31), (12, 13)],
+        [(8, 2), (10, 11, 12, 2), (32, 2), (14, 15, 2)],
+    )
     num_tokens = sum(len(response) for response in responses)
 
     def gradient(splits):
@@ -196,10 +210,12 @@ def test_pin_33_the_gradient_of_the_whole_model_does_not_depend_on_how_a_batch_i
 def test_a_model_built_from_the_config_is_the_one_described():
     from stages.config import ModelConfig
 
-    config = ModelConfig(layers=2, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, context_length=64)
+    config = ModelConfig(
+        layers=2, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, context_length=64
+    )
     model = build_causal_lm(config, vocab_size=300, eos_token_id=1, pad_token_id=3).inner
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size) == (2, 64, 300)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == PACKED_ATTENTION
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 

@@ -1,6 +1,6 @@
 """Attention over a packed row, one sequence at a time: the numbers of transformers' block-diagonal mask.
 
-    model(**row.model_inputs(), sequence_lengths=row.lengths) -> each layer: split, causal SDPA, join
+    model(**row.model_inputs()) -> each layer: split, causal SDPA, join
 
 With the mask, sdpa computes all N x N scores of a row of N tokens and throws most away. Measured on two
 (shared) CPU cores, forward and backward, mask against this: the demo's model with 16 sequences of 60 tokens
@@ -37,12 +37,16 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     sequence_lengths: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: (1, N, H, D) for H query heads of width D, and no weights."""
-    if sequence_lengths is None:
+    """transformers' attention interface: (1, N, H, D) for H query heads of width D, and no weights.
+
+    Layers with a sliding window keep the mask, which knows it.
+    """
+    if sequence_lengths is None or sliding_window is not None:
         return sdpa_attention_forward(
             module,
             query_1HND,

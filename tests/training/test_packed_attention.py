@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from stages.data.packed_attention import register_packed_attention
 from stages.data.packing import pack
+from stages.training.packed_attention import register_packed_attention
 
 CONFIG = LlamaConfig(
     vocab_size=100,
@@ -27,8 +27,8 @@ def model(implementation: str) -> LlamaForCausalLM:
     return made
 
 
-def outputs(made: LlamaForCausalLM, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = made(**ROW.model_inputs(), **kwargs).logits.log_softmax(-1)
+def outputs(made: LlamaForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = made(**ROW.model_inputs()).logits.log_softmax(-1)
     logits.square().mean().backward()
     return logits.detach(), torch.cat([p.grad.flatten() for p in made.parameters()])
 
@@ -41,16 +41,15 @@ def test_attention_by_lengths_equals_attention_with_the_mask(mode):
         model(register_packed_attention()).train(mode == "train"),
     )
     expected = outputs(masked)
-    for found, wanted in zip(outputs(by_lengths, sequence_lengths=ROW.lengths), expected, strict=True):
+    for found, wanted in zip(outputs(by_lengths), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
 
 
 def test_without_lengths_it_is_plain_sdpa_packed_or_padded():
     made = model(register_packed_attention()).eval()
+    unsaid = ROW.model_inputs() | {"sequence_lengths": None}
     with torch.no_grad():
-        torch.testing.assert_close(
-            outputs_of(made, **ROW.model_inputs()), outputs_of(model("sdpa"), **ROW.model_inputs())
-        )
+        torch.testing.assert_close(outputs_of(made, **unsaid), outputs_of(model("sdpa"), **unsaid))
         padded = {"input_ids": torch.tensor([[0, 0, 5, 6]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])}
         torch.testing.assert_close(outputs_of(made, **padded), outputs_of(model("sdpa"), **padded))
 
@@ -63,13 +62,13 @@ def test_it_reaches_the_layers_of_reward_models_and_through_checkpointing():
     name = register_packed_attention()
     scorer = AutoModelForSequenceClassification.from_config(CONFIG, attn_implementation=name)
     with torch.no_grad():
-        hidden = scorer.model(**ROW.model_inputs(), sequence_lengths=ROW.lengths).last_hidden_state
+        hidden = scorer.model(**ROW.model_inputs()).last_hidden_state
     assert hidden.shape == (1, ROW.num_tokens, 64)
     plain, checkpointed = model(name), model(name)
     checkpointed.gradient_checkpointing_enable()
     for found, wanted in zip(
-        outputs(checkpointed.train(), sequence_lengths=ROW.lengths),
-        outputs(plain.train(), sequence_lengths=ROW.lengths),
+        outputs(checkpointed.train()),
+        outputs(plain.train()),
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
