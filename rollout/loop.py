@@ -23,7 +23,7 @@ async def before_deadline(awaitable: Awaitable[T], *, timeout_s: float, what: st
     Unlike `asyncio.wait_for` it tells our deadline from a TimeoutError raised inside, and it does not wait for a
     cancelled call to agree to end: a frozen process never would.
     """
-    task = asyncio.ensure_future(awaitable)
+    task = asyncio.create_task(_result_of(awaitable))
     try:
         done, _ = await asyncio.wait({task}, timeout=timeout_s)
     finally:
@@ -31,6 +31,10 @@ async def before_deadline(awaitable: Awaitable[T], *, timeout_s: float, what: st
     if not done:
         raise EngineError(f"{what}: no answer within {timeout_s:g} s")
     return task.result()
+
+
+async def _result_of(awaitable: Awaitable[T]) -> T:
+    return await awaitable
 
 
 class LoopThread:

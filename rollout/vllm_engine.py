@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -139,6 +139,7 @@ class VLLMEngine:
         if self._closed:
             return
         self._closed = True
+        _wake(self._processes)
         await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
         del self._llm  # its finaliser must not run at interpreter exit
         await asyncio.to_thread(_end, self._processes, self._shared_memory)
@@ -237,6 +238,13 @@ def _shared_memory_of(processes: Sequence[psutil.Process]) -> set[Path]:
     """What the processes talk through. They remove it themselves, unless they are killed."""
     maps = [Path(f"/proc/{process.pid}/maps").read_text() for process in processes]
     return {Path(line.split()[-1]) for text in maps for line in text.splitlines() if "/dev/shm/" in line}
+
+
+def _wake(processes: Sequence[psutil.Process]) -> None:
+    """A stopped process (SIGSTOP, a debugger) can only end by itself, and tidy up, once it runs again."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def _end(processes: Sequence[psutil.Process], shared_memory: set[Path]) -> None:

@@ -28,6 +28,11 @@ class DataSource(Section):
     """Field name -> column that holds it, where the file's names differ (e.g. `prompt: question`)."""
     weight: float = Field(default=1.0, ge=0)
     """How often each row is seen per epoch: 2 twice, 0.5 a seeded half of the rows."""
+    part: Literal["all", "train", "heldout"] = "all"
+    """Which rows to use: `heldout` those of a share `heldout_frac` chosen by a hash of what the user asks first, `train`
+    the others. The same file may so give one stage its training rows and another its held-out ones."""
+    heldout_frac: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the rows that part: heldout means."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row does: end the run, or be left out and counted."""
 

@@ -1,4 +1,4 @@
-"""One response of a finished model, for a person: what `rlhf generate` prints. No recipe: it makes no artifact.
+"""One response of a finished model, for a person: what `rlhf generate` prints. Makes no artifact.
 
 prompt --chat template, if the model has one--> ids --> engine --> response ids --> text
 """

@@ -8,6 +8,7 @@ shards (shards).
 """
 
 import json
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from stages.config import PrepareConfig, PrepareSettings
-from stages.data.batches import stage_seed
+from stages.data.batches import content_share, stage_seed
 from stages.data.chat import CHATML, END_OF_TEXT, PAD, SPECIAL_TOKENS, ChatTokenizer, read_template
 from stages.data.readers import read_source, weighted
 from stages.data.shards import write_shards
@@ -174,13 +175,10 @@ def _hash(text: str) -> bytes:
 def _split(kept: Sequence[Sequence[str]], heldout_frac: float) -> tuple[list[list[str]], list[str]]:
     """Training documents per source, and the held-out ones: hash below heldout_frac, or the lowest."""
 
-    def place(text: str) -> int:
-        return int.from_bytes(_hash(text)[:8], "big")
-
-    lowest = min((place(text) for texts in kept for text in texts), default=0)
-    last = max(int(heldout_frac * 2**64) - 1, lowest)
-    train = [[text for text in texts if place(text) > last] for texts in kept]
-    return train, [text for texts in kept for text in texts if place(text) <= last]
+    lowest = min((content_share(text) for texts in kept for text in texts), default=0.0)
+    first = max(heldout_frac, math.nextafter(lowest, 1))
+    train = [[text for text in texts if content_share(text) >= first] for texts in kept]
+    return train, [text for texts in kept for text in texts if content_share(text) < first]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from rollout.api import RolloutRequest, Sampling
 from stages.config import RewardSettings
-from stages.data.batches import BatchOrder, stage_seed
+from stages.data.batches import BatchOrder, content_share, stage_seed
 from stages.data.chat import ChatTokenizer, PairIds, truncate_pair
 from stages.data.packing import plan_packs
 from stages.data.readers import read_pairs
-from stages.data.records import Pair
+from stages.data.records import Pair, split_key
 from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
 from stages.rollout_source import ENGINE_DTYPE, open_engines
@@ -165,7 +164,7 @@ def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
             num_dropped += 1
             continue
         example = Example(ids=fitting, group=_group(pair, config.group_column))
-        (heldout if _is_held_out(pair, config.heldout_frac) else train).append(example)
+        (heldout if content_share(split_key(pair)) < config.heldout_frac else train).append(example)
     for name, part in (("training", train), ("held-out", heldout)):
         if not part:
             raise DataError(
@@ -180,12 +179,6 @@ def _group(pair: Pair, column: str | None) -> str | None:
     if column not in pair.row:
         raise DataError(f"reward.group_column: no column {column!r}; columns are {', '.join(pair.row)}")
     return str(pair.row[column])
-
-
-def _is_held_out(pair: Pair, fraction: float) -> bool:
-    """By a hash of the prompt's text, so that no prompt is on both sides and the order of the rows does not matter."""
-    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in pair.prompt)
-    return int.from_bytes(blake3(text.encode()).digest(8), "little") < fraction * 2**64
 
 
 def _micro_batches(examples: Sequence[Example], micro_batch_size: int) -> list[Pairs]:

@@ -1,9 +1,10 @@
-"""Does RECIPE_VERSION still tell the truth? A digest of all first-party code behind each recipe, locked in a file.
+"""Does RECIPE_VERSION still tell the truth? A digest of the first-party code behind each recipe, locked.
 
-    stages/ppo.py --imports, transitively--> syntax trees without comments and docstrings --blake3--> recipe_versions.json
+    stages/ppo.py --imports, transitively--> syntax trees without docstrings --blake3--> recipe_versions.json
 
-A change of meaning without a new RECIPE_VERSION would reuse artifacts of the old code. `make recipe-lock` rewrites the
-lock; it refuses to where the code changed and the version did not, unless told that the change alters no result (--force).
+A change of meaning without a new RECIPE_VERSION would reuse artifacts of the old code. `make recipe-lock`
+rewrites the lock; it refuses to where the code changed and the version did not, unless told that no result
+changes (FORCE=1).
 """
 
 import ast
@@ -66,8 +67,8 @@ def main(arguments: list[str]) -> int:
     changed = stale(read_lock())
     if changed and "--force" not in arguments:
         print(
-            f"code behind {', '.join(changed)} changed: raise RECIPE_VERSION in stages/<stage>.py where results change, "
-            "then run this again; with FORCE=1 if none does",
+            f"code behind {', '.join(changed)} changed: raise RECIPE_VERSION in stages/<stage>.py where "
+            "results change, then run this again; with FORCE=1 if none does",
             file=sys.stderr,
         )
         return 1
@@ -94,7 +95,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _meaning(tree: ast.Module, *, is_config: bool) -> str:
-    """The tree without docstrings; of a config module only its computed values: stated ones are in the fingerprint."""
+    """The tree without docstrings; of a config only computed values: stated ones are in the fingerprint."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

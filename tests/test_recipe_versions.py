@@ -31,8 +31,8 @@ def test_no_recipe_changed_without_a_new_version():
     assert lock.keys() == now.keys(), "run `make recipe-lock` and commit tests/recipe_versions.json"
     changed = [stage for stage in now if lock[stage] != now[stage]]
     assert not changed, (
-        f"code behind {changed} changed: raise RECIPE_VERSION in stages/<stage>.py where results change, then run "
-        "`make recipe-lock` (FORCE=1 where none does)"
+        f"code behind {changed} changed: raise RECIPE_VERSION in stages/<stage>.py where results change, "
+        "then run `make recipe-lock` (FORCE=1 where none does)"
     )
 
 

@@ -29,6 +29,11 @@ def stage_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(hasher.digest(8), "little") >> 1
 
 
+def content_share(text: str) -> float:
+    """A hash of `text` in [0, 1): below a fraction f for a share f of all texts, whatever file or order they come in."""
+    return int.from_bytes(blake3(text.encode("utf-8", "surrogatepass")).digest(8), "little") / 2**64
+
+
 def permutation(num_rows: int, seed: int) -> np.ndarray:
     """A seeded permutation of range(num_rows): from Philox's raw stream, so the same under every numpy."""
     return np.argsort(np.random.Philox(key=seed).random_raw(num_rows), kind="stable")

@@ -23,8 +23,8 @@ from typing import Any, Generic, TypeVar
 from blake3 import blake3
 
 from stages.config import DataFormat, DataSource
-from stages.data.batches import permutation, stage_seed
-from stages.data.records import Conversation, Document, Pair, Prompt
+from stages.data.batches import content_share, permutation, stage_seed
+from stages.data.records import Conversation, Document, Pair, Prompt, split_key
 from stages.data.schemas import (
     SCHEMAS,
     Record,
@@ -104,7 +104,16 @@ def read_source(source: DataSource, stage: StageName) -> Rows[Any]:
     reader.check_skipped()
     if not records:
         raise DataError(f"{shown(source.path)}: no rows")
-    return Rows(records=records, num_skipped=reader.num_skipped)
+    kept = [record for record in records if _in_part(record, source)]
+    if not kept:
+        raise DataError(f"{shown(source.path)}: no rows in part: {source.part} of {len(records)}; raise heldout_frac")
+    return Rows(records=kept, num_skipped=reader.num_skipped)
+
+
+def _in_part(record: Record, source: DataSource) -> bool:
+    if source.part == "all":
+        return True
+    return (content_share(split_key(record)) < source.heldout_frac) == (source.part == "heldout")
 
 
 def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:

@@ -58,3 +58,12 @@ class Prompt:
     row: Mapping[
         str, Any
     ]  # the row's further columns, for rule rewards and scoring functions (`answer`, ...)
+
+
+def split_key(record: Document | Conversation | Pair | Prompt) -> str:
+    """The text by which a record is held out or not: a document itself, else what the user asks first, so that pair,
+    conversation and prompt of one row fall on the same side."""
+    if isinstance(record, Document):
+        return record.text
+    messages = record.prompt if isinstance(record, Pair) else record.messages
+    return next((message.content for message in messages if message.role == "user"), messages[0].content)

