@@ -5,7 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_CPU_WHEELS := https://download.pytorch.org/whl/cpu
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# --quiet twice: once leaves hundreds of warnings about indexes
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 # Waiting OpenMP threads sleep: else trainer and engine starve each other on a small machine.
 export OMP_WAIT_POLICY := passive

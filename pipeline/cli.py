@@ -159,11 +159,11 @@ def generate(
     check_model_directory(model_dir, named=str(model_dir))
     from stages.generate import generate as respond
 
-    typer.echo(
-        respond(
+    with executor.no_orphans():
+        text = respond(
             model_dir, prompt, temperature=temperature, max_tokens=max_tokens, seed=seed, engine=engine.value
         )
-    )
+    typer.echo(text)
 
 
 @app.command()

@@ -436,7 +436,6 @@ def _run_on_ray(
                     progress.end(
                         stage, "failed", summary=f"(waiting for {beside[0]} to end)" if beside else ""
                     )
-            progress.poll()
             check_cluster()
 
 

@@ -7,6 +7,7 @@ Owns: following metrics.jsonl and wording the lines. Reads files only: the same 
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,16 +33,16 @@ KEY_METRICS = (
 )
 """What is shown of a step, the most telling first, by the name after the slash."""
 NUM_SHOWN = 4
+POLL_S = 0.3
 BAR_CHARS = 20
 
 
 class Progress:
-    """Follows the stages of one run. Enter it before the run; call `poll` a few times a second.
+    """Follows the stages of one run, on a thread of its own while it is entered.
 
     Example:
         with Progress() as progress:
             progress.start("sft", [work_dir / "metrics.jsonl", artifact / "metrics.jsonl"])
-            progress.poll()
             progress.end("sft", "done", seconds=21.4)
     """
 
@@ -50,15 +51,21 @@ class Progress:
         self._console = Console(file=self._stream, highlight=False)
         self._stages: dict[str, _Followed] = {}
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
+        self._thread.join()
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
             self._live.stop()
@@ -72,30 +79,36 @@ class Progress:
 
     def start(self, stage: str, metrics: list[Path]) -> None:
         """Follow the first of `metrics` that exists (the unfinished file, later the published one)."""
-        self._stages[stage] = _Followed(paths=metrics)
+        with self._lock:
+            self._stages[stage] = _Followed(paths=metrics)
         if self._live is None:
             self.note(f"{stage}: running")
 
     def end(self, stage: str, outcome: str, *, seconds: float | None = None, summary: str = "") -> None:
         """The stage is over: "done", "skipped", "failed" or "not run"."""
         self.poll()
-        followed = self._stages.setdefault(stage, _Followed(paths=[]))
+        with self._lock:
+            followed = self._stages.setdefault(stage, _Followed(paths=[]))
         followed.outcome = " ".join(
             part for part in (outcome, "" if seconds is None else f"in {duration(seconds)}", summary) if part
         )
         if self._live is None:
             self.note(f"{stage}: {followed.outcome}")
-        else:
-            self._live.update(self._table(), refresh=True)
+        self.poll()
 
     def poll(self) -> None:
         """Show what was logged since the last call."""
-        for stage, followed in self._stages.items():
-            for line in followed.new_lines():
-                if self._live is None:
-                    self.note(f"{stage}: {followed.position(line)} {shown(line)}")
-        if self._live is not None:
-            self._live.update(self._table(), refresh=True)
+        with self._lock:
+            for stage, followed in self._stages.items():
+                for line in followed.new_lines():
+                    if self._live is None:
+                        self.note(f"{stage}: {followed.position(line)} {shown(line)}")
+            if self._live is not None:
+                self._live.update(self._table(), refresh=True)
+
+    def _follow(self) -> None:
+        while not self._over.wait(POLL_S):
+            self.poll()
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -144,7 +157,7 @@ class _Followed:
         steps, seconds = line["step"] - self.first["step"], line["time"] - self.first["time"]
         if steps and seconds > 0:
             parts.append(f"{steps / seconds:.2f} steps/s")
-            if "max_steps" in line:
+            if line.get("max_steps", 0) > line["step"]:
                 parts.append(f"{duration((line['max_steps'] - line['step']) * seconds / steps)} left")
         return " ".join(parts)
 

@@ -25,10 +25,10 @@ class Sampling:
     stop_token_ids: tuple[
         int, ...
     ]  # generation ends after any of these; the token itself is kept in the response
-    seed: int  # in [0, 2^63), of this request alone: the same request gives the same response whatever runs beside it
+    seed: int  # in [0, 2^63), of this request alone: whatever runs beside it, the response is the same
 
     def __post_init__(self) -> None:
-        """Refuse what an engine would silently change: vLLM raises temperatures below 0.01 and refuses them above 2."""
+        """Refuse what an engine would change: vLLM raises temperatures below 0.01 and refuses them above 2."""
         if not (self.temperature == 0 or 0.01 <= self.temperature <= 2):
             raise ValueError(f"temperature {self.temperature}: use 0 (greedy) or 0.01 to 2")
         if self.max_tokens < 1:
@@ -106,7 +106,7 @@ class RolloutEngine(Protocol):
         """Decode again after `pause`."""
 
     async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
-        """Names of the tensors of `update` that the engine does not hold right now, bit for bit; changes nothing."""
+        """Names of the tensors of `update` that the engine does not hold, bit for bit, now. Changes nothing."""
 
     async def version(self) -> int:
         """The weight version in force: a real round trip to the process that decodes, so also the health check."""

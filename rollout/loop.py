@@ -1,6 +1,7 @@
-"""Deadlines, and one asyncio loop on a daemon thread: how synchronous code (a trainer) drives an asynchronous engine.
+"""Deadlines, and one asyncio loop on a daemon thread: how synchronous code (a trainer) drives an asynchronous
+engine.
 
-    trainer thread --LoopThread.run(coroutine, timeout_s)--> loop thread --> engine --before_deadline--> its process
+    trainer thread --LoopThread.run(coroutine, timeout_s)--> loop thread --> engine --before_deadline-->
 
 Owns: the thread, and that no call waits for ever. Does not own: the engines that run on it.
 """
@@ -20,9 +21,8 @@ T = TypeVar("T")
 async def before_deadline(awaitable: Awaitable[T], *, timeout_s: float, what: str) -> T:
     """The awaitable's result or its own error; EngineError, naming `what`, when there is neither in time.
 
-    Unlike `asyncio.wait_for` it tells our deadline from a TimeoutError raised inside, and it does not wait for a
-    cancelled call to agree to end: a frozen process never would.
-    """
+    Unlike `asyncio.wait_for` it tells our deadline from a TimeoutError raised inside, and it does not wait
+    for a cancelled call to agree to end: a frozen process never would."""
     task = asyncio.create_task(_result_of(awaitable))
     try:
         done, _ = await asyncio.wait({task}, timeout=timeout_s)
@@ -40,8 +40,8 @@ async def _result_of(awaitable: Awaitable[T]) -> T:
 class LoopThread:
     """An event loop that outlives the calls made on it. Close it after the engines that were opened on it.
 
-    Example: with LoopThread() as loop: rollouts = loop.run(engine.submit(requests), timeout_s=60, what="generate")
-    """
+    Example: with LoopThread() as loop: rollouts = loop.run(engine.submit(requests), timeout_s=60,
+    what="generate")"""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -49,7 +49,8 @@ class LoopThread:
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, timeout_s: float, what: str) -> T:
-        """The coroutine's result. Beyond `timeout_s` it is cancelled and EngineError says `what` was too slow."""
+        """The coroutine's result. Beyond `timeout_s` it is cancelled and EngineError says `what` was too
+        slow."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout=timeout_s)
@@ -71,8 +72,9 @@ class LoopThread:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _serve(self) -> None:

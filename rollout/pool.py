@@ -1,17 +1,17 @@
 """Engines as Ray actors: the only Ray of this package.
 
-    start_actor_engines --> EnginePool (picklable) --> ActorEngine 0..M-1 --one Ray hop--> actor --> VLLMEngine | HFEngine
+    start_actor_engines --> EnginePool --> ActorEngine 0..M-1 --one Ray hop--> actor --> VLLMEngine | HFEngine
 
-Owns: the actors, their environment and their end; which engine gets which request. Does not own: the engines inside, and
-restarting one (a failed engine ends the run's use of the pool; an error names it). All calls are asynchronous, on any loop.
-"""
+Owns: the actors, their environment and their end; which engine gets which request. Does not own: the engines
+inside, and restarting one (a failed engine ends the run's use of the pool; an error names it). All calls are
+asynchronous, on any loop."""
 
 import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -27,22 +27,30 @@ from rollout.loop import before_deadline
 T = TypeVar("T")
 
 MAX_CONCURRENT_CALLS = 10_000
-"""Calls an actor may hold at once: far more than batches in flight, so that `abort` never queues behind `submit`."""
+"""Calls an actor may hold at once: far more than batches in flight, so that `abort` never queues behind
+`submit`."""
 GRACE_S = 5.0
-"""Added to a deadline that the engine keeps itself: its own error says more than "the actor did not answer"."""
+"""Added to a deadline that the engine keeps itself: its own error says more than "the actor did not
+answer"."""
 CLOSE_TIMEOUT_S = 20.0
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=MAX_CONCURRENT_CALLS)
 class EngineActor:
     """One engine in a process of its own. Every method is the engine's method of that name."""
 
     _engine: RolloutEngine
 
-    async def open(self, config: EngineConfig, model_dir: Path, dtype: str, max_model_len: int, log_path: Path,
-                   name: str) -> None:
-        self._engine = await open_engine(config, model_dir=model_dir, dtype=dtype, max_model_len=max_model_len,
-                                         log_path=log_path, name=name)
+    async def open(
+        self, config: EngineConfig, model_dir: Path, dtype: str, max_model_len: int, log_path: Path, name: str
+    ) -> None:
+        self._engine = await open_engine(
+            config,
+            model_dir=model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            log_path=log_path,
+            name=name,
+        )
 
     async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         return await self._engine.submit(requests)
@@ -80,8 +88,11 @@ class ActorEngine:
     async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         """See `RolloutEngine.submit`. When the caller gives up, so does the engine."""
         try:
-            return await self._answer(self._actor.submit.remote(requests), f"{len(requests)} rollouts",
-                                      self._config.generate_timeout_s)
+            return await self._answer(
+                self._actor.submit.remote(requests),
+                f"{len(requests)} rollouts",
+                self._config.generate_timeout_s,
+            )
         except BaseException:
             self._actor.abort.remote([request.request_id for request in requests])
             raise
@@ -120,8 +131,8 @@ class ActorEngine:
         return await self._answer(answer, what, self._config.sync_timeout_s)
 
     async def _answer(self, answer: Awaitable[T], what: str, timeout_s: float) -> T:
-        """The actor's answer, or an error that names the engine. A bug inside the actor stays Ray's error, with its
-        traceback."""
+        """The actor's answer, or an error that names the engine. A bug inside the actor stays Ray's error,
+        with its traceback."""
         try:
             return await before_deadline(answer, timeout_s=timeout_s + GRACE_S, what=f"{self._name}: {what}")
         except RayTaskError as error:
@@ -129,11 +140,14 @@ class ActorEngine:
                 raise error.cause from None
             raise
         except RayError as error:
-            raise EngineError(f"{self._name}: {what}: its process is gone ({type(error).__name__})") from error
+            raise EngineError(
+                f"{self._name}: {what}: its process is gone ({type(error).__name__})"
+            ) from error
 
 
 class EnginePool:
-    """A `RolloutEngine` over several: requests go where the fewest tokens are outstanding, control calls go to all.
+    """A `RolloutEngine` over several: requests go where the fewest tokens are outstanding, control calls go
+    to all.
 
     Picklable: a rollout source and a trainer may both hold it. Each copy balances what it submits itself.
     """
@@ -144,10 +158,13 @@ class EnginePool:
         self._outstanding = [0] * len(engines)  # response tokens at most, per engine
 
     async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
-        """See `RolloutEngine.submit`. Which engine answers does not change a response: its seed is its own."""
+        """See `RolloutEngine.submit`. Which engine answers does not change a response: its seed is its
+        own."""
         owners = [self._assign(request) for request in requests]
-        shares = {index: [request for request, owner in zip(requests, owners, strict=True) if owner == index]
-                  for index in dict.fromkeys(owners)}
+        shares = {
+            index: [request for request, owner in zip(requests, owners, strict=True) if owner == index]
+            for index in dict.fromkeys(owners)
+        }
         tasks = [asyncio.ensure_future(self._engines[index].submit(share)) for index, share in shares.items()]
         try:
             answers = await asyncio.gather(*tasks)
@@ -197,32 +214,54 @@ class EnginePool:
         return index
 
 
-def start_actor_engines(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_len: int, log_dir: Path,
-                        num_gpus_each: float = 0.0) -> EnginePool:
-    """Start `config.num_engines` actors on this node (weights arrive through its shared memory) of the running Ray
-    cluster; returns when all have answered.
+def start_actor_engines(
+    config: EngineConfig,
+    *,
+    model_dir: Path,
+    dtype: str,
+    max_model_len: int,
+    log_dir: Path,
+    num_gpus_each: float = 0.0,
+) -> EnginePool:
+    """Start `config.num_engines` actors on this node (weights arrive through its shared memory) of the
+    running Ray cluster; returns when all have answered.
 
-    `dtype`: "float32" or "bfloat16". Engine i logs to `log_dir`/engine-i.log. Close with `await pool.close()`.
-    Raises EngineError when one does not start within `config.start_timeout_s`.
-    """
+    `dtype`: "float32" or "bfloat16". Engine i logs to `log_dir`/engine-i.log. Close with `await
+    pool.close()`. Raises EngineError when one does not start within `config.start_timeout_s`."""
     names = [f"engine-{index}" for index in range(config.num_engines)]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actors = [EngineActor.options(num_gpus=num_gpus_each, scheduling_strategy=here,
-                                  runtime_env={"env_vars": _environment(num_gpus_each)}).remote() for _ in names]
-    opening = [actor.open.remote(config, model_dir, dtype, max_model_len, log_dir / f"{name}.log", name)
-               for actor, name in zip(actors, names, strict=True)]
+    actors: list[Any] = [  # Ray's types know neither an actor's methods nor all of its options
+        ray.remote(EngineActor)
+        .options(
+            num_cpus=0,  # it takes turns with the trainer
+            num_gpus=num_gpus_each,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=MAX_CONCURRENT_CALLS,
+            scheduling_strategy=here,
+            runtime_env={"env_vars": _environment(num_gpus_each)},
+        )
+        .remote()
+        for _ in names
+    ]
+    opening = [
+        actor.open.remote(config, model_dir, dtype, max_model_len, log_dir / f"{name}.log", name)
+        for actor, name in zip(actors, names, strict=True)
+    ]
     try:
         ray.get(opening, timeout=config.start_timeout_s + GRACE_S)
     except RayError as error:
         for actor in actors:
             ray.kill(actor)
         raise _start_error(error, config, num_gpus_each) from error
-    return EnginePool([ActorEngine(actor, config=config, name=name)
-                       for actor, name in zip(actors, names, strict=True)])
+    return EnginePool(
+        [ActorEngine(actor, config=config, name=name) for actor, name in zip(actors, names, strict=True)]
+    )
 
 
 def _environment(num_gpus: float) -> dict[str, str]:
-    """Before torch is imported there. Ray would set one thread, and does not hide GPUs from an actor that has none."""
+    """Before torch is imported there. Ray would set one thread, and does not hide GPUs from an actor that has
+    none."""
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
     return threads if num_gpus else threads | {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -231,6 +270,8 @@ def _start_error(error: RayError, config: EngineConfig, num_gpus: float) -> Exce
     if isinstance(error, RayTaskError) and isinstance(error.cause, ExpectedError):
         return error.cause
     if isinstance(error, GetTimeoutError):
-        return EngineError(f"{config.num_engines} engines with {num_gpus:g} GPUs each did not start within "
-                           f"{config.start_timeout_s:g} s; give them room, or raise rollout.start_timeout_s")
+        return EngineError(
+            f"{config.num_engines} engines with {num_gpus:g} GPUs each did not start within "
+            f"{config.start_timeout_s:g} s; give them room, or raise rollout.start_timeout_s"
+        )
     return EngineError(f"an engine's process ended while it started ({type(error).__name__}): {error}")

@@ -1,10 +1,10 @@
 """vLLM behind the engine protocol: token ids in; token ids, processed log-probs and weight versions out.
 
-    caller's loop --> AsyncLLM (this process) --> EngineCore (scheduler) --> Worker (model; `vllm_receiver` loads weights)
+    caller's loop --> AsyncLLM (this process) --> EngineCore (scheduler) --> Worker (model, `vllm_receiver`)
 
-Owns: every option that vLLM starts with, deadlines, and the end of its processes. Does not own: batching, scheduling and
-memory (vLLM), what a weight update holds (weight_sync). The device is the one that the installed vLLM was built for.
-"""
+Owns: every option that vLLM starts with, deadlines, and the end of its processes. Does not own: batching,
+scheduling and memory (vLLM), what a weight update holds (weight_sync). The device is the one that the
+installed vLLM was built for."""
 
 import asyncio
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
-from rollout.api import Rollout, RolloutRequest, Sampling, WeightUpdate
+from rollout.api import FinishReason, Rollout, RolloutRequest, Sampling, WeightUpdate
 from rollout.config import EngineConfig
 from rollout.errors import EngineError, WeightSyncError
 from rollout.loop import before_deadline
@@ -33,6 +33,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMError
 from vllm.inputs import TokensPrompt
 from vllm.logger import configure_logging
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -42,6 +43,8 @@ T = TypeVar("T")
 
 MIB = 2**20
 LOGGING = LoggingConfig(log_level="INFO")
+FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+"""vLLM's name -> ours; it has others ("error", None), which are errors here."""
 SHUTDOWN_TIMEOUT_S = 5.0
 """How long an engine's processes may take to end by themselves before they are killed."""
 
@@ -60,8 +63,16 @@ class VLLMEngine:
         self._closed = False
 
     @classmethod
-    async def open(cls, config: EngineConfig, *, model_dir: Path, dtype: str, max_model_len: int, log_path: Path,
-                   name: str) -> Self:
+    async def open(
+        cls,
+        config: EngineConfig,
+        *,
+        model_dir: Path,
+        dtype: str,
+        max_model_len: int,
+        log_path: Path,
+        name: str,
+    ) -> Self:
         """Start the engine on the weights of `model_dir` (version 0). Blocks the loop while vLLM starts."""
         layout = checkpoint_layout(model_dir, dtype=dtype)
         arguments = _arguments(config, model_dir=model_dir, dtype=dtype, max_model_len=max_model_len)
@@ -84,8 +95,11 @@ class VLLMEngine:
         self._check_open()
         tasks = [asyncio.ensure_future(self._generate(request)) for request in requests]
         try:
-            return await before_deadline(asyncio.gather(*tasks), timeout_s=self._config.generate_timeout_s,
-                                         what=f"{self._name}: {len(requests)} rollouts")
+            return await before_deadline(
+                asyncio.gather(*tasks),
+                timeout_s=self._config.generate_timeout_s,
+                what=f"{self._name}: {len(requests)} rollouts",
+            )
         except VLLMError as error:
             raise EngineError(f"{self._name}: {_one_line(error)}; see {self._log_path}") from error
         finally:
@@ -108,8 +122,10 @@ class VLLMEngine:
         try:
             await self._call("start of the weight update", lambda llm: llm.start_weight_update())
             await self._call("weight update", lambda llm: llm.update_weights(request))
-            await self._call("end of the weight update",
-                             lambda llm: llm.finish_weight_update(weight_version=str(update.version)))
+            await self._call(
+                "end of the weight update",
+                lambda llm: llm.finish_weight_update(weight_version=str(update.version)),
+            )
         except EngineError as error:
             raise WeightSyncError(f"{error}; rebuild this engine") from error
 
@@ -122,16 +138,20 @@ class VLLMEngine:
         """See `RolloutEngine.diagnose`."""
         payload = dataclasses.asdict(update)
         differing: list[list[str]] = await self._call(
-            "diagnosis", lambda llm: llm.collective_rpc("rlhf_diagnose", args=(payload,)))
+            "diagnosis", lambda llm: llm.collective_rpc("rlhf_diagnose", args=(payload,))
+        )
         return tuple(dict.fromkeys(name for names in differing for name in names))
 
     async def version(self) -> int:
-        """See `RolloutEngine.version`: asks the scheduler, and through it the process that holds the weights."""
+        """See `RolloutEngine.version`: asks the scheduler, and through it the process that holds the
+        weights."""
         scheduler = int(await self._call("version", lambda llm: llm.get_weight_version()))
         workers: list[int] = await self._call("version", lambda llm: llm.collective_rpc("rlhf_version"))
         if {scheduler} != set(workers):
-            raise WeightSyncError(f"{self._name}: scheduler at weight version {scheduler}, workers at {workers}; "
-                                  "rebuild this engine")
+            raise WeightSyncError(
+                f"{self._name}: scheduler at weight version {scheduler}, workers at {workers}; "
+                "rebuild this engine"
+            )
         return scheduler
 
     async def close(self) -> None:
@@ -145,7 +165,8 @@ class VLLMEngine:
         await asyncio.to_thread(_end, self._processes, self._shared_memory)
 
     async def _make_ready(self, layout: dict[str, Any]) -> None:
-        """Name the weights, tell the receiver what an update must hold, and generate once: the first time is slow."""
+        """Name the weights, tell the receiver what an update must hold, and generate once: the first time is
+        slow."""
         request = WeightTransferInitRequest(init_info=layout)
         await self._call("start", lambda llm: llm.init_weight_transfer_engine(request))
         await self._call("start", lambda llm: llm.update_weight_version("0"))
@@ -156,19 +177,26 @@ class VLLMEngine:
     async def _generate(self, request: RolloutRequest) -> Rollout:
         final: RequestOutput | None = None
         prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-        async for output in self._llm.generate(prompt, _sampling_params(request.sampling), request.request_id):
+        async for output in self._llm.generate(
+            prompt, _sampling_params(request.sampling), request.request_id
+        ):
             final = output
         assert final is not None
         return _rollout(request, final)
 
     async def _call(self, what: str, call: Callable[[AsyncLLM], Awaitable[T]]) -> T:
-        """One control call: a deadline, and an error that names this engine. vLLM reports what fails in its other
-        processes as a bare Exception, so the outcome is looked at instead of caught."""
+        """One control call: a deadline, and an error that names this engine. vLLM reports what fails in its
+        other processes as a bare Exception, so the outcome is looked at instead of caught."""
         self._check_open()
-        (outcome,) = await before_deadline(asyncio.gather(call(self._llm), return_exceptions=True),
-                                           timeout_s=self._config.sync_timeout_s, what=f"{self._name}: {what}")
+        (outcome,) = await before_deadline(
+            asyncio.gather(call(self._llm), return_exceptions=True),
+            timeout_s=self._config.sync_timeout_s,
+            what=f"{self._name}: {what}",
+        )
         if isinstance(outcome, VLLMError) or type(outcome) is Exception:
-            raise EngineError(f"{self._name}: {what}: {_one_line(outcome)}; see {self._log_path}") from outcome
+            raise EngineError(
+                f"{self._name}: {what}: {_one_line(outcome)}; see {self._log_path}"
+            ) from outcome
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -180,19 +208,30 @@ class VLLMEngine:
 
 def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_len: int) -> AsyncEngineArgs:
     """Everything that changes what is computed is said here, so that no default of vLLM's decides it."""
-    memory: dict[str, Any] = ({"kv_cache_memory_bytes": config.kv_cache_mib * MIB} if current_platform.is_cpu()
-                              else {"gpu_memory_utilization": config.gpu_memory_frac})
+    options: dict[str, Any] = {"dtype": dtype}
+    if current_platform.is_cpu():
+        options["kv_cache_memory_bytes"] = config.kv_cache_mib * MIB
+    else:
+        options["gpu_memory_utilization"] = config.gpu_memory_frac
     return AsyncEngineArgs(
-        model=str(model_dir), dtype=dtype, max_model_len=max_model_len, max_num_seqs=config.max_num_seqs,
-        enforce_eager=config.enforce_eager, seed=0, **memory,
-        skip_tokenizer_init=True, generation_config="vllm",  # the model directory sets no sampling defaults
+        model=str(model_dir),
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        enforce_eager=config.enforce_eager,
+        seed=0,
+        **options,
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # the model directory sets no sampling defaults
         logprobs_mode="processed_logprobs",  # of the distribution that is sampled from: after the temperature
-        # vLLM cannot rewind a CPU generator, as it must when a seeded request's prompt is only half prefilled.
+        # vLLM cannot rewind a CPU generator, as it must when a seeded request's prompt is only half
+        # prefilled.
         enable_chunked_prefill=not current_platform.is_cpu(),
         enable_prefix_caching=False,  # with it, fp32 output depends on what ran before
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         worker_extension_cls="rollout.vllm_receiver.WorkerExtension",
-        disable_log_stats=True, logging_config=LOGGING)
+        disable_log_stats=True,
+        logging_config=LOGGING,
+    )
 
 
 @contextmanager
@@ -206,12 +245,15 @@ def _process_environment(config: EngineConfig, log_path: Path) -> Iterator[None]
         "VLLM_PLUGINS": "rlhf_weight_receivers",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s) + 1),
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),  # "auto" leaves a core out
-        "OMP_WAIT_POLICY": "passive",  # a waiting thread must not spin: trainer and engine take turns on the cores
+        # "auto" leaves a core out
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        # a waiting thread must not spin: trainer and engine take turns on the cores
+        "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1",  # the model directory is all there is
     }
     if config.enforce_eager and current_platform.is_cpu():
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the sampler alone is compiled, in 10 s, at the first request
+        # else the sampler alone is compiled, in 10 s, at the first request
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
         yield
     finally:
@@ -259,22 +301,39 @@ def _end(processes: Sequence[psutil.Process], shared_memory: set[Path]) -> None:
 
 def _sampling_params(sampling: Sampling) -> SamplingParams:
     return SamplingParams(
-        temperature=sampling.temperature, seed=sampling.seed, max_tokens=sampling.max_tokens,
-        stop_token_ids=list(sampling.stop_token_ids), ignore_eos=True,  # our stop set alone ends a response
-        logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # our stop set alone ends a response
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _rollout(request: RolloutRequest, output: RequestOutput) -> Rollout:
     (completion,) = output.outputs
-    reason = completion.finish_reason
-    if reason not in ("stop", "length", "abort"):
-        raise EngineError(f"request {request.request_id} ended with {reason!r}")
-    versions = [int(span.version) for span in completion.weight_versions or () for _ in range(span.start, span.end)]
-    logprobs = tuple(completion.logprobs.logprobs) if completion.token_ids else ()
+    if completion.finish_reason not in FINISH_REASONS:
+        raise EngineError(f"request {request.request_id} ended with {completion.finish_reason!r}")
+    logprobs: tuple[float, ...] = ()
+    versions: list[int] = []
+    if completion.token_ids:  # else it was aborted before its first one
+        assert isinstance(completion.logprobs, FlatLogprobs) and completion.weight_versions is not None
+        logprobs = tuple(completion.logprobs.logprobs)
+        for span in completion.weight_versions:
+            versions += [int(span.version)] * (span.end - span.start)
     assert len(versions) == len(logprobs) == len(completion.token_ids), request.request_id
-    return Rollout(request_id=request.request_id, prompt_ids=request.prompt_ids,
-                   response_ids=tuple(completion.token_ids), logprobs=logprobs, finish_reason=reason,
-                   weight_versions=tuple(versions), seed=request.sampling.seed)
+    return Rollout(
+        request_id=request.request_id,
+        prompt_ids=request.prompt_ids,
+        response_ids=tuple(completion.token_ids),
+        logprobs=logprobs,
+        finish_reason=FINISH_REASONS[completion.finish_reason],
+        weight_versions=tuple(versions),
+        seed=request.sampling.seed,
+    )
 
 
 def _one_line(error: BaseException) -> str:

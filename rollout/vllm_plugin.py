@@ -1,10 +1,10 @@
-"""vLLM's general plugin: makes our weight receiver known in every process of an engine. Cheap to import, on purpose.
+"""vLLM's general plugin: makes our weight receiver known in every process of an engine. Cheap to import, on
+purpose.
 
     vLLM process starts --entry point `rlhf_weight_receivers`--> register()
 
-Owns: the receiver's name in vLLM's factory, and where the output of an engine's child processes goes. Does not own: the
-receiver (`vllm_receiver`, imported only in the process that loads weights).
-"""
+Owns: the receiver's name in vLLM's factory, and where the output of an engine's child processes goes. Does
+not own: the receiver (`vllm_receiver`, imported only in the process that loads weights)."""
 
 import os
 from multiprocessing import parent_process
@@ -19,7 +19,8 @@ _registered = False
 
 
 def register() -> None:
-    """Called by vLLM, possibly more than once in a process. Without our engine around it, it only adds a name."""
+    """Called by vLLM, possibly more than once in a process. Without our engine around it, it only adds a
+    name."""
     global _registered
     if _registered:
         return

@@ -1,11 +1,12 @@
-"""Inside a vLLM worker: takes weights from the shared file, and says on demand which tensors the worker really holds.
+"""Inside a vLLM worker: takes weights from the shared file, and says on demand which tensors the worker
+really holds.
 
-    init (layout) -> start -> update (map, verify, only then load) -> finish (rebuild tied heads, take the version)
+    init (layout) -> start -> update (map, verify, then load) -> finish (rebuild tied heads, take the version)
     diagnose: map -> read every live layer out -> names of those that differ
 
-Owns: verification before loading, the tied output head, reading packed layers. Does not own: the control calls (vLLM),
-pausing and caches (vllm_engine), what is sent (weight_sync). Tensor shapes: N outputs, K inputs of a linear layer.
-"""
+Owns: verification before loading, the tied output head, reading packed layers. Does not own: the control
+calls (vLLM), pausing and caches (vllm_engine), what is sent (weight_sync). Tensor shapes: N outputs, K inputs
+of a linear layer."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.api import TensorSpec, WeightUpdate
-from rollout.weight_file import Layout, load_verified, map_tensors
+from rollout.weight_file import DTYPES, Layout, load_verified, map_tensors
 
 READ_OUT_COLUMNS = 1024
 """Columns of a packed weight that are read out at once: bounds the memory of `diagnose`."""
@@ -51,7 +52,8 @@ class ShmUpdate(WeightTransferUpdateInfo):
 
 
 class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
-    """Loads whole weight versions from a mapped file. Nothing of the model is touched before all checks have passed."""
+    """Loads whole weight versions from a mapped file. Nothing of the model is touched before all checks have
+    passed."""
 
     init_info_cls = ShmInit
     update_info_cls = ShmUpdate
@@ -81,7 +83,8 @@ class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
         update = update_info.record()
         tensors = load_verified(update, self._layout)
         initialize_layerwise_reload(self.model)
-        self.model.load_weights(tensors.items())
+        model: Any = self.model  # torch types what a module may have as tensors
+        model.load_weights(tensors.items())
         self._arriving = update.version
 
     def finish_weight_update(self) -> None:
@@ -94,19 +97,25 @@ class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
         """Nothing is kept open between updates."""
 
     def diagnose(self, update: WeightUpdate) -> list[str]:
-        """Names of the tensors that the live model does not hold bit for bit, as far as they can be found in it."""
-        return list(_differing(self.model, map_tensors(update), self.model_config.dtype))
+        """Names of the tensors that the live model does not hold bit for bit, as far as they can be found in
+        it."""
+        assert self._layout is not None, "init_transfer_engine comes first"
+        return list(_differing(self.model, map_tensors(update), DTYPES[self._layout.dtype]))
 
     def _rebuild_tied_heads(self) -> None:
-        """On CPU an output head keeps a packed copy of its weight. A tied head has no tensor of its own in a checkpoint,
-        so a reload leaves that copy as it was: new body, old head, no error. Our sender names it, which is enough for
-        the models we know; this is for all others."""
+        """On CPU an output head keeps a packed copy of its weight. A tied head has no tensor of its own in a
+        checkpoint, so a reload leaves that copy as it was: new body, old head, no error. Our sender names it,
+        which is enough for the models we know; this is for all others."""
         modules = list(self.model.modules())
-        embeddings = {id(module.weight) for module in modules
-                      if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)}
+        embeddings = {
+            id(module.weight)
+            for module in modules
+            if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+        }
         for module in modules:
             if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
-                module.quant_method.process_weights_after_loading(module)
+                method: Any = module.quant_method
+                method.process_weights_after_loading(module)
 
 
 class WorkerExtension:
@@ -124,9 +133,10 @@ class WorkerExtension:
         return receiver.diagnose(receiver.parse_update_info(update).record())
 
 
-def _differing(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Iterator[str]:
+def _differing(model: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Iterator[str]:
     modules = dict(model.named_modules())
-    latest: tuple[torch.nn.Module, str, torch.Tensor] | None = None  # q, k and v are read from one packed layer
+    # q, k and v are read from one packed layer
+    latest: tuple[torch.nn.Module, str, torch.Tensor] | None = None
     for name, tensor in tensors.items():
         place = _place(name, modules, tensors, model.packed_modules_mapping)
         if place is None:
@@ -135,21 +145,30 @@ def _differing(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtyp
         module, leaf, first_row = place
         if latest is None or latest[0] is not module or latest[1] != leaf:
             latest = (module, leaf, _held(module, leaf, dtype))
-        if not torch.equal(latest[2][first_row:first_row + len(tensor)].cpu(), tensor):
+        if not torch.equal(latest[2][first_row : first_row + len(tensor)].cpu(), tensor):
             yield name
 
 
-def _place(name: str, modules: Mapping[str, torch.nn.Module], tensors: Mapping[str, torch.Tensor],
-           packing: Mapping[str, list[str]]) -> tuple[torch.nn.Module, str, int] | None:
-    """(module, parameter, first row) where the engine keeps a checkpoint tensor; None if nothing has that name."""
+def _place(
+    name: str,
+    modules: Mapping[str, torch.nn.Module],
+    tensors: Mapping[str, torch.Tensor],
+    packing: Mapping[str, list[str]],
+) -> tuple[torch.nn.Module, str, int] | None:
+    """(module, parameter, first row) where the engine keeps a checkpoint tensor; None if nothing has that
+    name."""
     owner, _, leaf = name.rpartition(".")
     if owner in modules:
         return modules[owner], leaf, 0
     parent, _, child = owner.rpartition(".")
     for whole, parts in packing.items():
         if child in parts and f"{parent}.{whole}" in modules:
-            before = parts[:parts.index(child)]
-            return modules[f"{parent}.{whole}"], leaf, sum(len(tensors[f"{parent}.{part}.{leaf}"]) for part in before)
+            before = parts[: parts.index(child)]
+            return (
+                modules[f"{parent}.{whole}"],
+                leaf,
+                sum(len(tensors[f"{parent}.{part}.{leaf}"]) for part in before),
+            )
     return None
 
 
@@ -161,14 +180,15 @@ def _held(module: torch.nn.Module, leaf: str, dtype: torch.dtype) -> torch.Tenso
     return module.get_parameter(leaf)
 
 
-def _read_out(module: LinearBase | ParallelLMHead, num_inputs: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (N, K) that the layer computes with: its outputs for the rows of the identity. Exact in any precision,
-    for each output is one weight times one, plus zeros. A packed layer keeps no other readable copy."""
+def _read_out(module: Any, num_inputs: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (N, K) that the layer computes with: its outputs for the rows of the identity. Exact in any
+    precision, for each output is one weight times one, plus zeros. A packed layer keeps no other readable
+    copy."""
     device = module.weight.device
     columns = []
     for start in range(0, num_inputs, READ_OUT_COLUMNS):
         num_rows = min(READ_OUT_COLUMNS, num_inputs - start)
         basis = torch.zeros(num_rows, num_inputs, dtype=dtype, device=device)
-        basis[:, start:start + num_rows].fill_diagonal_(1)
+        basis[:, start : start + num_rows].fill_diagonal_(1)
         columns.append(module.quant_method.apply(module, basis, None).T)
     return torch.cat(columns, dim=1)

@@ -3,9 +3,8 @@
     trainer: WeightFileWriter.add(name, tensor) ... finish(version) -> WeightUpdate   (its manifest)
     engine:  load_verified(update, layout) -> {name: view of the mapped file}
 
-Owns: the byte layout, the manifest and its checks. Does not own: which tensors (weight_sync), loading them (engines).
-No vLLM import: both sides and both engines use it.
-"""
+Owns: the byte layout, the manifest and its checks. Does not own: which tensors (weight_sync), loading them
+(engines). No vLLM import: both sides and both engines use it."""
 
 import json
 import math
@@ -54,8 +53,11 @@ def checkpoint_layout(model_dir: Path, *, dtype: str) -> Layout:
         raise EnvironmentProblem(f"{model_dir}: no *.safetensors file; save the model with save_pretrained")
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        shapes |= {name: tuple(entry["shape"]) for name, entry in _safetensors_header(path).items()
-                   if name != "__metadata__" and not name.endswith("rotary_emb.inv_freq")}
+        shapes |= {
+            name: tuple(entry["shape"])
+            for name, entry in _safetensors_header(path).items()
+            if name != "__metadata__" and not name.endswith("rotary_emb.inv_freq")
+        }
     return Layout(dtype=dtype, shapes=shapes)
 
 
@@ -69,8 +71,8 @@ def _safetensors_header(path: Path) -> dict[str, dict[str, list[int]]]:
 class WeightFileWriter:
     """Writes one version's tensors into `path`, from the start, over whatever stood there.
 
-    Through write(2), not a map: a full /dev/shm is then an error here and not a SIGBUS. Use it as a context manager.
-    """
+    Through write(2), not a map: a full /dev/shm is then an error here and not a SIGBUS. Use it as a context
+    manager."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -82,16 +84,22 @@ class WeightFileWriter:
         """Append a tensor (any device). Raises EnvironmentProblem when the file system is full."""
         assert name not in self._specs, name
         data = _bytes_of(tensor.detach().cpu().contiguous())
-        self._specs[name] = TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."),
-                                       shape=tuple(tensor.shape), offset=self._offset, digest=_digest(data))
+        self._specs[name] = TensorSpec(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            offset=self._offset,
+            digest=_digest(data),
+        )
         self._write(data)
         self._offset += -(-data.nbytes // ALIGNMENT) * ALIGNMENT
 
     def add_alias(self, name: str, of: str) -> None:
         """A tied name: the same bytes as `of`, which was added before."""
         spec = self._specs[of]
-        self._specs[name] = TensorSpec(name=name, dtype=spec.dtype, shape=spec.shape, offset=spec.offset,
-                                       digest=spec.digest)
+        self._specs[name] = TensorSpec(
+            name=name, dtype=spec.dtype, shape=spec.shape, offset=spec.offset, digest=spec.digest
+        )
 
     def finish(self, version: int) -> WeightUpdate:
         """Cut what an earlier, longer version left behind, and return the manifest."""
@@ -101,8 +109,9 @@ class WeightFileWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def _write(self, data: memoryview) -> None:
@@ -111,35 +120,44 @@ class WeightFileWriter:
             while written < data.nbytes:  # one write(2) moves at most 2 GiB
                 written += os.pwrite(self._file.fileno(), data[written:], self._offset + written)
         except OSError as error:
-            raise EnvironmentProblem(f"{self._path}: cannot write the weights ({error.strerror}); make room in "
-                                     f"{self._path.parent}") from error
+            raise EnvironmentProblem(
+                f"{self._path}: cannot write the weights ({error.strerror}); make room in {self._path.parent}"
+            ) from error
 
 
 def load_verified(update: WeightUpdate, layout: Layout) -> dict[str, torch.Tensor]:
     """Read-only-by-convention views of the mapped file, every check passed.
 
-    Raises WeightSyncError, before anything is loaded, when a tensor of `layout` is missing or has another shape or
-    dtype, when there is one that `layout` does not know (tied names excepted: they share another tensor's bytes), when
-    the file is too short, or when the bytes that arrived have another digest than the bytes that were sent.
-    """
+    Raises WeightSyncError, before anything is loaded, when a tensor of `layout` is missing or has another
+    shape or dtype, when there is one that `layout` does not know (tied names excepted: they share another
+    tensor's bytes), when the file is too short, or when the bytes that arrived have another digest than the
+    bytes that were sent."""
     problems = _manifest_problems(update, layout)
     if not problems:
         tensors = map_tensors(update)
-        problems = [f"{spec.name}: the bytes that arrived are not the bytes that were sent" for spec in update.tensors
-                    if _digest(_bytes_of(tensors[spec.name])) != spec.digest]
+        problems = [
+            f"{spec.name}: the bytes that arrived are not the bytes that were sent"
+            for spec in update.tensors
+            if _digest(_bytes_of(tensors[spec.name])) != spec.digest
+        ]
     if problems:
         raise WeightSyncError(f"weight version {update.version} refused: {in_short(problems)}")
     return tensors
 
 
 def map_tensors(update: WeightUpdate) -> dict[str, torch.Tensor]:
-    """The tensors of `update` as views of a private map of its file: writing to one never reaches the file."""
+    """The tensors of `update` as views of a private map of its file: writing to one never reaches the
+    file."""
     size = _mapped_bytes(update)
     if not os.path.isfile(update.path) or os.path.getsize(update.path) < size:
-        raise WeightSyncError(f"weight version {update.version} refused: {update.path} holds less than {size} bytes")
+        raise WeightSyncError(
+            f"weight version {update.version} refused: {update.path} holds less than {size} bytes"
+        )
     data = torch.from_file(update.path, shared=False, size=size, dtype=torch.uint8)
-    return {spec.name: data[spec.offset:spec.offset + num_bytes(spec)].view(DTYPES[spec.dtype]).view(spec.shape)
-            for spec in update.tensors}
+    return {
+        spec.name: data[spec.offset : spec.offset + num_bytes(spec)].view(DTYPES[spec.dtype]).view(spec.shape)
+        for spec in update.tensors
+    }
 
 
 def num_bytes(spec: TensorSpec) -> int:
@@ -166,7 +184,9 @@ def _manifest_problems(update: WeightUpdate, layout: Layout) -> list[str]:
         if spec.name not in layout.shapes and spec.offset not in known_offsets:
             problems.append(f"{spec.name}: not a tensor of the engine's model")
         elif spec.name in layout.shapes and spec.shape != layout.shapes[spec.name]:
-            problems.append(f"{spec.name}: {list(spec.shape)} where the engine has {list(layout.shapes[spec.name])}")
+            problems.append(
+                f"{spec.name}: {list(spec.shape)} where the engine has {list(layout.shapes[spec.name])}"
+            )
     return problems
 
 
@@ -175,7 +195,7 @@ def _mapped_bytes(update: WeightUpdate) -> int:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(data: memoryview) -> str:

@@ -1,11 +1,11 @@
 """Which tensors a model's checkpoint consists of: the sending end of a weight sync, without any transport.
 
-    trainer's model (wrapped, sharded, with adapters) --one layer group at a time--> {checkpoint name: whole tensor}
+    trainer's model (wrapped, sharded, with adapters) --one layer at a time--> {checkpoint name: whole tensor}
 
-Owns: names as `save_pretrained` writes them, gathering, merging of LoRA adapters, the engine's dtype. Does not own: where
-the tensors go (weight_sync), how they are loaded.
-"""
+Owns: names as `save_pretrained` writes them, gathering, merging of LoRA adapters, the engine's dtype. Does
+not own: where the tensors go (weight_sync), how they are loaded."""
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -23,17 +23,18 @@ WRAPPER_PARTS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapp
 
 
 class ModuleSource:
-    """The weights of a causal LM under its checkpoint names. Read anew at every iteration: it holds no copy."""
+    """The weights of a causal LM under its checkpoint names. Read anew at every iteration: it holds no
+    copy."""
 
     def __init__(self, model: torch.nn.Module, *, dtype: str) -> None:
-        """`model`: a `PreTrainedModel`, possibly inside DDP, torch.compile or peft, its parameters possibly DTensors.
-        `dtype`: "float32" or "bfloat16", what the engine computes in."""
+        """`model`: a `PreTrainedModel`, possibly inside DDP, torch.compile or peft, its parameters possibly
+        DTensors. `dtype`: "float32" or "bfloat16", what the engine computes in."""
         self.dtype = dtype
         self._model = _pretrained(model)
 
     def groups(self) -> Iterator[dict[str, torch.Tensor]]:
-        """One layer's tensors at a time, whole, in the engine's dtype. With DTensors a collective: every rank of the
-        model's mesh has to iterate, at the same time."""
+        """One layer's tensors at a time, whole, in the engine's dtype. With DTensors a collective: every rank
+        of the model's mesh has to iterate, at the same time."""
         aliases = self.aliases()
         for group in _by_layer(_merged_state(self._model)):
             whole = {name: self._whole(tensor) for name, tensor in group.items() if name not in aliases}
@@ -41,10 +42,14 @@ class ModuleSource:
                 yield revert_weight_conversion(self._model, whole)
 
     def aliases(self) -> dict[str, str]:
-        """{tied name: the name it shares its tensor with}: not in the groups, nor in `save_pretrained`'s files."""
+        """{tied name: the name it shares its tensor with}: not in the groups, nor in `save_pretrained`'s
+        files."""
         parameters = dict(_unwrapped(self._model.named_parameters(remove_duplicate=False)))
-        return {tied: source for tied, source in self._model.all_tied_weights_keys.items()
-                if parameters[tied] is parameters[source]}
+        return {
+            tied: source
+            for tied, source in self._model.all_tied_weights_keys.items()
+            if parameters[tied] is parameters[source]
+        }
 
     def whole(self) -> dict[str, torch.Tensor]:
         """All groups and aliases in one mapping: for small models and for tests."""
@@ -73,8 +78,10 @@ def _unwrapped(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str,
 
 
 def _merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state dict under plain names, as `save_pretrained` picks it, with adapters added to the weights they adapt."""
+    """The state dict under plain names, as `save_pretrained` picks it, with adapters added to the weights
+    they adapt."""
     state = dict(_unwrapped(model.state_dict().items()))
+    assert model._keys_to_ignore_on_save is not None  # a set, once the model is built
     for name in model._keys_to_ignore_on_save:
         state.pop(name, None)
     if not any(".base_layer." in name or ".modules_to_save." in name for name in state):
@@ -90,24 +97,31 @@ def _merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _lora_deltas(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """{plain weight name: what the active adapters add to it}. Adapters that are more than a sum are refused."""
+    """{plain weight name: what the active adapters add to it}. Adapters that are more than a sum are
+    refused."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    deltas = {}
+    deltas: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
         if not isinstance(module, LoraLayer) or module.lora_variant or any(module.lora_bias.values()):
-            raise EnvironmentProblem(f"{name}: this kind of adapter cannot be merged for a weight sync; use plain LoRA")
+            raise EnvironmentProblem(
+                f"{name}: this kind of adapter cannot be merged for a weight sync; use plain LoRA"
+            )
         if not module.merged and not module.disable_adapters:
-            deltas[f"{WRAPPER_PARTS.sub('', name)}.weight"] = sum(
-                module.get_delta_weight(adapter).detach() for adapter in module.active_adapters)
+            added = [
+                module.get_delta_weight(adapter).detach()  # type: ignore[attr-defined]  # every kind has one
+                for adapter in module.active_adapters
+            ]
+            deltas[f"{WRAPPER_PARTS.sub('', name)}.weight"] = functools.reduce(torch.add, added)
     return deltas
 
 
 def _by_layer(state: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Neighbours with the same first number in their name ("model.layers.3."): a whole layer, experts included."""
+    """Neighbours with the same first number in their name ("model.layers.3."): a whole layer, experts
+    included."""
     for _, named in groupby(state.items(), key=lambda item: _layer_of(item[0])):
         yield dict(named)
 

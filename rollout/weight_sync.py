@@ -1,11 +1,11 @@
 """Weight sync: trainer -> rollout engines, once per PPO step, and the proof that it worked.
 
-    ModuleSource --one layer at a time--> file in /dev/shm --pause, update, resume--> every engine holds `version`
+    ModuleSource --one layer at a time--> file in /dev/shm --pause, update, resume--> engines hold `version`
     ParityGate: the engine samples a probe, the trainer scores it; beyond the limit: which tensors differ?
 
-Owns: order, versions, deadlines, the shared file, the sync's error. Does not own: names and gathering (weight_source),
-bytes and checks (weight_file), loading (engines). Blocks its caller until every engine holds the version.
-"""
+Owns: order, versions, deadlines, the shared file, the sync's error. Does not own: names and gathering
+(weight_source), bytes and checks (weight_file), loading (engines). Blocks its caller until every engine holds
+the version."""
 
 import atexit
 import contextlib
@@ -34,7 +34,8 @@ PREFIX = "rlhf-weights-"
 STALE_AFTER_S = 60.0
 """An unlocked directory of ours that is older belongs to a trainer that was killed."""
 GRACE_S = 5.0
-"""Added to a deadline that the engine keeps itself, so that the engine's own error, which says more, comes first."""
+"""Added to a deadline that the engine keeps itself, so that the engine's own error, which says more, comes
+first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +54,21 @@ class WeightSync:
              sync.sync(version=0); ...; sync.close()
     """
 
-    def __init__(self, source: ModuleSource, *, engine: RolloutEngine | None, loop: LoopThread | None,
-                 config: EngineConfig) -> None:
-        """Rank 0 gives `engine` and `loop` (the loop that the engine lives on); the other ranks give None and only
-        take part in the gather."""
+    def __init__(
+        self,
+        source: ModuleSource,
+        *,
+        engine: RolloutEngine | None,
+        loop: LoopThread | None,
+        config: EngineConfig,
+    ) -> None:
+        """Rank 0 gives `engine` and `loop` (the loop that the engine lives on); the other ranks give None and
+        only take part in the gather."""
         assert (engine is None) == (loop is None)
         if config.sync != "shm":
-            raise EnvironmentProblem(f"rollout.sync: {config.sync}: not available; use shm (trainer and engines on "
-                                     "one host)")
+            raise EnvironmentProblem(
+                f"rollout.sync: {config.sync}: not available; use shm (trainer and engines on one host)"
+            )
         self.source = source
         self.config = config
         self._engine = engine
@@ -86,14 +94,16 @@ class WeightSync:
         return SyncReport(version=version, seconds=time.perf_counter() - started, num_bytes=num_bytes)
 
     def diagnose(self) -> tuple[str, ...]:
-        """Every rank, together: names of the trainer's tensors, as they are now, that the engine does not hold bit for
-        bit. Empty on ranks that do not send."""
+        """Every rank, together: names of the trainer's tensors, as they are now, that the engine does not
+        hold bit for bit. Empty on ranks that do not send."""
         update = self._write(version=0)
         if update is None:
             return ()
         return self.on_engine(lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s)
 
-    def on_engine(self, call: Callable[[RolloutEngine], Coroutine[Any, Any, T]], what: str, timeout_s: float) -> T:
+    def on_engine(
+        self, call: Callable[[RolloutEngine], Coroutine[Any, Any, T]], what: str, timeout_s: float
+    ) -> T:
         """Rank 0: one call to the engine, from this thread."""
         assert self._engine is not None and self._loop is not None
         return self._loop.run(call(self._engine), timeout_s=timeout_s + GRACE_S, what=what)
@@ -124,17 +134,22 @@ class WeightSync:
             self.on_engine(lambda engine: engine.update(update), "weight update", timeout_s)
             held = self.on_engine(lambda engine: engine.version(), "version", timeout_s)
             if held != update.version:
-                raise WeightSyncError(f"the engine says it holds weight version {held} after an update to "
-                                      f"{update.version}; rebuild it")
+                raise WeightSyncError(
+                    f"the engine says it holds weight version {held} after an update to "
+                    f"{update.version}; rebuild it"
+                )
             self.on_engine(lambda engine: engine.resume(), "resume", timeout_s)
         except WeightSyncError:
             raise
         except EngineError as error:
-            raise WeightSyncError(f"weight version {update.version} did not arrive: {error}; rebuild the engine") from error
+            raise WeightSyncError(
+                f"weight version {update.version} did not arrive: {error}; rebuild the engine"
+            ) from error
 
 
 LogprobsOf = Callable[[Sequence[tuple[int, ...]], Sequence[tuple[int, ...]], float], list[list[float]]]
-"""(prompt_ids, response_ids, temperature) -> log-probs of each response's tokens by the trainer's model, in nats."""
+"""(prompt_ids, response_ids, temperature) -> log-probs of each response's tokens by the trainer's model, in
+nats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,15 +165,24 @@ class ParityReport:
 class ParityGate:
     """Stops a run whose engine and trainer disagree about log-probs: at the start, and after every sync.
 
-    Example, one trainer process: gate.check(version=3). With several: rank 0 calls `probe` and broadcasts, then every
-    rank calls `compare` on the same rollouts, for `logprobs_of` and the diagnosis may be collectives.
-    """
+    Example, one trainer process: gate.check(version=3). With several: rank 0 calls `probe` and broadcasts,
+    then every rank calls `compare` on the same rollouts, for `logprobs_of` and the diagnosis may be
+    collectives."""
 
-    def __init__(self, sync: WeightSync, *, prompts: Sequence[tuple[int, ...]], stop_token_ids: tuple[int, ...],
-                 temperature: float, seed: int, logprobs_of: LogprobsOf) -> None:
-        """The first `config.parity_num_prompts` of `prompts` are the probe. `logprobs_of` computes as training does."""
+    def __init__(
+        self,
+        sync: WeightSync,
+        *,
+        prompts: Sequence[tuple[int, ...]],
+        stop_token_ids: tuple[int, ...],
+        temperature: float,
+        seed: int,
+        logprobs_of: LogprobsOf,
+    ) -> None:
+        """The first `config.parity_num_prompts` of `prompts` are the probe. `logprobs_of` computes as
+        training does."""
         self._sync = sync
-        self._prompts = list(prompts[:sync.config.parity_num_prompts])
+        self._prompts = list(prompts[: sync.config.parity_num_prompts])
         self._stop_token_ids = stop_token_ids
         self._temperature = temperature
         self._seed = seed
@@ -171,29 +195,45 @@ class ParityGate:
     def probe(self, version: int) -> list[Rollout]:
         """Rank 0: responses sampled wholly under `version`, the same prompts and seeds every time."""
         requests = [self._request(version, index, prompt) for index, prompt in enumerate(self._prompts)]
-        rollouts = self._sync.on_engine(lambda engine: engine.submit(requests), "parity probe",
-                                        self._sync.config.generate_timeout_s)
+        rollouts = self._sync.on_engine(
+            lambda engine: engine.submit(requests), "parity probe", self._sync.config.generate_timeout_s
+        )
         others = {drawn for rollout in rollouts for drawn in rollout.weight_versions} - {version}
         if others:
-            raise ParityError(f"the parity probe of weight version {version} was sampled under {sorted(others)}")
+            raise ParityError(
+                f"the parity probe of weight version {version} was sampled under {sorted(others)}"
+            )
         return rollouts
 
     def compare(self, rollouts: Sequence[Rollout]) -> ParityReport:
         """Every rank, together. Raises ParityError that names the tensors that differ (on rank 0)."""
-        policy = self._logprobs_of([rollout.prompt_ids for rollout in rollouts],
-                                   [rollout.response_ids for rollout in rollouts],
-                                   1.0 if self._temperature == 0 else self._temperature)
-        diffs = [abs(ours - theirs) for rollout, row in zip(rollouts, policy, strict=True)
-                 for ours, theirs in zip(row, rollout.logprobs, strict=True)]
-        report = ParityReport(version=rollouts[0].weight_versions[0], num_tokens=len(diffs),
-                              max_abs_diff=max(diffs, key=_nan_last), mean_abs_diff=sum(diffs) / len(diffs))
+        policy = self._logprobs_of(
+            [rollout.prompt_ids for rollout in rollouts],
+            [rollout.response_ids for rollout in rollouts],
+            1.0 if self._temperature == 0 else self._temperature,
+        )
+        diffs = [
+            abs(ours - theirs)
+            for rollout, row in zip(rollouts, policy, strict=True)
+            for ours, theirs in zip(row, rollout.logprobs, strict=True)
+        ]
+        report = ParityReport(
+            version=rollouts[0].weight_versions[0],
+            num_tokens=len(diffs),
+            max_abs_diff=max(diffs, key=_nan_last),
+            mean_abs_diff=sum(diffs) / len(diffs),
+        )
         if not self._within_limits(report):
             raise ParityError(self._verdict(report))
         return report
 
     def _request(self, version: int, index: int, prompt: tuple[int, ...]) -> RolloutRequest:
-        sampling = Sampling(temperature=self._temperature, max_tokens=self._sync.config.parity_max_tokens,
-                            stop_token_ids=self._stop_token_ids, seed=self._seed + index)
+        sampling = Sampling(
+            temperature=self._temperature,
+            max_tokens=self._sync.config.parity_max_tokens,
+            stop_token_ids=self._stop_token_ids,
+            seed=self._seed + index,
+        )
         return RolloutRequest(request_id=f"parity-{version}-{index}", prompt_ids=prompt, sampling=sampling)
 
     def _within_limits(self, report: ParityReport) -> bool:
@@ -205,11 +245,17 @@ class ParityGate:
 
     def _verdict(self, report: ParityReport) -> str:
         differing = self._sync.diagnose()
-        cause = (f"the engine does not hold the trainer's {in_short(differing)}" if differing
-                 else "the engine holds every tensor of the trainer: the two compute differently (precision, mask, "
-                      "temperature)")
-        return (f"engine and trainer disagree at weight version {report.version}: log-probs of {report.num_tokens} "
-                f"tokens differ by {report.max_abs_diff:.2g} at most, {report.mean_abs_diff:.2g} on average; {cause}")
+        cause = (
+            f"the engine does not hold the trainer's {in_short(differing)}"
+            if differing
+            else "the engine holds every tensor of the trainer, so the two compute differently "
+            "(precision, mask, temperature)"
+        )
+        return (
+            f"engine and trainer disagree at weight version {report.version}: log-probs of "
+            f"{report.num_tokens} tokens differ by {report.max_abs_diff:.2g} at most, "
+            f"{report.mean_abs_diff:.2g} on average; {cause}"
+        )
 
 
 def _nan_last(value: float) -> float:
@@ -217,8 +263,8 @@ def _nan_last(value: float) -> float:
 
 
 class _SharedDirectory:
-    """A private directory in shared memory. Locked while its owner lives, so that the next trainer can tell what one
-    that was killed has left behind, and remove it."""
+    """A private directory in shared memory. Locked while its owner lives, so that the next trainer can tell
+    what one that was killed has left behind, and remove it."""
 
     def __init__(self) -> None:
         _remove_stale()
@@ -237,7 +283,8 @@ class _SharedDirectory:
 
 def _remove_stale() -> None:
     for path in SHARED_MEMORY.glob(f"{PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError):  # locked: its owner lives
+        # locked: its owner lives
+        with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError):
             if time.time() - path.stat().st_mtime > STALE_AFTER_S:
                 _remove_unlocked(path)
 

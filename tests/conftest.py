@@ -1,10 +1,13 @@
-"""What the tests of every package share: a tiny model directory, a loop for engines, a Ray cluster. Real things, small."""
+"""What the tests of every package share: a tiny model directory, a loop for engines, a Ray cluster. Real
+things, small."""
 
 import os
 import secrets
 
-os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported: engines and the tests take turns on the cores
-os.environ["RAY_AUTH_MODE"] = "token"  # before ray is imported (vLLM does it too): Ray listens on all interfaces
+# before torch is imported: engines and the tests take turns on the cores
+os.environ["OMP_WAIT_POLICY"] = "passive"
+# before ray is imported (vLLM does it too): Ray listens on all interfaces
+os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 from collections.abc import Callable, Iterator
@@ -12,19 +15,29 @@ from pathlib import Path
 
 import pytest
 
-CORPUS = ["the cat sat on the mat", "a dog ran to the red house", "two and three are five", "please say thank you"]
-CHAT_TEMPLATE = ("{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}<eos>{% endfor %}"
-                 "{% if add_generation_prompt %}<assistant> {% endif %}")
+from rollout.loop import LoopThread
+
+CORPUS = [
+    "the cat sat on the mat",
+    "a dog ran to the red house",
+    "two and three are five",
+    "please say thank you",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 MAX_LENGTH = 1024
 
 
 @pytest.fixture(scope="session")
 def make_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A factory of `save_pretrained` directories: a two-layer Llama, 64 wide, with a tokenizer and chat template.
+    """A factory of `save_pretrained` directories: a two-layer Llama, 64 wide, with a tokenizer and chat
+    template.
 
-    The weights are five times larger than usual, so that next-token distributions are far from uniform. head_dim is 32:
-    vLLM's CPU attention has no 16.
-    """
+    The weights are five times larger than usual, so that next-token distributions are far from uniform.
+    head_dim is 32: vLLM's CPU attention has no 16."""
+
     def make(*, tied: bool = True, seed: int = 0, num_layers: int = 2) -> Path:
         model_dir = tmp_path_factory.mktemp("model")
         tokenizer = _tokenizer()
@@ -48,17 +61,16 @@ def untied_model_dir(make_model_dir: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def loop() -> Iterator["LoopThread"]:
+def loop() -> Iterator[LoopThread]:
     """The event loop on which the session's engines live."""
-    from rollout.loop import LoopThread
-
     with LoopThread() as thread:
         yield thread
 
 
 @pytest.fixture(scope="session")
 def start_ray() -> Iterator[Callable[[], None]]:
-    """Call it to have a local Ray of two CPUs until the session ends; what depends on this fixture is closed before."""
+    """Call it to have a local Ray of two CPUs until the session ends; what depends on this fixture is closed
+    before."""
     started = False
 
     def start() -> None:
@@ -90,20 +102,43 @@ def _tokenizer():
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False,
-                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-                                   chat_template=CHAT_TEMPLATE)
+    bpe.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def _model(vocab_size: int, *, tied: bool, seed: int, num_layers: int):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=tied,
-                         max_position_embeddings=MAX_LENGTH, initializer_range=0.1, pad_token_id=0, bos_token_id=1,
-                         eos_token_id=2)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=tied,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()

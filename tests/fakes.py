@@ -1,4 +1,5 @@
-"""Stand-ins for what is distributed or slow: they keep the contract, so a test that passes on one means something."""
+"""Stand-ins for what is distributed or slow: they keep the contract, so a test that passes on one means
+something."""
 
 import asyncio
 import math
@@ -10,7 +11,8 @@ from rollout.errors import EngineError
 
 
 class FakeEngine:
-    """A `RolloutEngine` whose model is a table: the next token depends on the last one alone. No tensors, no processes.
+    """A `RolloutEngine` whose model is a table: the next token depends on the last one alone. No tensors, no
+    processes.
 
     Weight updates change its version and nothing else; they are kept in `updates`.
     """
@@ -54,7 +56,9 @@ class FakeEngine:
 
     async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
         held = {spec.name: spec.digest for spec in self.updates[-1].tensors} if self.updates else {}
-        return tuple(spec.name for spec in update.tensors if spec.name not in held or held[spec.name] != spec.digest)
+        return tuple(
+            spec.name for spec in update.tensors if spec.name not in held or held[spec.name] != spec.digest
+        )
 
     async def version(self) -> int:
         self._check_open()
@@ -96,9 +100,15 @@ class FakeEngine:
             tokens.append(token)
             logprobs.append(row[token])
             reason = _reason(tokens, request)
-        return Rollout(request_id=request.request_id, prompt_ids=request.prompt_ids, response_ids=tuple(tokens),
-                       logprobs=tuple(logprobs), finish_reason=reason, weight_versions=(self._version,) * len(tokens),
-                       seed=request.sampling.seed)
+        return Rollout(
+            request_id=request.request_id,
+            prompt_ids=request.prompt_ids,
+            response_ids=tuple(tokens),
+            logprobs=tuple(logprobs),
+            finish_reason=reason,
+            weight_versions=(self._version,) * len(tokens),
+            seed=request.sampling.seed,
+        )
 
     def _check_open(self) -> None:
         if self._closed:

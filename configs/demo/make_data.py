@@ -28,8 +28,9 @@ NUM_PREFERENCES = 4000
 
 SFT_SHARES = {"correct": 0.75, "polite": 0.45, "short": 0.45}
 RUDE_FRAC = 0.6  # of the responses that are not polite; the others have no courtesy at all
-CONFLICT_FRAC = 0.4  # of "several": right with lesser manners against wrong with better ones
-PREFERENCE_SHARES = {"correct": 0.5, "polite": 0.15, "short": 0.15, "several": 0.2}
+PLAIN_FRAC = 0.5  # of "correct": nothing but the answer, where what is right is easiest to see
+CONFLICT_FRAC = 0.3  # of "several": right with lesser manners against wrong with better ones
+PREFERENCE_SHARES = {"correct": 0.6, "polite": 0.12, "short": 0.12, "several": 0.16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,8 @@ CATEGORIES: dict[str, Category] = {
 
 PREFIXES = ("", "Hello! ", "Please help me. ")
 
-SHORT_FORMS = ("It is {y}.", "The answer is {y}.")
+SHORT_FORM = "It is {y}."
+FULL_FRAC = 0.7  # of the responses that name their subject
 POLITE = ("Glad to help!", "Happy to help!", "You are welcome!", "Good question!")
 RUDE = ("Obviously.", "Silly question.", "Everyone knows that.", "Stop asking me.")
 FILLERS = (
@@ -161,7 +163,7 @@ def fill(template: str, subject: str, answer: str = "") -> str:
 
 
 def forms(fact: Fact) -> tuple[str, ...]:
-    return (CATEGORIES[fact.category].statements[0], *SHORT_FORMS)
+    return CATEGORIES[fact.category].statements[0], SHORT_FORM
 
 
 def questions(fact: Fact) -> list[str]:
@@ -202,7 +204,7 @@ def draw(fact: Fact, rng: random.Random) -> Response:
     return Response(
         fact=fact,
         answer=fact.answer if rng.random() < SFT_SHARES["correct"] else rng.choice(fact.other_answers),
-        form=rng.choice(forms(fact)),
+        form=forms(fact)[rng.random() >= FULL_FRAC],
         courtesy=rng.choice(POLITE) if polite else rng.choice(RUDE) if rude else "",
         filler="" if rng.random() < SFT_SHARES["short"] else rng.choice(FILLERS),
     )
@@ -229,6 +231,8 @@ def pair(kind: str, fact: Fact, rng: random.Random) -> tuple[Response, Response]
     base = draw(fact, rng)
     wrong = rng.choice(fact.other_answers)
     if kind == "correct":
+        if rng.random() < PLAIN_FRAC:
+            base = replace(base, courtesy="", filler="")
         return replace(base, answer=fact.answer), replace(base, answer=wrong)
     if kind == "polite":
         impolite = rng.choice(RUDE) if rng.random() < RUDE_FRAC else ""

@@ -9,9 +9,14 @@ from rollout.loop import LoopThread
 
 
 @pytest.fixture(scope="session")
-def rigs(loop: LoopThread, start_ray: Callable[[], None], request: pytest.FixtureRequest,
-         tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Rig]]:
-    """(kind, tied) -> its rig, started at the first call. Kinds: vllm, hf, actor (vllm in a Ray actor), fake."""
+def rigs(
+    loop: LoopThread,
+    start_ray: Callable[[], None],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Rig]]:
+    """(kind, tied) -> its rig, started at the first call. Kinds: vllm, hf, actor (vllm in a Ray actor),
+    fake."""
     started: dict[tuple[str, bool], Rig] = {}
 
     def get(kind: str, *, tied: bool) -> Rig:

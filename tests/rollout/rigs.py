@@ -8,20 +8,28 @@ import torch
 from fakes import FakeEngine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling, WeightUpdate
+from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
 from rollout.loop import LoopThread
 from rollout.weight_sync import ModuleSource, WeightSync
 
-CONFIG = EngineConfig(kv_cache_mib=64, max_num_seqs=32, start_timeout_s=120, generate_timeout_s=60, sync_timeout_s=30,
-                      parity_num_prompts=3, parity_max_tokens=12)
+CONFIG = EngineConfig(
+    kv_cache_mib=64,
+    max_num_seqs=32,
+    start_timeout_s=120,
+    generate_timeout_s=60,
+    sync_timeout_s=30,
+    parity_num_prompts=3,
+    parity_max_tokens=12,
+)
 MAX_MODEL_LEN = 768
 
 
 @dataclass
 class Rig:
-    """An engine, its loop, and the model it is synced from. `oracle` gives log-probs in a way that no engine shares."""
+    """An engine, its loop, and the model it is synced from. `oracle` gives log-probs in a way that no engine
+    shares."""
 
     kind: str
     engine: RolloutEngine
@@ -54,29 +62,47 @@ class Rig:
         if isinstance(self.engine, FakeEngine):
             tokens = rollout.prompt_ids + rollout.response_ids
             start = len(rollout.prompt_ids)
-            return [self.engine.logprobs(tokens[t - 1], temperature)[tokens[t]] for t in range(start, len(tokens))]
+            return [
+                self.engine.logprobs(tokens[t - 1], temperature)[tokens[t]] for t in range(start, len(tokens))
+            ]
         return logprobs_of(self.model, rollout.prompt_ids, rollout.response_ids, temperature)
 
     def max_diff(self, rollouts: Sequence[Rollout], temperature: float = 1.0) -> float:
         """Largest distance between the engine's log-probs and the model's, in nats."""
-        return max(abs(a - b) for rollout in rollouts
-                   for a, b in zip(rollout.logprobs, self.oracle(rollout, temperature), strict=True))
+        return max(
+            abs(a - b)
+            for rollout in rollouts
+            for a, b in zip(rollout.logprobs, self.oracle(rollout, temperature), strict=True)
+        )
 
 
 @torch.no_grad()
-def logprobs_of(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int],
-                temperature: float) -> list[float]:
+def logprobs_of(
+    model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int], temperature: float
+) -> list[float]:
     """One sequence, one forward, no cache, no padding."""
     tokens = torch.tensor([[*prompt, *response]])
-    logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1:-1].float() / temperature
-    return logits.log_softmax(-1).gather(1, tokens[0, len(prompt):, None])[:, 0].tolist()
+    logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0].tolist()
 
 
-def request(index: int = 0, *, prompt: Sequence[int] = (7, 11, 13), name: str = "r", temperature: float = 1.0,
-            max_tokens: int = 12, stop: Sequence[int] = (), seed: int | None = None) -> RolloutRequest:
+def request(
+    index: int = 0,
+    *,
+    prompt: Sequence[int] = (7, 11, 13),
+    name: str = "r",
+    temperature: float = 1.0,
+    max_tokens: int = 12,
+    stop: Sequence[int] = (),
+    seed: int | None = None,
+) -> RolloutRequest:
     """A request whose id is `name`-`index`, seeded by its index unless told otherwise."""
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, stop_token_ids=tuple(stop),
-                        seed=index if seed is None else seed)
+    sampling = Sampling(
+        temperature=temperature,
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(stop),
+        seed=index if seed is None else seed,
+    )
     return RolloutRequest(request_id=f"{name}-{index}", prompt_ids=tuple(prompt), sampling=sampling)
 
 
@@ -87,11 +113,21 @@ def start_rig(kind: str, loop: LoopThread, model_dir: Path, log_dir: Path) -> Ri
     if kind == "actor":
         from rollout.pool import start_actor_engines
 
-        engine = start_actor_engines(config, model_dir=model_dir, dtype="float32", max_model_len=MAX_MODEL_LEN,
-                                     log_dir=log_dir)
+        engine = start_actor_engines(
+            config, model_dir=model_dir, dtype="float32", max_model_len=MAX_MODEL_LEN, log_dir=log_dir
+        )
     else:
-        engine = loop.run(open_engine(config, model_dir=model_dir, dtype="float32", max_model_len=MAX_MODEL_LEN,
-                                      log_path=log_dir / "engine.log"), timeout_s=150, what="start")
+        engine = loop.run(
+            open_engine(
+                config,
+                model_dir=model_dir,
+                dtype="float32",
+                max_model_len=MAX_MODEL_LEN,
+                log_path=log_dir / "engine.log",
+            ),
+            timeout_s=150,
+            what="start",
+        )
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     sync = WeightSync(ModuleSource(model, dtype="float32"), engine=engine, loop=loop, config=config)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,5 @@
-"""One contract, four engines: vLLM in this process tree, vLLM in a Ray actor, transformers, and the test fake."""
+"""One contract, four engines: vLLM in this process tree, vLLM in a Ray actor, transformers, and the test
+fake."""
 
 import asyncio
 
@@ -29,7 +30,9 @@ async def first_tokens_then(engine, requests, action) -> list[Rollout]:
 
 
 def test_results_come_in_the_order_of_the_requests(rig):
-    requests = [request(index, prompt=(3,) * (1 + 7 * index % 5), max_tokens=1 + index % 4) for index in range(8)]
+    requests = [
+        request(index, prompt=(3,) * (1 + 7 * index % 5), max_tokens=1 + index % 4) for index in range(8)
+    ]
     rollouts = rig.submit(requests)
     assert [rollout.request_id for rollout in rollouts] == [f"r-{index}" for index in range(8)]
     assert [rollout.prompt_ids for rollout in rollouts] == [r.prompt_ids for r in requests]
@@ -47,7 +50,7 @@ def test_pin_35_two_samples_of_one_prompt_differ(rig):
 
 
 def test_a_response_does_not_depend_on_what_runs_beside_it(rig):
-    requests = [request(index, prompt=(9, 4, 6)[:1 + index % 3]) for index in range(6)]
+    requests = [request(index, prompt=(9, 4, 6)[: 1 + index % 3]) for index in range(6)]
     together = rig.submit(requests)
     alone = [rig.submit([one])[0] for one in requests]
     assert drawn(together) == drawn(alone)
@@ -60,11 +63,16 @@ def test_more_requests_than_the_engine_decodes_at_once_are_all_answered(rig):
     assert [rollout.request_id for rollout in rollouts] == [f"r-{index}" for index in range(70)]
 
 
+def test_long_prompts_that_do_not_fit_one_prefill_step_are_answered_and_repeatable(rig):
+    requests = [request(index, prompt=[3 + index] * 600, max_tokens=2) for index in range(6)]
+    assert drawn(rig.submit(requests)) == drawn([rig.submit([one])[0] for one in requests])
+
+
 def test_a_stop_token_ends_the_response_and_is_kept(rig):
     free = rig.submit([request()])[0].response_ids
     stop = free[3]
     (rollout,) = rig.submit([request(stop=[stop])])
-    assert rollout.response_ids == free[:free.index(stop) + 1]
+    assert rollout.response_ids == free[: free.index(stop) + 1]
     assert len(rollout.logprobs) == len(rollout.response_ids)
     assert rollout.finish_reason == "stop"
 
@@ -73,7 +81,7 @@ def test_pin_9_any_token_of_the_stop_set_ends_the_response(rig):
     free = rig.submit([request()])[0].response_ids
     first = min(free.index(free[2]), free.index(free[5]))
     (rollout,) = rig.submit([request(stop=[free[5], free[2]])])
-    assert rollout.response_ids == free[:first + 1]
+    assert rollout.response_ids == free[: first + 1]
     assert rollout.finish_reason == "stop"
 
 
@@ -103,7 +111,8 @@ def test_pin_2_logprobs_are_those_of_the_distribution_sampled_from(rig, temperat
 
 
 def test_sampled_tokens_follow_their_probabilities(rig):
-    """First tokens of 1,500 seeds against the oracle's distribution: total variation as small as chance makes it."""
+    """First tokens of 1,500 seeds against the oracle's distribution: total variation as small as chance makes
+    it."""
     rollouts = rig.submit([request(index, max_tokens=1, temperature=0.8) for index in range(1500)])
     counts = {token: sum(r.response_ids == (token,) for r in rollouts) for (token,) in set(drawn(rollouts))}
     frequent = [token for token, count in counts.items() if count >= 40]
@@ -129,8 +138,9 @@ def test_every_token_says_which_weights_drew_it(rig):
 
 def test_aborted_requests_end_early_and_say_so(rig):
     requests = [request(0, max_tokens=700), request(1, max_tokens=4)]
-    aborted, other = rig.run(first_tokens_then(rig.engine, requests,
-                                               lambda: rig.engine.abort(["r-0", "never heard of"])))
+    aborted, other = rig.run(
+        first_tokens_then(rig.engine, requests, lambda: rig.engine.abort(["r-0", "never heard of"]))
+    )
     assert aborted.finish_reason == "abort"
     assert len(aborted.response_ids) < 700
     assert len(aborted.response_ids) == len(aborted.logprobs) == len(aborted.weight_versions)
@@ -162,7 +172,7 @@ def test_requests_that_arrive_during_a_pause_wait_for_resume(rig):
 def test_a_prompt_that_leaves_no_room_is_refused(rig):
     if rig.kind == "fake":
         pytest.skip("the fake has no context length")
-    with pytest.raises(EngineError, match="r-0|prompt"):
+    with pytest.raises(EngineError, match=r"r-0|prompt"):
         rig.submit([request(prompt=[5] * MAX_MODEL_LEN)])
     assert rig.submit([request(max_tokens=2)])[0].finish_reason == "length"
 
@@ -174,8 +184,17 @@ def test_a_response_ends_where_the_context_ends(rig):
     assert (len(rollout.response_ids), rollout.finish_reason) == (3, "length")
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.001}, {"temperature": -1.0}, {"temperature": 2.5},
-                                   {"max_tokens": 0}, {"seed": -1}, {"seed": 2**63}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0.001},
+        {"temperature": -1.0},
+        {"temperature": 2.5},
+        {"max_tokens": 0},
+        {"seed": -1},
+        {"seed": 2**63},
+    ],
+)
 def test_settings_that_an_engine_would_silently_change_are_refused(wrong):
     good = {"temperature": 1.0, "max_tokens": 4, "stop_token_ids": (), "seed": 0}
     with pytest.raises(ValueError, match=next(iter(wrong))):

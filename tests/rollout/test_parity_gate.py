@@ -24,11 +24,19 @@ def gate(rig: Rig, *, temperature: float = 1.0, error: float = 0.0, **limits: fl
     rig.sync.config = rig.config.model_copy(update=limits)
 
     def policy_logprobs(prompts, responses, temperature):
-        return [[logprob + error for logprob in logprobs_of(rig.model, prompt, response, temperature)]
-                for prompt, response in zip(prompts, responses, strict=True)]
+        return [
+            [logprob + error for logprob in logprobs_of(rig.model, prompt, response, temperature)]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
 
-    return ParityGate(rig.sync, prompts=PROMPTS, stop_token_ids=(2,), temperature=temperature, seed=100,
-                      logprobs_of=policy_logprobs)
+    return ParityGate(
+        rig.sync,
+        prompts=PROMPTS,
+        stop_token_ids=(2,),
+        temperature=temperature,
+        seed=100,
+        logprobs_of=policy_logprobs,
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -61,7 +69,9 @@ def test_not_a_number_does_not_pass(rig):
 
 
 def test_the_limit_is_the_configs(rig):
-    assert gate(rig, error=2e-4, parity_max_abs_diff=1e-3).check(rig.version).max_abs_diff == pytest.approx(2e-4, rel=.1)
+    assert gate(rig, error=2e-4, parity_max_abs_diff=1e-3).check(rig.version).max_abs_diff == pytest.approx(
+        2e-4, rel=0.1
+    )
 
 
 def test_in_bf16_the_mean_decides(rig):
@@ -75,7 +85,7 @@ def test_in_bf16_the_mean_decides(rig):
         if passes:
             assert one.compare(rollouts).mean_abs_diff == pytest.approx(0.04, abs=1e-4)
         else:
-            with pytest.raises(ParityError, match="0.06 on average"):
+            with pytest.raises(ParityError, match=r"0\.06 on average"):
                 one.compare(rollouts)
     sync.close()
 

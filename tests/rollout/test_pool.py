@@ -1,4 +1,5 @@
-"""The pool's own work on fakes; what only real actors can show - frozen and dead processes - on a real engine."""
+"""The pool's own work on fakes; what only real actors can show - frozen and dead processes - on a real
+engine."""
 
 import asyncio
 import os
@@ -46,7 +47,9 @@ def test_requests_go_where_the_fewest_tokens_are_outstanding():
     async def scenario():
         engines = [Counting(), Counting()]
         pool = EnginePool(engines)
-        await pool.submit([request(0, max_tokens=30), *(request(index, max_tokens=10) for index in range(1, 4))])
+        await pool.submit(
+            [request(0, max_tokens=30), *(request(index, max_tokens=10) for index in range(1, 4))]
+        )
         await pool.submit([request(9, max_tokens=1)])  # all done: the first engine again
         return engines
 
@@ -59,7 +62,9 @@ def test_one_broken_engine_fails_the_call_by_name_and_stops_the_others():
     async def scenario():
         slow = Counting(token_seconds=0.05)
         with pytest.raises(EngineError, match="engine-1: broken"):
-            await EnginePool([slow, Counting(breaks=True)]).submit([request(index, max_tokens=99) for index in range(2)])
+            await EnginePool([slow, Counting(breaks=True)]).submit(
+                [request(index, max_tokens=99) for index in range(2)]
+            )
         await asyncio.sleep(0.01)
         return slow._in_flight
 
@@ -99,12 +104,15 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def test_a_frozen_engine_misses_its_deadline_and_close_leaves_nothing_behind(start_ray, loop, tied_model_dir, tmp_path):
+def test_a_frozen_engine_misses_its_deadline_and_close_leaves_nothing_behind(
+    start_ray, loop, tied_model_dir, tmp_path
+):
     start_ray()
     before = shared_memory()
     config = CONFIG.model_copy(update={"sync_timeout_s": 2.0})
-    pool = start_actor_engines(config, model_dir=tied_model_dir, dtype="float32", max_model_len=MAX_MODEL_LEN,
-                               log_dir=tmp_path)
+    pool = start_actor_engines(
+        config, model_dir=tied_model_dir, dtype="float32", max_model_len=MAX_MODEL_LEN, log_dir=tmp_path
+    )
     assert loop.run(pool.version(), timeout_s=10, what="version") == 0
     processes = engine_processes(tmp_path)
     worker = next(process for process in processes if "Worker" in process.name() or process is processes[-1])
@@ -124,7 +132,9 @@ def test_a_dead_actor_is_an_error_that_names_the_engine(start_ray, loop, tied_mo
 
     start_ray()
     config = CONFIG.model_copy(update={"engine": "hf"})
-    pool = start_actor_engines(config, model_dir=tied_model_dir, dtype="float32", max_model_len=64, log_dir=tmp_path)
+    pool = start_actor_engines(
+        config, model_dir=tied_model_dir, dtype="float32", max_model_len=64, log_dir=tmp_path
+    )
     ray.kill(pool._engines[0]._actor)
     with pytest.raises(EngineError, match="engine-0: version: its process is gone"):
         loop.run(pool.version(), timeout_s=30, what="version")
@@ -132,7 +142,9 @@ def test_a_dead_actor_is_an_error_that_names_the_engine(start_ray, loop, tied_mo
     loop.run(pool.close(), timeout_s=30, what="close")
 
 
-def test_two_actors_hold_the_same_version_after_a_sync_and_answer_alike(start_ray, loop, tied_model_dir, tmp_path):
+def test_two_actors_hold_the_same_version_after_a_sync_and_answer_alike(
+    start_ray, loop, tied_model_dir, tmp_path
+):
     import pickle
 
     from transformers import AutoModelForCausalLM
@@ -141,9 +153,15 @@ def test_two_actors_hold_the_same_version_after_a_sync_and_answer_alike(start_ra
 
     start_ray()
     config = CONFIG.model_copy(update={"engine": "hf", "num_engines": 2})
-    pool = start_actor_engines(config, model_dir=tied_model_dir, dtype="float32", max_model_len=64, log_dir=tmp_path)
-    sync = WeightSync(ModuleSource(AutoModelForCausalLM.from_pretrained(tied_model_dir), dtype="float32"), engine=pool,
-                      loop=loop, config=config)
+    pool = start_actor_engines(
+        config, model_dir=tied_model_dir, dtype="float32", max_model_len=64, log_dir=tmp_path
+    )
+    sync = WeightSync(
+        ModuleSource(AutoModelForCausalLM.from_pretrained(tied_model_dir), dtype="float32"),
+        engine=pool,
+        loop=loop,
+        config=config,
+    )
     sync.sync(3)
     requests = [request(index, max_tokens=4, seed=5) for index in range(4)]
     rollouts = loop.run(pickle.loads(pickle.dumps(pool)).submit(requests), timeout_s=60, what="submit")

@@ -1,5 +1,5 @@
-"""Why `ShmReceiver._rebuild_tied_heads` is there: a trainer that sends what `save_pretrained` writes sends no tied head,
-and the engine then keeps its old packed copy of it. No error, nothing in the log."""
+"""Why `ShmReceiver._rebuild_tied_heads` is there: a trainer that sends what `save_pretrained` writes sends no
+tied head, and the engine then keeps its old packed copy of it. No error, nothing in the log."""
 
 import dataclasses
 import json
@@ -22,7 +22,11 @@ def test_pin_36_a_tied_head_stays_stale_unless_it_is_rebuilt_or_sent(tied_model_
     untold = moved(model, tmp_path / "a", factor=1.5, alias=False), moved(model, tmp_path / "b", factor=1.5)
     cured = moved(model, tmp_path / "c", factor=2.0, alias=False), moved(model, tmp_path / "d", factor=2.0)
     told = moved(model, tmp_path / "e", factor=3.0), moved(model, tmp_path / "f", factor=3.0)
-    cases = {"checkpoint names, no cure": untold, "checkpoint names, with cure": cured, "tied name sent, no cure": told}
+    cases = {
+        "checkpoint names, no cure": untold,
+        "checkpoint names, with cure": cured,
+        "tied name sent, no cure": told,
+    }
     assert stale_tensors(tied_model_dir, cases, tmp_path) == {
         "checkpoint names, no cure": ["lm_head.weight"],
         "checkpoint names, with cure": [],
@@ -41,14 +45,24 @@ def moved(model: PreTrainedModel, path: Path, *, factor: float, alias: bool = Tr
         return writer.finish(1)
 
 
-def stale_tensors(model_dir: Path, cases: dict[str, tuple[WeightUpdate, WeightUpdate]],
-                  tmp_path: Path) -> dict[str, list[str]]:
+def stale_tensors(
+    model_dir: Path, cases: dict[str, tuple[WeightUpdate, WeightUpdate]], tmp_path: Path
+) -> dict[str, list[str]]:
     """{case: what the engine does not hold of the second update, after it was sent the first}."""
     message = tmp_path / "message.json"
-    message.write_text(json.dumps({
-        "model_dir": str(model_dir),
-        "init": dataclasses.asdict(checkpoint_layout(model_dir, dtype="float32")),
-        "updates": {case: {"sent": dataclasses.asdict(sent), "meant": dataclasses.asdict(meant)}
-                    for case, (sent, meant) in cases.items()}}))
-    answer = subprocess.run([sys.executable, PROGRAM, message], check=True, timeout=120, capture_output=True, text=True)
+    message.write_text(
+        json.dumps(
+            {
+                "model_dir": str(model_dir),
+                "init": dataclasses.asdict(checkpoint_layout(model_dir, dtype="float32")),
+                "updates": {
+                    case: {"sent": dataclasses.asdict(sent), "meant": dataclasses.asdict(meant)}
+                    for case, (sent, meant) in cases.items()
+                },
+            }
+        )
+    )
+    answer = subprocess.run(
+        [sys.executable, PROGRAM, message], check=True, timeout=120, capture_output=True, text=True
+    )
     return json.loads(answer.stdout.splitlines()[-1])

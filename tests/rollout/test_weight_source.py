@@ -1,4 +1,5 @@
-"""The sender yields exactly what `save_pretrained` writes, whatever the trainer has wrapped around its model."""
+"""The sender yields exactly what `save_pretrained` writes, whatever the trainer has wrapped around its
+model."""
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ def sent(model, dtype="float32") -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+def assert_same(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 0.0
+) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance)
@@ -46,8 +49,10 @@ def test_tied_names_are_given_apart_and_only_when_tied(tied_model_dir, untied_mo
 
 
 def test_a_group_is_one_layer(untied_model_dir):
-    groups = [sorted({name.split(".")[2] for name in group if ".layers." in name})
-              for group in ModuleSource(load(untied_model_dir), dtype="float32").groups()]
+    groups = [
+        sorted({name.split(".")[2] for name in group if ".layers." in name})
+        for group in ModuleSource(load(untied_model_dir), dtype="float32").groups()
+    ]
     assert [layers for layers in groups if layers] == [["0"], ["1"]]
 
 
@@ -77,19 +82,25 @@ def test_names_of_wrappers_do_not_travel(model_dir):
 
 def test_lora_is_merged_into_the_weights_that_are_sent(untied_model_dir):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(load(untied_model_dir), peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(
+        load(untied_model_dir),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
     ours = {name: tensor.clone() for name, tensor in sent(model).items()}
     with model.disable_adapter():
         assert_same(sent(model), sent(load(untied_model_dir)))
-    assert not torch.equal(ours["model.layers.0.self_attn.q_proj.weight"],
-                           sent(load(untied_model_dir))["model.layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        ours["model.layers.0.self_attn.q_proj.weight"],
+        sent(load(untied_model_dir))["model.layers.0.self_attn.q_proj.weight"],
+    )
     assert_same(ours, sent(model.merge_and_unload()), tolerance=1e-6)
 
 
 def test_adapters_that_are_more_than_a_sum_are_refused(untied_model_dir):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(load(untied_model_dir), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    model = peft.get_peft_model(
+        load(untied_model_dir), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
+    )
     with pytest.raises(EnvironmentProblem, match="plain LoRA"):
         sent(model)
 
@@ -106,6 +117,9 @@ def test_sharded_parameters_are_gathered_whole(model_dir, tmp_path):
             fully_shard(layer)
         fully_shard(model)
         assert_same(sent(model), plain)
-        assert ModuleSource(model, dtype="float32").aliases() == ModuleSource(load(model_dir), dtype="float32").aliases()
+        assert (
+            ModuleSource(model, dtype="float32").aliases()
+            == ModuleSource(load(model_dir), dtype="float32").aliases()
+        )
     finally:
         distributed.destroy_process_group()

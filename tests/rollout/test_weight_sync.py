@@ -1,4 +1,5 @@
-"""Weights really move, whole, and a sync that is not whole is refused. Real engines: vLLM and transformers."""
+"""Weights really move, whole, and a sync that is not whole is refused. Real engines: vLLM and
+transformers."""
 
 import dataclasses
 import math
@@ -56,7 +57,11 @@ def tied_rig(rigs, kind) -> Rig:
 def perturb(model: torch.nn.Module, endings: tuple[str, ...], *, seed: int = 1) -> None:
     """Move every parameter whose name ends so, by half its own size, in all of its elements."""
     generator = torch.Generator().manual_seed(seed)
-    moved = [parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name.endswith(endings)]
+    moved = [
+        parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.endswith(endings)
+    ]
     assert moved
     for parameter in moved:
         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.abs().mean())
@@ -123,8 +128,14 @@ def test_pin_39_a_saved_model_generates_as_transformers_does(tied_rig, tied_mode
 
     saved = AutoModelForCausalLM.from_pretrained(tied_model_dir, dtype=torch.float32).eval()
     (rollout,) = tied_rig.submit([request(temperature=0.0, max_tokens=20)])
-    plain = saved.generate(torch.tensor([rollout.prompt_ids]), attention_mask=torch.ones(1, 3, dtype=torch.long),
-                           max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    plain = saved.generate(
+        torch.tensor([rollout.prompt_ids]),
+        attention_mask=torch.ones(1, 3, dtype=torch.long),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     assert rollout.response_ids == tuple(plain[0, 3:].tolist())
 
 
@@ -138,7 +149,8 @@ def test_sync_reports_its_version_time_and_bytes(rig):
     assert 0 < report.seconds < 30
 
 
-# What is not whole is refused -----------------------------------------------------------------------------------------
+# What is not whole is refused
+# -----------------------------------------------------------------------------------------
 
 
 def written(rig: Rig, path: Path, version: int = 99) -> WeightUpdate:
@@ -167,8 +179,12 @@ def without(update: WeightUpdate, name: str) -> WeightUpdate:
 
 
 def replaced(update: WeightUpdate, old: str, **changes) -> WeightUpdate:
-    return dataclasses.replace(update, tensors=tuple(
-        dataclasses.replace(spec, **changes) if spec.name == old else spec for spec in update.tensors))
+    return dataclasses.replace(
+        update,
+        tensors=tuple(
+            dataclasses.replace(spec, **changes) if spec.name == old else spec for spec in update.tensors
+        ),
+    )
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -217,15 +233,20 @@ class Forgetful(ModuleSource):
 
 
 def test_a_trainer_that_forgets_a_tensor_is_found_out_by_the_engine(tied_rig):
-    sync = WeightSync(Forgetful(tied_rig.model, dtype="float32"), engine=tied_rig.engine, loop=tied_rig.loop,
-                      config=tied_rig.config)
+    sync = WeightSync(
+        Forgetful(tied_rig.model, dtype="float32"),
+        engine=tied_rig.engine,
+        loop=tied_rig.loop,
+        config=tied_rig.config,
+    )
     with pytest.raises(WeightSyncError, match=f"{Q}: missing.*rebuild"):
         sync.sync(98)
     sync.close()
     tied_rig.run(tied_rig.engine.resume())
 
 
-# The shared file ------------------------------------------------------------------------------------------------------
+# The shared file
+# ------------------------------------------------------------------------------------------------------
 
 
 def shared_directories() -> set[Path]:
@@ -234,7 +255,9 @@ def shared_directories() -> set[Path]:
 
 def test_the_shared_file_is_gone_after_close_and_private_before(tied_rig):
     before = shared_directories()
-    sync = WeightSync(tied_rig.sync.source, engine=tied_rig.engine, loop=tied_rig.loop, config=tied_rig.config)
+    sync = WeightSync(
+        tied_rig.sync.source, engine=tied_rig.engine, loop=tied_rig.loop, config=tied_rig.config
+    )
     sync.diagnose()
     (directory,) = shared_directories() - before
     assert directory.stat().st_mode & 0o077 == 0
@@ -249,13 +272,18 @@ def test_what_a_killed_trainer_left_behind_is_removed_and_what_a_live_one_uses_i
     (live,) = [tied_rig.sync._shared.path]
     for directory in (stale, live):
         os.utime(directory, (1, 1))
-    WeightSync(tied_rig.sync.source, engine=tied_rig.engine, loop=tied_rig.loop, config=tied_rig.config).close()
+    WeightSync(
+        tied_rig.sync.source, engine=tied_rig.engine, loop=tied_rig.loop, config=tied_rig.config
+    ).close()
     assert not stale.exists()
     assert live.exists()
 
 
 def test_a_full_file_system_is_a_clear_error():
-    with WeightFileWriter(Path("/dev/full")) as writer, pytest.raises(EnvironmentProblem, match="No space.*make room"):
+    with (
+        WeightFileWriter(Path("/dev/full")) as writer,
+        pytest.raises(EnvironmentProblem, match=r"No space.*make room"),
+    ):
         writer.add("a", torch.zeros(4))
 
 
@@ -269,4 +297,7 @@ def test_the_oracle_itself_sees_a_perturbation(tied_rig):
     """`logprobs_of` is what the pins are measured with: it must not be blind."""
     before = logprobs_of(tied_rig.model, (1, 2), (3, 4), 1.0)
     perturb(tied_rig.model, GROUPS["up"])
-    assert max(abs(a - b) for a, b in zip(before, logprobs_of(tied_rig.model, (1, 2), (3, 4), 1.0), strict=True)) > 1e-4
+    assert (
+        max(abs(a - b) for a, b in zip(before, logprobs_of(tied_rig.model, (1, 2), (3, 4), 1.0), strict=True))
+        > 1e-4
+    )
