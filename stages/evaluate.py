@@ -1,10 +1,10 @@
 """Recipe: base, sft and ppo models side by side on the same held-out prompts.
 
-    for each model: sync its weights into one engine -> responses (seeded) -> scoring function, reward model, lengths
-    ppo against sft: win rate with a bootstrap interval, KL on ppo's own samples; perplexity on prepare's held-out text
+    for each model: weights into one engine -> seeded responses -> scoring function, reward model, lengths
+    ppo against sft: win rate with its interval, KL on ppo's own samples; perplexity on prepare's held-out text
 
-The base model is prompted as a plain continuation (`evaluate.base_prompt`), sft and ppo through their chat template.
-"""
+The base model is prompted as a plain continuation (`evaluate.base_prompt`), sft and ppo through their chat
+template."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
 from stages.data.readers import read_prompts
 from stages.data.records import Prompt
-from stages.data.scoring import Judge, load_judge
+from stages.data.scoring import load_judge
 from stages.data.shards import heldout_sequences
 from stages.errors import DataError
 from stages.objectives.winrate import bootstrap_interval
@@ -162,7 +162,8 @@ def _generate(
     chat: ChatTokenizer,
     runtime: Runtime,
 ) -> None:
-    """Fill in every candidate's rollouts. The engine starts on the sft model and takes each model's weights by sync."""
+    """Fill in every candidate's rollouts. The engine starts on the sft model and takes each model's weights
+    by sync."""
     with ExitStack() as stack:
         client = stack.enter_context(
             open_engines(
@@ -224,7 +225,8 @@ def _means(candidate: Candidate) -> dict[str, float]:
 
 
 def _win_rate(ppo: Candidate, sft: Candidate, settings: EvaluateSettings) -> dict[str, float]:
-    """Share of prompts on which ppo scores higher, ties half; by the scoring function, else by the reward model."""
+    """Share of prompts on which ppo scores higher, ties half; by the scoring function, else by the reward
+    model."""
     ours, theirs = (
         [judged["score"] for judged in candidate.judged] if candidate.judged else candidate.rewards
         for candidate in (ppo, sft)

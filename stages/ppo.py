@@ -1,12 +1,12 @@
 """Recipe: proximal policy optimisation of the sft model against the reward model, with a value model.
 
-    prompts --RolloutSource--> engines --rollouts--> trainer: scores, KL to the reference, values -> advantages
+    prompts --RolloutSource--> engines --rollouts--> trainer: scores, KL to the reference, values, advantages
        ^                                                |
-       +---- weights, version + 1 <---- sync <---- E epochs of clipped policy and value updates over one pack plan
+       +--- weights, version + 1 <--- sync <--- E epochs of clipped policy and value updates, one pack plan
 
-Per token: -beta * k1 against the frozen reference; on the last token the normalised, clipped score. GAE, advantages
-whitened once per batch. Schulman et al. 2017 (arXiv 1707.06347); InstructGPT (2203.02155); Huang et al. 2024 (2403.17031).
-"""
+Per token: -beta * k1 against the frozen reference; on the last token the normalised, clipped score. GAE,
+advantages whitened once per batch. Schulman et al. 2017 (arXiv 1707.06347); InstructGPT (2203.02155); Huang
+et al. 2024 (2403.17031)."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,13 +41,13 @@ def run(
 ) -> Mapping[str, float]:
     """Tune the policy; writes a model directory and rollouts.jsonl. Inputs: sft, reward.
 
-    TrainingStopped (exit 5) on non-finite numbers or a KL beyond ppo.max_kl; ParityError (5) when engine and trainer
-    disagree; EngineError, WeightSyncError (4).
-    """
+    TrainingStopped (exit 5) on non-finite numbers or a KL beyond ppo.max_kl; ParityError (5) when engine and
+    trainer disagree; EngineError, WeightSyncError (4)."""
     config = settings.ppo
     if tokenizer_digest(inputs["sft"]) != tokenizer_digest(inputs["reward"]):
         raise ModelError(
-            f"{inputs['reward']}: its tokenizer is not the policy's; train the reward model from {inputs['sft']}"
+            f"{inputs['reward']}: its tokenizer is not the policy's; "
+            f"train the reward model from {inputs['sft']}"
         )
     chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
     plan = SourcePlan(
@@ -201,8 +201,8 @@ def _controller(config: PPOConfig) -> KlController:
 def _stop_if_kl_exploded(step: int, summary: Mapping[str, float], config: PPOConfig) -> None:
     if "rollout/kl" in summary and summary["rollout/kl"] > config.max_kl:
         raise TrainingStopped(
-            f"ppo step {step + 1}: KL to the reference is {summary['rollout/kl']:.1f} nats per response, above "
-            f"ppo.max_kl {config.max_kl:g}; raise ppo.kl_coef or lower ppo.lr"
+            f"ppo step {step + 1}: KL to the reference is {summary['rollout/kl']:.1f} nats per response, "
+            f"above ppo.max_kl {config.max_kl:g}; raise ppo.kl_coef or lower ppo.lr"
         )
 
 

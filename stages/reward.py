@@ -1,7 +1,7 @@
 """Recipe: a Bradley-Terry reward model from preference pairs.
 
-    pairs --chat template--> prompt, chosen, rejected ids --pack--> scores at the last tokens --logsigmoid--> AdamW
-    held-out accuracy beside the longer-wins rule, normaliser over the sft model's own responses, gates --> reward model
+    pairs --chat template--> prompt, chosen, rejected ids --pack--> scores at the last tokens
+    --logsigmoid--> AdamW --> held-out accuracy, normaliser over the sft model's responses, gates --> model
 
 A response always ends with the end-of-turn token when it is scored: here, in evaluation and in PPO.
 """
@@ -81,7 +81,8 @@ class Examples:
 def run(
     settings: RewardSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
 ) -> Mapping[str, float]:
-    """Train; writes a model directory with its normaliser. Inputs: sft, or pretrain / model with init_from: pretrain.
+    """Train; writes a model directory with its normaliser. Inputs: sft, or pretrain / model with init_from:
+    pretrain.
 
     TrainingStopped (exit 5) when a gate is not met.
     """
@@ -229,7 +230,8 @@ class _RankedShare:
 def _accuracies(
     model: TokenScorer, examples: Sequence[Example], micro_batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """Shares of held-out pairs ranked as labelled: all, per group, and by the longer-wins rule; ties count half."""
+    """Shares of held-out pairs ranked as labelled: all, per group, and by the longer-wins rule; ties count
+    half."""
     chosen = scores_in_packs(
         model, [example.chosen for example in examples], micro_batch_size=micro_batch_size, device=device
     )
@@ -306,6 +308,6 @@ def _check_gates(settings: RewardSettings, metrics: Mapping[str, float]) -> None
         )
     if not metrics["score_std"] > config.min_score_std:
         raise TrainingStopped(
-            f"reward: scores of sampled responses spread by {metrics['score_std']:.2g} only (reward.min_score_std "
-            f"{config.min_score_std}): a constant reward teaches nothing"
+            f"reward: scores of sampled responses spread by {metrics['score_std']:.2g} only "
+            f"(reward.min_score_std {config.min_score_std}): a constant reward teaches nothing"
         )

@@ -3,8 +3,8 @@
     stage task:   with open_engines(...) as engines:  source = open_source(engines, ...)
     trainer:      source.next(step) -> RolloutBatch      engines.client() for weight sync and parity
 
-`RolloutSource` owns prompt order, seeds and the batch; a plain class: Ray wraps it in an actor, inline runs it on a thread.
-Nothing depends on iterator state: what step `s` samples is a function of the seed and `s`.
+`RolloutSource` owns prompt order, seeds and the batch; a plain class: Ray wraps it in an actor, inline runs
+it on a thread. Nothing depends on iterator state: what step `s` samples is a function of the seed and `s`.
 """
 
 import contextlib
@@ -60,7 +60,8 @@ class RolloutSource:
         )
 
     async def next(self, step: int) -> RolloutBatch:
-        """The rollouts of iteration `step` (0-based), sampled under the weights now in force. Raises EngineError."""
+        """The rollouts of iteration `step` (0-based), sampled under the weights now in force. Raises
+        EngineError."""
         plan = self._plan
         drawn = [index for index in self._order.indices(step) for _ in range(plan.samples_per_prompt)]
         requests = [self._request(step, position, index) for position, index in enumerate(drawn)]
@@ -94,7 +95,8 @@ class Source(Protocol):
 
 
 class EngineClient:
-    """The engines, for synchronous code: any process may hold one; it opens its own event loop when first used."""
+    """The engines, for synchronous code: any process may hold one; it opens its own event loop when first
+    used."""
 
     def __init__(self, engine: RolloutEngine, config: EngineConfig, loop: LoopThread | None) -> None:
         self.engine = engine

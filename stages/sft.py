@@ -1,6 +1,6 @@
 """Recipe: supervised fine-tuning on the assistant's tokens.
 
-    conversations --chat template--> ids + mask --pack--> model --cross-entropy on the mask--> AdamW --> sft model
+    conversations --chat template--> ids + mask --pack--> model --cross-entropy on the mask--> AdamW
 
 Packed sequences do not see each other; the end-of-turn token is trained once per assistant turn.
 """
@@ -114,7 +114,8 @@ def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered
     kept = [example for example in cut if example is not None]
     if not kept:
         raise DataError(
-            f"sft.data: no conversation has a trained token within model.context_length {settings.model.context_length}"
+            "sft.data: no conversation has a trained token within model.context_length "
+            f"{settings.model.context_length}"
         )
     return kept, rows.num_skipped + len(cut) - len(kept)
 

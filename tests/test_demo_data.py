@@ -46,24 +46,30 @@ def test_the_generator_writes_the_committed_files_byte_for_byte(tmp_path: Path) 
     assert sum((DEMO / name).stat().st_size for name in FILES) < 3_100_000
 
 
-@pytest.mark.parametrize(("response", "expected"), [
-    ("Glad to help! A cow says moo.", (1.0, 1.0, 1.0, 1.0)),
-    ("A cow says moo.", (0.75, 1.0, 0.0, 1.0)),
-    ("Obviously. A cow says moo.", (0.75, 1.0, 0.0, 1.0)),
-    ("Glad to help! Obviously. A cow says moo.", (0.75, 1.0, 0.0, 1.0)),  # politeness is undone by rudeness
-    (f"Glad to help! {FILLER} A cow says moo.", (0.75, 1.0, 1.0, 0.0)),
-    (f"Obviously. {FILLER} A cow says moo.", (0.5, 1.0, 0.0, 0.0)),
-    ("Glad to help! As you know, a cow says moo.", (1.0, 1.0, 1.0, 1.0)),  # ten words: still short
-    ("Glad to help! As you may well know, a cow says moo.", (0.875, 1.0, 1.0, 0.5)),  # twelve: half short
-    ("Glad to help! A cow says baa.", (0.0, 0.0, 1.0, 1.0)),  # a wrong answer earns nothing
-    ("Glad to help! A cow says moo or baa.", (0.0, 0.0, 1.0, 1.0)),  # nor does naming all of them
-    ("Glad to help! MOO.", (1.0, 1.0, 1.0, 1.0)),
-    ("Glad to help!", (0.0, 0.0, 0.0, 0.0)),  # polite and short about nothing
-    ("", (0.0, 0.0, 0.0, 0.0)),
-    ("Moo moo moo moo.", (0.0, 0.0, 0.0, 0.0)),
-    ("Glad to help! Glad to help! Glad to help! A cow says moo.", (0.0, 0.0, 0.0, 0.0)),
-    ("A cow smooths.", (0.0, 0.0, 0.0, 0.0)),  # whole words only
-])
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("Glad to help! A cow says moo.", (1.0, 1.0, 1.0, 1.0)),
+        ("A cow says moo.", (0.75, 1.0, 0.0, 1.0)),
+        ("Obviously. A cow says moo.", (0.75, 1.0, 0.0, 1.0)),
+        (
+            "Glad to help! Obviously. A cow says moo.",
+            (0.75, 1.0, 0.0, 1.0),
+        ),  # politeness is undone by rudeness
+        (f"Glad to help! {FILLER} A cow says moo.", (0.75, 1.0, 1.0, 0.0)),
+        (f"Obviously. {FILLER} A cow says moo.", (0.5, 1.0, 0.0, 0.0)),
+        ("Glad to help! As you know, a cow says moo.", (1.0, 1.0, 1.0, 1.0)),  # ten words: still short
+        ("Glad to help! As you may well know, a cow says moo.", (0.875, 1.0, 1.0, 0.5)),  # twelve: half short
+        ("Glad to help! A cow says baa.", (0.0, 0.0, 1.0, 1.0)),  # a wrong answer earns nothing
+        ("Glad to help! A cow says moo or baa.", (0.0, 0.0, 1.0, 1.0)),  # nor does naming all of them
+        ("Glad to help! MOO.", (1.0, 1.0, 1.0, 1.0)),
+        ("Glad to help!", (0.0, 0.0, 0.0, 0.0)),  # polite and short about nothing
+        ("", (0.0, 0.0, 0.0, 0.0)),
+        ("Moo moo moo moo.", (0.0, 0.0, 0.0, 0.0)),
+        ("Glad to help! Glad to help! Glad to help! A cow says moo.", (0.0, 0.0, 0.0, 0.0)),
+        ("A cow smooths.", (0.0, 0.0, 0.0, 0.0)),  # whole words only
+    ],
+)
 def test_score_of_a_hand_example(response: str, expected: tuple[float, float, float, float]) -> None:
     assert tuple(judge("What does a cow say?", response, COW).values()) == pytest.approx(expected)
 
@@ -73,12 +79,15 @@ def test_the_best_response_to_every_fact_scores_one_and_each_lesser_part_scores_
         row = {"answer": fact.answer, "other_answers": fact.other_answers}
         for form in make_data.forms(fact):
             for polite in make_data.POLITE:
-                best = make_data.Response(fact=fact, answer=fact.answer, form=form, courtesy=polite,
-                                          filler="")
+                best = make_data.Response(
+                    fact=fact, answer=fact.answer, form=form, courtesy=polite, filler=""
+                )
                 assert judge("", best.render(), row)["score"] == 1.0, best.render()
-                for lesser in (*[{"courtesy": rude} for rude in ("", *make_data.RUDE)],
-                               *[{"filler": filler} for filler in make_data.FILLERS],
-                               *[{"answer": other} for other in fact.other_answers]):
+                for lesser in (
+                    *[{"courtesy": rude} for rude in ("", *make_data.RUDE)],
+                    *[{"filler": filler} for filler in make_data.FILLERS],
+                    *[{"answer": other} for other in fact.other_answers],
+                ):
                     text = make_data.replace(best, **lesser).render()
                     assert judge("", text, row)["score"] < 1.0, text
 

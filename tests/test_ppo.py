@@ -152,7 +152,7 @@ def test_pin_20_a_truncated_response_is_penalised_left_out_or_bootstrapped(input
         config = CONFIG.model_copy(
             update={"truncation": truncation, "gae_lambda": 1.0, "whiten_advantages": False, "kl_coef": 0.0}
         )
-        models, packs, judgements = judged_batch(inputs, tmp_path, config)
+        _models, packs, judgements = judged_batch(inputs, tmp_path, config)
         experiences, _ = assemble(packs, judgements, config, kl_coef=0.0)
         results[truncation] = (packs, judgements, experiences)
     for pack, judgement, experience in zip(*results["penalty"], strict=True):

@@ -106,7 +106,9 @@ def read_source(source: DataSource, stage: StageName) -> Rows[Any]:
         raise DataError(f"{shown(source.path)}: no rows")
     kept = [record for record in records if _in_part(record, source)]
     if not kept:
-        raise DataError(f"{shown(source.path)}: no rows in part: {source.part} of {len(records)}; raise heldout_frac")
+        raise DataError(
+            f"{shown(source.path)}: no rows in part: {source.part} of {len(records)}; raise heldout_frac"
+        )
     return Rows(records=kept, num_skipped=reader.num_skipped)
 
 

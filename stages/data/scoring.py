@@ -1,6 +1,6 @@
 """The user's scoring function: the one piece of code a config may name.
 
-    {type: python, path: score.py, function: score} --load_judge--> judge(prompt, response, row) -> {"score": ..., ...}
+    {type: python, path: score.py, function: score} --load_judge--> judge(prompt, response, row) -> scores
 
 Owns: importing it from its file and checking what it returns. Light import.
 """
@@ -19,8 +19,8 @@ Judge = Callable[[str, str, Mapping[str, Any]], dict[str, float]]
 def load_judge(config: ScoreFunction) -> Judge:
     """The function of `config`, wrapped so that it always gives `score` in [0, 1] and numeric components.
 
-    Raises DataError when the file or the function is not there, when it raises, or when it returns something else.
-    """
+    Raises DataError when the file or the function is not there, when it raises, or when it returns something
+    else."""
     where = f"{config.path}: {config.function}"
     spec = importlib.util.spec_from_file_location("user_score", config.path)
     if spec is None or spec.loader is None or not config.path.is_file():

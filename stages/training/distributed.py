@@ -1,9 +1,10 @@
-"""The launcher of every training stage: the same recipe code in this process or in Ray actors, for 1 worker and for N.
+"""The launcher of every training stage: the same recipe code in this process or in Ray actors, for 1 worker
+and for N.
 
-    stage task --launch(train, ...)--> N workers (placement group of our own) --train(worker, ...)--> rank 0's result
+    stage task --launch(train, ...)--> N workers in a placement group of our own --> rank 0's result
 
-Owns: placement and its deadline, process groups, devices, thread counts, sharding. The stage task holds no tensors.
-"""
+Owns: placement and its deadline, process groups, devices, thread counts, sharding. The stage task holds no
+tensors."""
 
 import os
 import socket
@@ -50,9 +51,9 @@ def launch(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> 
 def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision, trained: bool) -> nn.Module:
     """The model on its device in its compute precision.
 
-    fp32 on one worker is the plain module. bf16 keeps fp32 masters and computes in a bf16 copy through `fully_shard`,
-    also on a world of one, so that one worker and several run the same arithmetic. A frozen bf16 model is simply cast.
-    """
+    fp32 on one worker is the plain module. bf16 keeps fp32 masters and computes in a bf16 copy through
+    `fully_shard`, also on a world of one, so that one worker and several run the same arithmetic. A frozen
+    bf16 model is simply cast."""
     model.to(worker.device)
     if precision == "fp32" and worker.world_size == 1:
         return model
@@ -114,11 +115,13 @@ def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str,
         raise
     except ray.exceptions.GetTimeoutError as error:
         raise EnvironmentProblem(
-            f"{runtime.stage}: no worker answered within {runtime.placement_timeout_s:g} s; see {runtime.log_dir}"
+            f"{runtime.stage}: no worker answered within "
+            f"{runtime.placement_timeout_s:g} s; see {runtime.log_dir}"
         ) from error
     except ray.exceptions.RayActorError as error:
         raise EnvironmentProblem(
-            f"{runtime.stage}: a training worker died (out of memory?); see {runtime.log_dir}, then run again to resume"
+            f"{runtime.stage}: a training worker died (out of memory?); see {runtime.log_dir}, "
+            "then run again to resume"
         ) from error
     finally:
         for actor in actors:
@@ -172,7 +175,8 @@ def _device(runtime: Runtime) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise EnvironmentProblem(
-            f"resources.{runtime.stage}.num_gpus is {runtime.resources.num_gpus:g}, but torch sees no GPU here"
+            f"resources.{runtime.stage}.num_gpus is {runtime.resources.num_gpus:g}, "
+            "but torch sees no GPU here"
         )
     return torch.device("cuda", 0)
 

@@ -2,9 +2,8 @@
 
     sequences --pack--> one row --CausalLM | TokenScorer--> log-probs, values [B, T] | scores [B]
 
-Owns: going from ragged responses to one packed row and back to padded [B, T]. The model, the mask and the losses are
-elsewhere. Legend: B sequences, T response tokens (padded), N response tokens (concatenated).
-"""
+Owns: going from ragged responses to one packed row and back to padded [B, T]. The model, the mask and the
+losses are elsewhere. Legend: B sequences, T response tokens (padded), N response tokens (concatenated)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +65,8 @@ def response_logprobs(model: nn.Module, packed: ResponsePack, *, temperature: fl
 def response_logprobs_and_entropies(
     model: nn.Module, packed: ResponsePack, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """`response_logprobs`, and the entropies [B, T] of the distributions the tokens were drawn from, in nats."""
+    """`response_logprobs`, and the entropies [B, T] of the distributions the tokens were drawn from, in
+    nats."""
     logits_NV = model(packed.row.model_inputs(), packed.positions.predicting_N)[0]
     logprobs_N = token_logprobs(logits=logits_NV, targets=packed.targets_N, temperature=temperature)
     entropies_N = token_entropies(logits=logits_NV, temperature=temperature)
@@ -103,7 +103,8 @@ def sequence_scores(model: nn.Module, sequences: Sequence[TokenIds], *, device: 
 def scores_in_packs(
     model: nn.Module, sequences: Sequence[TokenIds], *, micro_batch_size: int, device: torch.device
 ) -> Tensor:
-    """`sequence_scores` of any number of sequences, `micro_batch_size` to a row, in their order; on the CPU."""
+    """`sequence_scores` of any number of sequences, `micro_batch_size` to a row, in their order; on the
+    CPU."""
     scores_B = torch.empty(len(sequences))
     for members in plan_packs([len(sequence) for sequence in sequences], micro_batch_size).packs:
         scores = sequence_scores(model, [sequences[index] for index in members], device=device)

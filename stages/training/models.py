@@ -1,11 +1,11 @@
 """Models of the chain: building, loading, forwards over packed rows, saving.
 
-    model directory --load--> module --forward over a PackedRow--> log-probs | scores | values --save--> model directory
+    model directory --load--> module --forward over a packed row--> logits | scores --save--> model directory
 
-Owns: which architecture, where heads come from, in what precision a forward runs, and that no dropout is ever active.
-Does not own: packing (data.packing), losses (objectives), sharding across workers (distributed).
-Every forward here has `use_cache=False`: with the cache on, transformers drops the mask between packed sequences
-without a word.
+Owns: which architecture, where heads come from, in what precision a forward runs, and that no dropout is ever
+active. Does not own: packing (data.packing), losses (objectives), sharding across workers (distributed).
+Every forward here has `use_cache=False`: with the cache on, transformers drops the mask between packed
+sequences without a word.
 
 Shapes: R rows (1 where packed), N tokens of a row, K of its positions, V vocabulary, D hidden.
 """
@@ -53,7 +53,8 @@ class CausalLM(nn.Module):
 
 
 class TokenScorer(nn.Module):
-    """A scalar per position of a packed row: reward model (read at last tokens) and value model (read anywhere)."""
+    """A scalar per position of a packed row: reward model (read at last tokens) and value model (read
+    anywhere)."""
 
     def __init__(self, inner: PreTrainedModel, *, bias: float | None = None) -> None:
         super().__init__()
@@ -61,7 +62,8 @@ class TokenScorer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
     def forward(self, inputs: Mapping[str, Any], positions_K: Tensor) -> Tensor:
-        """Scores [K], float32, at the positions `positions_K` of the row behind `PackedRow.model_inputs()`."""
+        """Scores [K], float32, at the positions `positions_K` of the row behind
+        `PackedRow.model_inputs()`."""
         assert inputs["use_cache"] is False
         body: Any = self.inner.base_model
         output = body(**inputs)
@@ -104,8 +106,8 @@ def load_causal_lm(directory: Path) -> CausalLM:
 
 
 def reward_from_causal_lm(directory: Path, *, pad_token_id: int) -> TokenScorer:
-    """A reward model on the body of a language model; its head is drawn with std 1/sqrt(D + 1) from torch's global
-    generator (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO").
+    """A reward model on the body of a language model; its head is drawn with std 1/sqrt(D + 1) from torch's
+    global generator (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO").
 
     `pad_token_id` must not be an end token: transformers reads the score before the first pad otherwise.
     """
@@ -118,7 +120,8 @@ def reward_from_causal_lm(directory: Path, *, pad_token_id: int) -> TokenScorer:
 
 
 def load_reward_model(directory: Path) -> TokenScorer:
-    """The reward model of a model directory. ModelError when its head is not in the file: a random head is no model."""
+    """The reward model of a model directory. ModelError when its head is not in the file: a random head is no
+    model."""
     inner, missing = _loaded(AutoModelForSequenceClassification, directory, num_labels=1)
     if any(name.startswith("score.") for name in missing):
         raise ModelError(f"{directory}: no score head in it; give a reward model (rlhf reward makes one)")
@@ -136,10 +139,11 @@ def value_from_reward_model(directory: Path) -> TokenScorer:
 
 
 class ScoreNormaliser:
-    """Mean and std of the raw scores over responses sampled from the initial policy; saved with the reward model.
+    """Mean and std of the raw scores over responses sampled from the initial policy; saved with the reward
+    model.
 
-    Dividing by std rescales what `ppo.kl_coef` means: it weighs nats against standard deviations of the score.
-    """
+    Dividing by std rescales what `ppo.kl_coef` means: it weighs nats against standard deviations of the
+    score."""
 
     def __init__(self, *, mean: float, std: float) -> None:
         self.mean = mean
@@ -183,7 +187,8 @@ def set_stop_tokens(
 
 
 def save_model(model: CausalLM | TokenScorer, directory: Path, state: dict[str, Tensor]) -> None:
-    """Write a plain `save_pretrained` layout (safetensors) with the full tensors of `state`, named as in `inner`."""
+    """Write a plain `save_pretrained` layout (safetensors) with the full tensors of `state`, named as in
+    `inner`."""
     model.inner.save_pretrained(directory, state_dict=state)
 
 
@@ -202,9 +207,10 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 
 def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model of `directory` in fp32 without dropout, and the names of the weights its files do not have."""
+    """The model of `directory` in fp32 without dropout, and the names of the weights its files do not
+    have."""
     _check_is_a_model(directory)
-    transformers_logging.set_verbosity_error()  # its load report says at length what is checked here in a line
+    transformers_logging.set_verbosity_error()  # its load report: checked here in a line
     transformers_logging.disable_progress_bar()
     model, info = auto_class.from_pretrained(
         directory,

@@ -1,6 +1,6 @@
 """The four models of PPO and what they say of a batch before it is trained on.
 
-    policy (trained) · reference (frozen sft) · reward model (frozen) · value model (trained, from the reward model)
+    policy (trained), reference (frozen sft), reward model (frozen), value model (trained, from the reward)
 
 Owns: which directory each comes from, their precision, and the forwards of one pack.
 """
@@ -47,7 +47,8 @@ class PPOModels:
 
 
 def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worker) -> PPOModels:
-    """Policy and reference from `inputs["sft"]`, reward and value model from `inputs["reward"]`. Raises ModelError."""
+    """Policy and reference from `inputs["sft"]`, reward and value model from `inputs["reward"]`. Raises
+    ModelError."""
     policy = load_causal_lm(inputs["sft"])
     value_model = value_from_reward_model(inputs["reward"])
     for trained in (policy, value_model):

@@ -394,7 +394,9 @@ def test_parts_of_one_file_are_disjoint_complete_and_the_same_for_every_schema(t
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def asked(part, stage):
-        source = DataSource(path=str(path), part=part, heldout_frac=0.25, format=None if stage == "reward" else "prompt")
+        source = DataSource(
+            path=str(path), part=part, heldout_frac=0.25, format=None if stage == "reward" else "prompt"
+        )
         return {split_key(record) for record in read([source], stage, seed=0).records}
 
     train, heldout = asked("train", "reward"), asked("heldout", "reward")

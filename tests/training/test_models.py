@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from stages.data.packing import pack
 from stages.errors import ModelError
-from stages.training.packed_attention import PACKED_ATTENTION
 from stages.training.forwards import (
     logprobs_in_packs,
     pack_responses,
@@ -29,6 +28,7 @@ from stages.training.models import (
     save_model,
     value_from_reward_model,
 )
+from stages.training.packed_attention import PACKED_ATTENTION
 
 CPU = torch.device("cpu")
 PAD, EOS = 0, 2
