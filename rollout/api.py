@@ -1,10 +1,11 @@
-"""The rollout service's records and its protocol: token ids in; token ids, log-probs and the weight version out.
+"""The rollout service's records and its protocol: token ids in; token ids, log-probs and the weight version
+out.
 
     RolloutRequest --submit--> RolloutEngine --> Rollout
     WeightUpdate   --update--> RolloutEngine         (between pause and resume)
 
-Owns: what travels between a trainer and an engine. Text-free: nothing here knows a tokenizer. No torch at import time.
-"""
+Owns: what travels between a trainer and an engine. Text-free: nothing here knows a tokenizer. No torch at
+import time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How one response is drawn. Nothing else may change the distribution: an engine applies no hidden defaults.
+    """How one response is drawn. Nothing else may change the distribution: an engine applies no hidden
+    defaults.
 
     Example: Sampling(temperature=1.0, max_tokens=32, stop_token_ids=(2,), seed=7)
     """
@@ -28,7 +30,8 @@ class Sampling:
     seed: int  # in [0, 2^63), of this request alone: whatever runs beside it, the response is the same
 
     def __post_init__(self) -> None:
-        """Refuse what an engine would change: vLLM raises temperatures below 0.01 and refuses them above 2."""
+        """Refuse what an engine would change: vLLM raises temperatures below 0.01 and refuses them above
+        2."""
         if not (self.temperature == 0 or 0.01 <= self.temperature <= 2):
             raise ValueError(f"temperature {self.temperature}: use 0 (greedy) or 0.01 to 2")
         if self.max_tokens < 1:
@@ -88,10 +91,12 @@ class WeightUpdate:
 
 
 class RolloutEngine(Protocol):
-    """Request-level and asynchronous. Every call has a deadline (EngineConfig) and raises EngineError beyond it."""
+    """Request-level and asynchronous. Every call has a deadline (EngineConfig) and raises EngineError beyond
+    it."""
 
     async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
-        """Generate for all of `requests`, concurrently with other calls; results in the order of the requests."""
+        """Generate for all of `requests`, concurrently with other calls; results in the order of the
+        requests."""
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Give up on requests in flight: they end with finish_reason "abort". Unknown ids are ignored."""
@@ -100,16 +105,19 @@ class RolloutEngine(Protocol):
         """Stop decoding, abort what is in flight and clear every cache of keys and values. Idempotent."""
 
     async def update(self, update: WeightUpdate) -> None:
-        """Replace all weights and take `update.version`. Only while paused. WeightSyncError: rebuild this engine."""
+        """Replace all weights and take `update.version`. Only while paused. WeightSyncError: rebuild this
+        engine."""
 
     async def resume(self) -> None:
         """Decode again after `pause`."""
 
     async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
-        """Names of the tensors of `update` that the engine does not hold, bit for bit, now. Changes nothing."""
+        """Names of the tensors of `update` that the engine does not hold, bit for bit, now. Changes
+        nothing."""
 
     async def version(self) -> int:
-        """The weight version in force: a real round trip to the process that decodes, so also the health check."""
+        """The weight version in force: a real round trip to the process that decodes, so also the health
+        check."""
 
     async def close(self) -> None:
         """Release processes and memory. Idempotent."""

@@ -1,7 +1,7 @@
 """Settings of the rollout engines and of the weight sync, and the base class of every settings section.
 
-Light import: pydantic only. A field's default lives here and nowhere else. Fields that cannot change the result (names,
-paths, deadlines, worker counts) are marked `EXECUTION` and stay out of a stage's fingerprint.
+Light import: pydantic only. A field's default lives here and nowhere else. Fields that cannot change the
+result (names, paths, deadlines, worker counts) are marked `EXECUTION` and stay out of a stage's fingerprint.
 """
 
 from typing import Any, Literal
@@ -18,7 +18,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def identity(self) -> dict[str, Any]:
-        """The values that can change the result, as plain JSON types; EXECUTION fields are left out at any depth."""
+        """The values that can change the result, as plain JSON types; EXECUTION fields are left out at any
+        depth."""
         return {
             name: _identity_of(getattr(self, name))
             for name, field in type(self).model_fields.items()
@@ -56,7 +57,8 @@ class EngineConfig(Section):
     enforce_eager: bool = Field(default=True, json_schema_extra=EXECUTION)
     """Skip compilation and graph capture: a faster start, slower long runs on a GPU."""
     parity_max_abs_diff: float = Field(default=1e-4, gt=0, json_schema_extra=EXECUTION)
-    """fp32: the run stops when any sampled token's log-prob differs by more between engine and trainer, in nats."""
+    """fp32: the run stops when any sampled token's log-prob differs by more between engine and trainer, in
+    nats."""
     parity_max_mean_ratio: float = Field(default=1.05, gt=1, json_schema_extra=EXECUTION)
     """bf16: the run stops when exp(mean |log-prob difference|) reaches this."""
     parity_num_prompts: int = Field(default=4, ge=1, json_schema_extra=EXECUTION)

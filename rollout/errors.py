@@ -1,12 +1,13 @@
 """Errors a user can cause or must be told about: one line each, with the exit code it ends in.
 
-Owns: the root of the hierarchy, for `rollout` is what every other package may import. The cli prints `str(error)` and
-exits with `exit_code`; anything that is not an `ExpectedError` is our bug (exit 1, traceback in the log).
-"""
+Owns: the root of the hierarchy, for `rollout` is what every other package may import. The cli prints
+`str(error)` and exits with `exit_code`; anything that is not an `ExpectedError` is our bug (exit 1, traceback
+in the log)."""
 
 
 class ExpectedError(Exception):
-    """What, where, how to fix, in one line. Takes exactly one argument, so that it survives a process boundary."""
+    """What, where, how to fix, in one line. Takes exactly one argument, so that it survives a process
+    boundary."""
 
     exit_code = 1
 
@@ -22,7 +23,8 @@ class EngineError(EnvironmentProblem):
 
 
 class WeightSyncError(EngineError):
-    """Weights did not reach an engine whole. The engine must be rebuilt: it may hold a mixture of versions."""
+    """Weights did not reach an engine whole. The engine must be rebuilt: it may hold a mixture of
+    versions."""
 
 
 class ParityError(ExpectedError):
