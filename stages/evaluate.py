@@ -1,7 +1,7 @@
 """Recipe: base, sft and ppo models side by side on the same held-out prompts.
 
     for each model: weights into one engine -> seeded responses -> scoring function, reward model
-    ppo against sft: win rate with its interval, KL on ppo's own samples; perplexity on prepare's held-out text
+    ppo against sft: win rate with its interval, KL on ppo's samples; perplexity on prepare's held-out text
 
 The base model is prompted as a plain continuation (`evaluate.base_prompt`), sft and ppo through their chat
 template."""
