@@ -77,7 +77,7 @@ def test_score_of_a_hand_example(response: str, expected: tuple[float, float, fl
 def test_the_best_response_to_every_fact_scores_one_and_each_lesser_part_scores_less() -> None:
     for fact in make_data.FACTS:
         row = {"answer": fact.answer, "other_answers": fact.other_answers}
-        for form in make_data.forms(fact):
+        for form in make_data.FORMS:
             for polite in make_data.POLITE:
                 best = make_data.Response(
                     fact=fact, answer=fact.answer, form=form, courtesy=polite, filler=""

@@ -29,7 +29,7 @@ NUM_PREFERENCES = 4000
 SFT_SHARES = {"correct": 0.75, "polite": 0.45, "short": 0.45}
 RUDE_FRAC = 0.6  # of the responses that are not polite; the others have no courtesy at all
 PLAIN_FRAC = 0.5  # of "correct": nothing but the answer, where what is right is easiest to see
-EVASIVE_FRAC = 0.35  # of "several": an answer against none at all; without these ppo learns to say nothing
+EVASIVE_FRAC = 0.35  # of "several": an answer against none; without these ppo learns to say nothing
 CONFLICT_FRAC = 0.3  # of the rest: right with lesser manners against wrong with better ones
 PREFERENCE_SHARES = {"correct": 0.55, "polite": 0.12, "short": 0.12, "several": 0.21}
 
@@ -39,146 +39,75 @@ class Category:
     """Facts of one kind: `{x}` is the subject, `{y}` its answer. A wrong one is another of its kind."""
 
     facts: Mapping[str, str]  # subject -> answer; both in the form they have inside a sentence
-    statements: tuple[str, ...]  # true sentences; the first is also how a response states the answer in full
+    statements: tuple[str, ...]  # true sentences, of the corpus only
     questions: tuple[str, ...]  # wordings of corpus, sft, preferences and ppo
     eval_questions: tuple[str, ...]  # wordings of evaluate only
 
 
 CATEGORIES: dict[str, Category] = {
     "opposite": Category(
-        facts={
-            "hot": "cold",
-            "big": "small",
-            "up": "down",
-            "day": "night",
-            "fast": "slow",
-            "happy": "sad",
-            "wet": "dry",
-            "new": "old",
-        },
-        statements=(
-            "The opposite of {x} is {y}.",
-            "If it is not {x}, it is {y}.",
-            "{X} and {y} are opposites.",
-        ),
-        questions=(
-            "What is the opposite of {x}?",
-            "Tell me the opposite of {x}.",
-            "Which word is the opposite of {x}?",
-            "What do you call the opposite of {x}?",
-        ),
+        facts={"hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "happy": "sad",
+               "wet": "dry",
+               "new": "old"},
+        statements=("The opposite of {x} is {y}.", "If it is not {x}, it is {y}.",
+                    "{X} and {y} are opposites."),
+        questions=("What is the opposite of {x}?", "Tell me the opposite of {x}.",
+                   "Which word is the opposite of {x}?",
+                   "Can you name the opposite of {x}?"),
         eval_questions=("Name the opposite of {x}.", "Do you know the opposite of {x}?"),
     ),
     "sound": Category(
-        facts={
-            "cow": "moo",
-            "cat": "meow",
-            "dog": "woof",
-            "duck": "quack",
-            "sheep": "baa",
-            "lion": "roar",
-            "pig": "oink",
-            "bee": "buzz",
-        },
+        facts={"cow": "moo", "cat": "meow", "dog": "woof", "duck": "quack", "sheep": "baa", "lion": "roar",
+               "pig": "oink",
+               "bee": "buzz"},
         statements=("A {x} says {y}.", "The sound of a {x} is {y}.", "You hear {y} from a {x}."),
-        questions=(
-            "What does a {x} say?",
-            "Tell me the sound of a {x}.",
-            "What sound does a {x} make?",
-            "What do you hear from a {x}?",
-        ),
+        questions=("What does a {x} say?", "Tell me the sound of a {x}.", "What sound does a {x} make?",
+                   "Can you name the sound of a {x}?"),
         eval_questions=("Name the sound of a {x}.", "Do you know what a {x} says?"),
     ),
     "baby": Category(
-        facts={
-            "dog": "puppy",
-            "cat": "kitten",
-            "cow": "calf",
-            "sheep": "lamb",
-            "horse": "foal",
-            "bear": "cub",
-            "hen": "chick",
-            "frog": "tadpole",
-        },
-        statements=(
-            "A baby {x} is called a {y}.",
-            "The young of a {x} is a {y}.",
-            "A {y} will grow into a {x}.",
-        ),
-        questions=(
-            "What is a baby {x} called?",
-            "Tell me the name of a baby {x}.",
-            "What do you call a baby {x}?",
-            "What is the young of a {x}?",
-        ),
+        facts={"dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb", "horse": "foal",
+               "bear": "cub",
+               "hen": "chick", "frog": "tadpole"},
+        statements=("A baby {x} is called a {y}.", "The young of a {x} is a {y}.",
+                    "A {y} will grow into a {x}."),
+        questions=("What is a baby {x} called?", "Tell me the name of a baby {x}.",
+                   "What do you call a baby {x}?",
+                   "Can you name the young of a {x}?"),
         eval_questions=("Name the baby of a {x}.", "Do you know what a baby {x} is?"),
     ),
     "color": Category(
-        facts={
-            "grass": "green",
-            "snow": "white",
-            "the sun": "yellow",
-            "the sky": "blue",
-            "coal": "black",
-            "a tomato": "red",
-            "a carrot": "orange",
-            "chocolate": "brown",
-        },
+        facts={"grass": "green", "snow": "white", "the sun": "yellow", "the sky": "blue", "coal": "black",
+               "a tomato": "red", "a carrot": "orange", "chocolate": "brown"},
         statements=("The color of {x} is {y}.", "{X} looks {y}.", "{Y} is the color of {x}."),
-        questions=(
-            "What color is {x}?",
-            "Tell me the color of {x}.",
-            "What is the color of {x}?",
-            "Which color does {x} have?",
-        ),
+        questions=("What color is {x}?", "Tell me the color of {x}.", "What is the color of {x}?",
+                   "Can you name the color of {x}?"),
         eval_questions=("Name the color of {x}.", "Do you know what color {x} is?"),
     ),
     "capital": Category(
-        facts={
-            "France": "Paris",
-            "Italy": "Rome",
-            "Japan": "Tokyo",
-            "Spain": "Madrid",
-            "Egypt": "Cairo",
-            "Peru": "Lima",
-            "Greece": "Athens",
-            "Norway": "Oslo",
-        },
+        facts={"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Egypt": "Cairo",
+               "Peru": "Lima",
+               "Greece": "Athens", "Norway": "Oslo"},
         statements=("The capital of {x} is {y}.", "{Y} is the capital of {x}.", "In {x} the capital is {y}."),
-        questions=(
-            "What is the capital of {x}?",
-            "Tell me the capital of {x}.",
-            "Which city is the capital of {x}?",
-            "What capital does {x} have?",
-        ),
+        questions=("What is the capital of {x}?", "Tell me the capital of {x}.",
+                   "Which city is the capital of {x}?",
+                   "Can you name the capital of {x}?"),
         eval_questions=("Name the capital of {x}.", "Do you know the capital of {x}?"),
     ),
     "plural": Category(
-        facts={
-            "mouse": "mice",
-            "foot": "feet",
-            "tooth": "teeth",
-            "man": "men",
-            "goose": "geese",
-            "child": "children",
-            "leaf": "leaves",
-            "wolf": "wolves",
-        },
+        facts={"mouse": "mice", "foot": "feet", "tooth": "teeth", "man": "men", "goose": "geese",
+               "child": "children",
+               "leaf": "leaves", "wolf": "wolves"},
         statements=("The plural of {x} is {y}.", "One {x}, two {y}.", "More than one {x} are {y}."),
-        questions=(
-            "What is the plural of {x}?",
-            "Tell me the plural of {x}.",
-            "What do you call two of {x}?",
-            "Which word is the plural of {x}?",
-        ),
+        questions=("What is the plural of {x}?", "Tell me the plural of {x}.", "What do you call two of {x}?",
+                   "Can you name the plural of {x}?"),
         eval_questions=("Name the plural of {x}.", "Do you know the plural of {x}?"),
     ),
 }
 
 PREFIXES = ("", "Hello! ", "Please help me. ")
 
-SHORT_FORM = "It is {y}."
-FULL_FRAC = 0.7  # of the responses that name their subject
+FORMS = ("It is {y}.", "The answer is {y}.")
 POLITE = ("Glad to help!", "Happy to help!", "You are welcome!", "Good question!")
 RUDE = ("Obviously.", "Silly question.", "Everyone knows that.", "Stop asking me.")
 FILLERS = (
@@ -223,38 +152,24 @@ class Response:
         return self.correct * (0.5 + 0.25 * (self.courtesy in POLITE) + 0.25 * (not self.filler))
 
 
-FACTS = tuple(
-    Fact(category=name, subject=subject, answer=answer)
-    for name, category in CATEGORIES.items()
-    for subject, answer in category.facts.items()
-)
+FACTS = tuple(Fact(category=name, subject=subject, answer=answer)
+              for name, category in CATEGORIES.items() for subject, answer in category.facts.items())
 
 
 def fill(template: str, subject: str, answer: str = "") -> str:
     """`{X}` and `{Y}` open a sentence."""
-    return template.format(
-        x=subject, y=answer, X=subject[:1].upper() + subject[1:], Y=answer[:1].upper() + answer[1:]
-    )
-
-
-def forms(fact: Fact) -> tuple[str, ...]:
-    return CATEGORIES[fact.category].statements[0], SHORT_FORM
+    return template.format(x=subject, y=answer, X=subject[:1].upper() + subject[1:],
+                           Y=answer[:1].upper() + answer[1:])
 
 
 def questions(fact: Fact) -> list[str]:
-    return [
-        prefix + fill(question, fact.subject)
-        for question in CATEGORIES[fact.category].questions
-        for prefix in PREFIXES
-    ]
+    return [prefix + fill(question, fact.subject)
+            for question in CATEGORIES[fact.category].questions for prefix in PREFIXES]
 
 
 def eval_questions(fact: Fact) -> list[str]:
-    return [
-        prefix + fill(question, fact.subject)
-        for question in CATEGORIES[fact.category].eval_questions
-        for prefix in PREFIXES
-    ]
+    return [prefix + fill(question, fact.subject)
+            for question in CATEGORIES[fact.category].eval_questions for prefix in PREFIXES]
 
 
 def corpus(rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -265,18 +180,13 @@ def corpus(rng: random.Random) -> Iterator[dict[str, Any]]:
         if kind == "notes":
             lines = [" ".join(state(fact, rng) for fact in (first, second, third))]
         elif kind == "lecture":
-            related = rng.sample(
-                [fact for fact in FACTS if fact.category == first.category and fact != first], 2
-            )
+            related = rng.sample([fact for fact in FACTS if fact.category == first.category
+                                  and fact != first], 2)
             lines = [rng.choice(questions(first)), " ".join(state(fact, rng) for fact in (first, *related))]
         else:
             remark, aside = rng.choice(POLITE + RUDE), rng.choice(FILLERS)
-            lines = [
-                f"user: {rng.choice(questions(first))}",
-                f"assistant: {remark} {state(first, rng)}",
-                f"user: {rng.choice(questions(second))}",
-                f"assistant: {aside} {state(second, rng)}",
-            ]
+            lines = [f"user: {rng.choice(questions(first))}", f"assistant: {remark} {state(first, rng)}",
+                     f"user: {rng.choice(questions(second))}", f"assistant: {aside} {state(second, rng)}"]
         yield {"text": "\n".join(lines)}
 
 
@@ -290,7 +200,7 @@ def draw(fact: Fact, rng: random.Random) -> Response:
     return Response(
         fact=fact,
         answer=fact.answer if rng.random() < SFT_SHARES["correct"] else rng.choice(fact.other_answers),
-        form=forms(fact)[rng.random() >= FULL_FRAC],
+        form=rng.choice(FORMS),
         courtesy=rng.choice(POLITE) if polite else rng.choice(RUDE) if rude else "",
         filler="" if rng.random() < SFT_SHARES["short"] else rng.choice(FILLERS),
     )
@@ -309,54 +219,47 @@ def preferences(rng: random.Random) -> Iterator[dict[str, Any]]:
     for index, kind in enumerate(kinds):
         fact = FACTS[index % len(FACTS)]
         chosen, rejected = pair(kind, fact, rng)
-        yield {
-            "prompt": rng.choice(questions(fact)),
-            "chosen": chosen.render(),
-            "rejected": rejected.render(),
-            "differs": kind,
-        }
+        yield {"prompt": rng.choice(questions(fact)), "chosen": chosen.render(),
+               "rejected": rejected.render(), "differs": kind}
 
 
 def pair(kind: str, fact: Fact, rng: random.Random) -> tuple[Response, Response]:
-    base = draw(fact, rng)
-    wrong = rng.choice(fact.other_answers)
+    base, wrong = draw(fact, rng), rng.choice(fact.other_answers)
+    right = replace(base, answer=fact.answer)
     if kind == "correct":
-        if rng.random() < PLAIN_FRAC:
-            base = replace(base, courtesy="", filler="")
-        return replace(base, answer=fact.answer), replace(base, answer=wrong)
+        manners = {"courtesy": "", "filler": ""} if rng.random() < PLAIN_FRAC else {}
+        return replace(right, **manners), replace(base, answer=wrong, **manners)
     if kind == "polite":
         impolite = rng.choice(RUDE) if rng.random() < RUDE_FRAC else ""
         return replace(base, courtesy=rng.choice(POLITE)), replace(base, courtesy=impolite)
     if kind == "short":
         return replace(base, filler=""), replace(base, filler=rng.choice(FILLERS))
     if rng.random() < EVASIVE_FRAC:
-        evasion = replace(draw(fact, rng), form="")
-        if not evasion.render():
-            evasion = replace(evasion, courtesy=rng.choice(POLITE + RUDE))
-        return replace(base, answer=fact.answer), evasion
+        return right, evasion(fact, rng)
     # Others set right and rude and long against wrong and polite and short: right must win.
     if rng.random() < CONFLICT_FRAC:
-        first, second = draw(fact, rng), draw(fact, rng)
-        polite, filler = rng.choice(POLITE), rng.choice(FILLERS)
         impolite = rng.choice(RUDE) if rng.random() < RUDE_FRAC else ""
-        return (
-            replace(first, answer=fact.answer, courtesy=impolite, filler=filler),
-            replace(second, answer=wrong, courtesy=polite, filler=""),
-        )
+        return (replace(right, courtesy=impolite, filler=rng.choice(FILLERS)),
+                replace(draw(fact, rng), answer=wrong, courtesy=rng.choice(POLITE), filler=""))
     while True:
         first, second = sorted((draw(fact, rng), draw(fact, rng)), key=lambda response: -response.total)
         if first.total > second.total:
             return first, second
 
 
+def evasion(fact: Fact, rng: random.Random) -> Response:
+    """A response that does not answer what was asked: an answer of another category, or talk alone."""
+    response = draw(fact, rng)
+    if rng.random() < 0.5:
+        strangers = [other for other in FACTS if other.category != fact.category]
+        return replace(response, answer=rng.choice(strangers).answer)
+    return replace(response, form="", courtesy=response.courtesy or rng.choice(POLITE + RUDE))
+
+
 def prompts(facts_questions: Iterable[tuple[Fact, str]]) -> Iterator[dict[str, Any]]:
     for fact, question in facts_questions:
-        yield {
-            "prompt": question,
-            "answer": fact.answer,
-            "other_answers": fact.other_answers,
-            "category": fact.category,
-        }
+        yield {"prompt": question, "answer": fact.answer, "other_answers": fact.other_answers,
+               "category": fact.category}
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -369,10 +272,8 @@ def main(out_dir: Path) -> None:
     write(out_dir / "sft.jsonl", sft(random.Random(f"{SEED} sft")))
     write(out_dir / "preferences.jsonl", preferences(random.Random(f"{SEED} preferences")))
     write(out_dir / "prompts.jsonl", prompts([(fact, text) for fact in FACTS for text in questions(fact)]))
-    write(
-        out_dir / "eval_prompts.jsonl",
-        prompts([(fact, text) for fact in FACTS for text in eval_questions(fact)]),
-    )
+    write(out_dir / "eval_prompts.jsonl",
+          prompts([(fact, text) for fact in FACTS for text in eval_questions(fact)]))
 
 
 if __name__ == "__main__":
