@@ -145,6 +145,12 @@ class Store:
             (work / "checkpoints").mkdir(exist_ok=True)
         return work
 
+    def discard(self, stage: str, fingerprint: str) -> None:
+        """Forget what an earlier attempt left: a forced stage is made from its start."""
+        work = self.work_dir(stage, fingerprint)
+        with disk_problems(work):
+            shutil.rmtree(work, ignore_errors=True)
+
     def left_complete(self, stage: str, fingerprint: str) -> bool:
         """Whether an execution was killed between its manifest and the rename: only that is missing then."""
         out = self.work_dir(stage, fingerprint) / "out"

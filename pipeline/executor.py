@@ -53,6 +53,7 @@ from pipeline.progress import Progress
 from rollout.errors import EnvironmentProblem, ExpectedError
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data import readers
+from stages.data.scoring import load_judge
 from stages.runtime import Runtime, StageResources
 
 POLL_S = 0.3
@@ -90,6 +91,11 @@ class StageJob:
     lock_timeout_s: float
     side_by_side: int  # stages that may run at the same time: their threads share the cores
     replace: bool
+
+    @property
+    def num_threads(self) -> int:
+        """This stage's share of the cores of the machine it is asked on."""
+        return max(1, len(os.sched_getaffinity(0)) // self.side_by_side)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +178,17 @@ def plan_stage(
 
 
 def validate_data(planned: PlannedRun) -> None:
-    """Read every dataset of the stages that will run, before anything starts. Raises DataError."""
+    """Read every dataset of the stages that will run, and load the scoring function, before anything starts.
+
+    Raises DataError.
+    """
     for stage in planned.to_run:
         sources = [source for _, source in dag.data_sources(planned.config, stage)]
         if sources:
             readers.read(sources, stage, seed=planned.config.seed)  # type: ignore[arg-type]  # stages with data
+    evaluate = planned.config.evaluate
+    if "evaluate" in planned.to_run and evaluate is not None and evaluate.score is not None:
+        load_judge(evaluate.score)
 
 
 def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
@@ -217,6 +229,8 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         present = None if job.replace else store.find(node.stage, node.fingerprint)
         if present is not None:
             return _result(present, skipped=True)
+        if job.replace:
+            store.discard(node.stage, node.fingerprint)
         if not store.left_complete(node.stage, node.fingerprint):
             _run_recipe(job, store)
         return _result(store.publish(node, replace=job.replace), skipped=False)
@@ -518,7 +532,7 @@ def _settle_process(job: StageJob) -> None:
     Before torch is imported here; Ray sets OMP_NUM_THREADS=1 for a task with no CPUs of its own.
     """
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // job.side_by_side))
+    os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
     if not job.resources.num_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with disk_problems(job.log_dir):
@@ -543,8 +557,12 @@ def _run_recipe(job: StageJob, store: Store) -> None:
         resources=job.resources,
         executor=job.executor,
         placement_timeout_s=job.placement_timeout_s,
+        num_threads=job.num_threads,
     )
     metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
+    if not (work / METRICS).exists():  # a stage of one step
+        line = {"step": 1, **{f"{node.stage}/{key}": _plain(value) for key, value in metrics.items()}}
+        write_synced(work / METRICS, json.dumps(line) + "\n")
     store.seal(
         node,
         resolved=node.settings.model_dump(mode="json"),

@@ -6,7 +6,7 @@ A recipe receives its `XxxSettings`: the sections it may read and no others, so 
 fingerprinted."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -221,8 +221,8 @@ class PPOConfig(TrainingConfig):
     """Responses sampled per prompt."""
     max_response_tokens: int = Field(default=32, ge=1)
     """Response tokens at most, the end token included."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; policy log-probs are taken at the same."""
+    temperature: float = Field(default=1.0, ge=0.01, le=2)
+    """Sampling temperature, 0.01 to 2; policy log-probs are taken at the same."""
     num_epochs: int = Field(default=2, ge=1)  # type: ignore[assignment]  # passes over one batch of rollouts
     """Passes over each batch of rollouts."""
     lr: float = Field(default=3e-4, gt=0, le=1)
@@ -291,6 +291,11 @@ class PPOConfig(TrainingConfig):
         return self.num_prompts * self.samples_per_prompt
 
     @property
+    def pack_size(self) -> int:
+        """Responses per forward: a micro-batch is never larger than the batch it is part of."""
+        return min(self.micro_batch_size, self.batch_size)
+
+    @property
     def reads_reference(self) -> bool:
         """Whether anything weighs the KL to the reference."""
         return self.kl_coef > 0
@@ -305,6 +310,16 @@ class PPOConfig(TrainingConfig):
             )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("kl_controller adaptive scales kl_coef, which is 0; give it a start value")
+        if self.batch_size % self.pack_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}, and packs are never torn"
+            )
+        if self.kl_horizon < self.responses_per_step:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} is below the {self.responses_per_step} responses of an "
+                "iteration"
+            )
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(
                 f"dual_clip {self.dual_clip:g} is not above 1 + clip_high = {1 + self.clip_high:g}"
@@ -323,8 +338,8 @@ class EvaluateConfig(Section):
     """Prompts used, from the start of the data."""
     max_response_tokens: int = Field(default=32, ge=1)
     """Response tokens at most."""
-    temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature; 0 is greedy."""
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    """Sampling temperature, up to 2; 0 is greedy."""
     base_prompt: str = "{prompt}\n"
     """How the base model is prompted, as a plain continuation; it ends at a line break or the end of its
     document."""
@@ -334,7 +349,9 @@ class EvaluateConfig(Section):
     """Rows of the sample table."""
 
     @model_validator(mode="after")
-    def _base_prompt_has_a_place(self) -> Self:
+    def _consistent(self) -> Self:
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature {self.temperature:g}: use 0 (greedy) or 0.01 to 2")
         if "{prompt}" not in self.base_prompt:
             raise ValueError("base_prompt has no {prompt} in it")
         return self
@@ -352,6 +369,11 @@ class PrepareSettings(StageSettings):
     """What the prepare recipe may read."""
 
     prepare: PrepareConfig
+
+    def identity(self) -> dict[str, Any]:
+        """Of `model:` only what this recipe reads; a given model and a template are identified by their
+        content."""
+        return {**super().identity(), "model": {"context_length": self.model.context_length}}
 
 
 class PretrainSettings(StageSettings):

@@ -6,9 +6,10 @@
 The base model is prompted as a plain continuation (`evaluate.base_prompt`), sft and ppo through their chat
 template."""
 
+import contextlib
+import functools
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from rollout.api import Rollout, RolloutRequest, Sampling
-from rollout.weight_sync import ModuleSource, WeightSync
+from rollout.weight_sync import ModuleSource, ParityGate, WeightSync
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
@@ -30,7 +31,7 @@ from stages.rollout_source import EngineClient, open_engines
 from stages.runtime import Runtime
 from stages.training.distributed import Worker, launch
 from stages.training.evaluation import perplexity
-from stages.training.forwards import logprobs_in_packs, scores_in_packs
+from stages.training.forwards import logprobs_by, logprobs_in_packs, scores_in_packs, with_end
 from stages.training.models import (
     CausalLM,
     ScoreNormaliser,
@@ -53,6 +54,7 @@ class Candidate:
     model: CausalLM
     prompts: list[tuple[int, ...]]
     rollouts: list[Rollout] = field(default_factory=list)
+    kl_rollouts: list[Rollout] = field(default_factory=list)  # ppo only: sampled at temperature 1
     texts: list[str] = field(default_factory=list)
     judged: list[dict[str, float]] = field(
         default_factory=list
@@ -81,17 +83,14 @@ def evaluate(
     candidates = _candidates(inputs, prompts, chat, config, worker.device)
 
     # 2. Responses: one engine, each model's weights in turn.
-    _generate(candidates, settings, inputs, chat, worker.runtime)
+    _generate(candidates, settings, inputs, chat, worker)
 
     # 3. Scores.
     reward_model = freeze(load_reward_model(inputs["reward"])).to(worker.device)
     normaliser = ScoreNormaliser.load(inputs["reward"])
     for candidate in candidates:
         candidate.texts = [_text(candidate, rollout, chat) for rollout in candidate.rollouts]
-        sequences = [
-            (*chat.prompt_ids(prompt.messages), *chat.response_ids(text))
-            for prompt, text in zip(prompts, candidate.texts, strict=True)
-        ]
+        sequences = _scored_sequences(candidate, prompts, chat)
         raw = scores_in_packs(
             reward_model, sequences, micro_batch_size=MICRO_BATCH_SIZE, device=worker.device
         )
@@ -160,32 +159,59 @@ def _generate(
     settings: EvaluateSettings,
     inputs: Mapping[str, Path],
     chat: ChatTokenizer,
-    runtime: Runtime,
+    worker: Worker,
 ) -> None:
-    """Fill in every candidate's rollouts. The engine starts on the sft model and takes each model's weights
-    by sync."""
-    with ExitStack() as stack:
-        client = stack.enter_context(
-            open_engines(
-                settings.rollout,
-                model_dir=inputs["sft"],
-                dtype="float32",
-                max_model_len=settings.model.context_length,
-                runtime=runtime,
-            )
-        )
+    """Fill in every candidate's rollouts: one engine takes each model's weights by sync, and is checked after
+    it."""
+    engines = open_engines(
+        settings.rollout,
+        model_dir=inputs["sft"],
+        dtype="float32",
+        max_model_len=settings.model.context_length,
+        runtime=worker.runtime,
+    )
+    with engines as client:
         for version, candidate in enumerate(candidates, start=1):
-            source = ModuleSource(candidate.model.inner, dtype="float32")
-            sync = WeightSync(source, engine=client.engine, loop=client.loop, config=client.config)
-            stack.callback(sync.close)
-            sync.sync(version)
-            candidate.rollouts = _sample(client, candidate, settings, chat)
+            with contextlib.closing(_sync(client, candidate)) as sync:
+                sync.sync(version)
+                _gate(sync, candidate, settings, chat, worker.device).check(version)
+            sample = functools.partial(_sample, client, candidate, settings, chat)
+            candidate.rollouts = sample(temperature=settings.evaluate.temperature)
+            if candidate.name == "ppo":
+                at_one = settings.evaluate.temperature == 1.0
+                candidate.kl_rollouts = candidate.rollouts if at_one else sample(temperature=1.0)
+
+
+def _sync(client: EngineClient, candidate: Candidate) -> WeightSync:
+    source = ModuleSource(candidate.model.inner, dtype="float32")
+    return WeightSync(source, engine=client.engine, loop=client.loop, config=client.config)
+
+
+def _gate(
+    sync: WeightSync,
+    candidate: Candidate,
+    settings: EvaluateSettings,
+    chat: ChatTokenizer,
+    device: torch.device,
+) -> ParityGate:
+    return ParityGate(
+        sync,
+        prompts=candidate.prompts[: settings.rollout.parity_num_prompts],
+        stop_token_ids=chat.stop_token_ids,
+        temperature=1.0,
+        seed=stage_seed(settings.seed, "evaluate", "probe"),
+        logprobs_of=logprobs_by(candidate.model, micro_batch_size=MICRO_BATCH_SIZE, device=device),
+    )
 
 
 def _sample(
-    client: EngineClient, candidate: Candidate, settings: EvaluateSettings, chat: ChatTokenizer
+    client: EngineClient,
+    candidate: Candidate,
+    settings: EvaluateSettings,
+    chat: ChatTokenizer,
+    *,
+    temperature: float,
 ) -> list[Rollout]:
-    config = settings.evaluate
     stop = (chat.separator_id, *chat.stop_token_ids) if candidate.name == "base" else chat.stop_token_ids
     return client.generate(
         [
@@ -193,8 +219,8 @@ def _sample(
                 request_id=f"evaluate-{candidate.name}-{index}",
                 prompt_ids=prompt,
                 sampling=Sampling(
-                    temperature=config.temperature,
-                    max_tokens=config.max_response_tokens,
+                    temperature=temperature,
+                    max_tokens=settings.evaluate.max_response_tokens,
                     stop_token_ids=stop,
                     seed=stage_seed(settings.seed, "evaluate", index),
                 ),
@@ -202,6 +228,22 @@ def _sample(
             for index, prompt in enumerate(candidate.prompts)
         ]
     )
+
+
+def _scored_sequences(
+    candidate: Candidate, prompts: Sequence[Prompt], chat: ChatTokenizer
+) -> list[tuple[int, ...]]:
+    """What the reward model reads: the sampled ids themselves, but for base, whose answer is put into the
+    chat."""
+    if candidate.name == "base":
+        return [
+            (*chat.prompt_ids(prompt.messages), *chat.response_ids(text))
+            for prompt, text in zip(prompts, candidate.texts, strict=True)
+        ]
+    return [
+        (*rollout.prompt_ids, *with_end(rollout.response_ids, chat.end_of_turn_id, chat.stop_token_ids))
+        for rollout in candidate.rollouts
+    ]
 
 
 def _text(candidate: Candidate, rollout: Rollout, chat: ChatTokenizer) -> str:
@@ -242,7 +284,7 @@ def _win_rate(ppo: Candidate, sft: Candidate, settings: EvaluateSettings) -> dic
 
 def _kl(ppo: Candidate, sft: Candidate, device: torch.device) -> float:
     """KL(ppo || sft) in nats per response: k1 on ppo's own responses, at temperature 1."""
-    responses = [rollout.response_ids for rollout in ppo.rollouts]
+    responses = [rollout.response_ids for rollout in ppo.kl_rollouts]
     ours, theirs = (
         logprobs_in_packs(
             candidate.model,

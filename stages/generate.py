@@ -3,6 +3,7 @@
 prompt --chat template, if the model has one--> ids --> engine --> response ids --> text
 """
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -53,10 +54,15 @@ def generate(
             resources=StageResources(),
             executor="inline",
             placement_timeout_s=60.0,
+            num_threads=len(os.sched_getaffinity(0)),
         )
         config = EngineConfig(engine=engine, max_num_seqs=1, kv_cache_mib=64)
         with open_engines(
-            config, model_dir=model_dir, dtype="float32", max_model_len=context, runtime=runtime
+            config,
+            model_dir=model_dir,
+            dtype="float32",
+            max_model_len=len(ids) + sampling.max_tokens,
+            runtime=runtime,
         ) as client:
             request = RolloutRequest(request_id="generate", prompt_ids=ids, sampling=sampling)
             (rollout,) = client.generate([request])

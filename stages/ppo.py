@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rollout.errors import WeightSyncError
 from rollout.weight_sync import ModuleSource, ParityGate, ParityReport, SyncReport, WeightSync
 from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
@@ -21,11 +22,19 @@ from stages.data.experience import Judgement, RolloutPack, assemble, pack_rollou
 from stages.data.readers import read_prompts
 from stages.errors import DataError, ModelError, TrainingStopped
 from stages.objectives.kl import AdaptiveKl, FixedKl, KlController
-from stages.rollout_source import ENGINE_DTYPE, EngineClient, Source, SourcePlan, open_engines, open_source
+from stages.rollout_source import (
+    ENGINE_DTYPE,
+    EngineClient,
+    RolloutBatch,
+    Source,
+    SourcePlan,
+    open_engines,
+    open_source,
+)
 from stages.runtime import Runtime
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import Worker, launch
-from stages.training.forwards import logprobs_in_packs
+from stages.training.forwards import logprobs_by
 from stages.training.metrics import MetricsLog, StepLog
 from stages.training.models import full_state, save_model
 from stages.training.ppo_models import judge, load_ppo_models
@@ -114,17 +123,7 @@ def train(
         stop_token_ids=chat.stop_token_ids,
         temperature=config.temperature,
         seed=stage_seed(settings.seed, "ppo", "probe"),
-        logprobs_of=lambda prompts, responses, temperature: [
-            logprobs_T.tolist()
-            for logprobs_T in logprobs_in_packs(
-                models.policy,
-                prompts,
-                responses,
-                temperature=temperature,
-                micro_batch_size=config.micro_batch_size,
-                device=worker.device,
-            )
-        ],
+        logprobs_of=logprobs_by(models.policy, micro_batch_size=config.pack_size, device=worker.device),
     )
     try:
         sync.sync(first_step)
@@ -135,15 +134,23 @@ def train(
             clock = Clock()
             with clock.measure("generation"):
                 batch = source.next(step)
+            _check_versions(batch, step)
             with clock.measure("scoring"):
                 packs = pack_rollouts(
                     batch.rollouts,
-                    micro_batch_size=config.micro_batch_size,
+                    micro_batch_size=config.pack_size,
                     max_length=config.max_response_tokens,
                     device=worker.device,
                 )
                 judgements = [
-                    judge(models, pack, config, end_of_turn_id=chat.end_of_turn_id) for pack in packs
+                    judge(
+                        models,
+                        pack,
+                        config,
+                        end_of_turn_id=chat.end_of_turn_id,
+                        stop_token_ids=chat.stop_token_ids,
+                    )
+                    for pack in packs
                 ]
                 experiences, summary = assemble(packs, judgements, config, kl_coef=controller.coef)
             _stop_if_kl_exploded(step, summary, config)
@@ -154,6 +161,9 @@ def train(
                 parity = gate.check(step + 1)
             if "rollout/kl" in summary:
                 controller = controller.updated(kl=summary["rollout/kl"], num_sequences=len(batch.rollouts))
+            if (step + 1) % config.log_every_steps == 0 or step + 1 == config.max_steps:
+                log(step + 1, {**summary, **update, **clock.metrics(), **_sync_metrics(report, parity)})
+            rollouts_log.write(_rollout_lines(step + 1, packs, judgements, chat, config))
             totals.add(
                 clock,
                 summary,
@@ -161,9 +171,6 @@ def train(
                 sync_seconds=report.seconds,
                 parity_max_abs_diff=parity.max_abs_diff,
             )
-            if (step + 1) % config.log_every_steps == 0 or step + 1 == config.max_steps:
-                log(step + 1, {**summary, **update, **clock.metrics(), **_sync_metrics(report, parity)})
-            rollouts_log.write(_rollout_lines(step + 1, packs, judgements, chat, config))
             if (step + 1) % config.checkpoint_every_steps == 0 and step + 1 < config.max_steps:
                 state = {"controller": controller.state_dict(), "totals": totals.state_dict()}
                 checkpoints.save(step + 1, learner.parts, state)
@@ -196,6 +203,16 @@ def _controller(config: PPOConfig) -> KlController:
     if config.kl_controller == "fixed":
         return FixedKl(coef=config.kl_coef)
     return AdaptiveKl(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+
+
+def _check_versions(batch: RolloutBatch, version: int) -> None:
+    """In sync mode every token of a batch was drawn by the weights of the last sync."""
+    drawn_by = {drawn for rollout in batch.rollouts for drawn in rollout.weight_versions}
+    if drawn_by != {version}:
+        raise WeightSyncError(
+            f"ppo step {batch.step + 1}: tokens were drawn by weight versions {sorted(drawn_by)}, "
+            f"not {version}"
+        )
 
 
 def _stop_if_kl_exploded(step: int, summary: Mapping[str, float], config: PPOConfig) -> None:

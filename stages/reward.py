@@ -46,6 +46,7 @@ class Example:
     """One pair as token ids."""
 
     ids: PairIds
+    has_whole_prompt: bool  # nothing was cut from the prompt's start to fit the context
     group: str | None  # value of `reward.group_column`
 
     @property
@@ -164,7 +165,11 @@ def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
         if fitting is None:
             num_dropped += 1
             continue
-        example = Example(ids=fitting, group=_group(pair, config.group_column))
+        example = Example(
+            ids=fitting,
+            has_whole_prompt=len(fitting.prompt) == len(ids.prompt),
+            group=_group(pair, config.group_column),
+        )
         (heldout if content_share(split_key(pair)) < config.heldout_frac else train).append(example)
     for name, part in (("training", train), ("held-out", heldout)):
         if not part:
@@ -267,7 +272,8 @@ def _normaliser_sequences(
     if config.init_from == "pretrain":
         return [sequence for example in examples.heldout for sequence in (example.chosen, example.rejected)]
     longest = settings.model.context_length - config.normaliser_max_response_tokens
-    prompts = dict.fromkeys(example.ids.prompt for example in (*examples.heldout, *examples.train))
+    whole = (example for example in (*examples.heldout, *examples.train) if example.has_whole_prompt)
+    prompts = dict.fromkeys(example.ids.prompt for example in whole)
     fitting = [prompt for prompt in prompts if len(prompt) <= longest][: config.normaliser_prompts]
     if len(fitting) < 2:
         raise DataError(
@@ -295,7 +301,8 @@ def _normaliser_sequences(
     ) as client:
         rollouts = client.generate(requests)
     return [
-        (*rollout.prompt_ids, *with_end(rollout.response_ids, chat.end_of_turn_id)) for rollout in rollouts
+        (*rollout.prompt_ids, *with_end(rollout.response_ids, chat.end_of_turn_id, chat.stop_token_ids))
+        for rollout in rollouts
     ]
 
 

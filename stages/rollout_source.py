@@ -1,7 +1,7 @@
 """What a PPO trainer pulls from: prompts -> engines -> rollouts. Also how a stage opens engines at all.
 
     stage task:   with open_engines(...) as engines:  source = open_source(engines, ...)
-    trainer:      source.next(step) -> RolloutBatch      engines.client() for weight sync and parity
+    trainer:      source.next(step) -> RolloutBatch      client.engine for weight sync and parity
 
 `RolloutSource` owns prompt order, seeds and the batch; a plain class: Ray wraps it in an actor, inline runs
 it on a thread. Nothing depends on iterator state: what step `s` samples is a function of the seed and `s`.

@@ -35,3 +35,4 @@ class Runtime:
     resources: StageResources
     executor: Literal["ray", "inline"]  # inline: every part of the stage in this process, without Ray
     placement_timeout_s: float  # deadline for Ray to place this stage's workers
+    num_threads: int  # cores this stage may compute with: fewer where stages run side by side

@@ -20,7 +20,9 @@ from pipeline import dag
 ROOT = Path(__file__).parents[1]
 LOCK = Path(__file__).with_name("recipe_versions.json")
 FIRST_PARTY = ("stages", "rollout")
-LOADED_BY_NAME: Mapping[str, tuple[str, ...]] = {"rollout.vllm_engine": ("rollout.vllm_plugin",)}
+LOADED_BY_NAME: Mapping[str, tuple[str, ...]] = {
+    "rollout.vllm_engine": ("rollout.vllm_plugin", "rollout.vllm_receiver")
+}
 """Modules that vLLM imports in its own processes, through the entry point of pyproject.toml."""
 
 

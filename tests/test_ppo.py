@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
+from inline import runtime_in, worker_in
 
 from rollout.api import Rollout
 from rollout.config import EngineConfig
@@ -14,14 +15,15 @@ from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
 from stages.errors import ModelError, TrainingStopped
 from stages.ppo import run
-from stages.runtime import Runtime, StageResources
-from stages.training.distributed import Worker
+from stages.training.forwards import sequence_scores
+from stages.training.metrics import read_steps
 from stages.training.models import ScoreNormaliser, full_state, reward_from_causal_lm, save_model
 from stages.training.ppo_models import judge, load_ppo_models
 from stages.training.ppo_update import Learner
 
 CPU = torch.device("cpu")
-PAD, EOS = 0, 2
+PAD, EOS, OTHER_STOP = 0, 2, 301
+ENDS = {"end_of_turn_id": EOS, "stop_token_ids": (EOS, OTHER_STOP)}
 CONFIG = PPOConfig(
     data=[DataSource(path="unused")],
     max_steps=3,
@@ -51,23 +53,6 @@ def inputs(tied_model_dir, tmp_path_factory):
     return {"sft": tied_model_dir, "reward": directory}
 
 
-def runtime_in(directory: Path) -> Runtime:
-    for name in ("work", "logs", "out"):
-        (directory / name).mkdir(parents=True, exist_ok=True)
-    return Runtime(
-        stage="ppo",
-        work_dir=directory / "work",
-        log_dir=directory / "logs",
-        resources=StageResources(),
-        executor="inline",
-        placement_timeout_s=30,
-    )
-
-
-def worker_in(directory: Path) -> Worker:
-    return Worker(rank=0, world_size=1, device=CPU, runtime=runtime_in(directory))
-
-
 def some_rollouts(count=8) -> list[Rollout]:
     generator = torch.Generator().manual_seed(5)
     rollouts = []
@@ -90,9 +75,32 @@ def some_rollouts(count=8) -> list[Rollout]:
 
 
 def judged_batch(inputs, tmp_path, config=CONFIG):
-    models = load_ppo_models(config, inputs, worker_in(tmp_path))
+    models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
     packs = pack_rollouts(some_rollouts(), micro_batch_size=config.micro_batch_size, max_length=6, device=CPU)
-    return models, packs, [judge(models, pack, config, end_of_turn_id=EOS) for pack in packs]
+    return models, packs, [judge(models, pack, config, **ENDS) for pack in packs]
+
+
+def test_pin_13_ppo_scores_a_response_as_if_it_had_ended_with_the_end_of_turn_however_it_ended(
+    inputs, tmp_path
+):
+    """Cut off, ended by the end of turn, and ended by another stop token: one and the same score."""
+    models = load_ppo_models(CONFIG, inputs, worker_in(tmp_path, "ppo"))
+    like = some_rollouts(1)[0]
+    endings = {"length": (9, 12), "stop": (9, 12, EOS), "other": (9, 12, OTHER_STOP)}
+    rollouts = [
+        replace(
+            like,
+            response_ids=ids,
+            logprobs=(-1.0,) * len(ids),
+            weight_versions=(0,) * len(ids),
+            finish_reason="length" if name == "length" else "stop",
+        )
+        for name, ids in endings.items()
+    ]
+    (pack,) = pack_rollouts(rollouts, micro_batch_size=3, max_length=6, device=CPU)
+    scores = judge(models, pack, CONFIG, **ENDS).scores_B
+    raw = sequence_scores(models.reward_model, [(*like.prompt_ids, 9, 12, EOS)], device=CPU)
+    torch.testing.assert_close(scores, ((raw - 0.1) / 1.5).expand(3), atol=1e-6, rtol=0)
 
 
 def test_pin_4_the_first_ratio_is_exactly_one_and_close_to_it_under_another_split(inputs, tmp_path):
@@ -103,7 +111,7 @@ def test_pin_4_the_first_ratio_is_exactly_one_and_close_to_it_under_another_spli
 
     models, _, _ = judged_batch(inputs, tmp_path)
     whole = pack_rollouts(some_rollouts(), micro_batch_size=8, max_length=6, device=CPU)
-    other = judge(models, whole[0], CONFIG, end_of_turn_id=EOS).anchor_logprobs_BT
+    other = judge(models, whole[0], CONFIG, **ENDS).anchor_logprobs_BT
     by_id = {
         rollout.request_id: row
         for pack, judgement in zip(packs, judgements, strict=True)
@@ -138,7 +146,7 @@ def test_pin_19_rewards_of_a_response_add_up_to_score_minus_beta_kl(inputs, tmp_
     with torch.no_grad():
         for parameter in models.policy.parameters():
             parameter.mul_(1.05)
-    judgements = [judge(models, pack, config, end_of_turn_id=EOS) for pack in packs]
+    judgements = [judge(models, pack, config, **ENDS) for pack in packs]
     experiences, _ = assemble(packs, judgements, config, kl_coef=0.3)
     for judgement, experience in zip(judgements, experiences, strict=True):
         expected = judgement.scores_B - 0.3 * judgement.kl_B
@@ -213,19 +221,19 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
     )
 
     def kl_after(kl_coef):
-        models = load_ppo_models(config, inputs, worker_in(tmp_path))
+        models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
         with torch.no_grad():
             for index, parameter in enumerate(models.policy.parameters()):
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
                 parameter.add_(noise, alpha=0.03)
         packs = pack_rollouts(some_rollouts(), micro_batch_size=2, max_length=6, device=CPU)
-        judgements = [judge(models, pack, config, end_of_turn_id=EOS) for pack in packs]
+        judgements = [judge(models, pack, config, **ENDS) for pack in packs]
         experiences, _ = assemble(packs, judgements, config, kl_coef=kl_coef)
         silent = [replace(item, advantages_BT=torch.zeros_like(item.advantages_BT)) for item in experiences]
         learner = Learner(models, config, seed=0)
         for step in range(3):
             learner.update(step, silent, kl_coef=kl_coef)
-        after = torch.cat([judge(models, pack, config, end_of_turn_id=EOS).kl_B for pack in packs])
+        after = torch.cat([judge(models, pack, config, **ENDS).kl_B for pack in packs])
         return float(after.square().mean())
 
     assert kl_after(1.0) < 0.7 * kl_after(0.0)
@@ -290,7 +298,7 @@ def prompts(tmp_path):
 
 
 def run_in(directory, settings, inputs):
-    runtime = runtime_in(directory)
+    runtime = runtime_in(directory, "ppo")
     metrics = run(settings, inputs, directory / "out", runtime)
     weights = blake3((directory / "out" / "model.safetensors").read_bytes()).hexdigest()
     return metrics, weights, (directory / "out" / "rollouts.jsonl").read_text()
@@ -305,26 +313,49 @@ def test_pin_35_the_same_run_twice_gives_identical_token_ids_and_weights(inputs,
     assert metrics["samples_per_second"] > 0 and metrics["sync_seconds_median"] > 0
 
 
-def test_pin_40_a_run_that_died_and_went_on_ends_in_the_same_bits(inputs, prompts, tmp_path, monkeypatch):
-    _, whole, rollouts = run_in(tmp_path / "whole", settings_for(prompts), inputs)
+class Killed(Exception):
+    """Stands for a SIGKILL in the middle of an update."""
 
-    class Killed(Exception):
-        """Stands for a SIGKILL in the middle of an update."""
 
+def run_killed_in_step(step_to_die_in, directory, settings, inputs, monkeypatch):
     update = Learner.update
 
     def dying(self, step, experiences, *, kl_coef):
-        if step == 2:
+        if step == step_to_die_in:
             raise Killed
         return update(self, step, experiences, kl_coef=kl_coef)
 
-    monkeypatch.setattr(Learner, "update", dying)
-    with pytest.raises(Killed):
-        run_in(tmp_path / "killed", settings_for(prompts), inputs)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", dying)
+        with pytest.raises(Killed):
+            run_in(directory, settings, inputs)
+
+
+def test_pin_40_a_run_that_died_and_went_on_ends_in_the_same_bits(inputs, prompts, tmp_path, monkeypatch):
+    _, whole, rollouts = run_in(tmp_path / "whole", settings_for(prompts), inputs)
+    run_killed_in_step(2, tmp_path / "killed", settings_for(prompts), inputs, monkeypatch)
     metrics, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings_for(prompts), inputs)
     assert (resumed, resumed_rollouts) == (whole, rollouts)
     assert metrics["steps"] == 3.0
+
+
+def test_pin_29_the_adaptive_kl_coef_goes_on_where_a_killed_run_left_it(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    """The target is out of reach and the horizon one batch: beta falls by a fifth in every iteration."""
+    settings = settings_for(
+        prompts, kl_controller="adaptive", kl_coef=0.5, kl_target=1e6, kl_horizon=8, checkpoint_every_steps=2
+    )
+
+    def coefs(directory):
+        return [line["rollout/kl_coef"] for line in read_steps(directory / "work" / "metrics.jsonl")]
+
+    _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+    run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
+    _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
+    assert coefs(tmp_path / "whole") == pytest.approx([0.5, 0.4, 0.32])
+    assert coefs(tmp_path / "killed") == coefs(tmp_path / "whole")
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
 
 
 def test_a_kl_beyond_its_cap_stops_the_run(inputs, prompts, tmp_path):

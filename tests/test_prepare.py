@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
+from inline import runtime_in
 from transformers import AutoTokenizer
 
 from stages import prepare
@@ -14,7 +15,7 @@ from stages.data.chat import CHATML, ChatTokenizer
 from stages.data.records import Message
 from stages.data.shards import TokenShards, heldout_sequences
 from stages.errors import DataError
-from stages.runtime import Runtime, StageResources
+from stages.runtime import Runtime
 
 NOUNS = ["cat", "dog", "house", "tree", "river", "teacher", "window", "garden"]
 VERBS = ["sees", "likes", "finds", "paints"]
@@ -28,14 +29,7 @@ DOCUMENTS = [
 
 @pytest.fixture
 def runtime(tmp_path: Path) -> Runtime:
-    return Runtime(
-        stage="prepare",
-        work_dir=tmp_path / "work",
-        log_dir=tmp_path / "logs",
-        resources=StageResources(),
-        executor="inline",
-        placement_timeout_s=1.0,
-    )
+    return runtime_in(tmp_path, "prepare")
 
 
 def corpus(path: Path, texts: list[str]) -> Path:
@@ -104,7 +98,6 @@ def test_the_same_documents_give_the_same_bytes(tmp_path, runtime):
 
 
 def test_any_text_survives_encoding_and_forged_special_tokens_stay_text(tmp_path, runtime):
-    """Pin 11."""
     odd = "<|endoftext|><|im_end|> naïve 日本語 🎉 \t tabs, 12345"
     prepare.run(settings(corpus(tmp_path / "a.jsonl", [*DOCUMENTS, odd])), {}, tmp_path / "out", runtime)
     chat = ChatTokenizer.load(tmp_path / "out")

@@ -31,8 +31,17 @@ def load_judge(config: ScoreFunction) -> Judge:
         raise DataError(f"{where}: no such function in it; set evaluate.score.function")
     function = vars(module)[config.function]
 
+    names: set[str] = set()  # of the first result: every later one has the same parts
+
     def judge(prompt: str, response: str, row: Mapping[str, Any]) -> dict[str, float]:
-        return _checked(where, _guarded(where, function, prompt, response, row))
+        parts = _checked(where, _guarded(where, function, prompt, response, row))
+        names.update(parts if not names else ())
+        if parts.keys() != names:
+            odd = ", ".join(sorted(names ^ parts.keys()))
+            raise DataError(
+                f"{where}: {odd}: in some results and not in others; always return the same parts"
+            )
+        return parts
 
     return judge
 

@@ -6,14 +6,15 @@ and for N.
 Owns: placement and its deadline, process groups, devices, thread counts, sharding. The stage task holds no
 tensors."""
 
-import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -58,7 +59,7 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
     if precision == "fp32" and worker.world_size == 1:
         return model
     if not trained and worker.world_size == 1:
-        return model.to(torch.bfloat16)
+        return _with_bf16_parameters(model)
     _ensure_process_group(worker)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -66,9 +67,17 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
     return model
 
 
+def _with_bf16_parameters(model: nn.Module) -> nn.Module:
+    """Parameters cast, buffers not, as `fully_shard` does: rotary frequencies in bf16 would be other
+    positions."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 def worker_environment(runtime: Runtime) -> dict[str, str]:
     """Environment of a worker process: passive waiting and all cores, for trainer and engine alternate."""
-    threads = max(1, len(os.sched_getaffinity(0)) // runtime.resources.num_workers)
+    threads = max(1, runtime.num_threads // runtime.resources.num_workers)
     environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
     if not runtime.resources.num_gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -76,7 +85,7 @@ def worker_environment(runtime: Runtime) -> dict[str, str]:
 
 
 def _in_this_process(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(runtime.num_threads)
     try:
         return train(Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime), **arguments)
     finally:
@@ -150,9 +159,11 @@ class _TrainingActor:
 
     def free_address(self) -> str:
         """host:port on this node for the process group's rendezvous."""
+        import ray
+
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return f"{socket.gethostbyname(socket.gethostname())}:{probe.getsockname()[1]}"
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def run(
         self,
@@ -167,7 +178,25 @@ class _TrainingActor:
         if worker.world_size > 1:
             backend = "nccl" if worker.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, f"tcp://{address}", world_size=worker.world_size, rank=rank)
-        return train(worker, **arguments)
+        with _exclusive(runtime, rank):
+            return train(worker, **arguments)
+
+
+@contextmanager
+def _exclusive(runtime: Runtime, rank: int) -> Iterator[None]:
+    """One trainer at a time per work directory: after a kill, the last run's worker may live on for some
+    seconds."""
+    lock = FileLock(runtime.work_dir / f"trainer-{rank}.lock")
+    try:
+        lock.acquire(timeout=runtime.placement_timeout_s)
+    except Timeout as error:
+        raise EnvironmentProblem(
+            f"{runtime.stage}: another process is still training in {runtime.work_dir}; end it and run again"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _device(runtime: Runtime) -> torch.device:

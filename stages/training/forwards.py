@@ -5,12 +5,13 @@
 Owns: going from ragged responses to one packed row and back to padded [B, T]. The model, the mask and the
 losses are elsewhere. Legend: B sequences, T response tokens (padded), N response tokens (concatenated)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from rollout.weight_sync import LogprobsOf
 from stages.data.packing import PackedRow, pack, plan_packs
 from stages.objectives.logprobs import (
     ResponsePositions,
@@ -87,10 +88,11 @@ def final_values(model: nn.Module, packed: ResponsePack) -> Tensor:
     return model(packed.row.model_inputs(), packed.positions.final_B)
 
 
-def with_end(response: TokenIds, end_of_turn_id: int) -> tuple[int, ...]:
-    """A response as a reward model reads it: ended by the end-of-turn token, also where it was cut off."""
+def with_end(response: TokenIds, end_of_turn_id: int, stop_token_ids: Collection[int]) -> tuple[int, ...]:
+    """A response as a reward model reads it: ended by the one end-of-turn token it was trained with, also
+    where the response was cut off or ended with another stop token."""
     ids = tuple(response)
-    return ids if ids[-1:] == (end_of_turn_id,) else (*ids, end_of_turn_id)
+    return (*(ids[:-1] if ids[-1] in stop_token_ids else ids), end_of_turn_id)
 
 
 def sequence_scores(model: nn.Module, sequences: Sequence[TokenIds], *, device: torch.device) -> Tensor:
@@ -137,3 +139,22 @@ def logprobs_in_packs(
         for index, logprobs_T, response in zip(members, logprobs_BT, chosen, strict=True):
             result[index] = logprobs_T[: len(response)]
     return result
+
+
+def logprobs_by(model: nn.Module, *, micro_batch_size: int, device: torch.device) -> LogprobsOf:
+    """`logprobs_in_packs` of one model, as a parity gate asks for it."""
+
+    def logprobs_of(
+        prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]], temperature: float
+    ) -> list[list[float]]:
+        scored = logprobs_in_packs(
+            model,
+            prompts,
+            responses,
+            temperature=temperature,
+            micro_batch_size=micro_batch_size,
+            device=device,
+        )
+        return [logprobs_T.tolist() for logprobs_T in scored]
+
+    return logprobs_of

@@ -55,13 +55,14 @@ class StepLog:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self._path = path
         kept = [line for line in read_steps(path) if line["step"] <= resumed_step]
-        path.write_text("")
-        self.write(kept)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+        unfinished.replace(path)
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append `lines`; each has a `step` (1-based: the steps done so far)."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(map(_line, lines))
 
 
 class MetricsLog:
@@ -87,5 +88,9 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     """The lines of a StepLog's file, [] without one; a last line cut short by a kill is left out."""
     if not path.is_file():
         return []
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at U+2028
+    *lines, _torn = path.read_bytes().split(b"\n")  # bytes: a kill may have cut a character in two
     return [json.loads(line) for line in lines]
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"

@@ -221,6 +221,9 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
         **_no_dropout(directory),
         **options,
     )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model, list(info["missing_keys"])
 
 

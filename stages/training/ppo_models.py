@@ -5,7 +5,7 @@
 Owns: which directory each comes from, their precision, and the forwards of one pack.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,14 @@ def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worke
 
 
 @torch.no_grad()
-def judge(models: PPOModels, pack: RolloutPack, config: PPOConfig, *, end_of_turn_id: int) -> Judgement:
+def judge(
+    models: PPOModels,
+    pack: RolloutPack,
+    config: PPOConfig,
+    *,
+    end_of_turn_id: int,
+    stop_token_ids: Collection[int],
+) -> Judgement:
     """Anchor and reference log-probs, values and normalised scores of one pack."""
     packed = pack.packed
     device = packed.mask_BT.device
@@ -86,7 +93,8 @@ def judge(models: PPOModels, pack: RolloutPack, config: PPOConfig, *, end_of_tur
             policy_logprobs_BT=anchor_BT, reference_logprobs_BT=reference_BT, mask_BT=packed.mask_BT
         )
     sequences = [
-        (*rollout.prompt_ids, *with_end(rollout.response_ids, end_of_turn_id)) for rollout in pack.rollouts
+        (*rollout.prompt_ids, *with_end(rollout.response_ids, end_of_turn_id, stop_token_ids))
+        for rollout in pack.rollouts
     ]
     raw_scores_B = sequence_scores(models.reward_model, sequences, device=device)
     return Judgement(

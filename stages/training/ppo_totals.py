@@ -18,6 +18,11 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[Phase, float] = {}
+        self._start = time.perf_counter()
+
+    def total(self) -> float:
+        """Seconds since the iteration began, what no phase covers included."""
+        return time.perf_counter() - self._start
 
     @contextmanager
     def measure(self, phase: Phase) -> Iterator[None]:
@@ -34,11 +39,12 @@ class Totals:
     """Sums over all iterations so far."""
 
     seconds: dict[str, float] = field(default_factory=dict)  # per phase
+    loop_seconds: float = 0.0  # of all iterations, logging included; checkpoints are not
     responses: int = 0
     sync_seconds: list[float] = field(default_factory=list)  # one per sync
     parity_max_abs_diff: float = 0.0  # worst of all parity checks, nats
     engine_max_abs_diff: float = 0.0  # worst over all training rollouts, nats
-    kl_final: float = 0.0  # of the last batch, nats per response
+    kl_final: float | None = None  # of the last batch, nats per response; None: nothing read the reference
     score_final: float = 0.0  # of the last batch, normalised
 
     def see_parity(self, max_abs_diff: float) -> None:
@@ -56,6 +62,7 @@ class Totals:
         """One finished iteration."""
         for phase, seconds in clock.seconds.items():
             self.seconds[phase] = self.seconds.setdefault(phase, 0.0) + seconds
+        self.loop_seconds += clock.total()
         self.responses += responses
         self.sync_seconds.append(sync_seconds)
         self.see_parity(parity_max_abs_diff)
@@ -74,12 +81,12 @@ class Totals:
             "engine_max_abs_diff": self.engine_max_abs_diff,
             "version_final": float(version),
             "sync_seconds_median": statistics.median(self.sync_seconds),
-            "samples_per_second": self.responses / sum(self.seconds.values()),
+            "samples_per_second": self.responses / self.loop_seconds,
             "generation_seconds": self.seconds["generation"],
             "scoring_seconds": self.seconds["scoring"],
             "training_seconds": self.seconds["training"],
             "sync_seconds": self.seconds["sync"],
-            "kl_final": self.kl_final,
             "score_final": self.score_final,
             "steps": float(len(self.sync_seconds)),
+            **({} if self.kl_final is None else {"kl_final": self.kl_final}),
         }

@@ -39,8 +39,8 @@ class Learner:
         self._models = models
         self._config = config
         self._seed = seed
-        self._packs_per_step = max(1, config.batch_size // config.micro_batch_size)
-        num_packs = math.ceil(config.responses_per_step / config.micro_batch_size)
+        self._packs_per_step = config.batch_size // config.pack_size
+        num_packs = math.ceil(config.responses_per_step / config.pack_size)
         self._steps_per_epoch = math.ceil(num_packs / self._packs_per_step)
         total = config.max_steps * config.num_epochs * self._steps_per_epoch
         self.policy = Optimizer(models.policy, config, lr=config.lr, max_steps=total)

@@ -8,8 +8,8 @@ from stages.data.batches import BatchOrder, permutation, rank_share, stage_seed
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(12, 4), (10, 4), (7, 1), (3, 8), (1, 5)])
-def test_every_row_is_seen_once_per_epoch_and_batches_are_full(num_rows, batch_size):
-    """Pin 34. Three epochs, read batch by batch: cut at multiples of num_rows, each is a permutation."""
+def test_pin_34_every_row_is_seen_once_per_epoch_and_batches_are_full(num_rows, batch_size):
+    """Three epochs, read batch by batch: cut at multiples of num_rows, each is a permutation."""
     order = BatchOrder(num_rows=num_rows, batch_size=batch_size, seed=3)
     steps = order.num_steps(3)
     batches = [order.indices(step) for step in range(steps)]
@@ -19,7 +19,7 @@ def test_every_row_is_seen_once_per_epoch_and_batches_are_full(num_rows, batch_s
         assert sorted(seen[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
 
 
-def test_the_last_partial_batch_is_filled_up_from_the_next_epoch():
+def test_pin_34_the_last_partial_batch_is_filled_up_from_the_next_epoch():
     order = BatchOrder(num_rows=10, batch_size=4, seed=0)
     assert order.num_steps(1) == 3 and order.num_steps(0.1) == 1 and order.num_steps(2) == 5
     third = order.indices(2)
@@ -27,7 +27,7 @@ def test_the_last_partial_batch_is_filled_up_from_the_next_epoch():
     assert sorted(first_epoch) == list(range(10))
 
 
-def test_resuming_at_a_step_needs_nothing_but_the_step():
+def test_pin_34_resuming_at_a_step_needs_nothing_but_the_step():
     order = BatchOrder(num_rows=100, batch_size=7, seed=5)
     straight = [order.indices(step) for step in range(40)]
     assert [BatchOrder(num_rows=100, batch_size=7, seed=5).indices(step) for step in (39, 20, 0)] == [
@@ -38,8 +38,7 @@ def test_resuming_at_a_step_needs_nothing_but_the_step():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_row_is_seen_once_per_epoch_under_ranks(world_size):
-    """Pin 34."""
+def test_pin_34_every_row_is_seen_once_per_epoch_under_ranks(world_size):
     order = BatchOrder(num_rows=12, batch_size=4, seed=1)
     seen = Counter(
         row

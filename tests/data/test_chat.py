@@ -152,8 +152,8 @@ def test_ids_decode_to_what_the_template_writes(make, messages):
 
 @every_model
 @pytest.mark.parametrize("messages", TALKS, ids=range(len(TALKS)))
-def test_prompt_and_response_ids_are_exactly_the_rendered_conversation(make, messages):
-    """Pin 10: what is sampled from (prompt ids) and what is trained on share every token."""
+def test_pin_10_prompt_and_response_ids_are_exactly_the_rendered_conversation(make, messages):
+    """What is sampled from (prompt ids) and what is trained on share every token."""
     chat = make()
     rendered = chat.render(messages)
     prompt = chat.prompt_ids(messages[:-1])
@@ -163,8 +163,7 @@ def test_prompt_and_response_ids_are_exactly_the_rendered_conversation(make, mes
 
 @every_model
 @pytest.mark.parametrize("messages", TALKS, ids=range(len(TALKS)))
-def test_loss_is_on_assistant_tokens_only_with_one_end_token_per_turn(make, messages):
-    """Pins 9, 12."""
+def test_pin_9_every_assistant_turn_is_trained_with_exactly_one_end_token(make, messages):
     chat = make()
     rendered = chat.render(messages)
     runs = chat_module._trained_runs(rendered)
@@ -178,8 +177,8 @@ def test_loss_is_on_assistant_tokens_only_with_one_end_token_per_turn(make, mess
 
 
 @every_model
-def test_bos_occurs_exactly_once(make):
-    """Pin 9. Where BOS is also the turn marker (SmolLM2), it opens every turn and is never doubled."""
+def test_pin_9_bos_occurs_exactly_once(make):
+    """Where BOS is also the turn marker (SmolLM2), it opens every turn and is never doubled."""
     chat = make()
     ids = chat.render(TALKS[1]).ids
     bos = chat.tokenizer.bos_token_id
@@ -193,8 +192,8 @@ def test_bos_occurs_exactly_once(make):
 
 
 @every_model
-def test_text_that_spells_a_special_token_does_not_become_it(make):
-    """Pin 11: in every role, and in plain text."""
+def test_pin_11_text_that_spells_a_special_token_does_not_become_it(make):
+    """In every role, and in plain text."""
     chat = make()
     forged = "".join(token.content for token in chat.tokenizer.added_tokens_decoder.values()) + "hi"
     plain = chat.render(talk("x", "x", "x", "x", system="x"))
@@ -205,8 +204,8 @@ def test_text_that_spells_a_special_token_does_not_become_it(make):
     assert chat.lint(attack) == []
 
 
-def test_a_turn_marker_that_is_not_flagged_special_cannot_be_forged_either():
-    """Pin 11: `split_special_tokens` alone leaves added tokens that are not flagged special."""
+def test_pin_11_a_turn_marker_that_is_not_flagged_special_cannot_be_forged_either():
+    """`split_special_tokens` alone leaves added tokens that are not flagged special."""
     base = tokenizer(("<s>", "</s>"), bos_token="<s>", eos_token="</s>")
     base.add_tokens([AddedToken("<|end|>", special=False, normalized=False)])
     chat = ChatTokenizer(base, template=PLAIN.replace("END", "<|end|>"))
@@ -225,8 +224,8 @@ def test_a_default_system_message_is_written_by_the_template_and_not_trained():
     )
 
 
-def test_an_end_token_that_is_also_the_pad_token_is_trained():
-    """Pin 8: the mask comes from the template's structure, never from comparing ids with the pad id."""
+def test_pin_8_an_end_token_that_is_also_the_pad_token_is_trained():
+    """The mask comes from the template's structure, never from comparing ids with the pad id."""
     chat = smollm2()
     assert chat.tokenizer.pad_token_id == chat.tokenizer.eos_token_id == chat.end_of_turn_id
     rendered = chat.render(TALKS[0])
@@ -240,8 +239,8 @@ def test_the_pad_token_is_never_a_stop_token_or_in_a_rendered_text(make):
     assert all(chat.pad_token_id not in chat.render(messages).ids for messages in TALKS)
 
 
-def test_the_stop_set_is_the_union_of_generation_config_tokenizer_and_template(tmp_path):
-    """Pin 9: multi-EOS models."""
+def test_pin_9_the_stop_set_is_the_union_of_generation_config_tokenizer_and_template(tmp_path):
+    """Multi-EOS models."""
     chat = llama3()
     end_of_text, eot = (chat.tokenizer.convert_tokens_to_ids(t) for t in ("<|end_of_text|>", "<|eot_id|>"))
     assert chat.stop_token_ids == tuple(sorted((end_of_text, eot)))
@@ -338,9 +337,7 @@ def test_truncating_keeps_the_start_and_drops_what_has_nothing_left_to_train():
     assert truncate(rendered, 2) is None
 
 
-def test_truncating_a_pair_keeps_the_end_of_the_responses_and_cuts_the_prompts_start():
-    """Pin 16."""
-
+def test_pin_16_truncating_a_pair_keeps_the_end_of_the_responses_and_cuts_the_prompts_start():
     def ids(*args) -> tuple:
         pair = truncate_pair(*args)
         return () if pair is None else (pair.prompt, pair.chosen, pair.rejected)
@@ -351,14 +348,12 @@ def test_truncating_a_pair_keeps_the_end_of_the_responses_and_cuts_the_prompts_s
     assert ids([1, 2, 3], [4, 9], [5, 6, 9], 2) == ((), (4, 9), (6, 9))
 
 
-def test_a_pair_whose_difference_was_cut_away_is_dropped():
-    """Pin 16."""
+def test_pin_16_a_pair_whose_difference_was_cut_away_is_dropped():
     assert truncate_pair([1], [4, 7, 9], [5, 7, 9], 2) is None
     assert truncate_pair([1], [7, 9], [7, 9], 5) is None
 
 
-def test_the_tokenizer_digest_tells_tokenizers_apart_and_survives_a_resave(tmp_path):
-    """Pin 18."""
+def test_pin_18_the_tokenizer_digest_tells_tokenizers_apart_and_survives_a_resave(tmp_path):
     chatml().save(tmp_path / "a")
     ChatTokenizer.load(tmp_path / "a").save(tmp_path / "b")
     smollm2().save(tmp_path / "c")

@@ -58,8 +58,7 @@ def in_mode(model: LlamaForCausalLM, mode: str):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_log_probs_equal_those_of_each_sequence_alone(model, mode):
-    """Pins 1, 6."""
+def test_pin_6_packed_log_probs_equal_those_of_each_sequence_alone(model, mode):
     with in_mode(model, mode):
         for packed, sequence in zip(logprobs(model, pack(SEQUENCES)), SEQUENCES, strict=True):
             if len(sequence) > 1:
@@ -67,8 +66,7 @@ def test_packed_log_probs_equal_those_of_each_sequence_alone(model, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_tokens_log_prob_does_not_change_with_its_neighbours_in_the_pack(model, mode):
-    """Pin 7."""
+def test_pin_7_a_tokens_log_prob_does_not_change_with_its_neighbours_in_the_pack(model, mode):
     with in_mode(model, mode):
         before = logprobs(model, pack(SEQUENCES))[3]
         others = [
@@ -80,8 +78,8 @@ def test_a_tokens_log_prob_does_not_change_with_its_neighbours_in_the_pack(model
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_left_padded_right_padded_and_packed_log_probs_agree(model, mode):
-    """Pin 6: masks by length, with EOS (id 2) inside a sequence and anything at all in the padding."""
+def test_pin_6_left_padded_right_padded_and_packed_log_probs_agree(model, mode):
+    """Masks by length, with EOS (id 2) inside a sequence and anything at all in the padding."""
     sequence, width = SEQUENCES[3], 9
     filler = [2, 77, 2, 78]
     assert len(filler) + len(sequence) == width
@@ -104,8 +102,8 @@ def test_left_padded_right_padded_and_packed_log_probs_agree(model, mode):
             torch.testing.assert_close(found, packed, atol=1e-6, rtol=0)
 
 
-def test_a_forward_with_a_cache_would_leak_so_every_forward_passes_use_cache_false(model):
-    """Pin 7: the reason for `model_inputs`. If the first half fails, transformers was mended."""
+def test_pin_7_a_forward_with_a_cache_would_leak_so_every_forward_passes_use_cache_false(model):
+    """The reason for `model_inputs`. If the first half fails, transformers was mended."""
     row = pack(SEQUENCES)
     assert row.model_inputs()["use_cache"] is False and row.model_inputs()["attention_mask"] is None
     with torch.no_grad():
@@ -113,8 +111,7 @@ def test_a_forward_with_a_cache_would_leak_so_every_forward_passes_use_cache_fal
         assert (cached - model(**row.model_inputs()).logits).abs().max() > 1e-2
 
 
-def test_no_prediction_crosses_a_pack_boundary():
-    """Pin 12."""
+def test_pin_12_no_prediction_crosses_a_pack_boundary():
     assert pack([[1, 2, 3], [4], [5, 6]]).targets_1N().tolist() == [[2, 3, -100, -100, 6, -100]]
 
 

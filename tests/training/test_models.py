@@ -75,8 +75,8 @@ def test_pin_13_a_saved_reward_model_never_pads_with_an_end_token(reward_dir):
 
 
 def test_pin_13_a_cut_off_response_is_scored_with_its_end_token_and_an_ended_one_gets_no_second():
-    assert with_end((4, 5), EOS) == (4, 5, EOS)
-    assert with_end((4, 5, EOS), EOS) == (4, 5, EOS)
+    assert with_end((4, 5), EOS, (EOS,)) == (4, 5, EOS)
+    assert with_end((4, 5, EOS), EOS, (EOS,)) == (4, 5, EOS)
 
 
 def test_pin_14_the_head_starts_with_std_one_over_root_of_width_plus_one(tied_model_dir):

@@ -34,8 +34,8 @@ def outputs(made: LlamaForCausalLM) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_attention_by_lengths_equals_attention_with_the_mask(mode):
-    """Pins 6, 7, 33: values and gradients."""
+def test_pin_6_attention_by_lengths_equals_attention_with_the_mask(mode):
+    """Values and gradients."""
     masked, by_lengths = (
         model("sdpa").train(mode == "train"),
         model(register_packed_attention()).train(mode == "train"),

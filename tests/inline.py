@@ -1,0 +1,28 @@
+"""Recipes run in the test's own process: no Ray, two threads, everything under one directory."""
+
+from pathlib import Path
+
+import torch
+
+from stages.runtime import Runtime, StageResources
+from stages.training.distributed import Worker
+
+
+def runtime_in(directory: Path, stage: str) -> Runtime:
+    """A stage's surroundings under `directory`: work, logs, and an empty `out` beside them."""
+    for name in ("work", "logs", "out"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    return Runtime(
+        stage=stage,
+        work_dir=directory / "work",
+        log_dir=directory / "logs",
+        resources=StageResources(),
+        executor="inline",
+        placement_timeout_s=30,
+        num_threads=2,
+    )
+
+
+def worker_in(directory: Path, stage: str) -> Worker:
+    """The one worker of such a stage."""
+    return Worker(rank=0, world_size=1, device=torch.device("cpu"), runtime=runtime_in(directory, stage))
