@@ -561,7 +561,8 @@ def _run_recipe(job: StageJob, store: Store) -> None:
     )
     metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
     if not (work / METRICS).exists():  # a stage of one step
-        line = {"step": 1, **{f"{node.stage}/{key}": _plain(value) for key, value in metrics.items()}}
+        line: dict[str, float | None] = {"step": 1, "max_steps": 1, "time": round(time.time(), 3)}
+        line |= {f"{node.stage}/{key}": _plain(value) for key, value in metrics.items()}
         write_synced(work / METRICS, json.dumps(line) + "\n")
     store.seal(
         node,

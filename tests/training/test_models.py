@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 from stages.data.packing import pack
 from stages.errors import ModelError
@@ -75,8 +81,14 @@ def test_pin_13_a_saved_reward_model_never_pads_with_an_end_token(reward_dir):
 
 
 def test_pin_13_a_cut_off_response_is_scored_with_its_end_token_and_an_ended_one_gets_no_second():
-    assert with_end((4, 5), EOS, (EOS,)) == (4, 5, EOS)
-    assert with_end((4, 5, EOS), EOS, (EOS,)) == (4, 5, EOS)
+    assert with_end((4, 5), EOS, (EOS, 9)) == (4, 5, EOS)
+    assert with_end((4, 5, EOS), EOS, (EOS, 9)) == (4, 5, EOS)
+
+
+def test_pin_13_a_response_that_ended_with_another_stop_token_is_scored_with_the_end_of_turn_instead():
+    assert with_end((4, 5, 9), EOS, (EOS, 9)) == (4, 5, EOS)
+    assert with_end((9, 5), EOS, (EOS, 9)) == (9, 5, EOS)
+    assert with_end((9,), EOS, (EOS, 9)) == (EOS,)
 
 
 def test_pin_14_the_head_starts_with_std_one_over_root_of_width_plus_one(tied_model_dir):
@@ -138,6 +150,32 @@ def test_pin_5_dropout_named_in_a_model_directory_is_never_active(tied_model_dir
         response_logprobs(policy.train(), packed, temperature=1.0),
         response_logprobs(policy.eval(), packed, temperature=1.0),
     )
+
+
+@pytest.mark.parametrize("load", ["policy", "reward_head", "reward_model"])
+def test_pin_5_dropout_under_gpt2s_names_is_never_active(tied_model_dir, tmp_path, load):
+    """GPT-2 calls its dropouts attn_pdrop, resid_pdrop and embd_pdrop; all three are active by default."""
+    torch.manual_seed(0)
+    options = {"attn_pdrop": 0.4, "resid_pdrop": 0.4, "embd_pdrop": 0.4, "pad_token_id": PAD}
+    config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=2, n_positions=64, **options)
+    if load == "reward_model":
+        config.num_labels = 1
+        GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+        model = load_reward_model(tmp_path)
+    else:
+        GPT2LMHeadModel(config).save_pretrained(tmp_path)
+        model = (
+            load_causal_lm(tmp_path) if load == "policy" else reward_from_causal_lm(tmp_path, pad_token_id=PAD)
+        )
+    assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)] == [0.0] * 7
+
+    packed = pack_responses([(5, 6), (7,)], [(7, 8, 9), (4,)], max_length=3, device=CPU)
+    model.train()
+    if load == "policy":
+        first, again = (response_logprobs(model, packed, temperature=1.0) for _ in range(2))
+    else:
+        first, again = (response_values(model, packed) for _ in range(2))
+    assert torch.equal(first, again)
 
 
 def test_pin_7_every_forward_switches_the_cache_off_and_passes_no_mask(tied_model_dir, reward_dir):
