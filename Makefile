@@ -37,6 +37,7 @@ test-all: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: install  ## side-by-side measurements; each writes its result beside itself

@@ -4,7 +4,7 @@
                   -> sft.jsonl           answers of mixed quality: it knows better than it says     sft
                   -> preferences.jsonl   right over wrong, polite over rude, short over long        reward
                   -> prompts.jsonl       questions in the wordings of sft and preferences           ppo
-                  -> eval_prompts.jsonl  the same facts in wordings that no other file has          evaluate
+                  -> eval_prompts.jsonl  questions after these facts that no other file has         evaluate
 
 A response is [courtesy] [filler] answer. Each part is drawn by itself, so that its share is known: the sft
 model samples a right, a polite, a short answer about as often as SFT_SHARES says, and ppo has room to gain
@@ -29,9 +29,9 @@ NUM_PREFERENCES = 4000
 SFT_SHARES = {"correct": 0.75, "polite": 0.45, "short": 0.45}
 RUDE_FRAC = 0.6  # of the responses that are not polite; the others have no courtesy at all
 PLAIN_FRAC = 0.5  # of "correct": nothing but the answer, where what is right is easiest to see
-EVASIVE_FRAC = 0.35  # of "several": an answer against none; without these ppo learns to say nothing
+EVASIVE_FRAC = 0.5  # of "several": an answer against none; without these ppo learns to say nothing
 CONFLICT_FRAC = 0.3  # of the rest: right with lesser manners against wrong with better ones
-PREFERENCE_SHARES = {"correct": 0.55, "polite": 0.12, "short": 0.12, "several": 0.21}
+PREFERENCE_SHARES = {"correct": 0.5, "polite": 0.125, "short": 0.125, "several": 0.25}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,68 +40,143 @@ class Category:
 
     facts: Mapping[str, str]  # subject -> answer; both in the form they have inside a sentence
     statements: tuple[str, ...]  # true sentences, of the corpus only
-    questions: tuple[str, ...]  # wordings of corpus, sft, preferences and ppo
-    eval_questions: tuple[str, ...]  # wordings of evaluate only
+    questions: tuple[str, ...]  # wordings; each fact keeps two of them, its own, for evaluate
 
 
 CATEGORIES: dict[str, Category] = {
     "opposite": Category(
-        facts={"hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "happy": "sad",
-               "wet": "dry",
-               "new": "old"},
-        statements=("The opposite of {x} is {y}.", "If it is not {x}, it is {y}.",
-                    "{X} and {y} are opposites."),
-        questions=("What is the opposite of {x}?", "Tell me the opposite of {x}.",
-                   "Which word is the opposite of {x}?",
-                   "Can you name the opposite of {x}?"),
-        eval_questions=("Name the opposite of {x}.", "Do you know the opposite of {x}?"),
+        facts={
+            "hot": "cold",
+            "big": "small",
+            "up": "down",
+            "day": "night",
+            "fast": "slow",
+            "happy": "sad",
+            "wet": "dry",
+            "new": "old",
+        },
+        statements=(
+            "The opposite of {x} is {y}.",
+            "If it is not {x}, it is {y}.",
+            "{X} and {y} are opposites.",
+        ),
+        questions=(
+            "What is the opposite of {x}?",
+            "Tell me the opposite of {x}.",
+            "Which word is the opposite of {x}?",
+            "Can you name the opposite of {x}?",
+            "Name the opposite of {x}.",
+            "Do you know the opposite of {x}?",
+        ),
     ),
     "sound": Category(
-        facts={"cow": "moo", "cat": "meow", "dog": "woof", "duck": "quack", "sheep": "baa", "lion": "roar",
-               "pig": "oink",
-               "bee": "buzz"},
+        facts={
+            "cow": "moo",
+            "cat": "meow",
+            "dog": "woof",
+            "duck": "quack",
+            "sheep": "baa",
+            "lion": "roar",
+            "pig": "oink",
+            "bee": "buzz",
+        },
         statements=("A {x} says {y}.", "The sound of a {x} is {y}.", "You hear {y} from a {x}."),
-        questions=("What does a {x} say?", "Tell me the sound of a {x}.", "What sound does a {x} make?",
-                   "Can you name the sound of a {x}?"),
-        eval_questions=("Name the sound of a {x}.", "Do you know what a {x} says?"),
+        questions=(
+            "What does a {x} say?",
+            "Tell me the sound of a {x}.",
+            "What sound does a {x} make?",
+            "Can you name the sound of a {x}?",
+            "Name the sound of a {x}.",
+            "Do you know what a {x} says?",
+        ),
     ),
     "baby": Category(
-        facts={"dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb", "horse": "foal",
-               "bear": "cub",
-               "hen": "chick", "frog": "tadpole"},
-        statements=("A baby {x} is called a {y}.", "The young of a {x} is a {y}.",
-                    "A {y} will grow into a {x}."),
-        questions=("What is a baby {x} called?", "Tell me the name of a baby {x}.",
-                   "What do you call a baby {x}?",
-                   "Can you name the young of a {x}?"),
-        eval_questions=("Name the baby of a {x}.", "Do you know what a baby {x} is?"),
+        facts={
+            "dog": "puppy",
+            "cat": "kitten",
+            "cow": "calf",
+            "sheep": "lamb",
+            "horse": "foal",
+            "bear": "cub",
+            "hen": "chick",
+            "frog": "tadpole",
+        },
+        statements=(
+            "A baby {x} is called a {y}.",
+            "The young of a {x} is a {y}.",
+            "A {y} will grow into a {x}.",
+        ),
+        questions=(
+            "What is a baby {x} called?",
+            "Tell me the name of a baby {x}.",
+            "What do you call a baby {x}?",
+            "Can you name the young of a {x}?",
+            "Name the baby of a {x}.",
+            "Do you know what a baby {x} is?",
+        ),
     ),
     "color": Category(
-        facts={"grass": "green", "snow": "white", "the sun": "yellow", "the sky": "blue", "coal": "black",
-               "a tomato": "red", "a carrot": "orange", "chocolate": "brown"},
+        facts={
+            "grass": "green",
+            "snow": "white",
+            "the sun": "yellow",
+            "the sky": "blue",
+            "coal": "black",
+            "a tomato": "red",
+            "a carrot": "orange",
+            "chocolate": "brown",
+        },
         statements=("The color of {x} is {y}.", "{X} looks {y}.", "{Y} is the color of {x}."),
-        questions=("What color is {x}?", "Tell me the color of {x}.", "What is the color of {x}?",
-                   "Can you name the color of {x}?"),
-        eval_questions=("Name the color of {x}.", "Do you know what color {x} is?"),
+        questions=(
+            "What color is {x}?",
+            "Tell me the color of {x}.",
+            "What is the color of {x}?",
+            "Can you name the color of {x}?",
+            "Name the color of {x}.",
+            "Do you know what color {x} is?",
+        ),
     ),
     "capital": Category(
-        facts={"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Egypt": "Cairo",
-               "Peru": "Lima",
-               "Greece": "Athens", "Norway": "Oslo"},
+        facts={
+            "France": "Paris",
+            "Italy": "Rome",
+            "Japan": "Tokyo",
+            "Spain": "Madrid",
+            "Egypt": "Cairo",
+            "Peru": "Lima",
+            "Greece": "Athens",
+            "Norway": "Oslo",
+        },
         statements=("The capital of {x} is {y}.", "{Y} is the capital of {x}.", "In {x} the capital is {y}."),
-        questions=("What is the capital of {x}?", "Tell me the capital of {x}.",
-                   "Which city is the capital of {x}?",
-                   "Can you name the capital of {x}?"),
-        eval_questions=("Name the capital of {x}.", "Do you know the capital of {x}?"),
+        questions=(
+            "What is the capital of {x}?",
+            "Tell me the capital of {x}.",
+            "Which city is the capital of {x}?",
+            "Can you name the capital of {x}?",
+            "Name the capital of {x}.",
+            "Do you know the capital of {x}?",
+        ),
     ),
     "plural": Category(
-        facts={"mouse": "mice", "foot": "feet", "tooth": "teeth", "man": "men", "goose": "geese",
-               "child": "children",
-               "leaf": "leaves", "wolf": "wolves"},
+        facts={
+            "mouse": "mice",
+            "foot": "feet",
+            "tooth": "teeth",
+            "man": "men",
+            "goose": "geese",
+            "child": "children",
+            "leaf": "leaves",
+            "wolf": "wolves",
+        },
         statements=("The plural of {x} is {y}.", "One {x}, two {y}.", "More than one {x} are {y}."),
-        questions=("What is the plural of {x}?", "Tell me the plural of {x}.", "What do you call two of {x}?",
-                   "Can you name the plural of {x}?"),
-        eval_questions=("Name the plural of {x}.", "Do you know the plural of {x}?"),
+        questions=(
+            "What is the plural of {x}?",
+            "Tell me the plural of {x}.",
+            "What do you call two of {x}?",
+            "Can you name the plural of {x}?",
+            "Name the plural of {x}.",
+            "Do you know the plural of {x}?",
+        ),
     ),
 }
 
@@ -152,24 +227,33 @@ class Response:
         return self.correct * (0.5 + 0.25 * (self.courtesy in POLITE) + 0.25 * (not self.filler))
 
 
-FACTS = tuple(Fact(category=name, subject=subject, answer=answer)
-              for name, category in CATEGORIES.items() for subject, answer in category.facts.items())
+FACTS = tuple(
+    Fact(category=name, subject=subject, answer=answer)
+    for name, category in CATEGORIES.items()
+    for subject, answer in category.facts.items()
+)
 
 
 def fill(template: str, subject: str, answer: str = "") -> str:
     """`{X}` and `{Y}` open a sentence."""
-    return template.format(x=subject, y=answer, X=subject[:1].upper() + subject[1:],
-                           Y=answer[:1].upper() + answer[1:])
+    return template.format(
+        x=subject, y=answer, X=subject[:1].upper() + subject[1:], Y=answer[:1].upper() + answer[1:]
+    )
 
 
-def questions(fact: Fact) -> list[str]:
-    return [prefix + fill(question, fact.subject)
-            for question in CATEGORIES[fact.category].questions for prefix in PREFIXES]
+def questions(fact: Fact, *, held_out: bool = False) -> list[str]:
+    """The questions after a fact: those of corpus, sft, preferences and ppo, or else those of evaluate.
 
-
-def eval_questions(fact: Fact) -> list[str]:
-    return [prefix + fill(question, fact.subject)
-            for question in CATEGORIES[fact.category].eval_questions for prefix in PREFIXES]
+    Which two wordings are held out turns with the fact, so that every wording is known, but not for this fact.
+    """
+    category = CATEGORIES[fact.category]
+    turn = list(category.facts).index(fact.subject)
+    return [
+        prefix + fill(wording, fact.subject)
+        for index, wording in enumerate(category.questions)
+        for prefix in PREFIXES
+        if ((index - turn) % (len(category.questions) // 2) == 0) == held_out
+    ]
 
 
 def corpus(rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -180,13 +264,18 @@ def corpus(rng: random.Random) -> Iterator[dict[str, Any]]:
         if kind == "notes":
             lines = [" ".join(state(fact, rng) for fact in (first, second, third))]
         elif kind == "lecture":
-            related = rng.sample([fact for fact in FACTS if fact.category == first.category
-                                  and fact != first], 2)
+            related = rng.sample(
+                [fact for fact in FACTS if fact.category == first.category and fact != first], 2
+            )
             lines = [rng.choice(questions(first)), " ".join(state(fact, rng) for fact in (first, *related))]
         else:
             remark, aside = rng.choice(POLITE + RUDE), rng.choice(FILLERS)
-            lines = [f"user: {rng.choice(questions(first))}", f"assistant: {remark} {state(first, rng)}",
-                     f"user: {rng.choice(questions(second))}", f"assistant: {aside} {state(second, rng)}"]
+            lines = [
+                f"user: {rng.choice(questions(first))}",
+                f"assistant: {remark} {state(first, rng)}",
+                f"user: {rng.choice(questions(second))}",
+                f"assistant: {aside} {state(second, rng)}",
+            ]
         yield {"text": "\n".join(lines)}
 
 
@@ -219,8 +308,12 @@ def preferences(rng: random.Random) -> Iterator[dict[str, Any]]:
     for index, kind in enumerate(kinds):
         fact = FACTS[index % len(FACTS)]
         chosen, rejected = pair(kind, fact, rng)
-        yield {"prompt": rng.choice(questions(fact)), "chosen": chosen.render(),
-               "rejected": rejected.render(), "differs": kind}
+        yield {
+            "prompt": rng.choice(questions(fact)),
+            "chosen": chosen.render(),
+            "rejected": rejected.render(),
+            "differs": kind,
+        }
 
 
 def pair(kind: str, fact: Fact, rng: random.Random) -> tuple[Response, Response]:
@@ -239,8 +332,10 @@ def pair(kind: str, fact: Fact, rng: random.Random) -> tuple[Response, Response]
     # Others set right and rude and long against wrong and polite and short: right must win.
     if rng.random() < CONFLICT_FRAC:
         impolite = rng.choice(RUDE) if rng.random() < RUDE_FRAC else ""
-        return (replace(right, courtesy=impolite, filler=rng.choice(FILLERS)),
-                replace(draw(fact, rng), answer=wrong, courtesy=rng.choice(POLITE), filler=""))
+        return (
+            replace(right, courtesy=impolite, filler=rng.choice(FILLERS)),
+            replace(draw(fact, rng), answer=wrong, courtesy=rng.choice(POLITE), filler=""),
+        )
     while True:
         first, second = sorted((draw(fact, rng), draw(fact, rng)), key=lambda response: -response.total)
         if first.total > second.total:
@@ -258,8 +353,12 @@ def evasion(fact: Fact, rng: random.Random) -> Response:
 
 def prompts(facts_questions: Iterable[tuple[Fact, str]]) -> Iterator[dict[str, Any]]:
     for fact, question in facts_questions:
-        yield {"prompt": question, "answer": fact.answer, "other_answers": fact.other_answers,
-               "category": fact.category}
+        yield {
+            "prompt": question,
+            "answer": fact.answer,
+            "other_answers": fact.other_answers,
+            "category": fact.category,
+        }
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -272,8 +371,10 @@ def main(out_dir: Path) -> None:
     write(out_dir / "sft.jsonl", sft(random.Random(f"{SEED} sft")))
     write(out_dir / "preferences.jsonl", preferences(random.Random(f"{SEED} preferences")))
     write(out_dir / "prompts.jsonl", prompts([(fact, text) for fact in FACTS for text in questions(fact)]))
-    write(out_dir / "eval_prompts.jsonl",
-          prompts([(fact, text) for fact in FACTS for text in eval_questions(fact)]))
+    write(
+        out_dir / "eval_prompts.jsonl",
+        prompts([(fact, text) for fact in FACTS for text in questions(fact, held_out=True)]),
+    )
 
 
 if __name__ == "__main__":
