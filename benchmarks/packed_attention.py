@@ -1,6 +1,6 @@
-"""Attention per sequence against the block-diagonal mask, same rows, same run: the ratio behind docs/decisions/0001.
+"""Attention per sequence against the block-diagonal mask, same rows, same run: behind docs/decisions/0001.
 
-    python benchmarks/packed_attention.py        prints a table; the times are of this machine, the ratio travels
+python benchmarks/packed_attention.py        prints a table; the times are of this machine, the ratio travels
 """
 
 import os
@@ -44,8 +44,8 @@ def main() -> None:
                     seconds(model, packed)
         masked, by_length = (statistics.median(measured) for measured in times.values())
         print(
-            f"{count:3} x {length:4} tokens: mask {masked * 1e3:7.1f} ms, per sequence {by_length * 1e3:7.1f} ms, "
-            f"ratio {masked / by_length:.1f}"
+            f"{count:3} x {length:4} tokens: mask {masked * 1e3:7.1f} ms, "
+            f"per sequence {by_length * 1e3:7.1f} ms, ratio {masked / by_length:.1f}"
         )
 
 

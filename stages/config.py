@@ -249,6 +249,8 @@ class PPOConfig(TrainingConfig):
     """Bound on the loss of negative advantages, as a ratio; absent: none."""
     value_clip: float | None = Field(default=0.2, gt=0)
     """Range of a value around its value before the update; absent: no clipping."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the policy's entropy, in nats per token, that is added to the objective."""
     loss_aggregation: Literal[
         "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant"
     ] = "token_mean"

@@ -17,7 +17,7 @@ from stages.config import PretrainSettings
 from stages.data.batches import BatchOrder, stage_seed
 from stages.data.chat import ChatTokenizer
 from stages.data.shards import TokenShards, heldout_sequences
-from stages.objectives.losses import causal_lm_loss_sum
+from stages.objectives.losses import causal_lm_loss_sum, target_mask
 from stages.runtime import Runtime
 from stages.training.distributed import Worker, launch, place
 from stages.training.evaluation import perplexity
@@ -120,9 +120,8 @@ def _loss(model: CausalLM, rows: Rows) -> Tensor:
     ids_RN = rows.input_ids_RN
     every_N = torch.arange(ids_RN.shape[1], device=ids_RN.device)
     logits_RNV = model({"input_ids": ids_RN, "use_cache": False}, every_N)
-    targets_RN = torch.ones_like(ids_RN, dtype=torch.bool)
-    targets_RN[:, 0] = False
-    return (
-        causal_lm_loss_sum(logits_BSV=logits_RNV, input_ids_BS=ids_RN, target_mask_BS=targets_RN)
-        / rows.num_targets
+    targets_RN = target_mask(
+        loss_mask_BS=torch.ones_like(ids_RN, dtype=torch.bool), position_ids_BS=every_N.expand_as(ids_RN)
     )
+    loss = causal_lm_loss_sum(logits_BSV=logits_RNV, input_ids_BS=ids_RN, target_mask_BS=targets_RN)
+    return loss / rows.num_targets

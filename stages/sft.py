@@ -110,6 +110,8 @@ def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered
     """Rendered conversations cut to the context, and how many rows gave nothing to train on."""
     rows = read_conversations(settings.sft.data, seed=stage_seed(settings.seed, "sft", "rows"))
     rendered = [chat.render(conversation.messages) for conversation in rows.records]
+    if problems := chat.lint(rendered[0]):
+        raise DataError(f"sft: the chat template does not render trainable turns: {'; '.join(problems)}")
     cut = [truncate(example, settings.model.context_length) for example in rendered]
     kept = [example for example in cut if example is not None]
     if not kept:

@@ -92,13 +92,20 @@ def test_the_best_response_to_every_fact_scores_one_and_each_lesser_part_scores_
                     assert judge("", text, row)["score"] < 1.0, text
 
 
-def test_no_evaluation_prompt_or_wording_occurs_in_any_other_file() -> None:
+def test_no_evaluation_prompt_occurs_in_any_other_file() -> None:
     evaluated = {row["prompt"] for row in rows("eval_prompts.jsonl")}
     assert len(evaluated) == len(rows("eval_prompts.jsonl")) >= 200
     for name in ("sft.jsonl", "preferences.jsonl", "prompts.jsonl"):
         assert not evaluated & {row["prompt"] for row in rows(name)}
     corpus = (DEMO / "corpus.jsonl").read_text(encoding="utf-8")
     assert not [prompt for prompt in evaluated if prompt in corpus]
+
+
+def test_every_fact_is_evaluated_in_two_wordings_and_trained_in_the_others() -> None:
+    for fact in make_data.FACTS:
+        trained, evaluated = make_data.questions(fact), make_data.questions(fact, held_out=True)
+        assert (len(trained), len(evaluated)) == (4 * len(make_data.PREFIXES), 2 * len(make_data.PREFIXES))
+        assert not set(trained) & set(evaluated)
 
 
 def test_every_sft_and_preference_prompt_is_one_of_the_ppo_prompts() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from blake3 import blake3
 from inline import runtime_in, worker_in
+from safetensors.torch import load_file
 
 from rollout.api import Rollout
 from rollout.config import EngineConfig
@@ -331,12 +332,18 @@ def run_killed_in_step(step_to_die_in, directory, settings, inputs, monkeypatch)
             run_in(directory, settings, inputs)
 
 
-def test_pin_40_a_run_that_died_and_went_on_ends_in_the_same_bits(inputs, prompts, tmp_path, monkeypatch):
-    _, whole, rollouts = run_in(tmp_path / "whole", settings_for(prompts), inputs)
-    run_killed_in_step(2, tmp_path / "killed", settings_for(prompts), inputs, monkeypatch)
-    metrics, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings_for(prompts), inputs)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pin_40_a_run_that_died_and_went_on_ends_in_the_same_bits(
+    inputs, prompts, tmp_path, monkeypatch, precision
+):
+    settings = settings_for(prompts, precision=precision)
+    _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+    run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
+    metrics, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
     assert (resumed, resumed_rollouts) == (whole, rollouts)
     assert metrics["steps"] == 3.0
+    saved = load_file(tmp_path / "whole" / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_pin_29_the_adaptive_kl_coef_goes_on_where_a_killed_run_left_it(

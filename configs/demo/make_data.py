@@ -8,9 +8,10 @@
 
 A response is [courtesy] [filler] answer. Each part is drawn by itself, so that its share is known: the sft
 model samples a right, a polite, a short answer about as often as SFT_SHARES says, and ppo has room to gain
-on each. The facts are never in doubt: the corpus states nothing false. The answer comes last because a
-reward is read at the last token: with talk between the two, 125 steps did not teach the reward model what
-is correct. Owns: the data. Does not own: how a response is judged (score.py).
+on each. The facts are never in doubt: the corpus states nothing false. Two choices keep the reward model
+honest: the answer comes last, where the reward is read (talk after it hid what is correct), and it does not
+name its subject (a true sentence about something else scored well). Owns: the data. Does not own: how a
+response is judged (score.py).
 """
 
 import json
@@ -244,7 +245,7 @@ def fill(template: str, subject: str, answer: str = "") -> str:
 def questions(fact: Fact, *, held_out: bool = False) -> list[str]:
     """The questions after a fact: those of corpus, sft, preferences and ppo, or else those of evaluate.
 
-    Which two wordings are held out turns with the fact, so that every wording is known, but not for this fact.
+    Which two wordings are held out turns with the fact: each wording is known, only not with this fact.
     """
     category = CATEGORIES[fact.category]
     turn = list(category.facts).index(fact.subject)

@@ -43,14 +43,6 @@ class ResponsePositions:
     final_B: Tensor  # int64, position of each sequence's last token: there the value of the end is read
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenScores:
-    """What one pass of the head says about N tokens."""
-
-    logprobs_N: Tensor  # float32, nats
-    entropies_N: Tensor  # float32, nats, of the whole distribution the token was drawn from
-
-
 def packed_response_positions(
     *, prompt_lengths: Sequence[int], response_lengths: Sequence[int], device: torch.device | str
 ) -> ResponsePositions:
@@ -116,30 +108,6 @@ def token_entropies(*, logits: Tensor, temperature: float, chunk_tokens: int = C
     flat = logits.flatten(0, -2)
     (entropies_N,) = _in_chunks(score, flat, flat.new_zeros(flat.shape[0]), chunk_tokens)
     return entropies_N.view(logits.shape[:-1])
-
-
-def score_hidden(
-    *,
-    hidden_ND: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets_N: Tensor,
-    temperature: float,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> TokenScores:
-    """Log-probs and entropies straight from hidden states: the logits [N, V] never exist as a whole.
-
-    `head` maps [n, D] to logits [n, V] and is called once per chunk, again in the backward pass. Pass only
-    the hidden states a loss reads (`hidden[positions.predicting_N]`). Both outputs are differentiable.
-    ValueError as in `token_logprobs`.
-    """
-    _check_alignment(hidden_ND, targets_N, temperature)
-
-    def score(hidden_nD: Tensor, targets_n: Tensor) -> tuple[Tensor, ...]:
-        log_softmax_nV = _log_softmax(head(hidden_nD), temperature)
-        return _pick(log_softmax_nV, targets_n), _entropies(log_softmax_nV)
-
-    logprobs_N, entropies_N = _in_chunks(score, hidden_ND, targets_N, chunk_tokens)
-    return TokenScores(logprobs_N=logprobs_N, entropies_N=entropies_N)
 
 
 def next_token_logprobs(

@@ -67,11 +67,6 @@ def masked_sum(*, values: Tensor, mask: Tensor) -> Tensor:
     return zero_masked(values=values, mask=mask).sum()
 
 
-def masked_mean(*, values: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
-    """Masked sum over an explicit `count`: that of the whole optimizer step, not of this tensor."""
-    return masked_sum(values=values, mask=mask) / count
-
-
 @torch.no_grad()
 def masked_stats(*, values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks = on_one_rank) -> MaskedStats:
     """Moments of `values` (any shape) where `mask` is True, over all ranks.

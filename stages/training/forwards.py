@@ -62,7 +62,6 @@ def response_logprobs(model: nn.Module, packed: ResponsePack, *, temperature: fl
     return pad_ragged(values_N=logprobs_N, mask_BT=packed.mask_BT)
 
 
-@torch.no_grad()
 def response_logprobs_and_entropies(
     model: nn.Module, packed: ResponsePack, *, temperature: float
 ) -> tuple[Tensor, Tensor]:

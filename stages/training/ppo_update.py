@@ -17,6 +17,7 @@ from stages.data.batches import stage_seed
 from stages.data.experience import Experience, minibatches
 from stages.objectives.losses import (
     aggregation_denominator,
+    entropy_bonus,
     kl_surrogate_loss,
     policy_loss,
     sequence_importance_weights,
@@ -24,7 +25,7 @@ from stages.objectives.losses import (
     token_importance_weights,
     value_loss,
 )
-from stages.training.forwards import response_logprobs, response_values
+from stages.training.forwards import response_logprobs, response_logprobs_and_entropies, response_values
 from stages.training.optimize import Optimizer
 from stages.training.ppo_models import PPOModels
 
@@ -116,7 +117,7 @@ class Learner:
         watch: "_UpdateWatch",
     ) -> Tensor:
         config = self._config
-        policy_BT = response_logprobs(self._models.policy, pack.packed, temperature=config.temperature)
+        policy_BT, entropies_BT = self._policy_forward(pack)
         single_update = config.num_epochs == 1 and self._steps_per_epoch == 1
         result = policy_loss(
             policy_logprobs_BT=policy_BT,
@@ -133,7 +134,23 @@ class Learner:
         watch.see_ratio(result.ratio_min, result.ratio_max)
         watch.add_share("ppo/approx_kl", float(result.token_sums["approx_kl_anchor_k3"]) / num_tokens)
         watch.add_share("ppo/clip_fraction", float(result.token_sums["clip_frac"]) / num_tokens)
-        return result.loss + self._kl_term(pack, policy_BT, denominator, sequences, kl_coef)
+        loss = result.loss + self._kl_term(pack, policy_BT, denominator, sequences, kl_coef)
+        if entropies_BT is None:
+            return loss
+        bonus = entropy_bonus(
+            entropies_BT=entropies_BT,
+            mask_BT=pack.mask_BT,
+            aggregation=config.loss_aggregation,
+            denominator=denominator,
+        )
+        return loss - config.entropy_coef * bonus
+
+    def _policy_forward(self, pack: Experience) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the response tokens, and entropies where something weighs them."""
+        policy, temperature = self._models.policy, self._config.temperature
+        if self._config.entropy_coef == 0:
+            return response_logprobs(policy, pack.packed, temperature=temperature), None
+        return response_logprobs_and_entropies(policy, pack.packed, temperature=temperature)
 
     def _kl_term(
         self, pack: Experience, policy_BT: Tensor, denominator: Tensor, sequences: Tensor, kl_coef: float

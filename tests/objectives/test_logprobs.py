@@ -11,7 +11,6 @@ from stages.objectives.logprobs import (
     next_token_logprobs,
     packed_response_positions,
     padded_response_positions,
-    score_hidden,
     token_entropies,
     token_logprobs,
 )
@@ -154,35 +153,6 @@ def test_pin_3_chunked_over_tokens_equals_the_whole_in_value_and_gradient(chunk_
     with torch.no_grad():
         again = token_logprobs(logits=logits, targets=targets, temperature=1.3, chunk_tokens=chunk_tokens)
     assert torch.equal(again, chunked)
-
-
-@pytest.mark.parametrize("chunk_tokens", [2, 100])
-def test_pin_3_scores_from_hidden_states_equal_those_from_whole_logits(chunk_tokens):
-    torch.manual_seed(0)
-    hidden_ND = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    weight_VD = torch.randn(VOCABULARY, 4, dtype=torch.float64, requires_grad=True)
-    targets_N = torch.randint(VOCABULARY, (5,))
-    logits_NV = hidden_ND @ weight_VD.T
-    logprobs_N = token_logprobs(logits=logits_NV, targets=targets_N, temperature=0.8)
-    entropies_N = token_entropies(logits=logits_NV, temperature=0.8)
-    expected = torch.autograd.grad((logprobs_N + entropies_N.square()).sum(), [hidden_ND, weight_VD])
-    widest = 0
-
-    def head(hidden_nD):
-        nonlocal widest
-        widest = max(widest, len(hidden_nD))
-        return hidden_nD @ weight_VD.T
-
-    scores = score_hidden(
-        hidden_ND=hidden_ND, head=head, targets_N=targets_N, temperature=0.8, chunk_tokens=chunk_tokens
-    )
-    gradient = torch.autograd.grad(
-        (scores.logprobs_N + scores.entropies_N.square()).sum(), [hidden_ND, weight_VD]
-    )
-    assert torch.allclose(scores.logprobs_N, logprobs_N, atol=1e-12)
-    assert torch.allclose(scores.entropies_N, entropies_N, atol=1e-12)
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradient, expected, strict=True))
-    assert widest == min(chunk_tokens, 5)
 
 
 def test_entropy_by_hand_and_with_excluded_tokens():

@@ -134,9 +134,7 @@ def test_bf16_training_lowers_the_loss_and_keeps_and_saves_fp32_masters(tied_mod
     def loss_of(_):
         logits_KV = model(row.model_inputs(), targets - 1)[0]
         computed_in.add(logits_KV.dtype)
-        return -token_logprobs(
-            logits=logits_KV, targets=row.input_ids_1N[0, targets], temperature=1.0
-        ).mean()
+        return -token_logprobs(logits=logits_KV, targets=row.input_ids_1N[0, targets], temperature=1.0).mean()
 
     losses = [optimizer.take_step(step, [None], loss_of).loss for step in range(30)]
     assert computed_in == {torch.bfloat16} and losses[-1] < 0.5 * losses[0]

@@ -165,7 +165,9 @@ def test_pin_5_dropout_under_gpt2s_names_is_never_active(tied_model_dir, tmp_pat
     else:
         GPT2LMHeadModel(config).save_pretrained(tmp_path)
         model = (
-            load_causal_lm(tmp_path) if load == "policy" else reward_from_causal_lm(tmp_path, pad_token_id=PAD)
+            load_causal_lm(tmp_path)
+            if load == "policy"
+            else reward_from_causal_lm(tmp_path, pad_token_id=PAD)
         )
     assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)] == [0.0] * 7
 

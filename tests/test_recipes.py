@@ -1,0 +1,429 @@
+"""The recipes one after another on a tiny model, without Ray: what they write, count, refuse and resume."""
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from blake3 import blake3
+from inline import runtime_in
+from transformers import AutoModelForSequenceClassification
+
+from rollout.api import Rollout
+from rollout.config import EngineConfig
+from stages import evaluate, pretrain, reward, sft
+from stages.config import (
+    DataSource,
+    EvaluateConfig,
+    EvaluateSettings,
+    ModelConfig,
+    PrepareConfig,
+    PrepareSettings,
+    PretrainConfig,
+    PretrainSettings,
+    RewardConfig,
+    RewardSettings,
+    ScoreFunction,
+    SFTConfig,
+    SFTSettings,
+)
+from stages.data.batches import BatchOrder
+from stages.data.chat import ChatTokenizer, PairIds
+from stages.data.records import Message, Prompt
+from stages.errors import TrainingStopped
+from stages.prepare import run as run_prepare
+from stages.training.metrics import read_steps
+
+NOUNS = ["cat", "dog", "house", "tree", "river", "window", "garden", "teacher"]
+VERBS = ["sees", "likes", "finds"]
+FACTS = [(a, verb, b) for a in NOUNS for verb in VERBS for b in NOUNS if a != b]
+MODEL = ModelConfig(
+    layers=1, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, context_length=64
+)
+STEPS = {
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "max_steps": 6,
+    "log_every_steps": 1,
+    "checkpoint_every_steps": 2,
+}
+HF = EngineConfig(engine="hf", parity_num_prompts=2, parity_max_tokens=4)
+SCORE = """
+def score(prompt, response, row):
+    return {"score": len(response) % 5 / 4, "even": 1.0 - len(response) % 2}
+"""
+
+
+def written(path: Path, rows: list[dict]) -> list[DataSource]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [DataSource(path=str(path))]
+
+
+def pair_of(a: str, verb: str, b: str) -> dict:
+    """The chosen response is always the longer one."""
+    return {
+        "prompt": f"What {verb} the {b}?",
+        "chosen": f"The {a} {verb} the {b}.",
+        "rejected": a,
+        "verb": verb,
+    }
+
+
+@dataclass
+class Chain:
+    """Directories and metrics of the stages that have run, by name."""
+
+    root: Path
+    outputs: dict[str, Path] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def run(self, stage, run, settings, *, inputs=()):
+        directory = self.root / stage
+        runtime = runtime_in(directory, stage)
+        given = {name: self.outputs[name] for name in inputs}
+        self.metrics[stage] = dict(run(settings, given, directory / "out", runtime))
+        self.outputs[stage] = directory / "out"
+
+    def chat(self, stage: str) -> ChatTokenizer:
+        return ChatTokenizer.load(self.outputs[stage])
+
+
+def pretrain_settings(**changes) -> PretrainSettings:
+    return PretrainSettings(seed=1, model=MODEL, pretrain=PretrainConfig(**STEPS | changes))
+
+
+def sft_settings(data: Path, **changes) -> SFTSettings:
+    rows = [
+        {"prompt": f"What {verb} the {b}?", "completion": f"The {a} {verb} it."} for a, verb, b in FACTS[:40]
+    ]
+    config = SFTConfig(data=written(data / "sft.jsonl", rows), **STEPS | changes)
+    return SFTSettings(seed=1, model=MODEL, sft=config)
+
+
+def reward_settings(data: Path, *, rows=None, context_length=64, **changes) -> RewardSettings:
+    rows = [pair_of(*fact) for fact in FACTS[:60]] if rows is None else rows
+    options = {
+        "heldout_frac": 0.3,
+        "min_accuracy": 0.0,
+        "normaliser_prompts": 8,
+        "normaliser_max_response_tokens": 6,
+    }
+    config = RewardConfig(data=written(data / "pairs.jsonl", rows), **STEPS | options | changes)
+    model = MODEL.model_copy(update={"context_length": context_length})
+    return RewardSettings(seed=1, model=model, reward=config, rollout=HF)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Chain:
+    """prepare, pretrain, sft, reward and evaluate; the sft model stands for ppo's too."""
+    chain = Chain(root=tmp_path_factory.mktemp("recipes"))
+    data = chain.root
+    texts = [{"text": f"The {a} {verb} the {b}. It is {len(a)} o'clock."} for a, verb, b in FACTS]
+    prepare = PrepareConfig(
+        data=written(data / "corpus.jsonl", texts), vocab_size=320, heldout_frac=0.1, shard_tokens=1024
+    )
+    chain.run("prepare", run_prepare, PrepareSettings(seed=1, model=MODEL, prepare=prepare))
+    chain.run("pretrain", pretrain.run, pretrain_settings(), inputs=["prepare"])
+    chain.run("sft", sft.run, sft_settings(data), inputs=["pretrain"])
+    chain.run("reward", reward.run, reward_settings(data, group_column="verb"), inputs=["sft"])
+    chain.outputs["ppo"] = chain.outputs["sft"]
+    (data / "score.py").write_text(SCORE)
+    prompts = written(data / "prompts.jsonl", [{"prompt": f"Who likes the {noun}?"} for noun in NOUNS])
+    config = EvaluateConfig(
+        prompts=prompts, score=ScoreFunction(path=data / "score.py"), max_prompts=6, max_response_tokens=6
+    )
+    chain.run(
+        "evaluate",
+        evaluate.run,
+        EvaluateSettings(seed=1, model=MODEL, evaluate=config, rollout=HF),
+        inputs=["prepare", "pretrain", "sft", "reward", "ppo"],
+    )
+    return chain
+
+
+def test_every_recipe_says_what_it_measured(chain):
+    training = {"loss_final", "tokens_per_second", "steps"}
+    assert training | {"parameters", "perplexity_heldout"} <= chain.metrics["pretrain"].keys()
+    assert training | {"conversations", "conversations_dropped"} <= chain.metrics["sft"].keys()
+    assert (
+        training
+        | {"pairs", "pairs_heldout", "pairs_dropped", "accuracy_heldout", "margin_heldout", "score_mean"}
+        <= chain.metrics["reward"].keys()
+    )
+    assert {"prompts", "reward_base", "length_sft", "truncated_ppo"} <= chain.metrics["evaluate"].keys()
+    assert all(math.isfinite(value) for metrics in chain.metrics.values() for value in metrics.values())
+    for stage in ("pretrain", "sft", "reward"):
+        steps = [line["step"] for line in read_steps(chain.root / stage / "work" / "metrics.jsonl")]
+        assert steps == [1, 2, 3, 4, 5, 6] and chain.metrics[stage]["steps"] == 6
+
+
+def test_pretrain_learns_and_starts_near_the_uniform_distribution(chain):
+    lines = read_steps(chain.root / "pretrain" / "work" / "metrics.jsonl")
+    assert lines[0]["train/loss"] == pytest.approx(math.log(320), abs=0.3)
+    assert chain.metrics["pretrain"]["loss_final"] < lines[0]["train/loss"] - 0.1
+    perplexity = chain.metrics["pretrain"]["perplexity_heldout"]
+    assert math.exp(chain.metrics["pretrain"]["loss_final"]) == pytest.approx(perplexity, rel=0.3)
+
+
+def test_pin_9_the_sft_model_stops_at_every_stop_token_of_its_template(chain):
+    chat = chain.chat("sft")
+    generation = json.loads((chain.outputs["sft"] / "generation_config.json").read_text())
+    config = json.loads((chain.outputs["sft"] / "config.json").read_text())
+    assert tuple(generation["eos_token_id"]) == chat.stop_token_ids
+    assert {chat.end_of_turn_id, chat.tokenizer.eos_token_id} <= set(chat.stop_token_ids)
+    assert config["eos_token_id"] == chat.end_of_turn_id
+    assert config["pad_token_id"] == generation["pad_token_id"] == chat.pad_token_id
+    assert chat.pad_token_id not in chat.stop_token_ids
+
+
+def test_held_out_accuracy_is_reported_per_group_and_beside_the_longer_wins_rule(chain):
+    metrics = chain.metrics["reward"]
+    heldout = reward._examples(reward_settings(chain.root, group_column="verb"), chain.chat("sft")).heldout
+    sizes = {verb: sum(example.group == verb for example in heldout) for verb in VERBS}
+    assert sum(sizes.values()) == metrics["pairs_heldout"] and min(sizes.values()) > 0
+    mean = sum(metrics[f"accuracy_{verb}"] * size for verb, size in sizes.items()) / len(heldout)
+    assert metrics["accuracy_heldout"] == pytest.approx(mean, abs=1e-6)
+    assert metrics["accuracy_longer_wins"] == 1.0
+    assert metrics["pairs"] + metrics["pairs_heldout"] == 60 and metrics["pairs_dropped"] == 0
+
+
+def test_no_prompt_is_both_trained_on_and_held_out(chain):
+    examples = reward._examples(reward_settings(chain.root), chain.chat("sft"))
+    prompts = [{example.ids.prompt for example in part} for part in (examples.train, examples.heldout)]
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+def test_evaluating_a_model_against_itself_is_a_draw(chain):
+    metrics = chain.metrics["evaluate"]
+    assert metrics["win_rate_ppo_vs_sft"] == metrics["win_rate_low"] == metrics["win_rate_high"] == 0.5
+    assert metrics["kl_ppo_vs_sft"] == 0.0
+    for name in ("score", "score_even", "reward", "length", "truncated", "perplexity"):
+        assert metrics[f"{name}_ppo"] == metrics[f"{name}_sft"], name
+    assert metrics["perplexity_base"] == pytest.approx(chain.metrics["pretrain"]["perplexity_heldout"])
+
+
+def test_samples_hold_what_the_means_are_of(chain):
+    lines = [json.loads(line) for line in (chain.outputs["evaluate"] / "samples.jsonl").open()]
+    assert [line["prompt"] for line in lines] == [f"Who likes the {noun}?" for noun in NOUNS[:6]]
+    for name in ("base", "sft", "ppo"):
+        scores = [line[name]["score"] for line in lines]
+        assert scores == [len(line[name]["response"]) % 5 / 4 for line in lines]
+        assert chain.metrics["evaluate"][f"score_{name}"] == pytest.approx(sum(scores) / 6)
+
+
+# The reward model's reading
+
+
+def rollouts_ended_in_every_way(chat: ChatTokenizer) -> list[Rollout]:
+    """The same answer cut off, ended with the end of turn, and ended with another stop token."""
+    (other,) = set(chat.stop_token_ids) - {chat.end_of_turn_id}
+    prompt = chat.prompt_ids((Message(role="user", content="Who likes the cat?"),))
+    answer = chat.text_ids("The dog")
+    return [
+        Rollout(
+            request_id=str(index),
+            prompt_ids=prompt,
+            response_ids=ids,
+            logprobs=(-1.0,) * len(ids),
+            finish_reason="stop" if len(ids) > len(answer) else "length",
+            weight_versions=(0,) * len(ids),
+            seed=0,
+        )
+        for index, ids in enumerate([answer, (*answer, chat.end_of_turn_id), (*answer, other)])
+    ]
+
+
+def as_trained(chat: ChatTokenizer) -> tuple[int, ...]:
+    pair = chat.render_pair(
+        (Message(role="user", content="Who likes the cat?"),),
+        (Message(role="assistant", content="The dog"),),
+        (Message(role="assistant", content="x"),),
+    )
+    assert pair.chosen.count(chat.end_of_turn_id) == 1 and pair.chosen[-1] == chat.end_of_turn_id
+    return (*pair.prompt, *pair.chosen)
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_pin_13_evaluation_scores_a_response_with_the_end_it_was_trained_with_however_it_ended(chain, name):
+    chat = chain.chat("sft")
+    rollouts = rollouts_ended_in_every_way(chat)
+    candidate = evaluate.Candidate(
+        name=name, model=None, prompts=[], rollouts=rollouts, texts=["The dog"] * 3
+    )
+    prompt = Prompt(messages=(Message(role="user", content="Who likes the cat?"),), row={})
+    assert evaluate._scored_sequences(candidate, [prompt] * 3, chat) == [as_trained(chat)] * 3
+
+
+def test_pin_13_the_base_models_answer_is_scored_as_a_chat_with_one_end_of_turn(chain):
+    chat = chain.chat("sft")
+    candidate = evaluate.Candidate(name="base", model=None, prompts=[], rollouts=[], texts=["The dog"])
+    prompt = Prompt(messages=(Message(role="user", content="Who likes the cat?"),), row={})
+    assert evaluate._scored_sequences(candidate, [prompt], chat) == [as_trained(chat)]
+
+
+def test_pin_13_the_normaliser_reads_sampled_responses_with_the_end_they_were_trained_with(
+    chain, monkeypatch
+):
+    chat = chain.chat("sft")
+
+    class Client:
+        def generate(self, requests):
+            return rollouts_ended_in_every_way(chat)
+
+    @contextmanager
+    def no_engines(*args, **kwargs):
+        yield Client()
+
+    monkeypatch.setattr(reward, "open_engines", no_engines)
+    settings = reward_settings(chain.root)
+    sequences = reward._normaliser_sequences(
+        settings, chain.outputs["sft"], reward._examples(settings, chat), chat, runtime=None
+    )
+    assert sequences == [as_trained(chat)] * 3
+
+
+def test_pin_15_the_normaliser_is_over_responses_that_the_sft_model_samples(chain, monkeypatch, tmp_path):
+    read = []
+
+    def remember(model, sequences, **options):
+        read.append((list(sequences), scores_in_packs(model, sequences, **options)))
+        return read[-1][1]
+
+    scores_in_packs = reward.scores_in_packs
+    monkeypatch.setattr(reward, "scores_in_packs", remember)
+    settings = reward_settings(tmp_path)
+    metrics = reward.run(
+        settings, {"sft": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward")
+    )
+    sequences, scores = read[-1]
+    chat = chain.chat("sft")
+    examples = reward._examples(settings, chat)
+    prompts = {example.ids.prompt for example in (*examples.train, *examples.heldout)}
+    assert len(sequences) == 8
+    for sequence in sequences:
+        (prompt,) = [prompt for prompt in prompts if sequence[: len(prompt)] == prompt]
+        assert 1 <= len(sequence) - len(prompt) <= 7 and sequence[-1] == chat.end_of_turn_id
+    saved = json.loads((tmp_path / "out" / "score_normaliser.json").read_text())
+    assert saved == {"mean": float(scores.mean()), "std": float(scores.std())}
+    assert saved == {"mean": metrics["score_mean"], "std": metrics["score_std"]}
+
+
+def test_a_reward_model_from_pretrain_opens_no_engine_and_is_normalised_by_its_held_out_pairs(
+    chain, monkeypatch, tmp_path
+):
+    def no_engines(*args, **kwargs):
+        raise AssertionError("init_from: pretrain must not need the sft model or an engine")
+
+    monkeypatch.setattr(reward, "open_engines", no_engines)
+    settings = reward_settings(tmp_path, init_from="pretrain")
+    runtime = runtime_in(tmp_path, "reward")
+    reward.run(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
+    heldout = reward._examples(settings, chain.chat("pretrain")).heldout
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        scores = torch.stack(
+            [
+                plain(torch.tensor([ids])).logits[0, 0]
+                for example in heldout
+                for ids in (example.chosen, example.rejected)
+            ]
+        )
+    saved = json.loads((tmp_path / "out" / "score_normaliser.json").read_text())
+    assert saved["mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert saved["std"] == pytest.approx(scores.std().item(), rel=1e-4)
+
+
+def test_a_reward_model_below_its_gate_stops_the_run_and_leaves_no_model(chain, tmp_path):
+    """Every pair stands there both ways, so that exactly half are ranked as labelled."""
+    rows = [pair_of(*fact) for fact in FACTS[:20]]
+    both = rows + [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    settings = reward_settings(tmp_path, rows=both, min_accuracy=1.0)
+    with pytest.raises(
+        TrainingStopped, match=r"held-out accuracy 0\.500 is below reward\.min_accuracy 1\.0"
+    ) as stop:
+        reward.run(settings, {"sft": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward"))
+    assert stop.value.exit_code == 5
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_pin_16_pairs_whose_difference_the_context_cuts_away_are_dropped_and_counted(chain, tmp_path):
+    """Both responses end in the same long tail; a context shorter than that tail leaves no difference."""
+    tail = " the cat likes the dog" * 6
+    same_end = {"prompt": "Who?", "chosen": "yes" + tail, "rejected": "no" + tail, "verb": "likes"}
+    rows = [pair_of(*fact) for fact in FACTS[:30]] + [same_end, same_end | {"prompt": "Why?"}]
+    chat = chain.chat("sft")
+    short = reward._examples(reward_settings(tmp_path, rows=rows, context_length=24), chat)
+    long = reward._examples(reward_settings(tmp_path, rows=rows, context_length=256), chat)
+    assert (short.num_dropped, long.num_dropped) == (2, 0)
+    assert len(short.train) + len(short.heldout) == 30 and len(long.train) + len(long.heldout) == 32
+
+
+def test_pin_16_what_is_kept_of_a_pair_ends_with_its_end_of_turn_within_the_context(chain, tmp_path):
+    chat = chain.chat("sft")
+    long_prompts = [row | {"prompt": row["prompt"] * 6} for row in (pair_of(*fact) for fact in FACTS[:30])]
+    examples = reward._examples(reward_settings(tmp_path, rows=long_prompts, context_length=48), chat)
+    for example in (*examples.train, *examples.heldout):
+        assert isinstance(example.ids, PairIds) and len(example.chosen) == 48
+        assert example.chosen[-1] == example.rejected[-1] == chat.end_of_turn_id
+
+
+def test_pin_16_the_recipe_reports_the_dropped_pairs(chain, tmp_path):
+    tail = " the cat likes the dog" * 24
+    same_end = {"prompt": "Who?", "chosen": "yes" + tail, "rejected": "no" + tail, "verb": "likes"}
+    settings = reward_settings(
+        tmp_path, rows=[*(pair_of(*fact) for fact in FACTS[:30]), same_end], max_steps=1, init_from="pretrain"
+    )
+    runtime = runtime_in(tmp_path, "reward")
+    metrics = reward.run(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
+    assert metrics["pairs_dropped"] == 1 and metrics["pairs"] + metrics["pairs_heldout"] == 30
+
+
+# Resuming
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL before a step."""
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_a_killed_stage_goes_on_from_its_checkpoint_and_ends_in_the_same_bits(
+    chain, monkeypatch, tmp_path, stage
+):
+    """Checkpoints are at steps 2 and 4; it dies before the sixth step and takes steps 5 and 6 again."""
+    settings, run, inputs = {
+        "pretrain": (pretrain_settings(), pretrain.run, ["prepare"]),
+        "sft": (sft_settings(chain.root), sft.run, ["pretrain"]),
+        "reward": (reward_settings(chain.root, group_column="verb"), reward.run, ["sft"]),
+    }[stage]
+    asked: list[int] = []
+    indices = BatchOrder.indices
+
+    def dying(self, step):
+        if step == 5 and len(asked) == 5:
+            raise Killed
+        asked.append(step)
+        return indices(self, step)
+
+    monkeypatch.setattr(BatchOrder, "indices", dying)
+    resumed = Chain(root=tmp_path, outputs=dict(chain.outputs))
+    with pytest.raises(Killed):
+        resumed.run(stage, run, settings, inputs=inputs)
+    assert not list((tmp_path / stage / "out").iterdir())
+    first_four = (tmp_path / stage / "work" / "metrics.jsonl").read_text().split("\n")[:4]
+    resumed.run(stage, run, settings, inputs=inputs)
+    assert asked == [0, 1, 2, 3, 4, 4, 5]
+    lines = (tmp_path / stage / "work" / "metrics.jsonl").read_text().split("\n")[:-1]
+    assert lines[:4] == first_four and len(lines) == 6
+    digests = {
+        blake3((made.outputs[stage] / "model.safetensors").read_bytes()).hexdigest()
+        for made in (chain, resumed)
+    }
+    assert len(digests) == 1
+    timeless = [
+        {name: value for name, value in made.metrics[stage].items() if name != "tokens_per_second"}
+        for made in (chain, resumed)
+    ]
+    assert timeless[0] == timeless[1]
