@@ -50,7 +50,7 @@ from pipeline.config import resolved_yaml
 from pipeline.errors import ConfigError, MissingStage, StageFailed
 from pipeline.experiment import ExperimentConfig
 from pipeline.progress import Progress
-from rollout.errors import EnvironmentProblem, ExpectedError
+from rollout.errors import EnvironmentProblem, ExpectedError, root_cause
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data import readers
 from stages.data.scoring import load_judge
@@ -487,7 +487,7 @@ def _fetch(stage: str, ref: Any, log_dir: Path) -> StageResult:
 
 def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
     """The line that `error` becomes: itself when meant for the user, else the machine's fault or our bug."""
-    if isinstance(cause := _cause(error), ExpectedError):
+    if isinstance(cause := root_cause(error), ExpectedError):
         return cause
     if any(kind.__module__ == "ray.exceptions" for kind in type(cause).__mro__):
         return EnvironmentProblem(
@@ -502,16 +502,6 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
     return StageFailed(
         f"{stage}: {type(cause).__name__}: {first_line}; this is a bug of the pipeline; traceback in {log}"
     )
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What was raised first, behind any number of process boundaries."""
-    while any(kind.__name__ == "RayTaskError" for kind in type(error).__mro__):
-        inner: BaseException | None = error.cause  # type: ignore[attr-defined]  # RayTaskError; ray may not be imported
-        if inner is None or inner is error:
-            break
-        error = inner
-    return error
 
 
 @contextlib.contextmanager

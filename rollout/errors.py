@@ -4,6 +4,8 @@ Owns: the root of the hierarchy, for `rollout` is what every other package may i
 `str(error)` and exits with `exit_code`; anything that is not an `ExpectedError` is our bug (exit 1, traceback
 in the log)."""
 
+from typing import NoReturn
+
 
 class ExpectedError(Exception):
     """What, where, how to fix, in one line. Takes exactly one argument, so that it survives a process
@@ -31,3 +33,21 @@ class ParityError(ExpectedError):
     """Engine and trainer disagree about log-probs: training on would be silently wrong."""
 
     exit_code = 5
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What was raised first, behind any number of process borders (Ray wraps an error once per border)."""
+    while any(kind.__name__ == "RayTaskError" for kind in type(error).__mro__):
+        inner: BaseException | None = error.cause  # type: ignore[attr-defined]  # RayTaskError; Ray is not imported here
+        if inner is None or inner is error:
+            break
+        error = inner
+    return error
+
+
+def raise_expected(error: BaseException) -> NoReturn:
+    """Raise an error of another process again: as itself if it is meant for the user, else as Ray gave it."""
+    cause = root_cause(error)
+    if isinstance(cause, ExpectedError):
+        raise cause from None
+    raise error

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rollout.api import Rollout, RolloutEngine, RolloutRequest, WeightUpdate
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
-from rollout.errors import EngineError, ExpectedError, WeightSyncError
+from rollout.errors import EngineError, ExpectedError, WeightSyncError, raise_expected, root_cause
 from rollout.loop import before_deadline
 
 T = TypeVar("T")
@@ -136,9 +136,7 @@ class ActorEngine:
         try:
             return await before_deadline(answer, timeout_s=timeout_s + GRACE_S, what=f"{self._name}: {what}")
         except RayTaskError as error:
-            if isinstance(error.cause, ExpectedError):
-                raise error.cause from None
-            raise
+            raise_expected(error)
         except RayError as error:
             raise EngineError(
                 f"{self._name}: {what}: its process is gone ({type(error).__name__})"
@@ -267,8 +265,8 @@ def _environment(num_gpus: float) -> dict[str, str]:
 
 
 def _start_error(error: RayError, config: EngineConfig, num_gpus: float) -> Exception:
-    if isinstance(error, RayTaskError) and isinstance(error.cause, ExpectedError):
-        return error.cause
+    if isinstance(cause := root_cause(error), ExpectedError):
+        return cause
     if isinstance(error, GetTimeoutError):
         return EngineError(
             f"{config.num_engines} engines with {num_gpus:g} GPUs each did not start within "

@@ -59,8 +59,9 @@ def run(
             f"train the reward model from {inputs['sft']}"
         )
     chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
+    prompts, num_dropped = _prompts(settings, chat)
     plan = SourcePlan(
-        prompts=_prompts(settings, chat),
+        prompts=prompts,
         num_prompts=config.num_prompts,
         samples_per_prompt=config.samples_per_prompt,
         temperature=config.temperature,
@@ -76,7 +77,7 @@ def run(
         runtime=runtime,
     )
     with engines as client, open_source(client, plan, runtime=runtime) as source:
-        return launch(
+        metrics = launch(
             train,
             runtime,
             settings=settings,
@@ -84,8 +85,9 @@ def run(
             out_dir=out_dir,
             client=client,
             source=source,
-            probe_prompts=plan.prompts[: settings.rollout.parity_num_prompts],
+            probe_prompts=prompts[: settings.rollout.parity_num_prompts],
         )
+    return metrics | {"prompts": float(len(prompts)), "prompts_dropped": float(num_dropped)}
 
 
 def train(
@@ -184,8 +186,8 @@ def train(
     return totals.metrics(version=config.max_steps)
 
 
-def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[int, ...], ...]:
-    """Prompt ids in file order; those that leave no room for a whole response are dropped."""
+def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Prompt ids in file order, and how many rows were left out: malformed, or no room to respond."""
     config = settings.ppo
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
     rendered = [chat.prompt_ids(prompt.messages) for prompt in rows.records]
@@ -196,7 +198,7 @@ def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[int, ...
             f"ppo.data: none of {len(rendered)} prompts has at most {longest} tokens "
             "(model.context_length - ppo.max_response_tokens)"
         )
-    return kept
+    return kept, rows.num_skipped + len(rendered) - len(kept)
 
 
 def _controller(config: PPOConfig) -> KlController:

@@ -22,7 +22,14 @@ from stages.runtime import Runtime
 from stages.training.distributed import Worker, launch, place
 from stages.training.evaluation import perplexity
 from stages.training.fit import fit, num_steps
-from stages.training.models import CausalLM, build_causal_lm, full_state, load_causal_lm, save_model
+from stages.training.models import (
+    CausalLM,
+    build_causal_lm,
+    check_context,
+    full_state,
+    load_causal_lm,
+    save_model,
+)
 from stages.training.optimize import Optimizer
 
 RECIPE_VERSION = 1
@@ -105,7 +112,9 @@ def train(
 
 def _initial_model(settings: PretrainSettings, inputs: Mapping[str, Path], chat: ChatTokenizer) -> CausalLM:
     if "model" in inputs:
-        return load_causal_lm(inputs["model"])
+        model = load_causal_lm(inputs["model"])
+        check_context(model, settings.model.context_length)
+        return model
     torch.manual_seed(stage_seed(settings.seed, "pretrain", "init"))
     return build_causal_lm(
         settings.model,

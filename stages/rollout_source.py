@@ -16,12 +16,14 @@ from typing import Any, Literal, Protocol
 from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
-from rollout.errors import EngineError, ExpectedError
+from rollout.errors import EngineError, raise_expected
 from rollout.loop import LoopThread
 from stages.data.batches import BatchOrder, stage_seed
 from stages.runtime import Runtime
 
 Dtype = Literal["float32", "bfloat16"]
+GRACE_S = 10.0
+"""Added to a deadline that the engine keeps itself: its own error says more, and so comes first."""
 ENGINE_DTYPE: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -113,8 +115,15 @@ class EngineClient:
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         """Rollouts in the order of `requests`. Raises EngineError."""
         return self.loop.run(
-            self.engine.submit(requests), timeout_s=self.config.generate_timeout_s, what="generate"
+            self.engine.submit(requests), timeout_s=self.config.generate_timeout_s + GRACE_S, what="generate"
         )
+
+    def close(self) -> None:
+        """End the engines, and this process's loop. Raises EngineError."""
+        try:
+            self.loop.run(self.engine.close(), timeout_s=self.config.sync_timeout_s, what="engine close")
+        finally:
+            self.loop.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the loop: another process opens its own."""
@@ -131,6 +140,8 @@ def open_engines(
     runtime: Runtime,
 ) -> Iterator[EngineClient]:
     """Started engines that hold the weights of `model_dir`; closed on the way out. Raises EngineError."""
+    log_dir = runtime.log_dir / f"{runtime.stage}-engines"
+    log_dir.mkdir(parents=True, exist_ok=True)
     if runtime.executor == "ray":
         from rollout.pool import start_actor_engines
 
@@ -139,7 +150,7 @@ def open_engines(
             model_dir=model_dir,
             dtype=dtype,
             max_model_len=max_model_len,
-            log_dir=runtime.log_dir,
+            log_dir=log_dir,
             num_gpus_each=runtime.resources.num_gpus_per_engine,
         )
         client = EngineClient(pool, config, None)
@@ -150,15 +161,17 @@ def open_engines(
             model_dir=model_dir,
             dtype=dtype,
             max_model_len=max_model_len,
-            log_path=runtime.log_dir / f"{runtime.stage}-engine.log",
+            log_path=log_dir / "engine-0.log",
         )
-        engine = loop.run(opening, timeout_s=config.start_timeout_s, what="engine start")
+        engine = loop.run(opening, timeout_s=config.start_timeout_s + GRACE_S, what="engine start")
         client = EngineClient(engine, config, loop)
     try:
         yield client
-    finally:
-        client.loop.run(client.engine.close(), timeout_s=config.sync_timeout_s, what="engine close")
-        client.loop.close()
+    except BaseException:
+        with contextlib.suppress(EngineError):  # what went wrong before says more
+            client.close()
+        raise
+    client.close()
 
 
 @contextlib.contextmanager
@@ -171,7 +184,7 @@ def open_source(client: EngineClient, plan: SourcePlan, *, runtime: Runtime) -> 
 
     actor: Any = ray.remote(RolloutSource).options(num_cpus=0, max_restarts=0).remote(client.engine, plan)
     try:
-        yield _ActorSource(actor, client.config.generate_timeout_s)
+        yield _ActorSource(actor, client.config.generate_timeout_s + 2 * GRACE_S)
     finally:
         ray.kill(actor)
 
@@ -182,7 +195,7 @@ class _LocalSource:
         self._client = client
 
     def next(self, step: int) -> RolloutBatch:
-        timeout_s = self._client.config.generate_timeout_s
+        timeout_s = self._client.config.generate_timeout_s + GRACE_S
         return self._client.loop.run(
             self._source.next(step), timeout_s=timeout_s, what=f"rollouts of step {step + 1}"
         )
@@ -199,9 +212,7 @@ class _ActorSource:
         try:
             return ray.get(self._actor.next.remote(step), timeout=self._timeout_s)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ExpectedError):
-                raise error.cause from None
-            raise
+            raise_expected(error)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
             raise EngineError(
                 f"rollouts of step {step + 1}: {type(error).__name__} after {self._timeout_s:g} s"

@@ -25,6 +25,7 @@ from stages.training.fit import fit, num_steps
 from stages.training.models import (
     CausalLM,
     base_model,
+    check_context,
     full_state,
     load_causal_lm,
     save_model,
@@ -70,6 +71,7 @@ def train(
 
     # 2. Model and optimizer.
     model = load_causal_lm(base_model(inputs))
+    check_context(model, settings.model.context_length)
     if config.gradient_checkpointing:
         model.inner.gradient_checkpointing_enable()
     place(model, worker, precision=config.precision, trained=True)

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from rollout.errors import EnvironmentProblem, ExpectedError
+from rollout.errors import EnvironmentProblem, raise_expected
 from stages.runtime import Runtime
 from stages.training.models import CausalLM, Precision, TokenScorer
 
@@ -119,9 +119,7 @@ def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str,
         results: list[Result] = ray.get(calls)
         return results[0]
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ExpectedError):
-            raise error.cause from None
-        raise
+        raise_expected(error)
     except ray.exceptions.GetTimeoutError as error:
         raise EnvironmentProblem(
             f"{runtime.stage}: no worker answered within "

@@ -171,6 +171,15 @@ def base_model(inputs: Mapping[str, Path]) -> Path:
     return inputs["pretrain"] if "pretrain" in inputs else inputs["model"]
 
 
+def check_context(model: CausalLM, length: int) -> None:
+    """Raise ModelError when a given model has no positions for `model.context_length` tokens."""
+    limit = model.inner.config.max_position_embeddings
+    if length > limit:
+        raise ModelError(
+            f"model.context_length {length} is more than the model's own {limit} positions; lower it"
+        )
+
+
 def freeze(model: Model) -> Model:
     """No gradient for any parameter of `model`, and eval mode."""
     return model.requires_grad_(False).eval()
