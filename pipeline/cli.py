@@ -194,7 +194,7 @@ def _exit_code(argv: list[str]) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    print(f"rlhf: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(" ".join(text.split()), file=sys.stderr, flush=True)
     return code
 
 

@@ -115,7 +115,7 @@ def test_a_stage_that_stops_itself_is_code_5_and_the_finished_ones_are_reported(
 ):
     chain.order("sft", error="TrainingStopped")
     code, stderr = complaint(capsys, "run", "demo.yaml")
-    assert (code, stderr) == (5, "rlhf: sft: loss is nan at step 2; lower sft.lr\n")
+    assert (code, stderr) == (5, "sft: loss is nan at step 2; lower sft.lr\n")
     assert list(chain.summary()) == ["prepare", "pretrain"]
     assert (chain.outputs / "runs/demo/report.html").is_file()
 
@@ -181,7 +181,7 @@ def test_a_signal_ends_the_run_with_code_75_and_no_process_left(chain: Chain, wh
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)  # as a terminal or a scheduler does: every process of the run gets it
     _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (75, "rlhf: interrupted; run the same command to go on\n")
+    assert (process.returncode, stderr) == (75, "interrupted; run the same command to go on\n")
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert list(chain.summary()) == ["prepare", "pretrain"]
 

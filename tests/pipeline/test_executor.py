@@ -205,7 +205,7 @@ def test_a_whole_run_on_ray_with_one_branch_failing_beside_another(chain: Chain)
     chain.order("reward", error="TrainingStopped")
     chain.order("sft", sleep_s=2)
     code, _, stderr = chain.cli(*command)
-    assert (code, stderr) == (5, "rlhf: sft: loss is nan at step 2; lower sft.lr\n")
+    assert (code, stderr) == (5, "sft: loss is nan at step 2; lower sft.lr\n")
     assert sorted(chain.calls()) == ["prepare", "pretrain", "reward", "sft"]
     assert list(chain.summary()) == ["prepare", "pretrain", "sft"]  # the branch beside it was kept
 
@@ -213,7 +213,7 @@ def test_a_whole_run_on_ray_with_one_branch_failing_beside_another(chain: Chain)
     chain.order("ppo", kill=True)
     code, _, stderr = chain.cli(*command)
     assert (code, stderr.count("\n")) == (4, 1)
-    assert stderr.startswith("rlhf: ppo: a process of it died (WorkerCrashedError")
+    assert stderr.startswith("ppo: a process of it died (WorkerCrashedError")
     assert list(chain.summary()) == ["prepare", "pretrain", "sft", "reward"]
 
     code, stdout, stderr = chain.cli(*command)
