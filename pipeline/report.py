@@ -259,6 +259,8 @@ def _curves(stages: Sequence[_Stage]) -> Html | None:
     parts = []
     for stage in stages:
         rows = list(_read_lines(stage.directory / "metrics.jsonl"))
+        if len(rows) < 2:  # a stage of one step has figures, not curves
+            continue
         names = dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES)
         figures = [
             curve(name, points, description=METRICS.get(name, ""))
