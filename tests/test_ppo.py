@@ -1,5 +1,6 @@
 """PPO: one batch judged and updated on tiny models, and whole runs of the recipe on the reference engine."""
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
+from fakes import FakeEngine
 from inline import runtime_in, worker_in
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from rollout.api import Rollout
 from rollout.config import EngineConfig
@@ -16,6 +19,7 @@ from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
 from stages.errors import ModelError, TrainingStopped
 from stages.ppo import run
+from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
 from stages.training.metrics import read_steps
 from stages.training.models import ScoreNormaliser, full_state, reward_from_causal_lm, save_model
@@ -79,6 +83,51 @@ def judged_batch(inputs, tmp_path, config=CONFIG):
     models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
     packs = pack_rollouts(some_rollouts(), micro_batch_size=config.micro_batch_size, max_length=6, device=CPU)
     return models, packs, [judge(models, pack, config, **ENDS) for pack in packs]
+
+
+def test_pin_10_the_ids_that_are_trained_on_are_the_engines_and_never_encoded_again(tied_model_dir):
+    """Random ids: as a rule, encoding their text would give others."""
+    rollouts = some_rollouts()
+    tokenizer = AutoTokenizer.from_pretrained(tied_model_dir)
+    assert any(
+        tokenizer(tokenizer.decode(rollout.response_ids))["input_ids"] != list(rollout.response_ids)
+        for rollout in rollouts
+    )
+    for pack in pack_rollouts(rollouts, micro_batch_size=3, max_length=6, device=CPU):
+        sent = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in pack.rollouts]
+        assert [part.tolist() for part in pack.packed.row.split(pack.packed.row.input_ids_1N[0])] == sent
+        trained = [token for rollout in pack.rollouts for token in rollout.response_ids]
+        assert pack.packed.targets_N.tolist() == trained
+
+
+@pytest.mark.parametrize("samples_per_prompt", [1, 2])
+def test_pin_34_every_prompt_is_sampled_from_once_per_epoch_and_a_resumed_run_goes_on_there(
+    samples_per_prompt,
+):
+    """Five prompts, two per step: two epochs take five steps, the third of which spans both."""
+    plan = SourcePlan(
+        prompts=tuple((5 + index,) for index in range(5)),
+        num_prompts=2,
+        samples_per_prompt=samples_per_prompt,
+        temperature=1.0,
+        max_tokens=3,
+        stop_token_ids=(),
+        seed=4,
+    )
+
+    async def batches(steps):
+        source = RolloutSource(FakeEngine(), plan)
+        return [await source.next(step) for step in steps]
+
+    straight = asyncio.run(batches(range(5)))
+    drawn = [index for batch in straight for index in batch.prompt_indices[::samples_per_prompt]]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
+    for batch in straight:
+        asked = [rollout.prompt_ids for rollout in batch.rollouts]
+        assert asked == [plan.prompts[index] for index in batch.prompt_indices]
+    seeds = [rollout.seed for batch in straight for rollout in batch.rollouts]
+    assert len(set(seeds)) == len(seeds) == 10 * samples_per_prompt
+    assert asyncio.run(batches([3, 4])) == straight[3:]
 
 
 def test_pin_13_ppo_scores_a_response_as_if_it_had_ended_with_the_end_of_turn_however_it_ended(
@@ -363,6 +412,24 @@ def test_pin_29_the_adaptive_kl_coef_goes_on_where_a_killed_run_left_it(
     assert coefs(tmp_path / "whole") == pytest.approx([0.5, 0.4, 0.32])
     assert coefs(tmp_path / "killed") == coefs(tmp_path / "whole")
     assert (resumed, resumed_rollouts) == (whole, rollouts)
+
+
+@pytest.mark.slow
+def test_a_bf16_run_with_vllm_passes_its_parity_gate_and_saves_fp32_weights_that_moved(
+    inputs, prompts, tmp_path
+):
+    engine = EngineConfig(kv_cache_mib=64, max_num_seqs=16, parity_num_prompts=2, parity_max_tokens=8)
+    settings = settings_for(prompts, precision="bf16", max_steps=2).model_copy(update={"rollout": engine})
+    metrics, _, _ = run_in(tmp_path, settings, inputs)
+    assert metrics["version_final"] == 2.0 and 0 < metrics["parity_max_abs_diff"] < 0.5
+    lines = read_steps(tmp_path / "work" / "metrics.jsonl")
+    assert [line["ppo/ratio_first"] for line in lines] == [0.0, 0.0]
+    assert lines[0]["rollout/kl"] == 0.0 and lines[1]["rollout/kl"] != 0.0
+    before, after = (
+        load_file(directory / "model.safetensors") for directory in (inputs["sft"], tmp_path / "out")
+    )
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
 def test_a_kl_beyond_its_cap_stops_the_run(inputs, prompts, tmp_path):

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.data.batches import permutation
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRow:
@@ -60,12 +58,6 @@ class PackedRow:
         """Per-token values (N, ...) as S views, one per sequence: values, hidden states, log-probs."""
         return split(values_N, self.lengths)
 
-    def targets_1N(self, ignore_index: int = -100) -> Tensor:
-        """Label of each position: the next token of its sequence; ignore_index at each last token."""
-        targets_1N = torch.roll(self.input_ids_1N, -1, dims=1)
-        targets_1N[0, self.last_tokens()] = ignore_index
-        return targets_1N
-
     def last_tokens(self) -> Tensor:
         """int64 (S,): the index of each sequence's last token: where a reward model reads."""
         ends = [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True)]
@@ -87,11 +79,6 @@ def pack(sequences: Sequence[Sequence[int]]) -> PackedRow:
     )
 
 
-def pack_values(values: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
-    """Per-token values of S sequences laid end to end like their ids: (1, N). For masks, log-probs, ..."""
-    return torch.tensor([[value for sequence in values for value in sequence]], dtype=dtype)
-
-
 def split(values_N: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """Per-token values (N, ...) as views of the given lengths."""
     assert values_N.shape[0] == sum(lengths), f"{values_N.shape[0]} values for {sum(lengths)} tokens"
@@ -103,10 +90,6 @@ class PackPlan:
     """Who shares a row: each pack is a tuple of sequence indices; every index is in exactly one pack."""
 
     packs: tuple[tuple[int, ...], ...]
-
-    def shuffled(self, seed: int) -> "PackPlan":
-        """The same packs in a seeded order: what an epoch may shuffle without changing any forward."""
-        return PackPlan(packs=tuple(self.packs[int(index)] for index in permutation(len(self.packs), seed)))
 
 
 def plan_packs(lengths: Sequence[int], micro_batch_size: int) -> PackPlan:

@@ -63,7 +63,8 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
     _ensure_process_group(worker)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    fully_shard(model, mp_policy=policy)
+    # Resharded also after a forward without backward: parameters() would be the compute copies until then.
+    fully_shard(model, mp_policy=policy, reshard_after_forward=True)
     return model
 
 

@@ -151,6 +151,8 @@ IN_FILES = [
      "demo.yaml:6: rollout.num_engines: one engine is supported in this version; set 1"),
     (NAME + SFT + "resources:\n  sft:\n    num_workers: 2\n",
      "demo.yaml:7: resources.sft.num_workers: one worker is supported in this version; set 1"),
+    (NAME + "ppo:\n  data: [{path: p}]\n  precision: bf16\nrollout:\n  engine: hf\n",
+     "demo.yaml:6: rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"),
     # base
     (NAME + "base: gone.yaml\n", "demo.yaml:2: base: no such file: gone.yaml"),
     (NAME + "base: [a]\n", "demo.yaml:2: base: must be the path of another config file"),

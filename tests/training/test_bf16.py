@@ -151,3 +151,11 @@ def test_bf16_training_lowers_the_loss_and_keeps_and_saves_fp32_masters(tied_mod
     again = load_causal_lm(tmp_path / "saved")
     for name, tensor in full_state(model).items():
         assert torch.equal(tensor, again.inner.state_dict()[name])
+
+
+def test_parameters_are_the_fp32_masters_again_after_a_forward_without_gradient(inputs, worker):
+    policy = load_causal_lm(inputs["sft"])
+    place(policy, worker, precision="bf16", trained=True)
+    with torch.no_grad():
+        policy(pack([[5, 6, 7]]).model_inputs(), torch.tensor([0, 1]))
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}

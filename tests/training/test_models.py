@@ -180,6 +180,18 @@ def test_pin_5_dropout_under_gpt2s_names_is_never_active(tied_model_dir, tmp_pat
     assert torch.equal(first, again)
 
 
+def test_pin_8_masks_come_from_lengths_so_pad_and_end_ids_inside_a_response_are_scored(tied_model_dir):
+    model = freeze(load_causal_lm(tied_model_dir))
+    response = (PAD, 7, EOS, EOS)
+    packed = pack_responses([(5, EOS), (9,)], [response, (4,)], max_length=5, device=CPU)
+    assert packed.mask_BT.tolist() == [[True] * 4 + [False], [True] + [False] * 4]
+    with torch.no_grad():
+        logits_TV = model.inner(torch.tensor([[5, EOS, *response]]), use_cache=False).logits[0, 1:5]
+    expected = logits_TV.log_softmax(-1)[range(4), list(response)]
+    scored = response_logprobs(model, packed, temperature=1.0)[0, :4]
+    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=0)
+
+
 def test_pin_7_every_forward_switches_the_cache_off_and_passes_no_mask(tied_model_dir, reward_dir):
     calls = []
 
