@@ -66,7 +66,8 @@ class ExperimentConfig(Section):
     """Seed everything random is derived from."""
     outputs: Path = Path("outputs")
     """Directory of artifacts, runs and unfinished work. Unlike every other path it is relative to the working
-    directory of the command, not to this file."""
+    directory of the command, not to this file.
+    """
     model: ModelConfig = ModelConfig()
     prepare: PrepareConfig | None = None
     pretrain: PretrainConfig | None = None

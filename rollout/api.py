@@ -5,7 +5,8 @@ out.
     WeightUpdate   --update--> RolloutEngine         (between pause and resume)
 
 Owns: what travels between a trainer and an engine. Text-free: nothing here knows a tokenizer. No torch at
-import time."""
+import time.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse what an engine would change: vLLM raises temperatures below 0.01 and refuses them above
-        2."""
+        2.
+        """
         if not (self.temperature == 0 or 0.01 <= self.temperature <= 2):
             raise ValueError(f"temperature {self.temperature}: use 0 (greedy) or 0.01 to 2")
         if self.max_tokens < 1:
@@ -92,11 +94,13 @@ class WeightUpdate:
 
 class RolloutEngine(Protocol):
     """Request-level and asynchronous. Every call has a deadline (EngineConfig) and raises EngineError beyond
-    it."""
+    it.
+    """
 
     async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         """Generate for all of `requests`, concurrently with other calls; results in the order of the
-        requests."""
+        requests.
+        """
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Give up on requests in flight: they end with finish_reason "abort". Unknown ids are ignored."""
@@ -106,18 +110,21 @@ class RolloutEngine(Protocol):
 
     async def update(self, update: WeightUpdate) -> None:
         """Replace all weights and take `update.version`. Only while paused. WeightSyncError: rebuild this
-        engine."""
+        engine.
+        """
 
     async def resume(self) -> None:
         """Decode again after `pause`."""
 
     async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
         """Names of the tensors of `update` that the engine does not hold, bit for bit, now. Changes
-        nothing."""
+        nothing.
+        """
 
     async def version(self) -> int:
         """The weight version in force: a real round trip to the process that decodes, so also the health
-        check."""
+        check.
+        """
 
     async def close(self) -> None:
         """Release processes and memory. Idempotent."""

@@ -19,7 +19,8 @@ class Section(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The values that can change the result, as plain JSON types; EXECUTION fields are left out at any
-        depth."""
+        depth.
+        """
         return {
             name: _identity_of(getattr(self, name))
             for name, field in type(self).model_fields.items()
@@ -58,7 +59,8 @@ class EngineConfig(Section):
     """Skip compilation and graph capture: a faster start, slower long runs on a GPU."""
     parity_max_abs_diff: float = Field(default=1e-4, gt=0, json_schema_extra=EXECUTION)
     """fp32: the run stops when any sampled token's log-prob differs by more between engine and trainer, in
-    nats."""
+    nats.
+    """
     parity_max_mean_ratio: float = Field(default=1.05, gt=1, json_schema_extra=EXECUTION)
     """bf16: the run stops when exp(mean |log-prob difference|) reaches this."""
     parity_num_prompts: int = Field(default=4, ge=1, json_schema_extra=EXECUTION)

@@ -27,7 +27,8 @@ async def open_engine(
 
     `dtype`: "float32" or "bfloat16". `max_model_len` bounds prompt + response tokens. The engine's own
     processes log to `log_path`; `name` is what errors call it. Raises EngineError when it does not start
-    within `config.start_timeout_s`, EnvironmentProblem when the engine is not installed."""
+    within `config.start_timeout_s`, EnvironmentProblem when the engine is not installed.
+    """
     if config.engine == "hf":
         from rollout.hf_engine import HFEngine
 

@@ -2,14 +2,16 @@
 
 Owns: the root of the hierarchy, for `rollout` is what every other package may import. The cli prints
 `str(error)` and exits with `exit_code`; anything that is not an `ExpectedError` is our bug (exit 1, traceback
-in the log)."""
+in the log).
+"""
 
 from typing import NoReturn
 
 
 class ExpectedError(Exception):
     """What, where, how to fix, in one line. Takes exactly one argument, so that it survives a process
-    boundary."""
+    boundary.
+    """
 
     exit_code = 1
 
@@ -26,7 +28,8 @@ class EngineError(EnvironmentProblem):
 
 class WeightSyncError(EngineError):
     """Weights did not reach an engine whole. The engine must be rebuilt: it may hold a mixture of
-    versions."""
+    versions.
+    """
 
 
 class ParityError(ExpectedError):

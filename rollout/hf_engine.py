@@ -5,7 +5,8 @@ against.
 
 Owns: sampling by the letter of `Sampling`, one generator per request. Does not own: speed. The event loop is
 never blocked: all tensors live on the worker thread. Tensor shapes: B sequences, T prompt tokens (padded
-left), V vocabulary."""
+left), V vocabulary.
+"""
 
 import asyncio
 import threading
@@ -92,7 +93,8 @@ class HFEngine:
 
     async def pause(self) -> None:
         """See `RolloutEngine.pause`. There is nothing to clear: keys and values live as long as their
-        batch."""
+        batch.
+        """
         self._check_open()
         self._running.clear()
         self._give_up(self._in_flight)
@@ -162,7 +164,8 @@ class HFEngine:
 
     def _load_update(self, update: WeightUpdate) -> None:
         """Through transformers' own checkpoint loading, so that in-memory layouts that differ are its
-        business."""
+        business.
+        """
         tensors = load_verified(update, self._layout)
         # it adopts the tensors it is given
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -275,7 +278,8 @@ def _next_logits(
     model: PreTrainedModel, tokens_BT: torch.Tensor, attention_BT: torch.Tensor, cache: DynamicCache
 ) -> torch.Tensor:
     """float32 logits (B, V) of the token after `tokens_BT`, on the CPU; `attention_BT` covers the cache
-    too."""
+    too.
+    """
     positions_BT = (attention_BT.cumsum(1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]
     output = model(
         input_ids=tokens_BT,
@@ -304,7 +308,8 @@ def _advance(row: _Row, logits_V: torch.Tensor, *, aborted: bool) -> None:
 
 def _inverse_cdf(logprobs_V: torch.Tensor, uniform: float) -> int:
     """The token whose interval of the cumulative distribution holds `uniform` in [0, 1); never one of
-    probability 0."""
+    probability 0.
+    """
     cdf_V = logprobs_V.double().exp().cumsum(0)
     return int(torch.searchsorted(cdf_V, uniform * cdf_V[-1], right=True).clamp(max=len(cdf_V) - 1))
 

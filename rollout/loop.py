@@ -22,7 +22,8 @@ async def before_deadline(awaitable: Awaitable[T], *, timeout_s: float, what: st
     """The awaitable's result or its own error; EngineError, naming `what`, when there is neither in time.
 
     Unlike `asyncio.wait_for` it tells our deadline from a TimeoutError raised inside, and it does not wait
-    for a cancelled call to agree to end: a frozen process never would."""
+    for a cancelled call to agree to end: a frozen process never would.
+    """
     task = asyncio.create_task(_result_of(awaitable))
     try:
         done, _ = await asyncio.wait({task}, timeout=timeout_s)
@@ -41,7 +42,8 @@ class LoopThread:
     """An event loop that outlives the calls made on it. Close it after the engines that were opened on it.
 
     Example: with LoopThread() as loop: rollouts = loop.run(engine.submit(requests), timeout_s=60,
-    what="generate")"""
+    what="generate")
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -50,7 +52,8 @@ class LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, timeout_s: float, what: str) -> T:
         """The coroutine's result. Beyond `timeout_s` it is cancelled and EngineError says `what` was too
-        slow."""
+        slow.
+        """
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(timeout=timeout_s)

@@ -4,7 +4,8 @@
 
 Owns: the actors, their environment and their end; which engine gets which request. Does not own: the engines
 inside, and restarting one (a failed engine ends the run's use of the pool; an error names it). All calls are
-asynchronous, on any loop."""
+asynchronous, on any loop.
+"""
 
 import asyncio
 import contextlib
@@ -28,10 +29,12 @@ T = TypeVar("T")
 
 MAX_CONCURRENT_CALLS = 10_000
 """Calls an actor may hold at once: far more than batches in flight, so that `abort` never queues behind
-`submit`."""
+`submit`.
+"""
 GRACE_S = 5.0
 """Added to a deadline that the engine keeps itself: its own error says more than "the actor did not
-answer"."""
+answer".
+"""
 CLOSE_TIMEOUT_S = 20.0
 
 
@@ -132,7 +135,8 @@ class ActorEngine:
 
     async def _answer(self, answer: Awaitable[T], what: str, timeout_s: float) -> T:
         """The actor's answer, or an error that names the engine. A bug inside the actor stays Ray's error,
-        with its traceback."""
+        with its traceback.
+        """
         try:
             return await before_deadline(answer, timeout_s=timeout_s + GRACE_S, what=f"{self._name}: {what}")
         except RayTaskError as error:
@@ -157,7 +161,8 @@ class EnginePool:
 
     async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         """See `RolloutEngine.submit`. Which engine answers does not change a response: its seed is its
-        own."""
+        own.
+        """
         owners = [self._assign(request) for request in requests]
         shares = {
             index: [request for request, owner in zip(requests, owners, strict=True) if owner == index]
@@ -225,7 +230,8 @@ def start_actor_engines(
     running Ray cluster; returns when all have answered.
 
     `dtype`: "float32" or "bfloat16". Engine i logs to `log_dir`/engine-i.log. Close with `await
-    pool.close()`. Raises EngineError when one does not start within `config.start_timeout_s`."""
+    pool.close()`. Raises EngineError when one does not start within `config.start_timeout_s`.
+    """
     names = [f"engine-{index}" for index in range(config.num_engines)]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actors: list[Any] = [  # Ray's types know neither an actor's methods nor all of its options
@@ -259,7 +265,8 @@ def start_actor_engines(
 
 def _environment(num_gpus: float) -> dict[str, str]:
     """Before torch is imported there. Ray would set one thread, and does not hide GPUs from an actor that has
-    none."""
+    none.
+    """
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
     return threads if num_gpus else threads | {"CUDA_VISIBLE_DEVICES": ""}
 

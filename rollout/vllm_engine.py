@@ -4,7 +4,8 @@
 
 Owns: every option that vLLM starts with, deadlines, and the end of its processes. Does not own: batching,
 scheduling and memory (vLLM), what a weight update holds (weight_sync). The device is the one that the
-installed vLLM was built for."""
+installed vLLM was built for.
+"""
 
 import asyncio
 import dataclasses
@@ -144,7 +145,8 @@ class VLLMEngine:
 
     async def version(self) -> int:
         """See `RolloutEngine.version`: asks the scheduler, and through it the process that holds the
-        weights."""
+        weights.
+        """
         scheduler = int(await self._call("version", lambda llm: llm.get_weight_version()))
         workers: list[int] = await self._call("version", lambda llm: llm.collective_rpc("rlhf_version"))
         if {scheduler} != set(workers):
@@ -166,7 +168,8 @@ class VLLMEngine:
 
     async def _make_ready(self, layout: dict[str, Any]) -> None:
         """Name the weights, tell the receiver what an update must hold, and generate once: the first time is
-        slow."""
+        slow.
+        """
         request = WeightTransferInitRequest(init_info=layout)
         await self._call("start", lambda llm: llm.init_weight_transfer_engine(request))
         await self._call("start", lambda llm: llm.update_weight_version("0"))
@@ -186,7 +189,8 @@ class VLLMEngine:
 
     async def _call(self, what: str, call: Callable[[AsyncLLM], Awaitable[T]]) -> T:
         """One control call: a deadline, and an error that names this engine. vLLM reports what fails in its
-        other processes as a bare Exception, so the outcome is looked at instead of caught."""
+        other processes as a bare Exception, so the outcome is looked at instead of caught.
+        """
         self._check_open()
         (outcome,) = await before_deadline(
             asyncio.gather(call(self._llm), return_exceptions=True),
@@ -237,7 +241,8 @@ def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_l
 @contextmanager
 def _process_environment(config: EngineConfig, log_path: Path) -> Iterator[None]:
     """What the engine's processes inherit. Afterwards this process has its own environment back: vLLM leaves
-    LD_PRELOAD and thread settings in it that are not meant for a trainer's other children."""
+    LD_PRELOAD and thread settings in it that are not meant for a trainer's other children.
+    """
     before = dict(os.environ)
     os.environ |= {
         LOG_PATH_VARIABLE: str(log_path),

@@ -4,7 +4,8 @@ purpose.
     vLLM process starts --entry point `rlhf_weight_receivers`--> register()
 
 Owns: the receiver's name in vLLM's factory, and where the output of an engine's child processes goes. Does
-not own: the receiver (`vllm_receiver`, imported only in the process that loads weights)."""
+not own: the receiver (`vllm_receiver`, imported only in the process that loads weights).
+"""
 
 import os
 from multiprocessing import parent_process
@@ -20,7 +21,8 @@ _registered = False
 
 def register() -> None:
     """Called by vLLM, possibly more than once in a process. Without our engine around it, it only adds a
-    name."""
+    name.
+    """
     global _registered
     if _registered:
         return

@@ -6,7 +6,8 @@ really holds.
 
 Owns: verification before loading, the tied output head, reading packed layers. Does not own: the control
 calls (vLLM), pausing and caches (vllm_engine), what is sent (weight_sync). Tensor shapes: N outputs, K inputs
-of a linear layer."""
+of a linear layer.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class ShmUpdate(WeightTransferUpdateInfo):
 
 class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
     """Loads whole weight versions from a mapped file. Nothing of the model is touched before all checks have
-    passed."""
+    passed.
+    """
 
     init_info_cls = ShmInit
     update_info_cls = ShmUpdate
@@ -98,14 +100,16 @@ class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
 
     def diagnose(self, update: WeightUpdate) -> list[str]:
         """Names of the tensors that the live model does not hold bit for bit, as far as they can be found in
-        it."""
+        it.
+        """
         assert self._layout is not None, "init_transfer_engine comes first"
         return list(_differing(self.model, map_tensors(update), DTYPES[self._layout.dtype]))
 
     def _rebuild_tied_heads(self) -> None:
         """On CPU an output head keeps a packed copy of its weight. A tied head has no tensor of its own in a
         checkpoint, so a reload leaves that copy as it was: new body, old head, no error. Our sender names it,
-        which is enough for the models we know; this is for all others."""
+        which is enough for the models we know; this is for all others.
+        """
         modules = list(self.model.modules())
         embeddings = {
             id(module.weight)
@@ -156,7 +160,8 @@ def _place(
     packing: Mapping[str, list[str]],
 ) -> tuple[torch.nn.Module, str, int] | None:
     """(module, parameter, first row) where the engine keeps a checkpoint tensor; None if nothing has that
-    name."""
+    name.
+    """
     owner, _, leaf = name.rpartition(".")
     if owner in modules:
         return modules[owner], leaf, 0
@@ -183,7 +188,8 @@ def _held(module: torch.nn.Module, leaf: str, dtype: torch.dtype) -> torch.Tenso
 def _read_out(module: Any, num_inputs: int, dtype: torch.dtype) -> torch.Tensor:
     """The weight (N, K) that the layer computes with: its outputs for the rows of the identity. Exact in any
     precision, for each output is one weight times one, plus zeros. A packed layer keeps no other readable
-    copy."""
+    copy.
+    """
     device = module.weight.device
     columns = []
     for start in range(0, num_inputs, READ_OUT_COLUMNS):

@@ -4,7 +4,8 @@
     engine:  load_verified(update, layout) -> {name: view of the mapped file}
 
 Owns: the byte layout, the manifest and its checks. Does not own: which tensors (weight_sync), loading them
-(engines). No vLLM import: both sides and both engines use it."""
+(engines). No vLLM import: both sides and both engines use it.
+"""
 
 import json
 import math
@@ -72,7 +73,8 @@ class WeightFileWriter:
     """Writes one version's tensors into `path`, from the start, over whatever stood there.
 
     Through write(2), not a map: a full /dev/shm is then an error here and not a SIGBUS. Use it as a context
-    manager."""
+    manager.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -131,7 +133,8 @@ def load_verified(update: WeightUpdate, layout: Layout) -> dict[str, torch.Tenso
     Raises WeightSyncError, before anything is loaded, when a tensor of `layout` is missing or has another
     shape or dtype, when there is one that `layout` does not know (tied names excepted: they share another
     tensor's bytes), when the file is too short, or when the bytes that arrived have another digest than the
-    bytes that were sent."""
+    bytes that were sent.
+    """
     problems = _manifest_problems(update, layout)
     if not problems:
         tensors = map_tensors(update)
@@ -147,7 +150,8 @@ def load_verified(update: WeightUpdate, layout: Layout) -> dict[str, torch.Tenso
 
 def map_tensors(update: WeightUpdate) -> dict[str, torch.Tensor]:
     """The tensors of `update` as views of a private map of its file: writing to one never reaches the
-    file."""
+    file.
+    """
     size = _mapped_bytes(update)
     if not os.path.isfile(update.path) or os.path.getsize(update.path) < size:
         raise WeightSyncError(

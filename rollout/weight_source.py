@@ -3,7 +3,8 @@
     trainer's model (wrapped, sharded, with adapters) --one layer at a time--> {checkpoint name: whole tensor}
 
 Owns: names as `save_pretrained` writes them, gathering, merging of LoRA adapters, the engine's dtype. Does
-not own: where the tensors go (weight_sync), how they are loaded."""
+not own: where the tensors go (weight_sync), how they are loaded.
+"""
 
 import functools
 import re
@@ -24,17 +25,20 @@ WRAPPER_PARTS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapp
 
 class ModuleSource:
     """The weights of a causal LM under its checkpoint names. Read anew at every iteration: it holds no
-    copy."""
+    copy.
+    """
 
     def __init__(self, model: torch.nn.Module, *, dtype: str) -> None:
         """`model`: a `PreTrainedModel`, possibly inside DDP, torch.compile or peft, its parameters possibly
-        DTensors. `dtype`: "float32" or "bfloat16", what the engine computes in."""
+        DTensors. `dtype`: "float32" or "bfloat16", what the engine computes in.
+        """
         self.dtype = dtype
         self._model = _pretrained(model)
 
     def groups(self) -> Iterator[dict[str, torch.Tensor]]:
         """One layer's tensors at a time, whole, in the engine's dtype. With DTensors a collective: every rank
-        of the model's mesh has to iterate, at the same time."""
+        of the model's mesh has to iterate, at the same time.
+        """
         aliases = self.aliases()
         for group in _by_layer(_merged_state(self._model)):
             whole = {name: self._whole(tensor) for name, tensor in group.items() if name not in aliases}
@@ -43,7 +47,8 @@ class ModuleSource:
 
     def aliases(self) -> dict[str, str]:
         """{tied name: the name it shares its tensor with}: not in the groups, nor in `save_pretrained`'s
-        files."""
+        files.
+        """
         parameters = dict(_unwrapped(self._model.named_parameters(remove_duplicate=False)))
         return {
             tied: source
@@ -79,7 +84,8 @@ def _unwrapped(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str,
 
 def _merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The state dict under plain names, as `save_pretrained` picks it, with adapters added to the weights
-    they adapt."""
+    they adapt.
+    """
     state = dict(_unwrapped(model.state_dict().items()))
     assert model._keys_to_ignore_on_save is not None  # a set, once the model is built
     for name in model._keys_to_ignore_on_save:
@@ -98,7 +104,8 @@ def _merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _lora_deltas(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """{plain weight name: what the active adapters add to it}. Adapters that are more than a sum are
-    refused."""
+    refused.
+    """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -121,7 +128,8 @@ def _lora_deltas(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _by_layer(state: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Neighbours with the same first number in their name ("model.layers.3."): a whole layer, experts
-    included."""
+    included.
+    """
     for _, named in groupby(state.items(), key=lambda item: _layer_of(item[0])):
         yield dict(named)
 

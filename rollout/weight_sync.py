@@ -5,7 +5,8 @@
 
 Owns: order, versions, deadlines, the shared file, the sync's error. Does not own: names and gathering
 (weight_source), bytes and checks (weight_file), loading (engines). Blocks its caller until every engine holds
-the version."""
+the version.
+"""
 
 import atexit
 import contextlib
@@ -35,7 +36,8 @@ STALE_AFTER_S = 60.0
 """An unlocked directory of ours that is older belongs to a trainer that was killed."""
 GRACE_S = 5.0
 """Added to a deadline that the engine keeps itself, so that the engine's own error, which says more, comes
-first."""
+first.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,8 @@ class WeightSync:
         config: EngineConfig,
     ) -> None:
         """Rank 0 gives `engine` and `loop` (the loop that the engine lives on); the other ranks give None and
-        only take part in the gather."""
+        only take part in the gather.
+        """
         assert (engine is None) == (loop is None)
         if config.sync != "shm":
             raise EnvironmentProblem(
@@ -95,7 +98,8 @@ class WeightSync:
 
     def diagnose(self) -> tuple[str, ...]:
         """Every rank, together: names of the trainer's tensors, as they are now, that the engine does not
-        hold bit for bit. Empty on ranks that do not send."""
+        hold bit for bit. Empty on ranks that do not send.
+        """
         update = self._write(version=0)
         if update is None:
             return ()
@@ -149,7 +153,8 @@ class WeightSync:
 
 LogprobsOf = Callable[[Sequence[tuple[int, ...]], Sequence[tuple[int, ...]], float], list[list[float]]]
 """(prompt_ids, response_ids, temperature) -> log-probs of each response's tokens by the trainer's model, in
-nats."""
+nats.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +172,8 @@ class ParityGate:
 
     Example, one trainer process: gate.check(version=3). With several: rank 0 calls `probe` and broadcasts,
     then every rank calls `compare` on the same rollouts, for `logprobs_of` and the diagnosis may be
-    collectives."""
+    collectives.
+    """
 
     def __init__(
         self,
@@ -180,7 +186,8 @@ class ParityGate:
         logprobs_of: LogprobsOf,
     ) -> None:
         """The first `config.parity_num_prompts` of `prompts` are the probe. `logprobs_of` computes as
-        training does."""
+        training does.
+        """
         self._sync = sync
         self._prompts = list(prompts[: sync.config.parity_num_prompts])
         self._stop_token_ids = stop_token_ids
@@ -264,7 +271,8 @@ def _nan_last(value: float) -> float:
 
 class _SharedDirectory:
     """A private directory in shared memory. Locked while its owner lives, so that the next trainer can tell
-    what one that was killed has left behind, and remove it."""
+    what one that was killed has left behind, and remove it.
+    """
 
     def __init__(self) -> None:
         _remove_stale()

@@ -3,7 +3,8 @@
     ExperimentConfig (pipeline) --settings_for(stage)--> XxxSettings --run()--> recipe
 
 A recipe receives its `XxxSettings`: the sections it may read and no others, so that what is read is what is
-fingerprinted."""
+fingerprinted.
+"""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -31,7 +32,8 @@ class DataSource(Section):
     part: Literal["all", "train", "heldout"] = "all"
     """Which rows to use: `heldout` those of a share `heldout_frac` chosen by a hash of what the user asks
     first, `train` the others. The same file may so give one stage its training rows and another its held-out
-    ones."""
+    ones.
+    """
     heldout_frac: float = Field(default=0.1, gt=0, lt=1)
     """Share of the rows that part: heldout means."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -47,7 +49,8 @@ class ScoreFunction(Section):
     """The file; identified by its content."""
     function: str = "score"
     """`function(prompt, response, row)` -> score in [0, 1], or a mapping with `score` and named
-    components."""
+    components.
+    """
 
 
 class ModelConfig(Section):
@@ -154,7 +157,8 @@ class TrainingConfig(Section):
 
 class PretrainConfig(TrainingConfig):
     """`pretrain:` - causal language modelling on prepare's shards; batch_size counts rows of context_length
-    tokens."""
+    tokens.
+    """
 
     lr: float = Field(default=2e-3, gt=0, le=1)
     """Peak learning rate."""
@@ -202,14 +206,16 @@ class RewardConfig(TrainingConfig):
     """Gate: a smaller spread of the scores over sampled responses ends the run (exit 5)."""
     normaliser_prompts: int = Field(default=128, ge=2)
     """Prompts answered by the sft model for the mean and std that scores are normalised by; with init_from:
-    pretrain the held-out pairs' own responses are scored instead."""
+    pretrain the held-out pairs' own responses are scored instead.
+    """
     normaliser_max_response_tokens: int = Field(default=32, ge=1)
     """Length bound of those responses."""
 
 
 class PPOConfig(TrainingConfig):
     """`ppo:` - proximal policy optimisation with a value model; batch_size counts responses per optimizer
-    step."""
+    step.
+    """
 
     data: list[DataSource] = Field(min_length=1)
     """Prompts."""
@@ -257,12 +263,14 @@ class PPOConfig(TrainingConfig):
     """How token losses become one number."""
     whiten_advantages: bool = True
     """Whiten advantages once per batch of rollouts; with KL in the loss this changes the effective
-    kl_coef."""
+    kl_coef.
+    """
     score_clip: float | None = Field(default=10.0, gt=0)
     """Normalised scores are clipped to this range (normalise, then clip, then KL); absent: none."""
     truncation: Literal["penalty", "mask", "bootstrap"] = "penalty"
     """Responses without an end token: add missing_eos_penalty, leave them out, or bootstrap from the
-    value."""
+    value.
+    """
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     """Subtracted from the score of a truncated response, with truncation: penalty."""
     kl_coef: float = Field(default=0.05, ge=0)
@@ -271,7 +279,8 @@ class PPOConfig(TrainingConfig):
     """Estimator of the KL (Schulman 2020)."""
     kl_placement: Literal["reward", "loss", "kl_surrogate"] = "reward"
     """Where the KL acts: per token in the reward (k1), as a loss on the sequence log-ratio (k2), or per token
-    in the loss (k2, k3), which optimises another objective."""
+    in the loss (k2, k3), which optimises another objective.
+    """
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether kl_coef stays or is steered towards kl_target."""
     kl_target: float = Field(default=6.0, gt=0)
@@ -344,7 +353,8 @@ class EvaluateConfig(Section):
     """Sampling temperature, up to 2; 0 is greedy."""
     base_prompt: str = "{prompt}\n"
     """How the base model is prompted, as a plain continuation; it ends at a line break or the end of its
-    document."""
+    document.
+    """
     bootstrap_samples: int = Field(default=1000, ge=100)
     """Resamples behind the 95 % interval of the win rate."""
     num_samples_shown: int = Field(default=12, ge=0, json_schema_extra=EXECUTION)
@@ -374,7 +384,8 @@ class PrepareSettings(StageSettings):
 
     def identity(self) -> dict[str, Any]:
         """Of `model:` only what this recipe reads; a given model and a template are identified by their
-        content."""
+        content.
+        """
         return {**super().identity(), "model": {"context_length": self.model.context_length}}
 
 

@@ -4,7 +4,8 @@
     ppo against sft: win rate with its interval, KL on ppo's samples; perplexity on prepare's held-out text
 
 The base model is prompted as a plain continuation (`evaluate.base_prompt`), sft and ppo through their chat
-template."""
+template.
+"""
 
 import contextlib
 import functools
@@ -162,7 +163,8 @@ def _generate(
     worker: Worker,
 ) -> None:
     """Fill in every candidate's rollouts: one engine takes each model's weights by sync, and is checked after
-    it."""
+    it.
+    """
     engines = open_engines(
         settings.rollout,
         model_dir=inputs["sft"],
@@ -234,7 +236,8 @@ def _scored_sequences(
     candidate: Candidate, prompts: Sequence[Prompt], chat: ChatTokenizer
 ) -> list[tuple[int, ...]]:
     """What the reward model reads: the sampled ids themselves, but for base, whose answer is put into the
-    chat."""
+    chat.
+    """
     if candidate.name == "base":
         return [
             (*chat.prompt_ids(prompt.messages), *chat.response_ids(text))
@@ -268,7 +271,8 @@ def _means(candidate: Candidate) -> dict[str, float]:
 
 def _win_rate(ppo: Candidate, sft: Candidate, settings: EvaluateSettings) -> dict[str, float]:
     """Share of prompts on which ppo scores higher, ties half; by the scoring function, else by the reward
-    model."""
+    model.
+    """
     ours, theirs = (
         [judged["score"] for judged in candidate.judged] if candidate.judged else candidate.rewards
         for candidate in (ppo, sft)

@@ -6,7 +6,8 @@
 
 Per token: -beta * k1 against the frozen reference; on the last token the normalised, clipped score. GAE,
 advantages whitened once per batch. Schulman et al. 2017 (arXiv 1707.06347); InstructGPT (2203.02155); Huang
-et al. 2024 (2403.17031)."""
+et al. 2024 (2403.17031).
+"""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +52,8 @@ def run(
     """Tune the policy; writes a model directory and rollouts.jsonl. Inputs: sft, reward.
 
     TrainingStopped (exit 5) on non-finite numbers or a KL beyond ppo.max_kl; ParityError (5) when engine and
-    trainer disagree; EngineError, WeightSyncError (4)."""
+    trainer disagree; EngineError, WeightSyncError (4).
+    """
     config = settings.ppo
     if tokenizer_digest(inputs["sft"]) != tokenizer_digest(inputs["reward"]):
         raise ModelError(

@@ -183,7 +183,8 @@ def _split(kept: Sequence[Sequence[str]], heldout_frac: float) -> tuple[list[lis
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text comes back as it was; digits stand alone; the special tokens have ids 0, 1, 2,
-    3."""
+    3.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

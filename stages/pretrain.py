@@ -3,7 +3,8 @@
     token shards --rows of context_length--> model --cross-entropy--> AdamW, warm-up + cosine --> base model
 
 Documents follow one another in a row, separated by the end-of-text token; every token but the first of a row
-is a target."""
+is a target.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

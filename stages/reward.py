@@ -236,7 +236,8 @@ def _accuracies(
     model: TokenScorer, examples: Sequence[Example], micro_batch_size: int, device: torch.device
 ) -> dict[str, float]:
     """Shares of held-out pairs ranked as labelled: all, per group, and by the longer-wins rule; ties count
-    half."""
+    half.
+    """
     chosen = scores_in_packs(
         model, [example.chosen for example in examples], micro_batch_size=micro_batch_size, device=device
     )

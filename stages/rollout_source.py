@@ -63,7 +63,8 @@ class RolloutSource:
 
     async def next(self, step: int) -> RolloutBatch:
         """The rollouts of iteration `step` (0-based), sampled under the weights now in force. Raises
-        EngineError."""
+        EngineError.
+        """
         plan = self._plan
         drawn = [index for index in self._order.indices(step) for _ in range(plan.samples_per_prompt)]
         requests = [self._request(step, position, index) for position, index in enumerate(drawn)]
@@ -98,7 +99,8 @@ class Source(Protocol):
 
 class EngineClient:
     """The engines, for synchronous code: any process may hold one; it opens its own event loop when first
-    used."""
+    used.
+    """
 
     def __init__(self, engine: RolloutEngine, config: EngineConfig, loop: LoopThread | None) -> None:
         self.engine = engine

@@ -40,7 +40,8 @@ def summary_of(directory: Path) -> dict:
 
 def family_once_training(driver: subprocess.Popen, directory: Path, stage: str) -> list[psutil.Process]:
     """The driver's raylet, workers and engines, as soon as `stage` has logged two steps. (Ray's own agents
-    take longer to notice; they hold nothing of a run.)"""
+    take longer to notice; they hold nothing of a run.)
+    """
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert driver.poll() is None, (directory / "log").read_text()

@@ -1,5 +1,6 @@
 """What the tests of every package share: a tiny model directory, a loop for engines, a Ray cluster. Real
-things, small."""
+things, small.
+"""
 
 import os
 import secrets
@@ -36,7 +37,8 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     template.
 
     The weights are five times larger than usual, so that next-token distributions are far from uniform.
-    head_dim is 32: vLLM's CPU attention has no 16."""
+    head_dim is 32: vLLM's CPU attention has no 16.
+    """
 
     def make(*, tied: bool = True, seed: int = 0, num_layers: int = 2) -> Path:
         model_dir = tmp_path_factory.mktemp("model")
@@ -70,7 +72,8 @@ def loop() -> Iterator[LoopThread]:
 @pytest.fixture(scope="session")
 def start_ray() -> Iterator[Callable[[], None]]:
     """Call it to have a local Ray of two CPUs until the session ends; what depends on this fixture is closed
-    before."""
+    before.
+    """
     started = False
 
     def start() -> None:

@@ -1,5 +1,6 @@
 """Stand-ins for what is distributed or slow: they keep the contract, so a test that passes on one means
-something."""
+something.
+"""
 
 import asyncio
 import math

@@ -1,5 +1,6 @@
 """The whole chain as a user runs it: the command line, Ray, vLLM, six stages, one tiny model. And killed
-runs."""
+runs.
+"""
 
 import json
 import shutil
@@ -127,7 +128,8 @@ def test_another_kl_coef_would_run_exactly_ppo_and_evaluate(finished):
 
 def kill_once_training(directory: Path, stage: str, command: list) -> list[str]:
     """SIGKILL driver and trainer after two steps of `stage` and wait for the rest to end by itself; all their
-    names. (With the driver alone killed, the trainer of a model this small is done before Ray notices.)"""
+    names. (With the driver alone killed, the trainer of a model this small is done before Ray notices.)
+    """
     with (directory / "log").open("w") as log:
         driver = subprocess.Popen(command, cwd=directory, stdout=log, stderr=log)
         family = family_once_training(driver, directory, stage)

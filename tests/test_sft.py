@@ -49,7 +49,8 @@ def settings(tmp_path) -> SFTSettings:
 
 def tokens_and_trained(model_dir: Path, conversation) -> tuple[list[int], list[bool]]:
     """Written out by hand: `<role> content<eos>` per message; the assistant's content and its <eos> are
-    trained."""
+    trained.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ids: list[int] = []
     trained: list[bool] = []

@@ -31,7 +31,8 @@ def stage_seed(seed: int, *names: str | int) -> int:
 
 def content_share(text: str) -> float:
     """A hash of `text` in [0, 1): below a fraction f for a share f of all texts, whatever file or order they
-    come in."""
+    come in.
+    """
     return int.from_bytes(blake3(text.encode("utf-8", "surrogatepass")).digest(8), "little") / 2**64
 
 

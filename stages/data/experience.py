@@ -5,7 +5,8 @@
 The pack plan is made once per batch and every forward on it, before and during the updates, uses the same
 rows: so the first ratio is exactly 1. Owns: that plan and the assembly. Does not own: the forwards
 (training.forwards), the formulas (objectives). Legend: B responses of a pack, T response tokens (padded to
-the config's maximum)."""
+the config's maximum).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def assemble(
     """Rewards, advantages and returns of the whole batch, whitened once over it; and its metrics.
 
     Order: score normalised and clipped (in the judgement), the rule for missing ends, KL penalty, GAE,
-    returns, whitening of the advantages."""
+    returns, whitening of the advantages.
+    """
     ends = [_ends(pack, judgement, config) for pack, judgement in zip(packs, judgements, strict=True)]
     raw = [
         _advantages(judgement, end, config, kl_coef) for judgement, end in zip(judgements, ends, strict=True)
@@ -110,7 +112,8 @@ def assemble(
 
 def minibatches(packs: Sequence[T], *, packs_per_step: int, seed: int) -> list[list[T]]:
     """The packs of an epoch in a seeded order, `packs_per_step` to an optimizer step: packs are shuffled,
-    never torn."""
+    never torn.
+    """
     order = [packs[int(index)] for index in permutation(len(packs), seed)]
     return [order[start : start + packs_per_step] for start in range(0, len(order), packs_per_step)]
 

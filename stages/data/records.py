@@ -62,7 +62,8 @@ class Prompt:
 
 def split_key(record: Document | Conversation | Pair | Prompt) -> str:
     """The text by which a record is held out or not: a document itself, else what the user asks first, so
-    that pair, conversation and prompt of one row fall on the same side."""
+    that pair, conversation and prompt of one row fall on the same side.
+    """
     if isinstance(record, Document):
         return record.text
     messages = record.prompt if isinstance(record, Pair) else record.messages

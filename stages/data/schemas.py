@@ -211,7 +211,8 @@ def _said(text: str) -> Messages:
 
 def _pair_of_texts(chosen: str, rejected: str, row: Mapping[str, Any]) -> Pair:
     """No prompt column: the shared beginning is the prompt, back to its last line break, or else its last
-    space: two answers may begin with the same words."""
+    space: two answers may begin with the same words.
+    """
     shared = _common_prefix(chosen, rejected)
     breaks = [shared.rfind("\n") + 1, max(shared.rfind(space) for space in " \t") + 1]
     cut = next(

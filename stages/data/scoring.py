@@ -20,7 +20,8 @@ def load_judge(config: ScoreFunction) -> Judge:
     """The function of `config`, wrapped so that it always gives `score` in [0, 1] and numeric components.
 
     Raises DataError when the file or the function is not there, when it raises, or when it returns something
-    else."""
+    else.
+    """
     where = f"{config.path}: {config.function}"
     spec = importlib.util.spec_from_file_location("user_score", config.path)
     if spec is None or spec.loader is None or not config.path.is_file():

@@ -4,7 +4,8 @@
     restore: newest whose digests hold; a damaged one costs one line and the one before it is taken
 
 Owns: `work_dir/checkpoints/`. Data order and generators are functions of the step, so a step number is all
-else there is to resume; small numbers a recipe needs besides travel in `extra`."""
+else there is to resume; small numbers a recipe needs besides travel in `extra`.
+"""
 
 import json
 import logging
@@ -41,7 +42,8 @@ class Checkpoints:
 
     def save(self, step: int, parts: Mapping[str, Optimizer], extra: Mapping[str, Any]) -> None:
         """Write models and optimizers of `parts`, and the JSON numbers of `extra`, as the state after `step`
-        steps."""
+        steps.
+        """
         final = self._dir / f"step-{step:06d}"
         unfinished = final.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -54,7 +56,8 @@ class Checkpoints:
 
     def restore(self, parts: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
         """Load the newest sound checkpoint into `parts`; its step and `extra`, or (0, {}) when there is
-        none."""
+        none.
+        """
         for directory in reversed(self._finished()):
             record = _sound_record(directory)
             if record is None:

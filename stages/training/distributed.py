@@ -4,7 +4,8 @@ and for N.
     stage task --launch(train, ...)--> N workers in a placement group of our own --> rank 0's result
 
 Owns: placement and its deadline, process groups, devices, thread counts, sharding. The stage task holds no
-tensors."""
+tensors.
+"""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -54,7 +55,8 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
 
     fp32 on one worker is the plain module. bf16 keeps fp32 masters and computes in a bf16 copy through
     `fully_shard`, also on a world of one, so that one worker and several run the same arithmetic. A frozen
-    bf16 model is simply cast."""
+    bf16 model is simply cast.
+    """
     model.to(worker.device)
     if precision == "fp32" and worker.world_size == 1:
         return model
@@ -70,7 +72,8 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
 
 def _with_bf16_parameters(model: nn.Module) -> nn.Module:
     """Parameters cast, buffers not, as `fully_shard` does: rotary frequencies in bf16 would be other
-    positions."""
+    positions.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -184,7 +187,8 @@ class _TrainingActor:
 @contextmanager
 def _exclusive(runtime: Runtime, rank: int) -> Iterator[None]:
     """One trainer at a time per work directory: after a kill, the last run's worker may live on for some
-    seconds."""
+    seconds.
+    """
     lock = FileLock(runtime.work_dir / f"trainer-{rank}.lock")
     try:
         lock.acquire(timeout=runtime.placement_timeout_s)

@@ -14,7 +14,8 @@ MICRO_BATCH_SIZE = 8  # documents per forward; a matter of memory, never of the 
 
 def perplexity(model: CausalLM, documents: Sequence[np.ndarray], *, device: torch.device) -> float:
     """exp of the mean negative log-prob per token over `documents` (each of 2 or more ids; the first is
-    given)."""
+    given).
+    """
     ids = [document.tolist() for document in documents]
     logprobs = logprobs_in_packs(
         model,

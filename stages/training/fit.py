@@ -3,7 +3,8 @@
     for step: batch_of(step) -> micro-batches -> Optimizer.take_step -> metrics line -> checkpoint
 
 Owns: the step counter, resuming, the rhythm of metrics and checkpoints. What a batch is and what its loss is
-stay in the recipe."""
+stay in the recipe.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,8 @@ def fit(
     """Train from the last checkpoint (or from the start) to `max_steps`.
 
     `batch_of(step)` gives the micro-batches of a step, `loss_of` the share of its loss; `observe` further
-    metrics of the steps since it was last asked. TrainingStopped when a loss or gradient is not finite."""
+    metrics of the steps since it was last asked. TrainingStopped when a loss or gradient is not finite.
+    """
     checkpoints = Checkpoints(work_dir)
     resumed_step, extra = checkpoints.restore({"model": optimizer})
     log = MetricsLog(work_dir, max_steps=max_steps, resumed_step=resumed_step)

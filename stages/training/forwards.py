@@ -3,7 +3,8 @@
     sequences --pack--> one row --CausalLM | TokenScorer--> log-probs, values [B, T] | scores [B]
 
 Owns: going from ragged responses to one packed row and back to padded [B, T]. The model, the mask and the
-losses are elsewhere. Legend: B sequences, T response tokens (padded), N response tokens (concatenated)."""
+losses are elsewhere. Legend: B sequences, T response tokens (padded), N response tokens (concatenated).
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def response_logprobs_and_entropies(
     model: nn.Module, packed: ResponsePack, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """`response_logprobs`, and the entropies [B, T] of the distributions the tokens were drawn from, in
-    nats."""
+    nats.
+    """
     logits_NV = model(packed.row.model_inputs(), packed.positions.predicting_N)[0]
     logprobs_N = token_logprobs(logits=logits_NV, targets=packed.targets_N, temperature=temperature)
     entropies_N = token_entropies(logits=logits_NV, temperature=temperature)
@@ -89,7 +91,8 @@ def final_values(model: nn.Module, packed: ResponsePack) -> Tensor:
 
 def with_end(response: TokenIds, end_of_turn_id: int, stop_token_ids: Collection[int]) -> tuple[int, ...]:
     """A response as a reward model reads it: ended by the one end-of-turn token it was trained with, also
-    where the response was cut off or ended with another stop token."""
+    where the response was cut off or ended with another stop token.
+    """
     ids = tuple(response)
     return (*(ids[:-1] if ids[-1] in stop_token_ids else ids), end_of_turn_id)
 
@@ -105,7 +108,8 @@ def scores_in_packs(
     model: nn.Module, sequences: Sequence[TokenIds], *, micro_batch_size: int, device: torch.device
 ) -> Tensor:
     """`sequence_scores` of any number of sequences, `micro_batch_size` to a row, in their order; on the
-    CPU."""
+    CPU.
+    """
     scores_B = torch.empty(len(sequences))
     for members in plan_packs([len(sequence) for sequence in sequences], micro_batch_size).packs:
         scores = sequence_scores(model, [sequences[index] for index in members], device=device)

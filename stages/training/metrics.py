@@ -50,7 +50,8 @@ METRICS: dict[str, str] = {
 
 class StepLog:
     """A jsonl file of objects with a `step`; a resumed stage first drops the lines of steps it will take
-    again."""
+    again.
+    """
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self._path = path

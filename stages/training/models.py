@@ -54,7 +54,8 @@ class CausalLM(nn.Module):
 
 class TokenScorer(nn.Module):
     """A scalar per position of a packed row: reward model (read at last tokens) and value model (read
-    anywhere)."""
+    anywhere).
+    """
 
     def __init__(self, inner: PreTrainedModel, *, bias: float | None = None) -> None:
         super().__init__()
@@ -63,7 +64,8 @@ class TokenScorer(nn.Module):
 
     def forward(self, inputs: Mapping[str, Any], positions_K: Tensor) -> Tensor:
         """Scores [K], float32, at the positions `positions_K` of the row behind
-        `PackedRow.model_inputs()`."""
+        `PackedRow.model_inputs()`.
+        """
         assert inputs["use_cache"] is False
         body: Any = self.inner.base_model
         output = body(**inputs)
@@ -121,7 +123,8 @@ def reward_from_causal_lm(directory: Path, *, pad_token_id: int) -> TokenScorer:
 
 def load_reward_model(directory: Path) -> TokenScorer:
     """The reward model of a model directory. ModelError when its head is not in the file: a random head is no
-    model."""
+    model.
+    """
     inner, missing = _loaded(AutoModelForSequenceClassification, directory, num_labels=1)
     if any(name.startswith("score.") for name in missing):
         raise ModelError(f"{directory}: no score head in it; give a reward model (rlhf reward makes one)")
@@ -143,7 +146,8 @@ class ScoreNormaliser:
     model.
 
     Dividing by std rescales what `ppo.kl_coef` means: it weighs nats against standard deviations of the
-    score."""
+    score.
+    """
 
     def __init__(self, *, mean: float, std: float) -> None:
         self.mean = mean
@@ -197,7 +201,8 @@ def set_stop_tokens(
 
 def save_model(model: CausalLM | TokenScorer, directory: Path, state: dict[str, Tensor]) -> None:
     """Write a plain `save_pretrained` layout (safetensors) with the full tensors of `state`, named as in
-    `inner`."""
+    `inner`.
+    """
     model.inner.save_pretrained(directory, state_dict=state)
 
 
@@ -217,7 +222,8 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model of `directory` in fp32 without dropout, and the names of the weights its files do not
-    have."""
+    have.
+    """
     _check_is_a_model(directory)
     transformers_logging.set_verbosity_error()  # its load report: checked here in a line
     transformers_logging.disable_progress_bar()

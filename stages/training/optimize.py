@@ -4,7 +4,8 @@
     all: clip to max_grad_norm -> AdamW at this step's learning rate
 
 Owns: AdamW, parameter groups, the learning rate, clipping, refusing non-finite numbers. Losses arrive already
-divided by the count of the whole step, so how a batch is split cannot change the gradient."""
+divided by the count of the whole step, so how a batch is split cannot change the gradient.
+"""
 
 import math
 from collections.abc import Callable, Iterable

@@ -48,7 +48,8 @@ class PPOModels:
 
 def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worker) -> PPOModels:
     """Policy and reference from `inputs["sft"]`, reward and value model from `inputs["reward"]`. Raises
-    ModelError."""
+    ModelError.
+    """
     policy = load_causal_lm(inputs["sft"])
     value_model = value_from_reward_model(inputs["reward"])
     for trained in (policy, value_model):

@@ -3,7 +3,8 @@
     experiences (packs) --shuffled per epoch--> minibatches --policy loss, value loss--> two optimizer steps
 
 Owns: the optimizers of policy and value model, the order of minibatches, the metrics of the updates. Which
-packs exist was decided once, before the anchor forward; they are shuffled here and never torn."""
+packs exist was decided once, before the anchor forward; they are shuffled here and never torn.
+"""
 
 import math
 from collections import defaultdict
@@ -34,7 +35,8 @@ class Learner:
     """Policy and value model under training.
 
     Example: learner = Learner(models, config, seed=0); metrics = learner.update(step, experiences,
-    kl_coef=0.05)"""
+    kl_coef=0.05)
+    """
 
     def __init__(self, models: PPOModels, config: PPOConfig, *, seed: int) -> None:
         self._models = models
@@ -54,7 +56,8 @@ class Learner:
 
     def update(self, step: int, experiences: Sequence[Experience], *, kl_coef: float) -> dict[str, float]:
         """All optimizer steps of iteration `step` (0-based); metrics averaged over them. Raises
-        TrainingStopped."""
+        TrainingStopped.
+        """
         watch = _UpdateWatch()
         for epoch in range(self._config.num_epochs):
             seed = stage_seed(self._seed, "ppo", "minibatches", step, epoch)

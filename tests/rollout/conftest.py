@@ -16,7 +16,8 @@ def rigs(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., Rig]]:
     """(kind, tied) -> its rig, started at the first call. Kinds: vllm, hf, actor (vllm in a Ray actor),
-    fake."""
+    fake.
+    """
     started: dict[tuple[str, bool], Rig] = {}
 
     def get(kind: str, *, tied: bool) -> Rig:

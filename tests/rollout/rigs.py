@@ -29,7 +29,8 @@ MAX_MODEL_LEN = 768
 @dataclass
 class Rig:
     """An engine, its loop, and the model it is synced from. `oracle` gives log-probs in a way that no engine
-    shares."""
+    shares.
+    """
 
     kind: str
     engine: RolloutEngine

@@ -1,5 +1,6 @@
 """One contract, four engines: vLLM in this process tree, vLLM in a Ray actor, transformers, and the test
-fake."""
+fake.
+"""
 
 import asyncio
 
@@ -112,7 +113,8 @@ def test_pin_2_logprobs_are_those_of_the_distribution_sampled_from(rig, temperat
 
 def test_sampled_tokens_follow_their_probabilities(rig):
     """First tokens of 1,500 seeds against the oracle's distribution: total variation as small as chance makes
-    it."""
+    it.
+    """
     rollouts = rig.submit([request(index, max_tokens=1, temperature=0.8) for index in range(1500)])
     counts = {token: sum(r.response_ids == (token,) for r in rollouts) for (token,) in set(drawn(rollouts))}
     frequent = [token for token, count in counts.items() if count >= 40]

@@ -1,5 +1,6 @@
 """What an engine must not do unasked: take sampling defaults from a model directory, keep keys and values of
-other weights."""
+other weights.
+"""
 
 import json
 import shutil
@@ -67,7 +68,8 @@ def test_pin_37_even_with_prefix_caching_on_no_cached_prefix_outlives_a_weight_v
     loop, tied_model_dir, tmp_path, monkeypatch, close_at_the_end
 ):
     """The first half shows that this test can fail: a pause that clears no cache leaves stale keys and
-    values."""
+    values.
+    """
     arguments = vllm_engine._arguments
 
     def with_prefix_caching(*args, **kwargs):

@@ -1,5 +1,6 @@
 """The pool's own work on fakes; what only real actors can show - frozen and dead processes - on a real
-engine."""
+engine.
+"""
 
 import asyncio
 import os

@@ -1,5 +1,6 @@
 """Why `ShmReceiver._rebuild_tied_heads` is there: a trainer that sends what `save_pretrained` writes sends no
-tied head, and the engine then keeps its old packed copy of it. No error, nothing in the log."""
+tied head, and the engine then keeps its old packed copy of it. No error, nothing in the log.
+"""
 
 import dataclasses
 import json

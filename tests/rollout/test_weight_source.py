@@ -1,5 +1,6 @@
 """The sender yields exactly what `save_pretrained` writes, whatever the trainer has wrapped around its
-model."""
+model.
+"""
 
 import pytest
 import torch

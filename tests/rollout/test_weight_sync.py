@@ -1,5 +1,6 @@
 """Weights really move, whole, and a sync that is not whole is refused. Real engines: vLLM and
-transformers."""
+transformers.
+"""
 
 import dataclasses
 import math
