@@ -18,11 +18,14 @@ class FakeEngine:
     Weight updates change its version and nothing else; they are kept in `updates`.
     """
 
-    def __init__(self, *, vocab_size: int = 32, seed: int = 0, token_seconds: float = 0.0) -> None:
+    def __init__(
+        self, *, vocab_size: int = 32, seed: int = 0, token_seconds: float = 0.0, max_model_len: int = 1024
+    ) -> None:
         draw = random.Random(seed)
         self.updates: list[WeightUpdate] = []
         self._logits = [[draw.gauss(0.0, 1.5) for _ in range(vocab_size)] for _ in range(vocab_size)]
         self._token_seconds = token_seconds
+        self._max_model_len = max_model_len
         self._version = 0
         self._in_flight: set[str] = set()
         self._aborted: set[str] = set()
@@ -32,6 +35,9 @@ class FakeEngine:
 
     async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         self._check_open()
+        for request in requests:
+            if len(request.prompt_ids) >= self._max_model_len:
+                raise EngineError(f"fake: {request.request_id}: its prompt fills the context")
         return list(await asyncio.gather(*(self._generate(request) for request in requests)))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
@@ -100,7 +106,7 @@ class FakeEngine:
             token = _choose(row, draw.random(), greedy=request.sampling.temperature == 0)
             tokens.append(token)
             logprobs.append(row[token])
-            reason = _reason(tokens, request)
+            reason = _reason(tokens, request, self._max_model_len)
         return Rollout(
             request_id=request.request_id,
             prompt_ids=request.prompt_ids,
@@ -127,7 +133,8 @@ def _choose(logprobs: Sequence[float], uniform: float, *, greedy: bool) -> int:
     return len(logprobs) - 1
 
 
-def _reason(tokens: Sequence[int], request: RolloutRequest) -> FinishReason | None:
+def _reason(tokens: Sequence[int], request: RolloutRequest, max_model_len: int) -> FinishReason | None:
     if tokens[-1] in request.sampling.stop_token_ids:
         return "stop"
-    return "length" if len(tokens) == request.sampling.max_tokens else None
+    longest = min(request.sampling.max_tokens, max_model_len - len(request.prompt_ids))
+    return "length" if len(tokens) == longest else None

@@ -136,4 +136,4 @@ def start_rig(kind: str, loop: LoopThread, model_dir: Path, log_dir: Path) -> Ri
 
 
 async def _fake() -> FakeEngine:
-    return FakeEngine(token_seconds=0.002)
+    return FakeEngine(token_seconds=0.002, max_model_len=MAX_MODEL_LEN)

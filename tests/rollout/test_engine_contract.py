@@ -172,16 +172,12 @@ def test_requests_that_arrive_during_a_pause_wait_for_resume(rig):
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(rig):
-    if rig.kind == "fake":
-        pytest.skip("the fake has no context length")
     with pytest.raises(EngineError, match=r"r-0|prompt"):
         rig.submit([request(prompt=[5] * MAX_MODEL_LEN)])
     assert rig.submit([request(max_tokens=2)])[0].finish_reason == "length"
 
 
 def test_a_response_ends_where_the_context_ends(rig):
-    if rig.kind == "fake":
-        pytest.skip("the fake has no context length")
     (rollout,) = rig.submit([request(prompt=[5] * (MAX_MODEL_LEN - 3), max_tokens=50)])
     assert (len(rollout.response_ids), rollout.finish_reason) == (3, "length")
 

@@ -82,7 +82,8 @@ def test_names_of_wrappers_do_not_travel(model_dir):
 
 
 def test_lora_is_merged_into_the_weights_that_are_sent(untied_model_dir):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(
         load(untied_model_dir),
         peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
@@ -98,7 +99,8 @@ def test_lora_is_merged_into_the_weights_that_are_sent(untied_model_dir):
 
 
 def test_adapters_that_are_more_than_a_sum_are_refused(untied_model_dir):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(
         load(untied_model_dir), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
     )
