@@ -226,6 +226,7 @@ def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_l
         **options,
         skip_tokenizer_init=True,
         generation_config="vllm",  # the model directory sets no sampling defaults
+        hf_overrides={"head_dtype": "float32"},  # as the trainer does: bf16 would round logits to eighths
         logprobs_mode="processed_logprobs",  # of the distribution that is sampled from: after the temperature
         # vLLM cannot rewind a CPU generator, as it must when a seeded request's prompt is only half
         # prefilled.

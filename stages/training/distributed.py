@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from rollout.errors import EnvironmentProblem, raise_expected
 from stages.runtime import Runtime
-from stages.training.models import CausalLM, Precision, TokenScorer
+from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
 
 Result = TypeVar("Result")
 
@@ -60,6 +60,8 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
     model.to(worker.device)
     if precision == "fp32" and worker.world_size == 1:
         return model
+    if precision == "bf16" and isinstance(model, CausalLM):
+        compute_head_in_fp32(model)
     if not trained and worker.world_size == 1:
         return _with_bf16_parameters(model)
     _ensure_process_group(worker)

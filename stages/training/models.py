@@ -175,6 +175,21 @@ def base_model(inputs: Mapping[str, Path]) -> Path:
     return inputs["pretrain"] if "pretrain" in inputs else inputs["model"]
 
 
+def compute_head_in_fp32(model: CausalLM) -> None:
+    """From now on logits are a float32 product of hidden states and head, whatever precision the body computes in.
+
+    bf16 has 8 bits: logits near 20 would be rounded to eighths, by trainer and engine each in its own way.
+    """
+    head = model.inner.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+
+    def forward(hidden: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+    head.forward = forward  # type: ignore[assignment]  # in place: the module keeps its names
+
+
 def check_context(model: CausalLM, length: int) -> None:
     """Raise ModelError when a given model has no positions for `model.context_length` tokens."""
     limit = model.inner.config.max_position_embeddings
