@@ -176,7 +176,7 @@ def base_model(inputs: Mapping[str, Path]) -> Path:
 
 
 def compute_head_in_fp32(model: CausalLM) -> None:
-    """From now on logits are a float32 product of hidden states and head, whatever precision the body computes in.
+    """From now on logits are a float32 product of hidden states and head, whatever the precision of the body.
 
     bf16 has 8 bits: logits near 20 would be rounded to eighths, by trainer and engine each in its own way.
     """
