@@ -130,10 +130,13 @@ def test_bf16_training_lowers_the_loss_and_keeps_and_saves_fp32_masters(tied_mod
     row = pack([(5, 9, 30, 31, 2), (7, 8, 9, 10, 11, 2)])
     targets = torch.tensor([1, 2, 3, 4, 6, 7, 8, 9, 10])
     computed_in = set()
+    model.inner.model.norm.register_forward_hook(
+        lambda _module, _inputs, output: computed_in.add(output.dtype)
+    )
 
     def loss_of(_):
         logits_KV = model(row.model_inputs(), targets - 1)[0]
-        computed_in.add(logits_KV.dtype)
+        assert logits_KV.dtype == torch.float32, "the head is computed in fp32, on both sides"
         return -token_logprobs(logits=logits_KV, targets=row.input_ids_1N[0, targets], temperature=1.0).mean()
 
     losses = [optimizer.take_step(step, [None], loss_of).loss for step in range(30)]
