@@ -3,7 +3,7 @@
     caller's loop --> AsyncLLM (this process) --> EngineCore (scheduler) --> Worker (model, `vllm_receiver`)
 
 Owns: every option that vLLM starts with, deadlines, and the end of its processes. Does not own: batching,
-scheduling and memory (vLLM), what a weight update holds (weight_sync). The device is the one that the
+scheduling and memory (vLLM), what a weight update holds (weight_source). The device is the one that the
 installed vLLM was built for.
 """
 

@@ -3,7 +3,7 @@
     trainer: WeightFileWriter.add(name, tensor) ... finish(version) -> WeightUpdate   (its manifest)
     engine:  load_verified(update, layout) -> {name: view of the mapped file}
 
-Owns: the byte layout, the manifest and its checks. Does not own: which tensors (weight_sync), loading them
+Owns: the byte layout, the manifest and its checks. Does not own: which tensors (weight_source), loading them
 (engines). No vLLM import: both sides and both engines use it.
 """
 

@@ -6,7 +6,8 @@ Legend: N tokens of one packed row, S sequences in it.
 
 The forward is always `model(**row.model_inputs())`: position ids that restart per sequence,
 attention_mask=None and use_cache=False, on which transformers builds the block-diagonal mask itself (with a
-cache it silently drops it). Masks come from lengths, never from comparing ids with a pad id.
+cache it silently drops it), and the lengths, by which our models attend instead. Masks come from lengths,
+never from comparing ids with a pad id.
 """
 
 from collections.abc import Sequence

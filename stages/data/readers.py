@@ -24,7 +24,7 @@ from blake3 import blake3
 
 from stages.config import DataFormat, DataSource
 from stages.data.batches import content_share, permutation, stage_seed
-from stages.data.records import Conversation, Document, Pair, Prompt, split_key
+from stages.data.records import Conversation, Pair, Prompt, split_key
 from stages.data.schemas import (
     SCHEMAS,
     Record,
@@ -62,11 +62,6 @@ class Preview:
     records: list[Any]  # Document, Conversation, Pair or Prompt
 
 
-def read_documents(sources: Sequence[DataSource], *, seed: int) -> Rows[Document]:
-    """Documents for prepare. Raises DataError. `seed` picks the rows of a fractional weight."""
-    return read(sources, "prepare", seed=seed)
-
-
 def read_conversations(sources: Sequence[DataSource], *, seed: int) -> Rows[Conversation]:
     """Conversations for sft. Raises DataError."""
     return read(sources, "sft", seed=seed)
@@ -83,7 +78,7 @@ def read_prompts(sources: Sequence[DataSource], *, seed: int) -> Rows[Prompt]:
 
 
 def read(sources: Sequence[DataSource], stage: StageName, *, seed: int) -> Rows[Any]:
-    """The records that `stage` takes: the four functions above by stage name, to validate a whole config."""
+    """The records that `stage` takes: the functions above by stage name, and documents for prepare."""
     records: list[Any] = []
     num_skipped = 0
     for index, source in enumerate(sources):

@@ -35,10 +35,6 @@ class Worker:
     device: torch.device
     runtime: Runtime
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
 
 def launch(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> Result:
     """Run `train(worker, **arguments)` on every worker of the stage; rank 0's result.

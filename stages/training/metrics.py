@@ -20,7 +20,6 @@ METRICS: dict[str, str] = {
     "train/tokens_per_second": "tokens in forward and backward, per second",
     "train/accuracy": "share of training pairs ranked as labelled",
     "train/margin": "mean chosen - rejected score",
-    "eval/loss": "loss on held-out data, nats",
     "rollout/score": "mean normalised reward-model score of the batch",
     "rollout/score_std": "its standard deviation",
     "rollout/kl": "KL to the reference: mean of k1 summed over each response, nats",

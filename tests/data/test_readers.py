@@ -351,7 +351,7 @@ def test_weights_repeat_rows_and_take_a_seeded_share(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *[{"text": str(n)} for n in range(10)])
 
     def texts(weight: float, seed: int = 0) -> list[str]:
-        return [d.text for d in readers.read_documents([source(path, weight=weight)], seed=seed).records]
+        return [d.text for d in readers.read([source(path, weight=weight)], "prepare", seed=seed).records]
 
     everything = [str(n) for n in range(10)]
     assert texts(1) == everything and texts(2) == everything * 2
