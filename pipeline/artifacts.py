@@ -116,6 +116,10 @@ class Store:
     def log_dir(self, name: str) -> Path:
         return self.run_dir(name) / "logs"
 
+    def stop_file(self, name: str) -> Path:
+        """Exists while a run has been asked to stop at its next step boundary."""
+        return self.run_dir(name) / "stop"
+
     def find(self, stage: str, fingerprint: str) -> Manifest | None:
         """The verified manifest of an artifact; None when there is none. Raises CorruptArtifact."""
         directory = self.artifact_dir(stage, fingerprint)

@@ -91,6 +91,7 @@ class StageJob:
     lock_timeout_s: float
     side_by_side: int  # stages that may run at the same time: their threads share the cores
     replace: bool
+    stop_file: Path
 
     @property
     def num_threads(self) -> int:
@@ -370,6 +371,7 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
         lock_timeout_s=config.pipeline.lock_timeout_s,
         side_by_side=dag.side_by_side(config, planned.to_run),
         replace=stage in planned.replaced,
+        stop_file=planned.store.stop_file(config.name),
     )
 
 
@@ -548,6 +550,7 @@ def _run_recipe(job: StageJob, store: Store) -> None:
         executor=job.executor,
         placement_timeout_s=job.placement_timeout_s,
         num_threads=job.num_threads,
+        stop_file=job.stop_file,
     )
     metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
     if not (work / METRICS).exists():  # a stage of one step

@@ -19,3 +19,9 @@ class TrainingStopped(ExpectedError):
     """Training stopped itself: a non-finite loss, an exploding KL, or a gate that was not met."""
 
     exit_code = 5
+
+
+class Interrupted(ExpectedError):
+    """The run was asked to stop, and this stage did so at a step boundary with its state saved."""
+
+    exit_code = 75

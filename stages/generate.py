@@ -55,6 +55,7 @@ def generate(
             executor="inline",
             placement_timeout_s=60.0,
             num_threads=len(os.sched_getaffinity(0)),
+            stop_file=Path(directory) / "stop",
         )
         config = EngineConfig(engine=engine, max_num_seqs=1, kv_cache_mib=64)
         with open_engines(

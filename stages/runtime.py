@@ -36,3 +36,8 @@ class Runtime:
     executor: Literal["ray", "inline"]  # inline: every part of the stage in this process, without Ray
     placement_timeout_s: float  # deadline for Ray to place this stage's workers
     num_threads: int  # cores this stage may compute with: fewer where stages run side by side
+    stop_file: Path  # exists once the run was asked to stop: leave at the next step boundary, state saved
+
+    def stop_requested(self) -> bool:
+        """Whether the driver was told to stop (SIGINT, SIGTERM). A file: seen on every node of a cluster."""
+        return self.stop_file.exists()

@@ -20,6 +20,7 @@ def runtime_in(directory: Path, stage: str) -> Runtime:
         executor="inline",
         placement_timeout_s=30,
         num_threads=2,
+        stop_file=directory / "stop",
     )
 
 
