@@ -20,6 +20,7 @@ from stages.config import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
+    TrainingConfig,
 )
 from stages.runtime import StageResources
 
@@ -116,7 +117,27 @@ class ExperimentConfig(Section):
             yield "prepare.min_chars: above prepare.max_chars, so no document fits; lower it"
         if self.ppo is not None and self.ppo.precision == "bf16" and self.rollout.engine == "hf":
             yield "rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"
+        yield from self._workers_do_not_fit()
         yield from self._not_supported_yet()
+
+    def _workers_do_not_fit(self) -> Iterator[str]:
+        for stage in STAGE_FIELDS:
+            num_workers, section = getattr(self.resources, stage).num_workers, getattr(self, stage)
+            if num_workers == 1 or section is None:
+                continue
+            key = f"resources.{stage}.num_workers"
+            if not isinstance(section, TrainingConfig):
+                yield f"{key}: {stage} does not train, it runs in one process; set 1"
+            elif self.pipeline.executor == "inline":
+                yield (
+                    f"{key}: pipeline.executor inline runs each stage in one process; set 1, or "
+                    "pipeline.executor ray"
+                )
+            elif stage != "ppo" and section.batch_size % num_workers:  # ppo shares out packs, evenly or not
+                yield (
+                    f"{key}: {stage}.batch_size {section.batch_size} cannot be shared out evenly between "
+                    f"{num_workers} workers; use a multiple of {num_workers}"
+                )
 
     def _not_supported_yet(self) -> Iterator[str]:
         if self.rollout.num_engines > 1:
@@ -125,9 +146,6 @@ class ExperimentConfig(Section):
             yield "rollout.max_staleness: only 0 (synchronous) is supported in this version; set 0"
         if self.rollout.sync != "shm":
             yield f"rollout.sync: {self.rollout.sync} is not supported in this version; set shm"
-        for stage in STAGE_FIELDS:
-            if getattr(self.resources, stage).num_workers > 1:
-                yield f"resources.{stage}.num_workers: one worker is supported in this version; set 1"
 
     def _response_lengths(self) -> Iterator[tuple[str, int]]:
         if self.reward is not None:

@@ -7,6 +7,7 @@
 it on a thread. Nothing depends on iterator state: what step `s` samples is a function of the seed and `s`.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,11 +61,17 @@ class RolloutSource:
             batch_size=plan.num_prompts,
             seed=stage_seed(plan.seed, "ppo", "prompts"),
         )
+        self._drawing: tuple[int, asyncio.Future[RolloutBatch]] | None = None
 
     async def next(self, step: int) -> RolloutBatch:
-        """The rollouts of iteration `step` (0-based), sampled under the weights now in force. Raises
-        EngineError.
+        """The rollouts of iteration `step` (0-based), sampled under the weights now in force. Every rank of a
+        trainer asks; they are drawn once. Raises EngineError.
         """
+        if self._drawing is None or self._drawing[0] != step:
+            self._drawing = step, asyncio.ensure_future(self._draw(step))
+        return await asyncio.shield(self._drawing[1])
+
+    async def _draw(self, step: int) -> RolloutBatch:
         plan = self._plan
         drawn = [index for index in self._order.indices(step) for _ in range(plan.samples_per_prompt)]
         requests = [self._request(step, position, index) for position, index in enumerate(drawn)]

@@ -21,6 +21,7 @@ from stages.errors import ModelError, TrainingStopped
 from stages.ppo import run
 from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
+from stages.training.health import Health
 from stages.training.metrics import read_steps
 from stages.training.models import ScoreNormaliser, full_state, reward_from_causal_lm, save_model
 from stages.training.ppo_models import judge, load_ppo_models
@@ -83,6 +84,10 @@ def judged_batch(inputs, tmp_path, config=CONFIG):
     models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
     packs = pack_rollouts(some_rollouts(), micro_batch_size=config.micro_batch_size, max_length=6, device=CPU)
     return models, packs, [judge(models, pack, config, **ENDS) for pack in packs]
+
+
+def learner_of(models, config, tmp_path):
+    return Learner(models, config, seed=0, health=Health(config.health, runtime_in(tmp_path, "ppo")))
 
 
 def test_pin_10_the_ids_that_are_trained_on_are_the_engines_and_never_encoded_again(tied_model_dir):
@@ -156,7 +161,7 @@ def test_pin_13_ppo_scores_a_response_as_if_it_had_ended_with_the_end_of_turn_ho
 def test_pin_4_the_first_ratio_is_exactly_one_and_close_to_it_under_another_split(inputs, tmp_path):
     models, packs, judgements = judged_batch(inputs, tmp_path)
     experiences, _ = assemble(packs, judgements, CONFIG, kl_coef=0.05)
-    metrics = Learner(models, CONFIG, seed=0).update(0, experiences, kl_coef=0.05)
+    metrics = learner_of(models, CONFIG, tmp_path).update(0, experiences, kl_coef=0.05)
     assert metrics["ppo/ratio_first"] == 0.0
 
     models, _, _ = judged_batch(inputs, tmp_path)
@@ -184,7 +189,7 @@ def test_pin_4_with_one_update_per_batch_the_anchor_is_the_detached_policy(input
     models, packs, judgements = judged_batch(inputs, tmp_path, config)
     experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
     spoiled = [replace(item, anchor_logprobs_BT=item.anchor_logprobs_BT - 3) for item in experiences]
-    metrics = Learner(models, config, seed=0).update(0, spoiled, kl_coef=0.05)
+    metrics = learner_of(models, config, tmp_path).update(0, spoiled, kl_coef=0.05)
     assert metrics["ppo/ratio_first"] == 0.0 and metrics["ppo/clip_fraction"] == 0.0
 
 
@@ -280,7 +285,7 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
         judgements = [judge(models, pack, config, **ENDS) for pack in packs]
         experiences, _ = assemble(packs, judgements, config, kl_coef=kl_coef)
         silent = [replace(item, advantages_BT=torch.zeros_like(item.advantages_BT)) for item in experiences]
-        learner = Learner(models, config, seed=0)
+        learner = learner_of(models, config, tmp_path)
         for step in range(3):
             learner.update(step, silent, kl_coef=kl_coef)
         after = torch.cat([judge(models, pack, config, **ENDS).kl_B for pack in packs])
@@ -292,7 +297,7 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
 def test_pin_30_the_move_of_an_update_and_the_kl_to_the_reference_are_two_metrics(inputs, tmp_path):
     models, packs, judgements = judged_batch(inputs, tmp_path)
     experiences, summary = assemble(packs, judgements, CONFIG, kl_coef=0.05)
-    metrics = Learner(models, CONFIG, seed=0).update(0, experiences, kl_coef=0.05)
+    metrics = learner_of(models, CONFIG, tmp_path).update(0, experiences, kl_coef=0.05)
     assert summary["rollout/kl"] == pytest.approx(0.0, abs=1e-5)
     assert metrics["ppo/approx_kl"] > 1e-6
 
@@ -311,7 +316,7 @@ def test_value_warm_up_leaves_the_policy_alone(inputs, tmp_path):
     experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
     policy = {name: value.clone() for name, value in models.policy.state_dict().items()}
     value = models.value_model.head.weight.detach().clone()
-    Learner(models, config, seed=0).update(0, experiences, kl_coef=0.05)
+    learner_of(models, config, tmp_path).update(0, experiences, kl_coef=0.05)
     assert all(torch.equal(policy[name], tensor) for name, tensor in models.policy.state_dict().items())
     assert not torch.equal(value, models.value_model.head.weight)
 

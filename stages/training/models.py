@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from stages.config import ModelConfig
 from stages.errors import ModelError
+from stages.training import ranks
 from stages.training.packed_attention import register_packed_attention
 
 Precision = Literal["fp32", "bf16"]
@@ -216,17 +217,21 @@ def set_stop_tokens(
 
 def save_model(model: CausalLM | TokenScorer, directory: Path, state: dict[str, Tensor]) -> None:
     """Write a plain `save_pretrained` layout (safetensors) with the full tensors of `state`, named as in
-    `inner`.
+    `inner`. Rank 0's to call, with what `full_state` gave it.
     """
     model.inner.save_pretrained(directory, state_dict=state)
 
 
 def full_state(model: CausalLM | TokenScorer) -> dict[str, Tensor]:
-    """The whole, unsharded fp32 weights of `inner`, on the CPU, by transformers' names."""
-    return {
-        name: _gathered(tensor).detach().cpu()
-        for name, tensor in model.inner.state_dict(keep_vars=True).items()
-    }
+    """The whole, unsharded fp32 weights of `inner`, on the CPU, by transformers' names. Every rank takes
+    part, one tensor at a time; only rank 0 gets them.
+    """
+    state = {}
+    for name, tensor in model.inner.state_dict(keep_vars=True).items():
+        whole = _gathered(tensor).detach()
+        if ranks.is_main():
+            state[name] = whole.cpu()
+    return state
 
 
 def _gathered(tensor: Tensor) -> Tensor:

@@ -149,8 +149,16 @@ IN_FILES = [
      "demo.yaml:5: model.revision: has no meaning without model.path; set that, or remove this"),
     (NAME + SFT + "rollout:\n  num_engines: 2\n",
      "demo.yaml:6: rollout.num_engines: one engine is supported in this version; set 1"),
-    (NAME + SFT + "resources:\n  sft:\n    num_workers: 2\n",
-     "demo.yaml:7: resources.sft.num_workers: one worker is supported in this version; set 1"),
+    (NAME + SFT + "resources:\n  sft:\n    num_workers: 3\n",
+     "demo.yaml:7: resources.sft.num_workers: sft.batch_size 32 cannot be shared out evenly between 3 "
+     "workers; "
+     "use a multiple of 3"),
+    (NAME + SFT + "pipeline: {executor: inline}\nresources:\n  sft:\n    num_workers: 2\n",
+     "demo.yaml:8: resources.sft.num_workers: pipeline.executor inline runs each stage in one process; "
+     "set 1, or "
+     "pipeline.executor ray"),
+    (NAME + "prepare:\n  data: [{path: a}]\nresources:\n  prepare:\n    num_workers: 2\n",
+     "demo.yaml:6: resources.prepare.num_workers: prepare does not train, it runs in one process; set 1"),
     (NAME + "ppo:\n  data: [{path: p}]\n  precision: bf16\nrollout:\n  engine: hf\n",
      "demo.yaml:6: rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"),
     # base

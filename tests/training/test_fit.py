@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from inline import runtime_in
 from torch import nn
 
 from stages.config import PretrainConfig
@@ -34,7 +35,7 @@ class Killed(Exception):
     """Stands for a SIGKILL between two steps."""
 
 
-def train(work_dir, *, die_at=None, spoil_at=None):
+def train(directory, *, die_at=None, spoil_at=None):
     """A tiny regression with AdamW; everything about a batch is a function of its step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -52,7 +53,12 @@ def train(work_dir, *, die_at=None, spoil_at=None):
         return (model(numbers.inputs) - numbers.inputs.sum(-1, keepdim=True)).square().sum() / 4
 
     result = fit(
-        optimizer, CONFIG, max_steps=MAX_STEPS, work_dir=work_dir, batch_of=batch_of, loss_of=loss_of
+        optimizer,
+        CONFIG,
+        max_steps=MAX_STEPS,
+        runtime=runtime_in(directory, "sft"),
+        batch_of=batch_of,
+        loss_of=loss_of,
     )
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), result
 
@@ -66,7 +72,7 @@ def test_a_killed_and_resumed_training_ends_in_the_same_bits(tmp_path, die_at):
         train(tmp_path / "killed", die_at=die_at)
     resumed, result = train(tmp_path / "killed")
     assert torch.equal(resumed, whole)
-    steps = [line["step"] for line in read_steps(tmp_path / "killed" / "metrics.jsonl")]
+    steps = [line["step"] for line in read_steps(tmp_path / "killed" / "work" / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == MAX_STEPS
     assert result.steps == expected.steps
 
@@ -74,7 +80,7 @@ def test_a_killed_and_resumed_training_ends_in_the_same_bits(tmp_path, die_at):
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, caplog):
     with pytest.raises(Killed):
         train(tmp_path, die_at=8)
-    newest = tmp_path / "checkpoints" / "step-000006"
+    newest = tmp_path / "work" / "checkpoints" / "step-000006"
     victim = next(path for path in newest.iterdir() if path.suffix == ".distcp")
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
@@ -87,14 +93,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, cap
 
 
 def test_an_unfinished_checkpoint_is_not_one(tmp_path):
-    (tmp_path / "checkpoints" / "step-000003.tmp").mkdir(parents=True)
+    (tmp_path / "work" / "checkpoints" / "step-000003.tmp").mkdir(parents=True)
     optimizer = Optimizer(nn.Linear(2, 1), CONFIG, lr=0.1, max_steps=4)
     assert Checkpoints(tmp_path).restore({"model": optimizer}) == (0, {})
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     train(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "work" / "checkpoints").iterdir()) == [
         "step-000006",
         "step-000009",
     ]
@@ -107,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path
 
 def test_the_learning_rate_warms_up_and_decays(tmp_path):
     train(tmp_path)
-    rates = {line["step"]: line["train/lr"] for line in read_steps(tmp_path / "metrics.jsonl")}
+    rates = {line["step"]: line["train/lr"] for line in read_steps(tmp_path / "work" / "metrics.jsonl")}
     assert rates[2] <= CONFIG.lr and rates[4] > rates[10] >= CONFIG.lr * CONFIG.min_lr_frac
 
 
