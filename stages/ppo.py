@@ -141,7 +141,7 @@ def train(
             position = step + health.state.data_offset
             with clock.measure("generation"):
                 known = _journaled(journal, position, step)
-                batch = source.next(position) if known is None else known.batch
+                batch = source.next(position) if known is None else known
             _check_versions(batch, step)
             with clock.measure("scoring"):
                 packs = pack_rollouts(
@@ -181,6 +181,8 @@ def train(
                 log(step, {**seen, **clock.metrics(), **_sync_metrics(report, parity)})
             rollouts_log.write(_rollout_lines(step, packs, judgements, chat, config))
             state.totals.add(clock, summary, responses=len(batch.rollouts), sync_seconds=report.seconds)
+            if health.state.in_a_row:
+                continue  # a checkpoint is a place to go back to: none in the middle of bad steps
             stopping = ranks.any_rank(worker.runtime.stop_requested())
             if stopping or (step % config.checkpoint_every_steps == 0 and step < config.max_steps):
                 checkpoints.save(step, learner.parts, state.state_dict(), score=summary["rollout/score"])
@@ -246,32 +248,40 @@ def _synced(
     return report, parity
 
 
-def _journaled(journal: Journal, position: int, version: int) -> JournalEntry | None:
+def _journaled(journal: Journal, position: int, version: int) -> RolloutBatch | None:
     """The batch that a killed run had drawn for this step; None where it is to be drawn anew."""
-    entry = journal.read(position)
-    if entry is not None and _versions(entry.batch) != {version}:
-        entry = None
-    is_known: bool = ranks.from_main(lambda: entry is not None)
-    if is_known and entry is None:
+    entry, batch = journal.read(position), None
+    if entry is not None:
+        drawn = RolloutBatch(step=position, prompt_indices=entry.prompt_indices, rollouts=entry.rollouts)
+        batch = drawn if _versions(drawn) == {version} else None
+    is_known: bool = ranks.from_main(lambda: batch is not None)
+    if is_known and batch is None:
         raise EnvironmentProblem(
-            f"ppo step {version + 1}: rank {ranks.rank()} does not see the journal that rank 0 sees; "
-            "outputs must be "
-            "one file system for all workers"
+            f"ppo step {version + 1}: rank {ranks.rank()} does not see the journal that rank 0 sees; outputs "
+            "must be one file system for all workers"
         )
-    return entry if is_known else None
+    return batch if is_known else None
 
 
 def _commit(
     journal: Journal, batch: RolloutBatch, packs: Sequence[RolloutPack], judgements: Sequence[Judgement]
 ) -> None:
     """On the disk before the update: a kill in it replays these rollouts and draws no others."""
-    if ranks.is_main():
-        scores = {
-            rollout.request_id: score
-            for pack, judgement in zip(packs, judgements, strict=True)
-            for rollout, score in zip(pack.rollouts, judgement.scores_B.tolist(), strict=True)
-        }
-        journal.write(batch, [scores[rollout.request_id] for rollout in batch.rollouts])
+    if not ranks.is_main():
+        return
+    scores = {
+        rollout.request_id: score
+        for pack, judgement in zip(packs, judgements, strict=True)
+        for rollout, score in zip(pack.rollouts, judgement.scores_B.tolist(), strict=True)
+    }
+    journal.write(
+        JournalEntry(
+            step=batch.step,
+            prompt_indices=batch.prompt_indices,
+            rollouts=batch.rollouts,
+            scores=tuple(scores[rollout.request_id] for rollout in batch.rollouts),
+        )
+    )
 
 
 def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[tuple[int, ...], ...], int]:

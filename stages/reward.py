@@ -298,7 +298,7 @@ def _normaliser_sequences(
         for index, prompt in enumerate(fitting)
     ]
 
-    def responses() -> list[tuple[int, ...]]:
+    def sampled() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         with open_engines(
             settings.rollout,
             model_dir=source,
@@ -306,11 +306,11 @@ def _normaliser_sequences(
             max_model_len=settings.model.context_length,
             runtime=runtime,
         ) as client:
-            return [rollout.response_ids for rollout in client.generate(requests)]
+            return [(rollout.prompt_ids, rollout.response_ids) for rollout in client.generate(requests)]
 
     return [
         (*prompt, *with_end(response, chat.end_of_turn_id, chat.stop_token_ids))
-        for prompt, response in zip(fitting, ranks.from_main(responses), strict=True)
+        for prompt, response in ranks.from_main(sampled)
     ]
 
 

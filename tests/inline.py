@@ -9,7 +9,9 @@ from stages.training.distributed import Worker
 
 
 def runtime_in(directory: Path, stage: str, *, num_workers: int = 0) -> Runtime:
-    """A stage's surroundings under `directory`: work, logs, and an empty `out` beside them. No workers: inline.
+    """A stage's surroundings under `directory`: work, logs, and an empty `out` beside them.
+
+    No workers: inline, in this process.
     """
     for name in ("work", "logs", "out"):
         (directory / name).mkdir(parents=True, exist_ok=True)

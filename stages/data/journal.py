@@ -61,7 +61,7 @@ class Journal:
         with disk_problems(self._dir):
             self._dir.mkdir(parents=True, exist_ok=True)
             for path in self._dir.glob(f"*{UNFINISHED}"):
-                path.unlink()
+                path.unlink(missing_ok=True)  # every rank opens the journal
 
     def write(self, entry: JournalEntry) -> None:
         """Commit `entry`: on the disk when this returns, whole or not at all. EnvironmentProblem."""

@@ -100,6 +100,8 @@ def fit(
         step += 1
         if step % config.log_every_steps == 0 or step == max_steps:
             log(step, {**window.close(), **rates, **health.metrics(), **observe()})
+        if health.state.in_a_row:
+            continue  # a checkpoint is a place to go back to: none in the middle of bad steps
         stopping = ranks.any_rank(runtime.stop_requested())
         if stopping or (step % config.checkpoint_every_steps == 0 and step < max_steps):
             state = {"window": window.state_dict(), "health": health.state_dict()}

@@ -226,12 +226,14 @@ def full_state(model: CausalLM | TokenScorer) -> dict[str, Tensor]:
     """The whole, unsharded fp32 weights of `inner`, on the CPU, by transformers' names. Every rank takes
     part, one tensor at a time; only rank 0 gets them.
     """
+    whole: dict[int, Tensor] = {}  # by parameter: tied names stay one tensor
     state = {}
     for name, tensor in model.inner.state_dict(keep_vars=True).items():
-        whole = _gathered(tensor).detach()
-        if ranks.is_main():
-            state[name] = whole.cpu()
-    return state
+        if id(tensor) not in whole:
+            gathered = _gathered(tensor).detach()
+            whole[id(tensor)] = gathered.cpu() if ranks.is_main() else gathered.new_empty(0)
+        state[name] = whole[id(tensor)]
+    return state if ranks.is_main() else {}
 
 
 def _gathered(tensor: Tensor) -> Tensor:
