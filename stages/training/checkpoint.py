@@ -45,6 +45,7 @@ RECORD_FILE = "checkpoint.json"
 DIRECTORY_NAME = re.compile(r"step-(\d{6,})")
 DAMAGED = ".damaged"
 """Added to the name of a checkpoint that did not hold: it may be looked at, and is not tried again."""
+REPLACED = f".replaced{UNFINISHED}"
 FREE_SPACE_FACTOR = 1.1
 ENTRY_OVERHEAD_BYTES = 2048
 """At most, of the archive that DCP makes of each tensor or number, and its place in the index (measured: 1.8
@@ -276,7 +277,7 @@ class Checkpoints:
         except Damaged:
             self._move(directory, self._dir / (directory.name + DAMAGED))
         else:
-            self._move(directory, self._dir / f"{directory.name}.replaced{UNFINISHED}")
+            self._move(directory, self._dir / (directory.name + REPLACED))
 
     def _drop_old(self) -> None:
         """All but the last `keep` and the best."""
@@ -291,6 +292,11 @@ class Checkpoints:
         self._drop_unfinished()
 
     def _drop_unfinished(self) -> None:
+        """What killed saves left; a checkpoint that one had begun to replace gets its name back."""
+        for path in self._dir.glob(f"*{REPLACED}"):
+            final = self._dir / path.name.removesuffix(REPLACED)
+            if not final.exists():
+                path.rename(final)
         for path in self._dir.glob(f"*{UNFINISHED}"):
             _remove(path)
 

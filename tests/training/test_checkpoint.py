@@ -1,12 +1,16 @@
 """Checkpoints: bit for bit on any number of workers, not believed when damaged, untouched by a full disk."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sharded_checkpoints
@@ -292,6 +296,56 @@ def test_a_step_saved_again_takes_the_place_of_the_first(tmp_path: Path):
     Checkpoints(tmp_path).save(3, {"model": make_optimizer()}, {"again": True})
     assert Checkpoints(tmp_path).restore({"model": make_optimizer()}) == (3, {"again": True})
     assert names_in(tmp_path) == ["step-000003"]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing is cleaned up."""
+
+
+def dies_at_operation(count: int, patched: pytest.MonkeyPatch, save_once: Callable[[], None]) -> bool:
+    """Call `save_once` and kill it before its disk operation `count`, from 1; False once it has no such
+    operation any more.
+    """
+    left = [count]
+
+    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] <= 0:
+                raise Killed
+            return operation(*arguments, **options)
+
+        return run
+
+    for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree")):
+        patched.setattr(owner, name, counted(getattr(owner, name)))
+    try:
+        save_once()
+    except Killed:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("saved_before", [(1, 2), (1, 2, 3)])
+def test_a_kill_at_any_moment_of_a_save_leaves_a_sound_checkpoint(
+    tmp_path: Path, monkeypatch, caplog, saved_before: tuple[int, ...]
+):
+    """Also where step 3 is saved again."""
+    found = []
+    for count in itertools.count(1):
+        work_dir = tmp_path / str(count) / "sft"
+        save(work_dir, *saved_before)
+        with monkeypatch.context() as patched:
+            died = dies_at_operation(count, patched, partial(save, work_dir, 3))
+        found.append(restored(work_dir)[0])
+        save(work_dir, 4)
+        assert restored(work_dir)[0] == 4
+        if not died:
+            break
+    assert len(found) > 8
+    assert found == sorted(found)
+    assert set(found) == {saved_before[-1], 3}
+    assert not lines_in(caplog)
 
 
 def test_what_killed_saves_left_is_removed_at_the_start(tmp_path: Path):
