@@ -38,7 +38,7 @@ from stages.config import (
 from stages.data.readers import content_digest
 from stages.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of artifacts and fingerprints: a bump makes every artifact of an older version unknown."""
 FINGERPRINT_CHARS = 16
 MODEL = "model"

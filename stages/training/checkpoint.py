@@ -45,9 +45,12 @@ RECORD_FILE = "checkpoint.json"
 DIRECTORY_NAME = re.compile(r"step-(\d{6,})")
 DAMAGED = ".damaged"
 """Added to the name of a checkpoint that did not hold: it may be looked at, and is not tried again."""
+REPLACED = f".replaced{UNFINISHED}"
 FREE_SPACE_FACTOR = 1.1
-TENSOR_OVERHEAD_BYTES = 2048
-"""At most, of the archive that DCP makes of each tensor and of the tensor's entry in the index."""
+ENTRY_OVERHEAD_BYTES = 2048
+"""At most, of the archive that DCP makes of each tensor or number, and its place in the index (measured: 1.8
+KiB).
+"""
 
 
 class Damaged(Exception):
@@ -274,7 +277,7 @@ class Checkpoints:
         except Damaged:
             self._move(directory, self._dir / (directory.name + DAMAGED))
         else:
-            self._move(directory, self._dir / f"{directory.name}.replaced{UNFINISHED}")
+            self._move(directory, self._dir / (directory.name + REPLACED))
 
     def _drop_old(self) -> None:
         """All but the last `keep` and the best."""
@@ -289,6 +292,11 @@ class Checkpoints:
         self._drop_unfinished()
 
     def _drop_unfinished(self) -> None:
+        """What killed saves left; a checkpoint that one had begun to replace gets its name back."""
+        for path in self._dir.glob(f"*{REPLACED}"):
+            final = self._dir / path.name.removesuffix(REPLACED)
+            if not final.exists():
+                path.rename(final)
         for path in self._dir.glob(f"*{UNFINISHED}"):
             _remove(path)
 
@@ -409,23 +417,23 @@ def _failures_unwrapped() -> Iterator[None]:
 
 def _bytes_on_disk(state: dict[str, Any]) -> int:
     """What a checkpoint of `state` will take at most, over all ranks."""
-    held = sum(_local_bytes(tensor) + TENSOR_OVERHEAD_BYTES for tensor in _tensors(state))
+    held = sum(_local_bytes(entry) + ENTRY_OVERHEAD_BYTES for entry in _entries(state))
     return int(ranks.sums(held)[0] * FREE_SPACE_FACTOR)
 
 
-def _local_bytes(tensor: Tensor) -> int:
+def _local_bytes(entry: object) -> int:
     """Bytes of this rank's share; what all ranks hold alike is written by rank 0."""
-    if isinstance(tensor, DTensor):
-        return tensor.to_local().nbytes
-    return tensor.nbytes if ranks.is_main() else 0
+    if isinstance(entry, DTensor):
+        return entry.to_local().nbytes
+    return entry.nbytes if isinstance(entry, Tensor) and ranks.is_main() else 0
 
 
-def _tensors(state: object) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
+def _entries(state: object) -> Iterator[object]:
+    if isinstance(state, Mapping | list):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _entries(value)
+    else:
         yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors(value)
 
 
 def _mention_other_torch(directory: Path, record: Record) -> None:
