@@ -10,10 +10,10 @@ import torch
 from blake3 import blake3
 from fakes import FakeEngine
 from inline import runtime_in, worker_in
+from ppo_inputs import EOS, ppo_inputs, some_rollouts
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from rollout.api import Rollout
 from rollout.config import EngineConfig
 from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
@@ -23,12 +23,11 @@ from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
 from stages.training.health import Health
 from stages.training.metrics import read_steps
-from stages.training.models import ScoreNormaliser, full_state, reward_from_causal_lm, save_model
 from stages.training.ppo_models import judge, load_ppo_models
 from stages.training.ppo_update import Learner
 
 CPU = torch.device("cpu")
-PAD, EOS, OTHER_STOP = 0, 2, 301
+OTHER_STOP = 301
 ENDS = {"end_of_turn_id": EOS, "stop_token_ids": (EOS, OTHER_STOP)}
 CONFIG = PPOConfig(
     data=[DataSource(path="unused")],
@@ -47,37 +46,7 @@ CONFIG = PPOConfig(
 
 @pytest.fixture(scope="module")
 def inputs(tied_model_dir, tmp_path_factory):
-    """An sft model and a reward model on its body."""
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("reward")
-    model = reward_from_causal_lm(tied_model_dir, pad_token_id=PAD)
-    save_model(model, directory, full_state(model))
-    ScoreNormaliser(mean=0.1, std=1.5).save(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (tied_model_dir / name).exists():
-            (directory / name).write_bytes((tied_model_dir / name).read_bytes())
-    return {"sft": tied_model_dir, "reward": directory}
-
-
-def some_rollouts(count=8) -> list[Rollout]:
-    generator = torch.Generator().manual_seed(5)
-    rollouts = []
-    for index in range(count):
-        length = 2 + index % 5
-        response = torch.randint(5, 300, (length,), generator=generator).tolist()
-        ended = index % 3 != 0
-        rollouts.append(
-            Rollout(
-                request_id=str(index),
-                prompt_ids=tuple(torch.randint(5, 300, (3 + index % 2,), generator=generator).tolist()),
-                response_ids=tuple([*response[:-1], EOS] if ended else response),
-                logprobs=(-1.0,) * length,
-                finish_reason="stop" if ended else "length",
-                weight_versions=(0,) * length,
-                seed=index,
-            )
-        )
-    return rollouts
+    return ppo_inputs(tied_model_dir, tmp_path_factory.mktemp("reward"))
 
 
 def judged_batch(inputs, tmp_path, config=CONFIG):

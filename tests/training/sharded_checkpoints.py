@@ -42,7 +42,10 @@ def take_steps(optimizer: Optimizer, steps: int, *, first: int = 0) -> None:
     for step in range(first, first + steps):
         inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
         optimizer.take_step(
-            step, [inputs], lambda numbers: (optimizer.model(numbers) - numbers.sum()).square().mean()
+            step,
+            [inputs],
+            lambda numbers: (optimizer.model(numbers) - numbers.sum()).square().mean(),
+            lambda *_: True,
         )
 
 
