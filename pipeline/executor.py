@@ -688,8 +688,7 @@ def _joined_cluster(address: str, log_dir: Path) -> Iterator[None]:
     """Connected to somebody else's cluster, with its token. The environment of its workers is set per job."""
     cluster.require_token(address)
     cluster.require_answer(address)
-    # its C++ client repeats a refused token on stderr every second
-    _authenticate(RAY_AUTH_MODE="token", RAY_BACKEND_LOG_LEVEL="fatal")
+    _authenticate(RAY_AUTH_MODE="token")
     environment = {"OMP_WAIT_POLICY": "passive"}
     with _ray_connected(log_dir, address=address, runtime_env={"env_vars": environment}):
         yield
@@ -702,7 +701,8 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     _quieten_ray(log_dir)
     try:
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _stderr_to(log_dir / "ray-messages.log"):  # a refused token is complained of every second
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (
             ray.exceptions.RayError,
             RuntimeError,
@@ -729,6 +729,21 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
             started = psutil.Process().children(recursive=True) if options["address"] == "local" else []
             ray.shutdown()
             _end(started)
+
+
+@contextlib.contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """At the level of file descriptors: Ray's client writes from C++."""
+    sys.stderr.flush()
+    before, to_log = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(to_log, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(to_log)
 
 
 def _quieten_ray(log_dir: Path) -> None:
