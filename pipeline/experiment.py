@@ -180,8 +180,6 @@ class ExperimentConfig(Section):
         return tuple(stage for stage in ("reward", "ppo", "evaluate") if getattr(self, stage) is not None)
 
     def _not_supported_yet(self) -> Iterator[str]:
-        if self.rollout.num_engines > 1:
-            yield "rollout.num_engines: one engine is supported in this version; set 1"
         if self.rollout.max_staleness > 0:
             yield "rollout.max_staleness: only 0 (synchronous) is supported in this version; set 0"
 
