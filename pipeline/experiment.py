@@ -160,12 +160,12 @@ class ExperimentConfig(Section):
         )
         if parallel > 1 and each != parallel:
             yield (
-                f"{key}.num_gpus_per_engine: {each:g}, but an engine with rollout.tensor_parallel_size "
-                f"{parallel} takes {parallel} GPUs; set {parallel}"
+                f"rollout.tensor_parallel_size: {parallel} GPUs per engine; set {key}.num_gpus_per_engine "
+                f"to {parallel} too, not {each:g}"
             )
         if self.rollout.sync == "nccl" and (resources.num_gpus == 0 or each < 1):
             yield (
-                f"{key}: rollout.sync nccl connects GPUs of their own; set {key}.num_gpus and "
+                f"rollout.sync: nccl connects GPUs of their own; set {key}.num_gpus and "
                 f"{key}.num_gpus_per_engine to 1 or more, or use gloo or shm"
             )
         first = resources.num_gpus + (each * self.rollout.num_engines if self.rollout.sync == "shm" else 0)

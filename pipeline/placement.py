@@ -61,9 +61,13 @@ class Architecture:
     @property
     def body(self) -> int:
         """Parameters of a reward or value model: all but an output head of its own."""
-        attention = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        layer = self.hidden_size * (attention * self.head_dim + 3 * self.intermediate_size + 2)
-        return self.vocab_size * self.hidden_size + self.num_hidden_layers * layer + self.hidden_size
+        return self.vocab_size * self.hidden_size + self.num_hidden_layers * self.layer + self.hidden_size
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer: four projections of attention, three of the MLP, two norms."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size + 2)
 
     @property
     def whole(self) -> int:
@@ -148,6 +152,8 @@ def _worker(config: ExperimentConfig, stage: str, architecture: Architecture) ->
     if isinstance(section, PPOConfig):
         frozen = [body, whole] if section.reads_reference else [body]
     is_sharded = num_workers > 1 or section.precision == "bf16"
+    # FSDP2 gathers a layer at a time; what is in no layer (embeddings, head) is a unit of its own
+    gathered = architecture.layer + whole - architecture.num_hidden_layers * architecture.layer
     frozen_itemsize = 4 if num_workers > 1 else itemsize  # shards are fp32, the gathered copy is not
     total = sum(trained) / num_workers
     return Memory(
@@ -156,7 +162,7 @@ def _worker(config: ExperimentConfig, stage: str, architecture: Architecture) ->
             "gradients": 4 * total,
             "Adam": ADAM_BYTES * total,
             "frozen models": frozen_itemsize * sum(frozen) / num_workers,
-            f"gathered {section.precision} copy and its gradients": 2 * itemsize * max(trained) * is_sharded,
+            f"gathered {section.precision} layers and gradients": 2 * itemsize * gathered * is_sharded,
             "largest logits and their gradients": 2 * 4 * _logits(config, stage) * architecture.vocab_size,
         }
     )

@@ -67,9 +67,7 @@ def test_a_node_that_does_not_see_the_outputs_is_named(cluster: TwoNodes, direct
     override = f"outputs={cluster.hidden}"
     line = refused(cluster.rlhf(directory, "run", "tiny.yaml", override, "--until", "prepare"))
     assert f"node {cluster.hosts[1]} does not see {cluster.hidden}" in line
-    result = cluster.rlhf(
-        directory, "doctor", "--address", cluster.address, "--outputs", str(cluster.hidden)
-    )
+    result = cluster.rlhf(directory, "doctor", "--address", cluster.address, "--outputs", str(cluster.hidden))
     assert f"{cluster.hosts[1]} does not see" in result.stdout and result.returncode == 4
 
 
