@@ -431,6 +431,20 @@ def model_directory(path: str, revision: str | None) -> Path:
     return fetched
 
 
+def model_at_hand(path: str | None, revision: str | None) -> bool:
+    """False for a hub id (`model.path`) that is not in the local cache yet. Asks nobody."""
+    if path is None or Path(path).is_dir() or not re.fullmatch(HUB_ID, path):
+        return True
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return False
+    return True
+
+
 def check_model_directory(directory: Path, *, named: str) -> None:
     """Raises MissingStage unless `directory` holds config.json and safetensors weights."""
     with disk_problems(directory):

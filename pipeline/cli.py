@@ -23,8 +23,8 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from pipeline import config as configs
-from pipeline import dag, doctor, executor
-from pipeline.artifacts import check_model_directory
+from pipeline import dag, doctor, executor, placement
+from pipeline.artifacts import check_model_directory, model_at_hand
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
@@ -123,6 +123,15 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
             typer.echo(f"\n{key}: {source.path} ({preview.format})")
             for record in preview.records:
                 typer.echo(f"  {_shortened(record)}")
+    typer.echo("\nplan (memory without activations):")
+    for line in placement.plan(loaded.config, dag.configured(loaded.config)):
+        typer.echo(f"  {line}")
+    if not model_at_hand(loaded.config.model.path, loaded.config.model.revision):
+        typer.echo(f"\nstages (all would run; {loaded.config.model.path} has to be fetched first):")
+        for stage in dag.configured(loaded.config):
+            needs = ", ".join(dag.needs(loaded.config, stage)) or "nothing"
+            typer.echo(f"  {stage:9} run   needs {needs:40} {_steps(loaded.config, stage)}")
+        return
     planned = executor.plan_run(loaded.config)
     typer.echo("\nstages:")
     for stage, node in planned.nodes.items():

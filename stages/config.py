@@ -60,6 +60,8 @@ class ModelConfig(Section):
     """Model directory or hub id to start from; identified by its content. Absent: train from scratch."""
     revision: str | None = Field(default=None, json_schema_extra=EXECUTION)
     """Commit of a hub id."""
+    architecture: Path | None = Field(default=None, json_schema_extra=EXECUTION)
+    """config.json of a hub model that is not on this machine yet: `rlhf check` plans memory by it."""
     layers: int = Field(default=4, ge=1)
     """Transformer layers."""
     hidden_size: int = Field(default=160, ge=32)

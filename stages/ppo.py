@@ -18,6 +18,7 @@ from typing import Any
 from rollout.api import from_record, to_record
 from rollout.errors import EnvironmentProblem, WeightSyncError
 from rollout.weight_sync import ModuleSource, ParityGate, ParityReport, SyncReport, WeightSync
+from stages.bundles import rollout_of
 from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
@@ -38,7 +39,7 @@ from stages.rollout_source import (
 from stages.runtime import Runtime
 from stages.training import ranks
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import Worker, launch
+from stages.training.distributed import Worker, launch, placed
 from stages.training.forwards import logprobs_by
 from stages.training.health import Health, RollBack, check_rollouts
 from stages.training.metrics import MetricsLog, StepLog
@@ -76,17 +77,20 @@ def run(
         stop_token_ids=chat.stop_token_ids,
         seed=settings.seed,
     )
-    engines = open_engines(
-        settings.rollout,
-        model_dir=inputs["sft"],
-        dtype=ENGINE_DTYPE[config.precision],
-        max_model_len=settings.model.context_length,
-        runtime=runtime,
-    )
-    with engines as client, open_source(client, plan, runtime=runtime) as source:
+    with (
+        placed(runtime, rollout_of(settings)) as in_place,
+        open_engines(
+            settings.rollout,
+            model_dir=inputs["sft"],
+            dtype=ENGINE_DTYPE[config.precision],
+            max_model_len=settings.model.context_length,
+            runtime=in_place,
+        ) as client,
+        open_source(client, plan, runtime=in_place) as source,
+    ):
         metrics = launch(
             train,
-            runtime,
+            in_place,
             settings=settings,
             inputs=dict(inputs),
             out_dir=out_dir,

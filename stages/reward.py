@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rollout.api import RolloutRequest, Sampling
+from stages.bundles import rollout_of
 from stages.config import RewardSettings
 from stages.data.batches import BatchOrder, content_share, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, PairIds, truncate_pair
@@ -26,7 +27,7 @@ from stages.objectives.losses import pair_loss_sum
 from stages.rollout_source import ENGINE_DTYPE, open_engines
 from stages.runtime import Runtime
 from stages.training import ranks
-from stages.training.distributed import Worker, launch, place
+from stages.training.distributed import Worker, launch, place, placed
 from stages.training.fit import fit, num_steps
 from stages.training.forwards import scores_in_packs, sequence_scores, with_end
 from stages.training.models import (
@@ -88,7 +89,8 @@ def run(
 
     TrainingStopped (exit 5) when a gate is not met.
     """
-    return launch(train, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
+    with placed(runtime, rollout_of(settings)) as in_place:
+        return launch(train, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
 
 
 def train(

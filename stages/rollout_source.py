@@ -19,6 +19,7 @@ from rollout.config import EngineConfig
 from rollout.engines import open_engine
 from rollout.errors import EngineError, raise_expected
 from rollout.loop import LoopThread
+from stages.bundles import bundles_of
 from stages.data.batches import BatchOrder, stage_seed
 from stages.runtime import Runtime
 
@@ -161,6 +162,8 @@ def open_engines(
             max_model_len=max_model_len,
             log_dir=log_dir,
             num_gpus_each=runtime.resources.num_gpus_per_engine,
+            num_cpus_each=runtime.resources.num_cpus_per_engine,
+            places=_places(config, runtime),
         )
         client = EngineClient(pool, config, None)
     else:
@@ -181,6 +184,21 @@ def open_engines(
             client.close()
         raise
     client.close()
+
+
+def _places(config: EngineConfig, runtime: Runtime) -> list[Any]:
+    """Ray's scheduling strategy for each engine: its bundle of the stage's group, or any node."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    bundles = bundles_of(runtime.stage, runtime.resources, config)
+    indices = [bundles.engine_index(engine) for engine in range(config.num_engines)]
+    assert runtime.group is not None, f"{runtime.stage}: engines are opened inside `placed(runtime, rollout)`"
+    return [
+        "SPREAD"
+        if index is None
+        else PlacementGroupSchedulingStrategy(runtime.group, placement_group_bundle_index=index)
+        for index in indices
+    ]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import psutil
@@ -22,7 +22,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from rollout.config import EngineConfig
 from rollout.errors import EnvironmentProblem, ExpectedError, raise_expected, root_cause
+from stages.bundles import StageBundles, bundles_of, lacking
 from stages.runtime import Runtime
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
 
@@ -50,6 +52,26 @@ def launch(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> 
     if runtime.executor == "inline":
         return _in_this_process(train, runtime, arguments)
     return _on_ray(train, runtime, arguments)
+
+
+@contextmanager
+def placed(runtime: Runtime, rollout: EngineConfig | None = None) -> Iterator[Runtime]:
+    """Inside, the stage has the place of all its workers, and of its engines if it opens any (`rollout`):
+    granted together, within the placement deadline, or not at all. Raises EnvironmentProblem.
+
+    Example: with placed(runtime, settings.rollout) as runtime, open_engines(...): launch(train, runtime, ...)
+    """
+    if runtime.executor == "inline" or runtime.group is not None:
+        yield runtime
+        return
+    import ray
+
+    bundles = bundles_of(runtime.stage, runtime.resources, rollout)
+    group = _placed_group(bundles, runtime.placement_timeout_s)
+    try:
+        yield replace(runtime, group=group)
+    finally:
+        ray.util.remove_placement_group(group)
 
 
 def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision, trained: bool) -> nn.Module:
@@ -115,11 +137,15 @@ def _in_this_process(train: Callable[..., Result], runtime: Runtime, arguments: 
 
 
 def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
+    with placed(runtime) as in_place:
+        return _in_group(train, in_place, arguments)
+
+
+def _in_group(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     resources = runtime.resources
-    group = _placed_group(runtime)
     actors: list[Any] = []
     try:
         for index in range(resources.num_workers):
@@ -128,7 +154,7 @@ def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str,
                 "num_gpus": resources.num_gpus,
                 "max_restarts": 0,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=index
+                    runtime.group, placement_group_bundle_index=index
                 ),
                 "runtime_env": {"env_vars": worker_environment(runtime)},
             }
@@ -153,7 +179,6 @@ def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str,
     finally:
         for actor in actors:
             ray.kill(actor)
-        ray.util.remove_placement_group(group)
 
 
 def _first_rank_result(calls: Sequence[Any]) -> Any:
@@ -192,20 +217,21 @@ def _obscurity(error: Exception) -> int:
     return 1 if isinstance(error, ray.exceptions.RayActorError) else 2
 
 
-def _placed_group(runtime: Runtime) -> Any:
+def _placed_group(bundles: StageBundles, timeout_s: float) -> Any:
     import ray
 
-    resources = runtime.resources
-    bundle = {"CPU": resources.num_cpus} | ({"GPU": resources.num_gpus} if resources.num_gpus else {})
-    group = ray.util.placement_group([bundle] * resources.num_workers, strategy="PACK")
-    if not group.wait(runtime.placement_timeout_s):
-        ray.util.remove_placement_group(group)
-        raise EnvironmentProblem(
-            f"{runtime.stage}: no place for {resources.num_workers} x {bundle} within "
-            f"{runtime.placement_timeout_s:g} s; the cluster has {ray.available_resources()} free - "
-            f"lower resources.{runtime.stage} or add nodes"
-        )
-    return group
+    group = ray.util.placement_group([dict(bundle) for bundle in bundles.all], strategy="PACK")
+    if group.wait(timeout_s):
+        return group
+    ray.util.remove_placement_group(group)
+    free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    never = lacking([bundles], nodes)
+    raise EnvironmentProblem(
+        f"{bundles}: no place within {timeout_s:g} s; "
+        + (never.removeprefix(f"{bundles}: ") if never else f"the cluster has {free} free")
+        + f" - lower resources.{bundles.stage} or add nodes"
+    )
 
 
 class _TrainingActor:
