@@ -113,6 +113,10 @@ class Store:
     def run_dir(self, name: str) -> Path:
         return self.root / "runs" / name
 
+    def config_file(self, name: str) -> Path:
+        """The resolved config that the run was last started with."""
+        return self.run_dir(name) / "config.yaml"
+
     def log_dir(self, name: str) -> Path:
         return self.run_dir(name) / "logs"
 

@@ -201,7 +201,7 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     store, config = planned.store, planned.config
     with disk_problems(store.log_dir(config.name)):
         store.log_dir(config.name).mkdir(parents=True, exist_ok=True)
-        write_synced(store.run_dir(config.name) / "config.yaml", resolved_yaml(config))
+        write_synced(store.config_file(config.name), resolved_yaml(config))
     results = {stage: _result(manifest, skipped=True) for stage, manifest in planned.present.items()}
     for stage, manifest in planned.present.items():
         progress.end(stage, "skipped", summary=_made_with_other_versions(manifest))
