@@ -22,8 +22,8 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
-from pipeline import config as configs
 from pipeline import changes, dag, doctor, executor
+from pipeline import config as configs
 from pipeline.artifacts import Store, check_model_directory
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig

@@ -382,14 +382,14 @@ def resources_of(config: ExperimentConfig, stage: str) -> StageResources:
 
 
 def _start(planned: PlannedRun, stage: str, progress: Progress) -> None:
+    """Follow the stage's metrics, from the work directory to the artifact that is renamed from it.
+
+    Where an artifact is made anew, what lies there meanwhile is the old one: other bytes at every offset.
+    """
     node, store = planned.nodes[stage], planned.store
-    progress.start(
-        stage,
-        [
-            store.work_dir(stage, node.fingerprint) / METRICS,
-            store.artifact_dir(stage, node.fingerprint) / METRICS,
-        ],
-    )
+    unfinished = store.work_dir(stage, node.fingerprint) / METRICS
+    published = store.artifact_dir(stage, node.fingerprint) / METRICS
+    progress.start(stage, [unfinished] if stage in planned.replaced else [unfinished, published])
 
 
 def _finish(
@@ -715,12 +715,14 @@ def _quieten_ray(log_dir: Path) -> None:
 def _authenticate_local_cluster() -> None:
     """A token nobody else has, for a cluster whose servers listen on every interface; nothing phoned home.
 
-    The environment carries it to Ray's own processes; this one may have read its environment already.
+    The environment carries it to Ray's own processes; this one may have read its environment already. The
+    autoscaler's metrics are the one server that asks for no token: with this port it does not start.
     """
     os.environ.update(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_USAGE_STATS_ENABLED="0",
+        AUTOSCALER_METRIC_PORT="-1",
         RAY_IGNORE_UNHANDLED_ERRORS="1",
         OMP_WAIT_POLICY="passive",
     )

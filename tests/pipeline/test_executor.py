@@ -58,6 +58,24 @@ def test_the_run_directory_has_links_config_and_summary(chain: Chain):
     assert chain.summary()["sft"] == summary["sft"] | {"skipped": True}
 
 
+def test_the_metrics_of_an_artifact_that_is_made_anew_are_not_taken_for_those_of_the_new_one(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+):
+    run(chain, last="prepare")
+    artifact = next(chain.outputs.glob("artifacts/prepare-*"))
+    (artifact / "metrics.jsonl").write_text('{"step": 1, "max_steps": 1, "time": 0, "prepare/old": 1}\n')
+    progress = Progress(shown := io.StringIO())
+    polled_at_start = Progress.start
+
+    def start(self: Progress, *arguments: object) -> None:
+        polled_at_start(self, *arguments)  # type: ignore[arg-type]
+        self.poll()
+
+    monkeypatch.setattr(Progress, "start", start)
+    execute(plan_run(chain.config(), last="prepare", force="prepare"), progress)
+    assert "old" not in shown.getvalue() and "prepare: done" in shown.getvalue()
+
+
 def test_changing_kl_coef_reruns_exactly_ppo_and_evaluate(chain: Chain):
     run(chain)
     chain.calls()
