@@ -24,9 +24,10 @@ from typer.exceptions import Abort, TyperException
 
 from pipeline import changes, dag, doctor, executor
 from pipeline import config as configs
-from pipeline.artifacts import Store, check_model_directory
+from pipeline.artifacts import Store
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
+from pipeline.model_files import check_model_directory
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
 from rollout.errors import ExpectedError

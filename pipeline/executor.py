@@ -39,7 +39,6 @@ from pipeline.artifacts import (
     Given,
     Manifest,
     Store,
-    disk_problems,
     exactness_of,
     model_directory,
     package_versions,
@@ -47,7 +46,7 @@ from pipeline.artifacts import (
     write_synced,
 )
 from pipeline.config import resolved_yaml
-from pipeline.errors import ConfigError, MissingStage, StageFailed
+from pipeline.errors import ConfigError, MissingStage, StageFailed, disk_problems
 from pipeline.experiment import ExperimentConfig
 from pipeline.progress import Progress
 from rollout.errors import EnvironmentProblem, ExpectedError, root_cause

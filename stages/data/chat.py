@@ -132,7 +132,9 @@ class ChatTokenizer:
         Raises ModelError.
         """
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), revision=revision or "main")
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(directory), revision=revision or "main", trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{directory}: no tokenizer that can be loaded ({reason})") from error

@@ -247,6 +247,7 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
         dtype=torch.float32,
         output_loading_info=True,
         use_safetensors=True,
+        trust_remote_code=False,
         **_attention(),
         **_no_dropout(directory),
         **options,
@@ -277,5 +278,5 @@ def _check_nothing_missing(directory: Path, missing: list[str]) -> None:
 
 def _no_dropout(directory: Path) -> dict[str, float]:
     """Overrides that switch off every dropout the directory's config names."""
-    config = AutoConfig.from_pretrained(directory).to_dict()
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
     return {key: 0.0 for key, value in config.items() if "dropout" in key and isinstance(value, float)}
