@@ -30,6 +30,7 @@ from pipeline.experiment import ExperimentConfig
 from pipeline.model_files import check_model_directory
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
+from pipeline.yaml_source import short
 from rollout.errors import ExpectedError
 from stages.data import readers
 
@@ -37,6 +38,8 @@ INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130
 NUM_ROWS_CHECKED = 2
 ROW_CHARS = 160
+MAX_LINE_CHARS = 2000
+"""Of an error: it may quote a file, a template or a library, and goes to a terminal."""
 
 app = typer.Typer(
     name="rlhf",
@@ -201,7 +204,7 @@ def _exit_code(argv: list[str]) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    print(short(" ".join(text.split()), MAX_LINE_CHARS), file=sys.stderr, flush=True)
     return code
 
 

@@ -70,9 +70,8 @@ def _of_call(call: ast.Call) -> Iterator[str]:
         yield f"{name}()"
     if name == "torch.load" and not _is(keywords.get("weights_only"), True):
         yield "torch.load without weights_only=True"
-    if name.endswith("from_pretrained") and not (
-        call.args and _is(call.args[0], None)
-    ):  # None: reads nothing
+    reads_files = not (call.args and _is(call.args[0], None))
+    if name.endswith("from_pretrained") and reads_files:
         if not _is(keywords.get("trust_remote_code"), False):
             yield "from_pretrained without trust_remote_code=False"
         if re.search(r"Model|auto_class", name) and not _is(keywords.get("use_safetensors"), True):
