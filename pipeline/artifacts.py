@@ -3,7 +3,7 @@
     work/<stage>-<fp>/out/ --manifest last--> rename --> artifacts/<stage>-<fp>/ <--link-- runs/<name>/<stage>
 
 Owns: the layout of `outputs/`, manifests, publishing, verification, locks, the identity of given directories.
-Does not own: what a fingerprint covers (dag), when a stage runs (executor). Light import.
+Does not own: what a fingerprint covers (dag), when a stage runs (executor), what may be loaded (model_files).
 An interrupted stage leaves `work/` and nothing else: what is under `artifacts/` is whole or it is an error.
 """
 
@@ -28,7 +28,8 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.dag import SCHEMA_VERSION, Node, directory_name
-from pipeline.errors import CorruptArtifact, MissingStage
+from pipeline.errors import CorruptArtifact, MissingStage, disk_problems
+from pipeline.model_files import check_configs, check_model_directory
 from rollout.errors import EnvironmentProblem
 from stages.errors import DataError
 
@@ -45,7 +46,6 @@ PACKAGES = (
     "numpy",
     "rlhf-pipeline",
 )
-PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 TEST_SIZE_BYTES = 64 * 2**20
@@ -113,6 +113,10 @@ class Store:
 
     def run_dir(self, name: str) -> Path:
         return self.root / "runs" / name
+
+    def config_file(self, name: str) -> Path:
+        """The resolved config that the run was last started with."""
+        return self.run_dir(name) / "config.yaml"
 
     def log_dir(self, name: str) -> Path:
         return self.run_dir(name) / "logs"
@@ -294,10 +298,14 @@ class Store:
                     raise MissingStage(
                         f"--input {key}={path}: an artifact of {manifest.stage}; give one of prepare"
                     )
-                if key != "prepare" and not (directory / "config.json").is_file():
+                if key == "prepare":
+                    check_configs(directory, named=f"--input {key}={path}")
+                elif not (directory / "config.json").is_file():
                     raise MissingStage(
                         f"--input {key}={path}: an artifact of {manifest.stage}, which holds no model"
                     )
+                else:
+                    check_model_directory(directory, named=f"--input {key}={path}")
                 return Given(path=directory, fingerprint=manifest.fingerprint)
             if key == "prepare":
                 raise MissingStage(
@@ -445,23 +453,6 @@ def model_at_hand(path: str | None, revision: str | None) -> bool:
     return True
 
 
-def check_model_directory(directory: Path, *, named: str) -> None:
-    """Raises MissingStage unless `directory` holds config.json and safetensors weights."""
-    with disk_problems(directory):
-        if not (directory / "config.json").is_file():
-            raise MissingStage(
-                f"{named}: no config.json; give an artifact or a model directory (save_pretrained)"
-            )
-        if any(directory.glob("*.safetensors")):
-            return
-        pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED_WEIGHTS)
-    if pickled:
-        raise MissingStage(
-            f"{named}: {pickled[0]} is a pickle, which can run code; convert the weights to safetensors"
-        )
-    raise MissingStage(f"{named}: no *.safetensors in it; give a directory with weights")
-
-
 def exactness_of(
     *,
     precision: str,
@@ -493,18 +484,6 @@ def write_synced(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-
-
-@contextlib.contextmanager
-def disk_problems(path: Path) -> Iterator[None]:
-    """Inside, an error of the disk (no permission, no space, no directory) becomes one line about `path`."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename if error.filename is not None else path
-        raise EnvironmentProblem(
-            f"{where}: {error.strerror or error}; check the disk, or set outputs=DIR"
-        ) from error
 
 
 @cache

@@ -22,12 +22,15 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
+from pipeline import changes, dag, doctor, executor, placement
 from pipeline import config as configs
-from pipeline import dag, doctor, executor, placement
-from pipeline.artifacts import check_model_directory, model_at_hand
+from pipeline.artifacts import Store, model_at_hand
 from pipeline.errors import ConfigError
+from pipeline.experiment import ExperimentConfig
+from pipeline.model_files import check_model_directory
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
+from pipeline.yaml_source import short
 from rollout.errors import ExpectedError
 from stages.data import readers
 
@@ -35,6 +38,8 @@ INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130
 NUM_ROWS_CHECKED = 2
 ROW_CHARS = 160
+MAX_LINE_CHARS = 2000
+"""Of an error: it may quote a file, a template or a library, and goes to a terminal."""
 
 app = typer.Typer(
     name="rlhf",
@@ -70,10 +75,15 @@ def run(
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Last stage to run.")] = None,
     force: Annotated[str | None, typer.Option(metavar="STAGE", help="Make it and all after it anew.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Refuse to start if CONFIG differs from that of the last run.")
+    ] = False,
 ) -> None:
     """Run every stage of CONFIG; finished ones are skipped."""
     loaded = configs.load(config, overrides or [])
     last, forced = _stage_name("--until", until), _stage_name("--force", force)
+    if resume:
+        _check_unchanged(loaded.config)
     configs.check_paths(loaded, {"model", *dag.until(loaded.config, last)})
     _execute(executor.plan_run(loaded.config, last=last, force=forced))
 
@@ -203,12 +213,40 @@ def _exit_code(argv: list[str]) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    print(short(" ".join(text.split()), MAX_LINE_CHARS), file=sys.stderr, flush=True)
     return code
+
+
+def _check_unchanged(config: ExperimentConfig) -> None:
+    """Raises ConfigError unless the run was started before, with the same settings."""
+    path = Store(config.outputs).config_file(config.name)
+    before = changes.last_config(path)
+    if before is None:
+        raise ConfigError(f"--resume: run {config.name!r} was not started yet ({path}); leave out --resume")
+    if found := changes.between(before, config):
+        raise ConfigError(
+            f"--resume: not the config of the last run ({path}): {changes.listed(found)}; set them back, or "
+            "leave out --resume to go on with the new ones"
+        )
+
+
+def _tell_changes(planned: executor.PlannedRun) -> None:
+    """One line when the run had other settings before: what changed, and which stages start anew."""
+    config, path = planned.config, planned.store.config_file(planned.config.name)
+    try:
+        before = changes.last_config(path)
+    except ConfigError as error:
+        typer.echo(f"the config of the last run cannot be compared with this one: {error}")
+        return
+    if before is not None and (found := changes.between(before, config)):
+        reached = changes.reached(before, config)
+        anew = ", ".join(stage for stage in planned.to_run if stage in reached) or "no stage"
+        typer.echo(f"changed since the last run {config.name!r}: {changes.listed(found)}; anew: {anew}")
 
 
 def _execute(planned: executor.PlannedRun) -> None:
     executor.validate_data(planned)
+    _tell_changes(planned)
     run_dir = planned.store.run_dir(planned.config.name)
     try:
         with Progress() as progress:

@@ -39,7 +39,6 @@ from pipeline.artifacts import (
     Given,
     Manifest,
     Store,
-    disk_problems,
     exactness_of,
     model_directory,
     package_versions,
@@ -47,7 +46,7 @@ from pipeline.artifacts import (
     write_synced,
 )
 from pipeline.config import resolved_yaml
-from pipeline.errors import ConfigError, MissingStage, StageFailed
+from pipeline.errors import ConfigError, MissingStage, StageFailed, disk_problems
 from pipeline.experiment import ExperimentConfig
 from pipeline.progress import Progress
 from rollout.errors import EnvironmentProblem, ExpectedError, root_cause
@@ -204,7 +203,7 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     store, config = planned.store, planned.config
     with disk_problems(store.log_dir(config.name)):
         store.log_dir(config.name).mkdir(parents=True, exist_ok=True)
-        write_synced(store.run_dir(config.name) / "config.yaml", resolved_yaml(config))
+        write_synced(store.config_file(config.name), resolved_yaml(config))
     results = {stage: _result(manifest, skipped=True) for stage, manifest in planned.present.items()}
     for stage, manifest in planned.present.items():
         progress.end(stage, "skipped", summary=_made_with_other_versions(manifest))
@@ -396,14 +395,14 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
 
 
 def _start(planned: PlannedRun, stage: str, progress: Progress) -> None:
+    """Follow the stage's metrics, from the work directory to the artifact that is renamed from it.
+
+    Where an artifact is made anew, what lies there meanwhile is the old one: other bytes at every offset.
+    """
     node, store = planned.nodes[stage], planned.store
-    progress.start(
-        stage,
-        [
-            store.work_dir(stage, node.fingerprint) / METRICS,
-            store.artifact_dir(stage, node.fingerprint) / METRICS,
-        ],
-    )
+    unfinished = store.work_dir(stage, node.fingerprint) / METRICS
+    published = store.artifact_dir(stage, node.fingerprint) / METRICS
+    progress.start(stage, [unfinished] if stage in planned.replaced else [unfinished, published])
 
 
 def _finish(
@@ -766,9 +765,12 @@ def _authenticate_local_cluster() -> None:
 def _authenticate(**variables: str) -> None:
     """Nothing phoned home, and how Ray proves who it is. The environment carries it to Ray's own processes;
     this one may have read its environment already.
+
+    The autoscaler's metrics are the one server that asks for no token: with this port it does not start.
     """
     os.environ.update(
         RAY_USAGE_STATS_ENABLED="0",
+        AUTOSCALER_METRIC_PORT="-1",
         RAY_IGNORE_UNHANDLED_ERRORS="1",
         OMP_WAIT_POLICY="passive",
         **variables,

@@ -1,6 +1,6 @@
 """The judge of grade-school arithmetic: is the last number of the response the solution's?
 
-    row["answer"] "... #### 72" -> 72;  response -> its last number -> 1.0 when equal, else 0.0
+row["answer"] "... #### 72" -> 72;  response -> its last number -> 1.0 when equal, else 0.0
 """
 
 import re

@@ -249,15 +249,21 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
     _check_is_a_model(directory)
     transformers_logging.set_verbosity_error()  # its load report: checked here in a line
     transformers_logging.disable_progress_bar()
-    model, info = auto_class.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        output_loading_info=True,
-        use_safetensors=True,
-        **_attention(),
-        **_no_dropout(directory),
-        **options,
-    )
+    try:
+        model, info = auto_class.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **_attention(),
+            **_no_dropout(directory),
+            **options,
+        )
+    except Exception as error:  # a config.json with senseless values brings up any error of transformers
+        raise ModelError(
+            f"{directory}: transformers cannot load it ({type(error).__name__}: {error})"[:400]
+        ) from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -284,5 +290,5 @@ def _check_nothing_missing(directory: Path, missing: list[str]) -> None:
 
 def _no_dropout(directory: Path) -> dict[str, float]:
     """Overrides that switch off every dropout the directory's config names."""
-    config = AutoConfig.from_pretrained(directory).to_dict()
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
     return {key: 0.0 for key, value in config.items() if "dropout" in key and isinstance(value, float)}
