@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from transformers import AutoTokenizer
 from rollout.config import EngineConfig
 from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
-from stages.errors import ModelError, TrainingStopped
+from stages.errors import Interrupted, ModelError, TrainingStopped
 from stages.ppo import run
 from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
 from stages.training.health import Health
 from stages.training.metrics import read_steps
+from stages.training.optimize import Optimizer
 from stages.training.ppo_models import judge, load_ppo_models
 from stages.training.ppo_update import Learner
 
@@ -385,6 +387,79 @@ def test_pin_29_the_adaptive_kl_coef_goes_on_where_a_killed_run_left_it(
     _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
     assert coefs(tmp_path / "whole") == pytest.approx([0.5, 0.4, 0.32])
     assert coefs(tmp_path / "killed") == coefs(tmp_path / "whole")
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
+
+
+def test_a_run_killed_in_its_update_replays_the_journal_and_samples_nothing_again(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    """The third batch waits in the journal, and the second: its checkpoint is gone, too."""
+    settings = settings_for(prompts, max_steps=4, checkpoint_every_steps=1)
+    drawn = []
+    draw = RolloutSource._draw
+
+    async def counting(self, step):
+        drawn.append(step)
+        return await draw(self, step)
+
+    monkeypatch.setattr(RolloutSource, "_draw", counting)
+    _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+    assert drawn == [0, 1, 2, 3]
+    run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
+    shutil.rmtree(tmp_path / "killed" / "work" / "checkpoints" / "step-000002")
+    drawn.clear()
+    _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
+    assert drawn == [3]
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
+
+
+def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_kill_changes_nothing(
+    inputs, prompts, tmp_path, monkeypatch, caplog
+):
+    """No loss on the batch of position 1 is a number: back to step 1, on with position 2."""
+    settings = settings_for(prompts, checkpoint_every_steps=1)
+    positions = []
+    draw, take_step = RolloutSource._draw, Optimizer.take_step
+
+    async def remembering(self, step):
+        positions.append(step)
+        return await draw(self, step)
+
+    def spoiled(self, step, packs, loss_of, accepts):
+        bad = torch.nan if positions[-1] == 1 else 1.0
+        return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
+
+    monkeypatch.setattr(RolloutSource, "_draw", remembering)
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimizer, "take_step", spoiled)
+        metrics, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+        assert positions == [0, 1, 2, 3] and metrics["steps_skipped"] == 4.0
+        assert "ppo step 2: 4 bad steps in a row; back to step 1, leaving out the 1 batches" in caplog.text
+        run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
+        _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
+    lines = read_steps(tmp_path / "whole" / "work" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train/skipped_steps"] == 4.0
+
+
+def test_a_run_that_is_asked_to_stop_saves_its_state_behind_the_iteration_and_goes_on_in_the_same_bits(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    settings = settings_for(prompts, checkpoint_every_steps=50)
+    _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+    update = Learner.update
+
+    def stopping(self, step, experiences, *, kl_coef):
+        if step == 1:
+            (tmp_path / "stopped" / "stop").touch()
+        return update(self, step, experiences, kl_coef=kl_coef)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", stopping)
+        with pytest.raises(Interrupted, match="ppo: stopped at step 2 of 3, state saved"):
+            run_in(tmp_path / "stopped", settings, inputs)
+    (tmp_path / "stopped" / "stop").unlink()
+    _, resumed, resumed_rollouts = run_in(tmp_path / "stopped", settings, inputs)
     assert (resumed, resumed_rollouts) == (whole, rollouts)
 
 
