@@ -11,7 +11,7 @@ Owns: `work_dir/journal/`. One process writes. No torch.
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from blake3 import blake3
 from safetensors.numpy import load, save
 
 from rollout.api import Rollout
-from stages.data.durable import UNFINISHED, disk_problems, write_whole
+from stages.data.durable import UNFINISHED, disk_problems, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Journal:
         self._owner = work_dir.name  # <stage>-<fingerprint>: an entry of another stage is not ours
         with disk_problems(self._dir):
             self._dir.mkdir(parents=True, exist_ok=True)
+            sync(work_dir)
             for path in self._dir.glob(f"*{UNFINISHED}"):
                 path.unlink(missing_ok=True)  # every rank opens the journal
 
@@ -90,10 +91,19 @@ class Journal:
 
     def drop_before(self, step: int) -> None:
         """Forget the entries of all steps below `step`: a checkpoint holds what they taught."""
+        self._drop(lambda journaled: journaled < step)
+
+    def drop_from(self, step: int) -> None:
+        """Forget the entries of `step` and all after it: they were sampled by weights that will not come
+        again, for training goes back and on another way.
+        """
+        self._drop(lambda journaled: journaled >= step)
+
+    def _drop(self, is_dropped: Callable[[int], bool]) -> None:
         with disk_problems(self._dir):
             for path in self._dir.iterdir():
                 named = FILE_NAME.fullmatch(path.name)
-                if named and int(named[1]) < step:
+                if named and is_dropped(int(named[1])):
                     path.unlink()
 
     def _path(self, step: int) -> Path:

@@ -129,6 +129,7 @@ class Checkpoints:
         with disk_problems(self._dir):
             self._dir.mkdir(parents=True, exist_ok=True)
             if ranks.is_main():
+                sync(work_dir)
                 self._drop_unfinished()
 
     def save(
@@ -305,7 +306,7 @@ class Checkpoints:
         kept = []
         for directory in self._finished():
             with contextlib.suppress(Damaged, OtherSchema):
-                record = Record.read(directory)
+                record = own_record(directory, owner=self._owner)
                 kept.append(Kept(step=record.step, directory=directory, score=record.score))
         return kept
 
@@ -319,8 +320,10 @@ class Checkpoints:
         directory.rename(target)
 
 
-def verified(directory: Path, *, owner: str) -> Record:
-    """The record of a checkpoint whose every file is as it was written. Raises Damaged, OtherSchema."""
+def own_record(directory: Path, *, owner: str) -> Record:
+    """The record of a checkpoint of `owner` under its own name, its files not compared. Raises Damaged,
+    OtherSchema.
+    """
     if directory.is_symlink() or not directory.is_dir():
         raise Damaged("not a directory")
     record = Record.read(directory)
@@ -328,6 +331,12 @@ def verified(directory: Path, *, owner: str) -> Record:
         raise Damaged(f"{RECORD_FILE}: of step {record.step}")
     if record.owner != owner:
         raise Damaged(f"{RECORD_FILE}: of {record.owner}, not of {owner}")
+    return record
+
+
+def verified(directory: Path, *, owner: str) -> Record:
+    """The record of a checkpoint whose every file is as it was written. Raises Damaged, OtherSchema."""
+    record = own_record(directory, owner=owner)
     files = _files_below(directory)
     del files[RECORD_FILE]
     for name in sorted(record.files.keys() | files.keys()):

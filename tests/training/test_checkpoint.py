@@ -232,6 +232,15 @@ def test_a_damaged_checkpoint_does_not_push_a_sound_one_out(tmp_path: Path):
     assert restored(tmp_path)[0] == 6
 
 
+def test_a_checkpoint_under_another_step_does_not_push_a_sound_one_out(tmp_path: Path):
+    save(tmp_path, 3, 4)
+    for step in (8, 9):
+        shutil.copytree(checkpoint(tmp_path, 3), checkpoint(tmp_path, step))
+    save(tmp_path, 5)
+    assert names_in(tmp_path) == [f"step-00000{step}" for step in (4, 5, 8, 9)]
+    assert restored(tmp_path)[0] == 5
+
+
 def test_another_torch_version_is_mentioned(tmp_path: Path, caplog, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(torch, "__version__", "1.0")
