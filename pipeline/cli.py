@@ -26,6 +26,7 @@ from pipeline import config as configs
 from pipeline import dag, doctor, executor
 from pipeline.artifacts import check_model_directory
 from pipeline.errors import ConfigError
+from pipeline.janitor import nothing_left_behind
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
 from rollout.errors import ExpectedError
@@ -159,7 +160,7 @@ def generate(
     check_model_directory(model_dir, named=str(model_dir))
     from stages.generate import generate as respond
 
-    with executor.no_orphans():
+    with nothing_left_behind(log_dir=None):
         text = respond(
             model_dir, prompt, temperature=temperature, max_tokens=max_tokens, seed=seed, engine=engine.value
         )
