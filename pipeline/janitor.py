@@ -142,10 +142,12 @@ class Run:
     def _is_driver(self, pid: int) -> bool:
         return self._driver is not None and pid == self._driver.pid and self._driver.is_running()
 
-    def _attribute(self, present: set[Path]) -> None:
-        self._num_looks = {path: self._num_looks.get(path, 0) + 1 for path in present - self._shared}
-        new = {path for path, num_looks in self._num_looks.items() if num_looks <= NUM_LOOKS}
-        if new and (found := new & _mapped_by(self.processes())):
+    def _attribute(self, present: dict[Path, int]) -> None:
+        unknown = present.keys() - self._shared
+        self._num_looks = {path: self._num_looks.get(path, 0) + 1 for path in unknown}
+        new = {path for path in unknown if self._num_looks[path] <= NUM_LOOKS}
+        mapped = _mapped_by(self.processes()) if new else set()
+        if found := {path for path in new if present[path] in mapped}:
             self._shared |= found
             with contextlib.suppress(OSError), (self.directory / SHARED_FILES).open("a") as record:
                 record.writelines(f"{path.name}\n" for path in sorted(found))
@@ -237,23 +239,33 @@ def _environment_of(pid: int) -> set[bytes]:
         return set()
 
 
-def _shared_memory() -> set[Path]:
-    return {path for path in SHARED_MEMORY.iterdir() if not path.is_dir()}
+def _shared_memory() -> dict[Path, int]:
+    """Files in shared memory -> inode."""
+    files = {}
+    for path in SHARED_MEMORY.iterdir():
+        with contextlib.suppress(OSError):
+            if not path.is_dir():
+                files[path] = path.stat().st_ino
+    return files
 
 
-def _mapped_by(processes: Iterable[psutil.Process]) -> set[Path]:
-    """Files in shared memory that the processes have mapped."""
+def _mapped_by(processes: Iterable[psutil.Process]) -> set[int]:
+    """Inodes of the files in shared memory that the processes have mapped. (A semaphore was mapped under
+    another name than it has: glibc renames it.)
+    """
     found = set()
     for process in processes:
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-            found |= {Path(line.split(maxsplit=5)[5]) for line in lines if f" {SHARED_MEMORY}/" in line}
+            found |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
     return found
 
 
 def _in_use(path: Path) -> bool:
     """Whether a process that is not the run's has it mapped too."""
-    return path in _mapped_by(psutil.process_iter())
+    with contextlib.suppress(OSError):
+        return path.stat().st_ino in _mapped_by(psutil.process_iter())
+    return False
 
 
 def _recorded(directory: Path) -> set[Path]:
