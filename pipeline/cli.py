@@ -27,6 +27,7 @@ from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
+from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
@@ -178,7 +179,7 @@ def generate(
     check_model_directory(model_dir, named=str(model_dir))
     from stages.generate import generate as respond
 
-    with executor.no_orphans():
+    with nothing_left_behind(log_dir=None):
         text = respond(
             model_dir, prompt, temperature=temperature, max_tokens=max_tokens, seed=seed, engine=engine.value
         )

@@ -9,7 +9,6 @@ Does not own: identity (dag), files (artifacts), what a stage does (recipes), wh
 """
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import json
@@ -28,9 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
-import psutil
-
 from pipeline import cluster, dag, placement
 from pipeline.artifacts import (
     MANIFEST,
@@ -48,6 +44,7 @@ from pipeline.artifacts import (
 from pipeline.config import resolved_yaml
 from pipeline.errors import ConfigError, MissingStage, StageFailed, disk_problems
 from pipeline.experiment import ExperimentConfig
+from pipeline.janitor import PLACE, deaf, nothing_left_behind
 from pipeline.progress import Progress
 from rollout.errors import EnvironmentProblem, ExpectedError, root_cause
 from stages.bundles import lacking
@@ -57,12 +54,8 @@ from stages.data.scoring import load_judge
 from stages.runtime import Runtime, StageResources
 
 POLL_S = 0.3
-CHILD_GRACE_S = 6.0
-"""After a shutdown of Ray its processes take a few seconds to end; whatever is left then is killed."""
 NODE_TIMEOUT_S = 60.0
 """For every node of a cluster to say what it has; a first task there starts a process."""
-SESSION_PREFIX = "rlhf-"
-PR_SET_CHILD_SUBREAPER = 36
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -210,9 +203,14 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     failures: dict[str, ExpectedError] = {}
     try:
         if planned.to_run:
-            with signals_interrupt(), no_orphans():
-                run = _run_inline if config.pipeline.executor == "inline" else _run_on_ray
-                run(planned, progress, results, failures)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(signals_interrupt())
+                with disk_problems(PLACE):
+                    directory = stack.enter_context(nothing_left_behind(store.log_dir(config.name)))
+                if config.pipeline.executor == "inline":
+                    _run_inline(planned, progress, results, failures)
+                else:
+                    _run_on_ray(planned, directory, progress, results, failures)
     finally:
         _record(planned, results)
     for failure in failures.values():
@@ -251,33 +249,18 @@ def signals_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_orphans() -> Iterator[None]:
-    """Whatever this process starts inside, at any depth and in any session, is gone afterwards."""
-    ctypes.CDLL(None).prctl(
-        PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
-    )  # orphans become our children, where we find them
-    before = set(psutil.Process().children(recursive=True))
-    try:
-        yield
-    finally:
-        with _signals_ignored():
-            _end(set(psutil.Process().children(recursive=True)) - before)
-
-
-@contextlib.contextmanager
-def ray_session(config: ExperimentConfig, log_dir: Path) -> Iterator[Callable[[], None]]:
+def ray_session(config: ExperimentConfig, directory: Path, log_dir: Path) -> Iterator[Callable[[], None]]:
     """A Ray connection for one run. Yields a check: EnvironmentProblem when the local cluster is dying.
 
-    A local cluster has a token of its own, and a short session directory whose logs are kept in `log_dir`.
+    A local cluster has a token of its own, and its session in the run's temporary `directory`.
     """
     if config.resources.address is not None:
         with _joined_cluster(config.resources.address, log_dir):
             yield lambda: None
         return
-    with _session_directory(log_dir) as directory:
-        _authenticate_local_cluster()
-        with _ray_connected(log_dir, address="local", include_dashboard=False, _temp_dir=str(directory)):
-            yield lambda: _check_local_cluster(log_dir)
+    _authenticate_local_cluster()
+    with _ray_connected(log_dir, address="local", include_dashboard=False, _temp_dir=str(directory)):
+        yield lambda: _check_local_cluster(log_dir)
 
 
 def ask_every_node(file: Path, address: str) -> dict[str, cluster.NodeReport | str]:
@@ -437,12 +420,13 @@ def _run_inline(
 
 def _run_on_ray(
     planned: PlannedRun,
+    directory: Path,
     progress: Progress,
     results: dict[str, StageResult],
     failures: dict[str, ExpectedError],
 ) -> None:
     log_dir = planned.store.log_dir(planned.config.name)
-    with ray_session(planned.config, log_dir) as check_cluster:
+    with ray_session(planned.config, directory, log_dir) as check_cluster:
         _preflight(planned)
         pending = _submit(planned, results)
         following: set[str] = set()
@@ -664,25 +648,6 @@ def _raise_interrupt(*_: object) -> None:
 
 
 @contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """A second Ctrl-C must not cut the clean-up short. (Not SIG_IGN: children would inherit it.)"""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(processes: Collection[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(list(processes), timeout=CHILD_GRACE_S)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=CHILD_GRACE_S)
-
-
-@contextlib.contextmanager
 def _joined_cluster(address: str, log_dir: Path) -> Iterator[None]:
     """Connected to somebody else's cluster, with its token. The environment of its workers is set per job."""
     cluster.require_token(address)
@@ -724,10 +689,8 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
         signal.signal(signal.SIGTERM, _raise_interrupt)
         yield
     finally:
-        with _signals_ignored():
-            started = psutil.Process().children(recursive=True) if options["address"] == "local" else []
+        with deaf():
             ray.shutdown()
-            _end(started)
 
 
 @contextlib.contextmanager
@@ -779,41 +742,6 @@ def _authenticate(**variables: str) -> None:
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
-
-
-@contextlib.contextmanager
-def _session_directory(log_dir: Path) -> Iterator[Path]:
-    """A short directory for Ray's sockets (paths of at most 107 bytes); its logs end in `log_dir/ray`."""
-    directory = Path(tempfile.mkdtemp(prefix=SESSION_PREFIX, dir="/tmp"))
-    lock = filelock.FileLock(directory / "owner.lock")
-    lock.acquire()
-    try:
-        yield directory
-    finally:
-        with _signals_ignored():
-            _keep_logs(directory, log_dir / "ray")
-            lock.release()
-            shutil.rmtree(directory, ignore_errors=True)
-            _remove_abandoned_sessions()
-
-
-def _keep_logs(session: Path, target: Path) -> None:
-    with contextlib.suppress(OSError):
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for path in session.glob("session_2*/logs/*"):
-            if path.is_file() and path.stat().st_size:
-                shutil.copyfile(path, target / path.name)
-
-
-def _remove_abandoned_sessions() -> None:
-    """Directories of drivers that were killed: nobody holds their lock any more."""
-    for path in Path("/tmp").glob(f"{SESSION_PREFIX}*/owner.lock"):
-        lock = filelock.FileLock(path)
-        with contextlib.suppress(OSError):
-            lock.acquire(timeout=0)
-            lock.release()
-            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _check_local_cluster(log_dir: Path) -> None:
