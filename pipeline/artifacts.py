@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 
 import filelock
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from pipeline.dag import SCHEMA_VERSION, Node, directory_name
 from pipeline.errors import CorruptArtifact, MissingStage, disk_problems
@@ -70,6 +70,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
+    digest: str  # blake3 of this file with an empty digest: an edited record is noticed
     schema_version: int
     stage: str
     fingerprint: str
@@ -141,7 +142,12 @@ class Store:
         with disk_problems(directory):
             if not directory.exists():
                 return None
-        return self.verified(directory, hint=f"run again with --force {stage} to make it anew")
+        hint = f"run again with --force {stage} to make it anew"
+        manifest = self.verified(directory, hint=hint)
+        if (manifest.stage, manifest.fingerprint) != (stage, fingerprint):
+            found = directory_name(manifest.stage, manifest.fingerprint)
+            raise CorruptArtifact(f"{directory}: its {MANIFEST} is that of {found}; {hint}")
+        return manifest
 
     def verified(self, directory: Path, *, hint: str) -> Manifest:
         """The manifest of `directory`, every file compared with it. CorruptArtifact names the bad file."""
@@ -155,8 +161,8 @@ class Store:
                     raise CorruptArtifact(f"{path}: not the bytes that {MANIFEST} records; {hint}")
             for path in _files_below(directory):
                 name = str(path.relative_to(directory))
-                if name not in manifest.files and name != MANIFEST and not path.name.startswith("."):
-                    raise CorruptArtifact(f"{path}: {MANIFEST} does not list it; remove it, or {hint}")
+                if name not in manifest.files and name != MANIFEST:
+                    raise CorruptArtifact(f"{path}: not listed in {MANIFEST}; remove it, or {hint}")
             return manifest
 
     def begin(self, stage: str, fingerprint: str) -> Path:
@@ -202,6 +208,7 @@ class Store:
                 shutil.copyfile(work / METRICS, out / METRICS)
             files = {str(path.relative_to(out)): _sync_and_record(path) for path in _files_below(out)}
             manifest = Manifest(
+                digest="",
                 schema_version=SCHEMA_VERSION,
                 stage=node.stage,
                 fingerprint=node.fingerprint,
@@ -219,7 +226,7 @@ class Store:
                 metrics=dict(metrics),
                 files=files,
             )
-            write_synced(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            write_synced(out / MANIFEST, _with_digest(manifest.model_dump_json(indent=2) + "\n"))
             for directory in (*(path for path in out.rglob("*") if path.is_dir()), out):
                 _sync_directory(directory)
 
@@ -394,14 +401,37 @@ class DigestCache:
 
 
 def read_manifest(directory: Path, *, hint: str) -> Manifest:
-    """The manifest of an artifact, its files not verified. Raises CorruptArtifact."""
+    """The manifest of an artifact as it was written, its files not verified. Raises CorruptArtifact."""
     path = directory / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise CorruptArtifact(f"{path}: missing; {hint}") from error
-    except ValidationError as error:
+    version = _schema_version(content)
+    if version is not None and version != SCHEMA_VERSION:
+        raise CorruptArtifact(f"{path}: schema version {version}, this code reads {SCHEMA_VERSION}; {hint}")
+    try:
+        manifest = Manifest.model_validate_json(content)
+        text = content.decode()
+    except ValueError as error:
         raise CorruptArtifact(f"{path}: not a manifest of this version; {hint}") from error
+    if _with_digest(text.replace(manifest.digest, "", 1)) != text:
+        raise CorruptArtifact(f"{path}: not the record that was written; {hint}")
+    return manifest
+
+
+def _schema_version(content: bytes) -> int | None:
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    return version if type(version) is int else None
+
+
+def _with_digest(text: str) -> str:
+    """A manifest's text, whose digest is empty, with the digest over it."""
+    return text.replace('"digest": ""', f'"digest": "{blake3(text.encode()).hexdigest()}"', 1)
 
 
 def model_directory(path: str, revision: str | None) -> Path:
@@ -431,6 +461,20 @@ def model_directory(path: str, revision: str | None) -> Path:
         ) from error
     check_model_directory(fetched, named=f"model.path {path}")
     return fetched
+
+
+def model_at_hand(path: str | None, revision: str | None) -> bool:
+    """False for a hub id (`model.path`) that is not in the local cache yet. Asks nobody."""
+    if path is None or Path(path).is_dir() or not re.fullmatch(HUB_ID, path):
+        return True
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return False
+    return True
 
 
 def exactness_of(

@@ -23,11 +23,12 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
-from pipeline import changes, dag, doctor, executor
+from pipeline import changes, dag, doctor, executor, placement
 from pipeline import config as configs
-from pipeline.artifacts import Store
+from pipeline.artifacts import Store, model_at_hand
 from pipeline.errors import ConfigError, disk_problems
 from pipeline.experiment import ExperimentConfig
+from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
@@ -134,6 +135,15 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
             typer.echo(f"\n{key}: {source.path} ({preview.format})")
             for record in preview.records:
                 typer.echo(f"  {_shortened(record)}")
+    typer.echo("\nplan (memory without activations):")
+    for line in placement.plan(loaded.config, dag.configured(loaded.config)):
+        typer.echo(f"  {line}")
+    if not model_at_hand(loaded.config.model.path, loaded.config.model.revision):
+        typer.echo(f"\nstages (all would run; {loaded.config.model.path} has to be fetched first):")
+        for stage in dag.configured(loaded.config):
+            needs = ", ".join(dag.needs(loaded.config, stage)) or "nothing"
+            typer.echo(f"  {stage:9} run   needs {needs:40} {_steps(loaded.config, stage)}")
+        return
     planned = executor.plan_run(loaded.config)
     typer.echo("\nstages:")
     for stage, node in planned.nodes.items():
@@ -170,7 +180,7 @@ def generate(
     check_model_directory(model_dir, named=str(model_dir))
     from stages.generate import generate as respond
 
-    with executor.no_orphans():
+    with nothing_left_behind(log_dir=None):
         text = respond(
             model_dir, prompt, temperature=temperature, max_tokens=max_tokens, seed=seed, engine=engine.value
         )

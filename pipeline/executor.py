@@ -9,7 +9,6 @@ Does not own: identity (dag), files (artifacts), what a stage does (recipes), wh
 """
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import json
@@ -28,10 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
-import psutil
-
-from pipeline import dag
+from pipeline import cluster, dag, placement
 from pipeline.artifacts import (
     MANIFEST,
     METRICS,
@@ -48,18 +44,18 @@ from pipeline.artifacts import (
 from pipeline.config import resolved_yaml
 from pipeline.errors import ConfigError, MissingStage, StageFailed, disk_problems
 from pipeline.experiment import ExperimentConfig
+from pipeline.janitor import PLACE, deaf, nothing_left_behind
 from pipeline.progress import Progress
 from rollout.errors import EnvironmentProblem, ExpectedError, root_cause
+from stages.bundles import lacking
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data import readers
 from stages.data.scoring import load_judge
 from stages.runtime import Runtime, StageResources
 
 POLL_S = 0.3
-CHILD_GRACE_S = 6.0
-"""After a shutdown of Ray its processes take a few seconds to end; whatever is left then is killed."""
-SESSION_PREFIX = "rlhf-"
-PR_SET_CHILD_SUBREAPER = 36
+NODE_TIMEOUT_S = 60.0
+"""For every node of a cluster to say what it has; a first task there starts a process."""
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 MACHINE_ERRNOS = FULL_DISK | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -209,9 +205,14 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     failures: dict[str, ExpectedError] = {}
     try:
         if planned.to_run:
-            with signals_interrupt(), no_orphans():
-                run = _run_inline if config.pipeline.executor == "inline" else _run_on_ray
-                run(planned, progress, results, failures)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(signals_interrupt())
+                with disk_problems(PLACE):
+                    directory = stack.enter_context(nothing_left_behind(store.log_dir(config.name)))
+                if config.pipeline.executor == "inline":
+                    _run_inline(planned, progress, results, failures)
+                else:
+                    _run_on_ray(planned, directory, progress, results, failures)
     finally:  # a full disk fails the record too: a stage that met it says more
         with contextlib.suppress(EnvironmentProblem) if failures else contextlib.nullcontext():
             _record(planned, results)
@@ -251,70 +252,72 @@ def signals_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_orphans() -> Iterator[None]:
-    """Whatever this process starts inside, at any depth and in any session, is gone afterwards."""
-    ctypes.CDLL(None).prctl(
-        PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
-    )  # orphans become our children, where we find them
-    before = set(psutil.Process().children(recursive=True))
-    try:
-        yield
-    finally:
-        with _signals_ignored():
-            _end(set(psutil.Process().children(recursive=True)) - before)
-
-
-@contextlib.contextmanager
-def ray_session(config: ExperimentConfig, log_dir: Path) -> Iterator[Callable[[], None]]:
+def ray_session(config: ExperimentConfig, directory: Path, log_dir: Path) -> Iterator[Callable[[], None]]:
     """A Ray connection for one run. Yields a check: EnvironmentProblem when the local cluster is dying.
 
-    A local cluster has a token of its own, and a short session directory whose logs are kept in `log_dir`.
+    A local cluster has a token of its own, and its session in the run's temporary `directory`.
     """
     if config.resources.address is not None:
-        with _ray_connected(
-            log_dir,
-            address=config.resources.address,
-            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}},
-        ):
+        with _joined_cluster(config.resources.address, log_dir):
             yield lambda: None
         return
-    with _session_directory(log_dir) as directory:
-        _authenticate_local_cluster()
-        with _ray_connected(log_dir, address="local", include_dashboard=False, _temp_dir=str(directory)):
-            yield lambda: _check_local_cluster(log_dir)
+    _authenticate_local_cluster()
+    with _ray_connected(log_dir, address="local", include_dashboard=False, _temp_dir=str(directory)):
+        yield lambda: _check_local_cluster(log_dir)
 
 
-def read_on_every_node(file: Path, address: str) -> dict[str, str | None]:
-    """Node address -> the text of `file` there, None where it cannot be read. Raises EnvironmentProblem."""
+def ask_every_node(file: Path, address: str) -> dict[str, cluster.NodeReport | str]:
+    """Joins the cluster at `address`; node address -> its report on `file`, or why there is none.
+
+    Raises EnvironmentProblem.
+    """
     log_dir = Path(tempfile.mkdtemp(prefix="rlhf-doctor-"))
     try:
-        with _ray_connected(log_dir, address=address):
-            import ray
-            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-            task = ray.remote(num_cpus=0, max_retries=0)(_text_of)
-            answers = {
-                node["NodeManagerAddress"]: task.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(file)
-                for node in ray.nodes()
-                if node["Alive"]
-            }
-            try:
-                return dict(zip(answers, ray.get(list(answers.values()), timeout=60), strict=True))
-            except ray.exceptions.RayError as error:
-                raise EnvironmentProblem(
-                    f"{address}: a node does not answer ({type(error).__name__})"
-                ) from error
+        with _joined_cluster(address, log_dir):
+            return _reports(file)
     finally:
         shutil.rmtree(log_dir, ignore_errors=True)
 
 
-def _text_of(file: Path) -> str | None:
-    try:
-        return file.read_text()
-    except OSError:
-        return None
+def _reports(file: Path) -> dict[str, cluster.NodeReport | str]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(cluster.report)
+    calls = {
+        node["NodeManagerAddress"]: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(file)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_TIMEOUT_S)
+    reports: dict[str, cluster.NodeReport | str] = {}
+    for address, call in calls.items():
+        try:
+            reports[address] = ray.get(call, timeout=0)
+        except ray.exceptions.RayError as error:
+            reports[address] = type(error).__name__
+    return reports
+
+
+def _preflight(planned: PlannedRun) -> None:
+    """Before any stage starts: every bundle can be placed, and every node of a joined cluster is fit for it.
+
+    Raises EnvironmentProblem.
+    """
+    import ray
+
+    config, address = planned.config, planned.config.resources.address
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    for stages in dag.levels(config, planned.to_run):
+        problem = lacking(list(placement.bundles_by_stage(config, stages).values()), nodes)
+        if problem is not None:
+            raise EnvironmentProblem(f"{problem} - lower `resources` or add nodes")
+    if address is not None:
+        with cluster.nonce_in(planned.store.root) as (file, nonce):
+            for node, problem in cluster.problems(_reports(file), file, nonce):
+                raise EnvironmentProblem(f"resources.address {address}: node {node} {problem}")
 
 
 def _identified(
@@ -367,7 +370,7 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
         outputs=planned.store.root,
         log_dir=planned.store.log_dir(config.name),
         outside={key: given.path for key, given in planned.outside.items()},
-        resources=resources_of(config, stage),
+        resources=placement.resources_of(config, stage),
         executor=config.pipeline.executor,
         placement_timeout_s=config.resources.placement_timeout_s,
         lock_timeout_s=config.pipeline.lock_timeout_s,
@@ -375,12 +378,6 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
         replace=stage in planned.replaced,
         stop_file=planned.store.stop_file(config.name),
     )
-
-
-def resources_of(config: ExperimentConfig, stage: str) -> StageResources:
-    """`resources.<stage>` of the config."""
-    by_stage: dict[str, StageResources] = {name: getattr(config.resources, name) for name in dag.STAGES}
-    return by_stage[stage]
 
 
 def _start(planned: PlannedRun, stage: str, progress: Progress) -> None:
@@ -426,12 +423,14 @@ def _run_inline(
 
 def _run_on_ray(
     planned: PlannedRun,
+    directory: Path,
     progress: Progress,
     results: dict[str, StageResult],
     failures: dict[str, ExpectedError],
 ) -> None:
     log_dir = planned.store.log_dir(planned.config.name)
-    with ray_session(planned.config, log_dir) as check_cluster:
+    with ray_session(planned.config, directory, log_dir) as check_cluster:
+        _preflight(planned)
         pending = _submit(planned, results)
         following: set[str] = set()
         not_run: set[str] = set()
@@ -671,22 +670,14 @@ def _raise_interrupt(*_: object) -> None:
 
 
 @contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """A second Ctrl-C must not cut the clean-up short. (Not SIG_IGN: children would inherit it.)"""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+def _joined_cluster(address: str, log_dir: Path) -> Iterator[None]:
+    """Connected to somebody else's cluster, with its token. The environment of its workers is set per job."""
+    cluster.require_token(address)
+    cluster.require_answer(address)
+    _authenticate(RAY_AUTH_MODE="token")
+    environment = {"OMP_WAIT_POLICY": "passive"}
+    with _ray_connected(log_dir, address=address, runtime_env={"env_vars": environment}):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(processes: Collection[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(list(processes), timeout=CHILD_GRACE_S)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=CHILD_GRACE_S)
 
 
 @contextlib.contextmanager
@@ -696,7 +687,8 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     _quieten_ray(log_dir)
     try:
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _stderr_to(log_dir / "ray-messages.log"):  # a refused token is complained of every second
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (
             ray.exceptions.RayError,
             RuntimeError,
@@ -706,19 +698,36 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
             OSError,
         ) as error:
             first_line = next(iter(str(error).splitlines()), "")
+            reason = f"{type(error).__name__}: {first_line}"
             raise EnvironmentProblem(
-                f"Ray did not start ({type(error).__name__}: {first_line}); see {log_dir}, check "
-                "resources.address and `rlhf doctor`, or set pipeline.executor=inline"
+                f"Ray did not start ({reason}); see {log_dir} and `rlhf doctor`, or set "
+                "pipeline.executor=inline"
+                if options["address"] == "local"
+                else f"resources.address {options['address']}: not joined ({reason}); is the token the "
+                "cluster's, and is this machine one of its nodes?"
             ) from error
         except SystemExit as error:  # Ray's own SIGTERM handler, in force during its start
             raise KeyboardInterrupt from error
         signal.signal(signal.SIGTERM, _raise_interrupt)
         yield
     finally:
-        with _signals_ignored():
-            started = psutil.Process().children(recursive=True) if options["address"] == "local" else []
+        with deaf():
             ray.shutdown()
-            _end(started)
+
+
+@contextlib.contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """At the level of file descriptors: Ray's client writes from C++."""
+    sys.stderr.flush()
+    before, to_log = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(to_log, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(to_log)
 
 
 def _quieten_ray(log_dir: Path) -> None:
@@ -734,59 +743,27 @@ def _quieten_ray(log_dir: Path) -> None:
 
 
 def _authenticate_local_cluster() -> None:
-    """A token nobody else has, for a cluster whose servers listen on every interface; nothing phoned home.
+    """A token nobody else has, for a cluster whose servers listen on every interface."""
+    _authenticate(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
-    The environment carries it to Ray's own processes; this one may have read its environment already. The
-    autoscaler's metrics are the one server that asks for no token: with this port it does not start.
+
+def _authenticate(**variables: str) -> None:
+    """Nothing phoned home, and how Ray proves who it is. The environment carries it to Ray's own processes;
+    this one may have read its environment already.
+
+    The autoscaler's metrics are the one server that asks for no token: with this port it does not start.
     """
     os.environ.update(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_USAGE_STATS_ENABLED="0",
         AUTOSCALER_METRIC_PORT="-1",
         RAY_IGNORE_UNHANDLED_ERRORS="1",
         OMP_WAIT_POLICY="passive",
+        **variables,
     )
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # a C extension
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
-
-
-@contextlib.contextmanager
-def _session_directory(log_dir: Path) -> Iterator[Path]:
-    """A short directory for Ray's sockets (paths of at most 107 bytes); its logs end in `log_dir/ray`."""
-    with disk_problems(Path("/tmp")):
-        directory = Path(tempfile.mkdtemp(prefix=SESSION_PREFIX, dir="/tmp"))
-    lock = filelock.FileLock(directory / "owner.lock")
-    lock.acquire()
-    try:
-        yield directory
-    finally:
-        with _signals_ignored():
-            _keep_logs(directory, log_dir / "ray")
-            lock.release()
-            shutil.rmtree(directory, ignore_errors=True)
-            _remove_abandoned_sessions()
-
-
-def _keep_logs(session: Path, target: Path) -> None:
-    with contextlib.suppress(OSError):
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for path in session.glob("session_2*/logs/*"):
-            if path.is_file() and path.stat().st_size:
-                shutil.copyfile(path, target / path.name)
-
-
-def _remove_abandoned_sessions() -> None:
-    """Directories of drivers that were killed: nobody holds their lock any more."""
-    for path in Path("/tmp").glob(f"{SESSION_PREFIX}*/owner.lock"):
-        lock = filelock.FileLock(path)
-        with contextlib.suppress(OSError):
-            lock.acquire(timeout=0)
-            lock.release()
-            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _check_local_cluster(log_dir: Path) -> None:

@@ -25,13 +25,12 @@ from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling, Weight
 from rollout.config import EngineConfig
 from rollout.errors import EngineError, EnvironmentProblem, ParityError, WeightSyncError
 from rollout.loop import LoopThread
+from rollout.run_mark import SHARED_MEMORY, WEIGHTS_PREFIX, weights_prefix
 from rollout.weight_file import WeightFileWriter, in_short
 from rollout.weight_source import ModuleSource
 
 T = TypeVar("T")
 
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "rlhf-weights-"
 STALE_AFTER_S = 60.0
 """An unlocked directory of ours that is older belongs to a trainer that was killed."""
 GRACE_S = 5.0
@@ -276,7 +275,7 @@ class _SharedDirectory:
 
     def __init__(self) -> None:
         _remove_stale()
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=SHARED_MEMORY))
+        self.path = Path(tempfile.mkdtemp(prefix=weights_prefix(), dir=SHARED_MEMORY))
         self._lock = os.open(self.path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         atexit.register(self.remove)
@@ -290,7 +289,7 @@ class _SharedDirectory:
 
 
 def _remove_stale() -> None:
-    for path in SHARED_MEMORY.glob(f"{PREFIX}*"):
+    for path in SHARED_MEMORY.glob(f"{WEIGHTS_PREFIX}*"):
         # locked: its owner lives
         with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError):
             if time.time() - path.stat().st_mtime > STALE_AFTER_S:

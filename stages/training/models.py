@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from stages.config import ModelConfig
 from stages.errors import ModelError
+from stages.training import ranks
 from stages.training.packed_attention import register_packed_attention
 
 Precision = Literal["fp32", "bf16"]
@@ -216,17 +217,23 @@ def set_stop_tokens(
 
 def save_model(model: CausalLM | TokenScorer, directory: Path, state: dict[str, Tensor]) -> None:
     """Write a plain `save_pretrained` layout (safetensors) with the full tensors of `state`, named as in
-    `inner`.
+    `inner`. Rank 0's to call, with what `full_state` gave it.
     """
     model.inner.save_pretrained(directory, state_dict=state)
 
 
 def full_state(model: CausalLM | TokenScorer) -> dict[str, Tensor]:
-    """The whole, unsharded fp32 weights of `inner`, on the CPU, by transformers' names."""
-    return {
-        name: _gathered(tensor).detach().cpu()
-        for name, tensor in model.inner.state_dict(keep_vars=True).items()
-    }
+    """The whole, unsharded fp32 weights of `inner`, on the CPU, by transformers' names. Every rank takes
+    part, one tensor at a time; only rank 0 gets them.
+    """
+    whole: dict[int, Tensor] = {}  # by parameter: tied names stay one tensor
+    state = {}
+    for name, tensor in model.inner.state_dict(keep_vars=True).items():
+        if id(tensor) not in whole:
+            gathered = _gathered(tensor).detach()
+            whole[id(tensor)] = gathered.cpu() if ranks.is_main() else gathered.new_empty(0)
+        state[name] = whole[id(tensor)]
+    return state if ranks.is_main() else {}
 
 
 def _gathered(tensor: Tensor) -> Tensor:
