@@ -72,7 +72,11 @@ class WeightFileWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: IO[bytes] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise self._problem(error) from error
+        self._file: IO[bytes] = os.fdopen(descriptor, "r+b", buffering=0)
         self._specs: dict[str, TensorSpec] = {}
         self._offset = 0
 
@@ -116,9 +120,12 @@ class WeightFileWriter:
             while written < data.nbytes:  # one write(2) moves at most 2 GiB
                 written += os.pwrite(self._file.fileno(), data[written:], self._offset + written)
         except OSError as error:
-            raise EnvironmentProblem(
-                f"{self._path}: cannot write the weights ({error.strerror}); make room in {self._path.parent}"
-            ) from error
+            raise self._problem(error) from error
+
+    def _problem(self, error: OSError) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{self._path}: cannot write the weights ({error.strerror}); make room in {self._path.parent}"
+        )
 
 
 def load_verified(update: WeightUpdate, layout: Layout) -> dict[str, torch.Tensor]:

@@ -1,11 +1,13 @@
 """A recipe that stands in for all six: writes a tiny "model", and does to itself what a control file says.
 
-$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "sleep_s": 1, "kill": true}
+$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "sleep_s": 1, "kill": true,
+                            "remove": "a directory"}
 $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 """
 
 import json
 import os
+import shutil
 import signal
 import struct
 import time
@@ -54,6 +56,9 @@ def _obey(orders: dict[str, object], path: Path) -> None:
     if orders.pop("kill", None):
         path.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
+    if "remove" in orders:
+        shutil.rmtree(str(orders["remove"]))
+        raise FileNotFoundError(2, "No such file or directory", "metrics.jsonl")
     if "sleep_s" in orders:
         (path.parent / f"{path.stem}.sleeping").touch()
         time.sleep(float(str(orders["sleep_s"])))
