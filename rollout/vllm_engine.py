@@ -22,7 +22,7 @@ from rollout.api import FinishReason, Rollout, RolloutRequest, Sampling, WeightU
 from rollout.config import EngineConfig
 from rollout.errors import EngineError, WeightSyncError
 from rollout.loop import before_deadline
-from rollout.vllm_plugin import BACKEND, LOG_PATH_VARIABLE
+from rollout.vllm_plugin import LOG_PATH_VARIABLE
 from rollout.weight_file import checkpoint_layout
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read by `import vllm`; an engine's log file has more
@@ -88,7 +88,9 @@ class VLLMEngine:
                 raise EngineError(f"{name} did not start: {_one_line(error)}; see {log_path}") from error
         engine = cls(llm, config=config, name=name, log_path=log_path)
         try:
-            await engine._make_ready({"dtype": layout.dtype, "shapes": layout.shapes})
+            await engine._make_ready(
+                {"dtype": layout.dtype, "shapes": layout.shapes, "timeout_s": config.sync_timeout_s}
+            )
         except BaseException:
             await engine.close()
             raise
@@ -237,7 +239,7 @@ def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_l
         # prefilled.
         enable_chunked_prefill=not current_platform.is_cpu(),
         enable_prefix_caching=False,  # with it, fp32 output depends on what ran before
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=config.sync),
         worker_extension_cls="rollout.vllm_receiver.WorkerExtension",
         disable_log_stats=True,
         logging_config=LOGGING,

@@ -37,10 +37,10 @@ def main(path: str) -> None:
         worker_extension_cls="rollout.vllm_receiver.WorkerExtension",
     )
     llm.collective_rpc("init_weight_transfer_engine", args=(message["init"],))
-    cure = vllm_receiver.ShmReceiver._rebuild_tied_heads
+    cure = vllm_receiver.FetchReceiver._rebuild_tied_heads
     found = {}
     for case, update in message["updates"].items():
-        vllm_receiver.ShmReceiver._rebuild_tied_heads = cure if "with cure" in case else lambda self: None
+        vllm_receiver.FetchReceiver._rebuild_tied_heads = cure if "with cure" in case else lambda self: None
         llm.collective_rpc("start_weight_update")
         llm.collective_rpc("update_weights", args=(update["sent"],))
         llm.collective_rpc("finish_weight_update")
