@@ -99,8 +99,11 @@ class WeightUpdate:
     """All weights of one version: where their bytes can be had, and what those have to be."""
 
     version: int
-    location: str  # path of a file both sides can map, or gloo://host:port/secret of a sender
+    location: (
+        str  # path of a file both sides can map; gloo://host:port/secret; nccl:world size:id of the group
+    )
     tensors: tuple[TensorSpec, ...]
+    receiver: int = 0  # which engine of the pool this is for: ranks of an nccl group are counted by it
 
 
 class RolloutEngine(Protocol):

@@ -19,12 +19,17 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
+)
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.api import TensorSpec, WeightUpdate
-from rollout.weight_file import DTYPES, Layout, fetch_tensors, load_verified
+from rollout.weight_file import DTYPES, Layout, check_manifest, fetch_tensors, load_verified, nccl_meeting
 
 READ_OUT_COLUMNS = 1024
 """Columns of a packed weight that are read out at once: bounds the memory of `diagnose`."""
@@ -46,11 +51,14 @@ class FetchUpdate(WeightTransferUpdateInfo):
     version: int
     location: str
     tensors: list[dict[str, Any]]
+    receiver: int
 
     def record(self) -> WeightUpdate:
         """The typed record again."""
         specs = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in self.tensors)
-        return WeightUpdate(version=self.version, location=self.location, tensors=specs)
+        return WeightUpdate(
+            version=self.version, location=self.location, tensors=specs, receiver=self.receiver
+        )
 
 
 class FetchReceiver(WeightTransferEngine[FetchInit, FetchUpdate]):
@@ -106,6 +114,8 @@ class FetchReceiver(WeightTransferEngine[FetchInit, FetchUpdate]):
         it.
         """
         assert self._layout is not None, "init_transfer_engine comes first"
+        if self.parallel_config.world_size > 1:
+            return [f"weights (not compared: split over {self.parallel_config.world_size} GPUs)"]
         tensors = fetch_tensors(update, timeout_s=self._timeout_s)
         return list(_differing(self.model, tensors, DTYPES[self._layout.dtype]))
 
@@ -124,6 +134,46 @@ class FetchReceiver(WeightTransferEngine[FetchInit, FetchUpdate]):
             if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
                 method: Any = module.quant_method
                 method.process_weights_after_loading(module)
+
+
+class NcclReceiver(FetchReceiver):
+    """Takes the packed broadcast of `vllm_sender` through vLLM's own nccl engine, joined for one update at a
+    time. Diagnosis goes over gloo. NOT YET RUN: there was no GPU.
+    """
+
+    def receive_weights(self, update_info: FetchUpdate) -> None:
+        """Check what is announced, join, load what arrives. WeightSyncError when the update is refused."""
+        assert self._layout is not None, "init_transfer_engine comes first"
+        update = update_info.record()
+        check_manifest(update, self._layout)
+        wire = NCCLWeightTransferEngine(self.config, self.vllm_config, self.device, self.model)
+        wire.init_transfer_engine(self.nccl_group_of(update))
+        try:
+            initialize_layerwise_reload(self.model)
+            wire.receive_weights(nccl_tensors_of(update))
+            torch.accelerator.synchronize()  # leaving the group aborts what is under way
+        finally:
+            wire.shutdown()
+        self._arriving = update.version
+
+    def nccl_group_of(self, update: WeightUpdate) -> NCCLWeightTransferInitInfo:
+        """The group of an update: the sender is rank 0, then come the workers of each engine in turn."""
+        world_size, meeting_id = nccl_meeting(update.location)
+        return NCCLWeightTransferInitInfo(
+            nccl_unique_id_b64=meeting_id,
+            rank_offset=1 + update.receiver * self.parallel_config.world_size,
+            world_size=world_size,
+            packed=True,
+        )
+
+
+def nccl_tensors_of(update: WeightUpdate) -> NCCLWeightTransferUpdateInfo:
+    """What is broadcast, in vLLM's words."""
+    return NCCLWeightTransferUpdateInfo(
+        names=[spec.name for spec in update.tensors],
+        dtype_names=[spec.dtype for spec in update.tensors],
+        shapes=[list(spec.shape) for spec in update.tensors],
+    )
 
 
 class WorkerExtension:

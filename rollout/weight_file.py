@@ -123,6 +123,12 @@ class WeightFileWriter:
             ) from error
 
 
+def check_manifest(update: WeightUpdate, layout: Layout) -> None:
+    """Raises WeightSyncError unless names, shapes and dtypes of `update` are those of a whole model."""
+    if problems := _manifest_problems(update, layout):
+        raise WeightSyncError(f"weight version {update.version} refused: {in_short(problems)}")
+
+
 def load_verified(update: WeightUpdate, layout: Layout, *, timeout_s: float) -> dict[str, torch.Tensor]:
     """Read-only-by-convention views of the update's bytes, every check passed.
 
@@ -131,14 +137,13 @@ def load_verified(update: WeightUpdate, layout: Layout, *, timeout_s: float) -> 
     tensor's bytes), when the bytes are not there within `timeout_s` or too few, or when they have another
     digest than the bytes that were sent.
     """
-    problems = _manifest_problems(update, layout)
-    if not problems:
-        tensors = fetch_tensors(update, timeout_s=timeout_s)
-        problems = [
-            f"{spec.name}: the bytes that arrived are not the bytes that were sent"
-            for spec in update.tensors
-            if _digest(_bytes_of(tensors[spec.name])) != spec.digest
-        ]
+    check_manifest(update, layout)
+    tensors = fetch_tensors(update, timeout_s=timeout_s)
+    problems = [
+        f"{spec.name}: the bytes that arrived are not the bytes that were sent"
+        for spec in update.tensors
+        if _digest(_bytes_of(tensors[spec.name])) != spec.digest
+    ]
     if problems:
         raise WeightSyncError(f"weight version {update.version} refused: {in_short(problems)}")
     return tensors
@@ -155,6 +160,18 @@ def fetch_tensors(update: WeightUpdate, *, timeout_s: float) -> dict[str, torch.
         spec.name: data[spec.offset : spec.offset + num_bytes(spec)].view(DTYPES[spec.dtype]).view(spec.shape)
         for spec in update.tensors
     }
+
+
+def nccl_location(world_size: int, meeting_id: str) -> str:
+    """Where an update comes from that is broadcast in a group of its own (see `vllm_sender`)."""
+    return f"nccl:{world_size}:{meeting_id}"
+
+
+def nccl_meeting(location: str) -> tuple[int, str]:
+    """World size and id of that group."""
+    scheme, world_size, meeting_id = location.split(":")
+    assert scheme == "nccl", location
+    return int(world_size), meeting_id
 
 
 def update_bytes(update: WeightUpdate) -> int:

@@ -27,7 +27,7 @@ import torch
 
 from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling, WeightUpdate
 from rollout.config import EngineConfig
-from rollout.errors import EngineError, EnvironmentProblem, ParityError, WeightSyncError
+from rollout.errors import EngineError, ParityError, WeightSyncError
 from rollout.loop import LoopThread
 from rollout.weight_file import WeightFileWriter, in_short, update_bytes
 from rollout.weight_gloo import GlooSender
@@ -126,7 +126,9 @@ def _transport(config: EngineConfig, host: str) -> Transport:
         return SharedFile()
     if config.sync == "gloo":
         return GlooStream(host, timeout_s=config.sync_timeout_s)
-    raise EnvironmentProblem(f"rollout.sync: {config.sync}: not available; use gloo or shm")
+    from rollout.vllm_sender import NcclBroadcast
+
+    return NcclBroadcast(config)
 
 
 class WeightSync:
@@ -154,6 +156,12 @@ class WeightSync:
         self._engine = engine
         self._loop = loop
         self._transport = None if engine is None else _transport(config, host)
+        # bytes that engines may compare at leisure; those of an nccl broadcast are nowhere to be had again
+        self._comparable = (
+            GlooStream(host, timeout_s=config.sync_timeout_s)
+            if engine is not None and config.sync == "nccl"
+            else self._transport
+        )
 
     @property
     def is_sender(self) -> bool:
@@ -179,11 +187,11 @@ class WeightSync:
         """Every rank, together: names of the trainer's tensors, as they are now, that the engine does not
         hold bit for bit. Empty on ranks that do not send.
         """
-        if self._transport is None:
+        if self._comparable is None:
             self._only_gather()
             return ()
-        update = self._transport.pack(self.source, version=0)
-        with self._transport.serving(update):
+        update = self._comparable.pack(self.source, version=0)
+        with self._comparable.serving(update):
             return self.on_engine(
                 lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s
             )
@@ -197,8 +205,9 @@ class WeightSync:
 
     def close(self) -> None:
         """Free what the transport holds. Idempotent."""
-        if self._transport is not None:
-            self._transport.close()
+        for transport in (self._transport, self._comparable):
+            if transport is not None:
+                transport.close()
 
     def _only_gather(self) -> None:
         for _ in self.source.groups():

@@ -21,6 +21,7 @@ from vllm import LLM
 from vllm.config import WeightTransferConfig
 
 from rollout import vllm_receiver
+from rollout.vllm_plugin import backend
 
 
 def main(path: str) -> None:
@@ -33,7 +34,7 @@ def main(path: str) -> None:
         kv_cache_memory_bytes=2**24,
         enforce_eager=True,
         skip_tokenizer_init=True,
-        weight_transfer_config=WeightTransferConfig(backend="shm"),
+        weight_transfer_config=WeightTransferConfig(backend=backend("shm")),
         worker_extension_cls="rollout.vllm_receiver.WorkerExtension",
     )
     llm.collective_rpc("init_weight_transfer_engine", args=(message["init"],))
