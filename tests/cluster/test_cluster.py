@@ -87,8 +87,15 @@ def test_a_wrong_token_is_one_line(cluster: TwoNodes, directory: Path):
 
 @pytest.mark.slow
 def test_the_whole_chain_runs_on_two_nodes(cluster: TwoNodes, directory: Path):
-    """With the engine bundle as large as a node, trainer and engine of ppo are on different hosts."""
-    overrides = ["rollout.sync=gloo", f"resources.ppo.num_cpus_per_engine={CPUS_PER_NODE}"]
+    """Bundles as large as a node: the two trainers of sft, and trainer and engine of ppo, are on different
+    hosts.
+    """
+    overrides = [
+        "resources.sft.num_workers=2",
+        f"resources.sft.num_cpus={CPUS_PER_NODE}",
+        "rollout.sync=gloo",
+        f"resources.ppo.num_cpus_per_engine={CPUS_PER_NODE}",
+    ]
     result = cluster.rlhf(directory, "run", "tiny.yaml", *overrides, timeout_s=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads((directory / "outputs/runs/tiny/summary.json").read_text())
