@@ -70,7 +70,7 @@ class GlooSender:
     def _send(self, location: str, peer: int, data: torch.Tensor) -> None:
         deadline = time.monotonic() + self._timeout_s
         # gone, or too slow: the engine says so, for its side of the pair fails too
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, OSError):
             with _connected(location, deadline) as store:
                 group = _pair(store, location, peer, SENDER, self._host, deadline)
             for chunk in data.split(CHUNK_BYTES):
@@ -86,9 +86,8 @@ def receive(location: str, num_bytes: int, *, timeout_s: float) -> torch.Tensor:
     assert address.scheme == SCHEME and address.hostname and address.port, location
     try:
         own_host = _address_facing(address.hostname, address.port)
-        met_by = (
-            deadline - timeout_s / 2
-        )  # the sender is there already: who does not meet it by then never will
+        # the sender is there already: who does not meet it in half the time never will
+        met_by = deadline - timeout_s / 2
         with _connected(location, met_by) as store:
             peer = store.add(_joined_key(location), 1) - 1
             group = _pair(store, location, peer, RECEIVER, own_host, met_by)
@@ -126,7 +125,10 @@ def _connected(location: str, deadline: float) -> Iterator[TCPStore]:
     try:
         store = idle.pop()
     except IndexError:
-        store = _store(address.hostname, address.port, is_master=False, timeout_s=timeout.total_seconds())
+        seconds = timeout.total_seconds()
+        # told at once when nobody listens; a TCPStore would try until its deadline
+        socket.create_connection((address.hostname, address.port), timeout=seconds).close()
+        store = _store(address.hostname, address.port, is_master=False, timeout_s=seconds)
     store.set_timeout(timeout)
     yield store
     idle.append(store)  # after an error it is left to be collected

@@ -170,6 +170,9 @@ def test_a_broadcast_that_hangs_is_a_failed_sync_at_the_deadline(no_gpu, source)
         pass
     assert time.monotonic() - started < 20
     no_gpu.hangs.set()
+    for thread in threading.enumerate():
+        if thread.name == "nccl-sender":
+            thread.join()
 
 
 def test_weights_that_changed_their_shape_since_they_were_announced_are_not_sent(no_gpu, source):
