@@ -261,7 +261,7 @@ def _execute(planned: executor.PlannedRun) -> None:
     report = _report(run_dir)
     typer.echo("")
     for stage, result in results.items():
-        shown = "  ".join(f"{key} {number(value)}" for key, value in list(result.metrics.items())[:5])
+        shown = "  ".join(f"{short(key)} {number(value)}" for key, value in list(result.metrics.items())[:5])
         typer.echo(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
     typer.echo(f"report: {os.path.relpath(report)}")
 

@@ -1,7 +1,7 @@
 """A recipe that stands in for all six: writes a tiny "model", and does to itself what a control file says.
 
 $FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "sleep_s": 1, "kill": true,
-                            "remove": "a directory"}
+                            "remove": "a directory", "metrics": {"more": 1}}
 $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 """
 
@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stages.config import StageSettings
 from stages.errors import TrainingStopped
@@ -39,7 +40,7 @@ def run(
     (out_dir / "config.json").write_text("{}")
     (out_dir / "model.safetensors").write_bytes(weights(f"{runtime.stage} from {sorted(inputs)}"))
     print(f"{runtime.stage}: threads {os.environ.get('OMP_NUM_THREADS')}")
-    return {"loss": 0.25, "first_step": first}
+    return {"loss": 0.25, "first_step": first} | orders.get("metrics", {})
 
 
 def weights(text: str) -> bytes:
@@ -48,11 +49,11 @@ def weights(text: str) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
-def _orders(path: Path) -> dict[str, object]:
+def _orders(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _obey(orders: dict[str, object], path: Path) -> None:
+def _obey(orders: dict[str, Any], path: Path) -> None:
     if orders.pop("kill", None):
         path.unlink()
         os.kill(os.getpid(), signal.SIGKILL)

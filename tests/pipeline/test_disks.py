@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,13 @@ from rollout.errors import EnvironmentProblem
 from rollout.weight_file import WeightFileWriter
 
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
-MAY_MOUNT = subprocess.run([*NAMESPACE, "true"], check=False).returncode == 0
+MAY_MOUNT = (
+    shutil.which("unshare") is not None
+    and subprocess.run(
+        [*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"], stderr=subprocess.DEVNULL, check=False
+    ).returncode
+    == 0
+)
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
 IN_PROCESS = """
 import contextlib, io, json, os, resource, sys

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
-from fake_chain import Chain
+from fake_chain import Chain, write_model
 from test_cli import complaint, rlhf
 
+from pipeline import progress
 from pipeline.artifacts import MANIFEST, Store, model_directory, read_manifest
 from pipeline.errors import CorruptArtifact
+from stages.config import ScoreFunction
+from stages.data.scoring import load_judge
 from stages.errors import DataError
 
 
@@ -117,6 +120,48 @@ def test_an_input_that_is_no_path_is_code_2(chain: Chain, capsys, given: str):
 def test_a_revision_that_would_leave_the_hubs_cache_is_a_data_error(revision: str):
     with pytest.raises(DataError, match=r"model\.revision"):
         model_directory("owner/name", revision)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", '{"auto_map": {"AutoConfig": "evil.Config"}}', "config.json has auto_map"),
+        ("tokenizer_config.json", '{"auto_map": {}}', "tokenizer_config.json has auto_map"),
+        ("adapter_config.json", "{}", "adapter_config.json: an adapter"),
+        ("config.json", "[]", "config.json is not a JSON object"),
+        ("model.safetensors", "pickle", "model.safetensors is not a whole safetensors file"),
+    ],
+)
+def test_a_model_that_is_not_safe_to_load_is_code_2_wherever_it_is_given(
+    chain: Chain, capsys, name: str, content: str, said: str
+):
+    model = write_model(chain.directory / "evil")
+    (model / name).write_text(content)
+    for arguments in (
+        ("run", "demo.yaml", "model.path=evil"),
+        ("reward", "demo.yaml", "--input", "sft=evil"),
+        ("generate", "evil", "hello"),
+    ):
+        code, stderr = complaint(capsys, *arguments)
+        assert code == 2 and said in stderr, stderr
+    assert chain.calls() == []
+
+
+def test_text_of_a_dataset_in_a_metrics_name_cannot_steer_the_terminal(chain: Chain, capsys):
+    assert progress.shown({"step": 1, "reward/accuracy_\x1b[2Jx\ny": 1.0}).isprintable()
+    chain.order("sft", metrics={"accuracy_\x1b]0;owned\x07": 0.5})
+    code, stdout, _ = rlhf(capsys, "run", "demo.yaml", "--until", "sft")
+    assert code == 0 and "owned" in stdout and "\x1b" not in stdout
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "<script>", "\x1b[2J", "", "x" * 65, 7])
+def test_a_part_of_a_score_has_a_plain_name(tmp_path: Path, name: object):
+    (tmp_path / "score.py").write_text(
+        f"def score(prompt, response, row):\n    return {{'score': 1, {name!r}: 1}}\n"
+    )
+    judge = load_judge(ScoreFunction(path=tmp_path / "score.py"))
+    with pytest.raises(DataError, match="a part is called"):
+        judge("a", "b", {})
 
 
 def test_stages_are_taken_from_the_table_only(tmp_path: Path, chain: Chain, capsys):
