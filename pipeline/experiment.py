@@ -116,11 +116,11 @@ class ExperimentConfig(Section):
             yield "prepare.min_chars: above prepare.max_chars, so no document fits; lower it"
         if self.ppo is not None and self.ppo.precision == "bf16" and self.rollout.engine == "hf":
             yield "rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"
+        if self.rollout.num_engines > 1 and self.pipeline.executor == "inline":
+            yield "rollout.num_engines: several engines need Ray; set 1, or pipeline.executor: ray"
         yield from self._not_supported_yet()
 
     def _not_supported_yet(self) -> Iterator[str]:
-        if self.rollout.num_engines > 1:
-            yield "rollout.num_engines: one engine is supported in this version; set 1"
         if self.rollout.max_staleness > 0:
             yield "rollout.max_staleness: only 0 (synchronous) is supported in this version; set 0"
         if self.rollout.sync != "shm":

@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 import psutil
 
-from rollout.run_mark import RUN_ID_VARIABLE, SHARED_MEMORY, WEIGHTS_PREFIX
+from rollout.run_mark import RUN_ID_VARIABLE, WEIGHTS_PREFIX
+from rollout.shared_memory import SHARED_MEMORY, files, mapped_by
 
 PREFIX = "rlhf-"
 PLACE = Path("/tmp")
@@ -96,7 +97,7 @@ class Run:
             del self._seen[pid]
         for pid in pids:
             self._belongs(pid)
-        self._attribute(_shared_memory())
+        self._attribute(files())
 
     def processes(self) -> list[psutil.Process]:
         """Those of the last look that still run. The driver is not among them."""
@@ -146,7 +147,7 @@ class Run:
         unknown = present.keys() - self._shared
         self._num_looks = {path: self._num_looks.get(path, 0) + 1 for path in unknown}
         new = {path for path in unknown if self._num_looks[path] <= NUM_LOOKS}
-        mapped = _mapped_by(self.processes()) if new else set()
+        mapped = mapped_by(process.pid for process in self.processes()) if new else set()
         if found := {path for path in new if present[path] in mapped}:
             self._shared |= found
             with contextlib.suppress(OSError), (self.directory / SHARED_FILES).open("a") as record:
@@ -239,32 +240,10 @@ def _environment_of(pid: int) -> set[bytes]:
         return set()
 
 
-def _shared_memory() -> dict[Path, int]:
-    """Files in shared memory -> inode."""
-    files = {}
-    for path in SHARED_MEMORY.iterdir():
-        with contextlib.suppress(OSError):
-            if not path.is_dir():
-                files[path] = path.stat().st_ino
-    return files
-
-
-def _mapped_by(processes: Iterable[psutil.Process]) -> set[int]:
-    """Inodes of the files in shared memory that the processes have mapped. (A semaphore was mapped under
-    another name than it has: glibc renames it.)
-    """
-    found = set()
-    for process in processes:
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-            found |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
-    return found
-
-
 def _in_use(path: Path) -> bool:
     """Whether a process that is not the run's has it mapped too."""
     with contextlib.suppress(OSError):
-        return path.stat().st_ino in _mapped_by(psutil.process_iter())
+        return path.stat().st_ino in mapped_by(psutil.pids())
     return False
 
 
