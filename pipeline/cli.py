@@ -29,7 +29,8 @@ from pipeline.errors import ConfigError
 from pipeline.janitor import nothing_left_behind
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
-from rollout.errors import ExpectedError
+from pipeline.signals import signals_interrupt
+from rollout.errors import GO_ON, ExpectedError
 from stages.data import readers
 
 INTERRUPTED = 75
@@ -175,7 +176,7 @@ def schema() -> None:
 
 def _exit_code(argv: list[str]) -> int:
     try:
-        with executor.signals_interrupt():
+        with signals_interrupt():
             code = typer.main.get_command(app).main(args=argv, prog_name="rlhf", standalone_mode=False)
             if code == TYPERS_INTERRUPTED:
                 raise KeyboardInterrupt
@@ -185,7 +186,7 @@ def _exit_code(argv: list[str]) -> int:
     except TyperException as error:
         return _complain(error.format_message() or "give a command; see `rlhf --help`", 2)
     except (KeyboardInterrupt, Abort):
-        return _complain("interrupted; run the same command to go on", INTERRUPTED)
+        return _complain(f"interrupted; {GO_ON}", INTERRUPTED)
     except Exception as error:  # our bug, outside of any stage
         with tempfile.NamedTemporaryFile("w", prefix="rlhf-traceback-", suffix=".txt", delete=False) as log:
             traceback.print_exc(file=log)

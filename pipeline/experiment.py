@@ -55,6 +55,10 @@ class PipelineConfig(Section):
     """Ray tasks, or every stage in this process (for a debugger)."""
     lock_timeout_s: float = Field(default=30.0, ge=0)
     """How long to wait for another run that is working on the same stage."""
+    stop_timeout_s: float = Field(default=60.0, gt=0)
+    """After the first SIGINT or SIGTERM stages have so long to reach a step boundary and save their state."""
+    retry_wait_s: float = Field(default=2.0, ge=0)
+    """`rlhf run --retries`: pause before the first restart; doubled for each further one without progress."""
 
 
 class ExperimentConfig(Section):

@@ -26,6 +26,7 @@ from pathlib import Path
 import filelock
 import psutil
 
+from pipeline.signals import deaf
 from rollout.run_mark import RUN_ID_VARIABLE, WEIGHTS_PREFIX
 from rollout.shared_memory import SHARED_MEMORY, files, mapped_by
 
@@ -42,7 +43,8 @@ TRACKER_GRACE_S = 3.0
 """Python's resource trackers outlive the processes they tidy up after, by this much at most."""
 KILL_TIMEOUT_S = 8.0
 SWEEP_TIMEOUT_S = 30.0
-LET_OTHERS_END_US = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SENT_TO_EVERYBODY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""By a terminal or a scheduler; the janitor outlives them."""
 
 
 @contextlib.contextmanager
@@ -167,8 +169,8 @@ def sweep(run: Run, *, log_dir: Path | None) -> None:
 
 def main() -> None:
     """The janitor's process: `directory driver-pid log_dir-or-nothing`, and a pipe as standard input."""
-    for number in LET_OTHERS_END_US:
-        signal.signal(number, signal.SIG_IGN)  # a terminal or a scheduler sends them to every process
+    for number in SENT_TO_EVERYBODY:
+        signal.signal(number, signal.SIG_IGN)
     directory, driver, log_dir = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     try:
         process = psutil.Process(driver)
@@ -288,17 +290,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             else:
                 os.environ[name] = value
         tempfile.tempdir = None
-
-
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """SIGINT and SIGTERM do nothing inside. (Not SIG_IGN: children would inherit it.)"""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,9 @@ class EngineActor:
     async def version(self) -> int:
         return await self._engine.version()
 
+    async def answers(self) -> None:
+        """Nothing but the round trip to this process."""
+
     async def close(self) -> None:
         await self._engine.close()
 
@@ -130,6 +133,7 @@ class ActorEngine:
     async def close(self) -> None:
         """See `RolloutEngine.close`. An engine that does not answer is killed."""
         with contextlib.suppress(EngineError):
+            await self._answer(self._actor.answers.remote(), "close", 0)
             await self._answer(self._actor.close.remote(), "close", CLOSE_TIMEOUT_S)
         ray.kill(self._actor)
 

@@ -1,6 +1,7 @@
 """A recipe that stands in for all six: writes a tiny "model", and does to itself what a control file says.
 
-$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "sleep_s": 1, "kill": true}
+$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "kill": true,
+                            "sleep_s": 1 (cut short by a request to stop), "stubborn": true (it is not)}
 $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stages.config import StageSettings
-from stages.errors import TrainingStopped
+from stages.errors import Interrupted, TrainingStopped
 from stages.runtime import Runtime
 
 RECIPE_VERSION = 1
@@ -32,7 +33,7 @@ def run(
         with metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if step == 2:
-            _obey(orders, control / f"{runtime.stage}.json")
+            _obey(orders, control / f"{runtime.stage}.json", runtime)
     (out_dir / "config.json").write_text("{}")
     (out_dir / "model.safetensors").write_text(f"{runtime.stage} from {sorted(inputs)}")
     print(f"{runtime.stage}: threads {os.environ.get('OMP_NUM_THREADS')}")
@@ -43,13 +44,13 @@ def _orders(path: Path) -> dict[str, object]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _obey(orders: dict[str, object], path: Path) -> None:
+def _obey(orders: dict[str, object], path: Path, runtime: Runtime) -> None:
     if orders.pop("kill", None):
         path.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     if "sleep_s" in orders:
         (path.parent / f"{path.stem}.sleeping").touch()
-        time.sleep(float(str(orders["sleep_s"])))
+        _sleep(float(str(orders["sleep_s"])), runtime, stubborn="stubborn" in orders)
     match orders.get("error"):
         case "TrainingStopped":
             raise TrainingStopped("sft: loss is nan at step 2; lower sft.lr")
@@ -57,3 +58,11 @@ def _obey(orders: dict[str, object], path: Path) -> None:
             raise ValueError("a bug of ours\nwith a second line")
         case "OSError":
             raise OSError(28, "No space left on device")
+
+
+def _sleep(seconds: float, runtime: Runtime, *, stubborn: bool) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if runtime.stop_requested() and not stubborn:
+            raise Interrupted(f"{runtime.stage}: stopped after step 2; run the same command to go on")
+        time.sleep(0.05)
