@@ -23,7 +23,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from pipeline import config as configs
-from pipeline import dag, doctor, executor
+from pipeline import dag, doctor, executor, supervisor
 from pipeline.artifacts import check_model_directory
 from pipeline.errors import ConfigError
 from pipeline.janitor import nothing_left_behind
@@ -62,6 +62,7 @@ class Engine(StrEnum):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script: runs a command and exits with its code."""
+    supervisor.end_with_the_supervisor()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's threads when they start
     sys.exit(_exit_code(list(sys.argv[1:] if argv is None else argv)))
 
@@ -72,9 +73,13 @@ def run(
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Last stage to run.")] = None,
     force: Annotated[str | None, typer.Option(metavar="STAGE", help="Make it and all after it anew.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Start again after a crash, so many times.")] = 0,
 ) -> None:
     """Run every stage of CONFIG; finished ones are skipped."""
     loaded = configs.load(config, overrides or [])
+    if retries and not supervisor.is_supervised():
+        wait_s = loaded.config.pipeline.retry_wait_s
+        raise typer.Exit(supervisor.supervise(loaded.config.outputs, retries=retries, wait_s=wait_s))
     last, forced = _stage_name("--until", until), _stage_name("--force", force)
     configs.check_paths(loaded, {"model", *dag.until(loaded.config, last)})
     _execute(executor.plan_run(loaded.config, last=last, force=forced))
