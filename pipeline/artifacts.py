@@ -3,7 +3,7 @@
     work/<stage>-<fp>/out/ --manifest last--> rename --> artifacts/<stage>-<fp>/ <--link-- runs/<name>/<stage>
 
 Owns: the layout of `outputs/`, manifests, publishing, verification, locks, the identity of given directories.
-Does not own: what a fingerprint covers (dag), when a stage runs (executor). Light import.
+Does not own: what a fingerprint covers (dag), when a stage runs (executor), what may be loaded (model_files).
 An interrupted stage leaves `work/` and nothing else: what is under `artifacts/` is whole or it is an error.
 """
 
@@ -25,10 +25,11 @@ from typing import Any, Literal, Self
 
 import filelock
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.dag import SCHEMA_VERSION, Node, directory_name
-from pipeline.errors import CorruptArtifact, MissingStage
+from pipeline.errors import CorruptArtifact, MissingStage, disk_problems
+from pipeline.model_files import check_configs, check_model_directory
 from rollout.errors import EnvironmentProblem
 from stages.errors import DataError
 
@@ -45,7 +46,6 @@ PACKAGES = (
     "numpy",
     "rlhf-pipeline",
 )
-PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 TEST_SIZE_BYTES = 64 * 2**20
@@ -68,6 +68,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
+    digest: str  # blake3 of this file with an empty digest: an edited record is noticed
     schema_version: int
     stage: str
     fingerprint: str
@@ -113,6 +114,10 @@ class Store:
     def run_dir(self, name: str) -> Path:
         return self.root / "runs" / name
 
+    def config_file(self, name: str) -> Path:
+        """The resolved config that the run was last started with."""
+        return self.run_dir(name) / "config.yaml"
+
     def log_dir(self, name: str) -> Path:
         return self.run_dir(name) / "logs"
 
@@ -126,7 +131,12 @@ class Store:
         with disk_problems(directory):
             if not directory.exists():
                 return None
-        return self.verified(directory, hint=f"run again with --force {stage} to make it anew")
+        hint = f"run again with --force {stage} to make it anew"
+        manifest = self.verified(directory, hint=hint)
+        if (manifest.stage, manifest.fingerprint) != (stage, fingerprint):
+            found = directory_name(manifest.stage, manifest.fingerprint)
+            raise CorruptArtifact(f"{directory}: its {MANIFEST} is that of {found}; {hint}")
+        return manifest
 
     def verified(self, directory: Path, *, hint: str) -> Manifest:
         """The manifest of `directory`, every file compared with it. CorruptArtifact names the bad file."""
@@ -138,6 +148,10 @@ class Store:
                     raise CorruptArtifact(f"{path}: missing, but {MANIFEST} lists it; {hint}")
                 if path.stat().st_size != record.size or digest_of(path) != record.blake3:
                     raise CorruptArtifact(f"{path}: not the bytes that {MANIFEST} records; {hint}")
+            for path in _files_below(directory):
+                name = str(path.relative_to(directory))
+                if name not in manifest.files and name != MANIFEST:
+                    raise CorruptArtifact(f"{path}: not listed in {MANIFEST}; remove it, or {hint}")
             return manifest
 
     def begin(self, stage: str, fingerprint: str) -> Path:
@@ -183,6 +197,7 @@ class Store:
                 shutil.copyfile(work / METRICS, out / METRICS)
             files = {str(path.relative_to(out)): _sync_and_record(path) for path in _files_below(out)}
             manifest = Manifest(
+                digest="",
                 schema_version=SCHEMA_VERSION,
                 stage=node.stage,
                 fingerprint=node.fingerprint,
@@ -200,7 +215,7 @@ class Store:
                 metrics=dict(metrics),
                 files=files,
             )
-            write_synced(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            write_synced(out / MANIFEST, _with_digest(manifest.model_dump_json(indent=2) + "\n"))
             for directory in (*(path for path in out.rglob("*") if path.is_dir()), out):
                 _sync_directory(directory)
 
@@ -283,10 +298,14 @@ class Store:
                     raise MissingStage(
                         f"--input {key}={path}: an artifact of {manifest.stage}; give one of prepare"
                     )
-                if key != "prepare" and not (directory / "config.json").is_file():
+                if key == "prepare":
+                    check_configs(directory, named=f"--input {key}={path}")
+                elif not (directory / "config.json").is_file():
                     raise MissingStage(
                         f"--input {key}={path}: an artifact of {manifest.stage}, which holds no model"
                     )
+                else:
+                    check_model_directory(directory, named=f"--input {key}={path}")
                 return Given(path=directory, fingerprint=manifest.fingerprint)
             if key == "prepare":
                 raise MissingStage(
@@ -360,14 +379,37 @@ class DigestCache:
 
 
 def read_manifest(directory: Path, *, hint: str) -> Manifest:
-    """The manifest of an artifact, its files not verified. Raises CorruptArtifact."""
+    """The manifest of an artifact as it was written, its files not verified. Raises CorruptArtifact."""
     path = directory / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise CorruptArtifact(f"{path}: missing; {hint}") from error
-    except ValidationError as error:
+    version = _schema_version(content)
+    if version is not None and version != SCHEMA_VERSION:
+        raise CorruptArtifact(f"{path}: schema version {version}, this code reads {SCHEMA_VERSION}; {hint}")
+    try:
+        manifest = Manifest.model_validate_json(content)
+        text = content.decode()
+    except ValueError as error:
         raise CorruptArtifact(f"{path}: not a manifest of this version; {hint}") from error
+    if _with_digest(text.replace(manifest.digest, "", 1)) != text:
+        raise CorruptArtifact(f"{path}: not the record that was written; {hint}")
+    return manifest
+
+
+def _schema_version(content: bytes) -> int | None:
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    return version if type(version) is int else None
+
+
+def _with_digest(text: str) -> str:
+    """A manifest's text, whose digest is empty, with the digest over it."""
+    return text.replace('"digest": ""', f'"digest": "{blake3(text.encode()).hexdigest()}"', 1)
 
 
 def model_directory(path: str, revision: str | None) -> Path:
@@ -397,21 +439,18 @@ def model_directory(path: str, revision: str | None) -> Path:
     return fetched
 
 
-def check_model_directory(directory: Path, *, named: str) -> None:
-    """Raises MissingStage unless `directory` holds config.json and safetensors weights."""
-    with disk_problems(directory):
-        if not (directory / "config.json").is_file():
-            raise MissingStage(
-                f"{named}: no config.json; give an artifact or a model directory (save_pretrained)"
-            )
-        if any(directory.glob("*.safetensors")):
-            return
-        pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED_WEIGHTS)
-    if pickled:
-        raise MissingStage(
-            f"{named}: {pickled[0]} is a pickle, which can run code; convert the weights to safetensors"
-        )
-    raise MissingStage(f"{named}: no *.safetensors in it; give a directory with weights")
+def model_at_hand(path: str | None, revision: str | None) -> bool:
+    """False for a hub id (`model.path`) that is not in the local cache yet. Asks nobody."""
+    if path is None or Path(path).is_dir() or not re.fullmatch(HUB_ID, path):
+        return True
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return False
+    return True
 
 
 def exactness_of(
@@ -445,18 +484,6 @@ def write_synced(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-
-
-@contextlib.contextmanager
-def disk_problems(path: Path) -> Iterator[None]:
-    """Inside, an error of the disk (no permission, no space, no directory) becomes one line about `path`."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename if error.filename is not None else path
-        raise EnvironmentProblem(
-            f"{where}: {error.strerror or error}; check the disk, or set outputs=DIR"
-        ) from error
 
 
 @cache

@@ -22,14 +22,17 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
+from pipeline import changes, dag, doctor, executor, placement, supervisor
 from pipeline import config as configs
-from pipeline import dag, doctor, executor, supervisor
-from pipeline.artifacts import check_model_directory
+from pipeline.artifacts import Store, model_at_hand
 from pipeline.errors import ConfigError
+from pipeline.experiment import ExperimentConfig
 from pipeline.janitor import nothing_left_behind
+from pipeline.model_files import check_model_directory
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
+from pipeline.yaml_source import short
 from rollout.errors import GO_ON, ExpectedError
 from stages.data import readers
 
@@ -37,6 +40,8 @@ INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130
 NUM_ROWS_CHECKED = 2
 ROW_CHARS = 160
+MAX_LINE_CHARS = 2000
+"""Of an error: it may quote a file, a template or a library, and goes to a terminal."""
 
 app = typer.Typer(
     name="rlhf",
@@ -74,13 +79,18 @@ def run(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Last stage to run.")] = None,
     force: Annotated[str | None, typer.Option(metavar="STAGE", help="Make it and all after it anew.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="Start again after a crash, so many times.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Refuse to start if CONFIG differs from that of the last run.")
+    ] = False,
 ) -> None:
     """Run every stage of CONFIG; finished ones are skipped."""
     loaded = configs.load(config, overrides or [])
-    if retries and not supervisor.is_supervised():
+    if retries:
         wait_s = loaded.config.pipeline.retry_wait_s
         raise typer.Exit(supervisor.supervise(loaded.config.outputs, retries=retries, wait_s=wait_s))
     last, forced = _stage_name("--until", until), _stage_name("--force", force)
+    if resume:
+        _check_unchanged(loaded.config)
     configs.check_paths(loaded, {"model", *dag.until(loaded.config, last)})
     _execute(executor.plan_run(loaded.config, last=last, force=forced))
 
@@ -130,6 +140,15 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
             typer.echo(f"\n{key}: {source.path} ({preview.format})")
             for record in preview.records:
                 typer.echo(f"  {_shortened(record)}")
+    typer.echo("\nplan (memory without activations):")
+    for line in placement.plan(loaded.config, dag.configured(loaded.config)):
+        typer.echo(f"  {line}")
+    if not model_at_hand(loaded.config.model.path, loaded.config.model.revision):
+        typer.echo(f"\nstages (all would run; {loaded.config.model.path} has to be fetched first):")
+        for stage in dag.configured(loaded.config):
+            needs = ", ".join(dag.needs(loaded.config, stage)) or "nothing"
+            typer.echo(f"  {stage:9} run   needs {needs:40} {_steps(loaded.config, stage)}")
+        return
     planned = executor.plan_run(loaded.config)
     typer.echo("\nstages:")
     for stage, node in planned.nodes.items():
@@ -201,12 +220,40 @@ def _exit_code(argv: list[str]) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    print(short(" ".join(text.split()), MAX_LINE_CHARS), file=sys.stderr, flush=True)
     return code
+
+
+def _check_unchanged(config: ExperimentConfig) -> None:
+    """Raises ConfigError unless the run was started before, with the same settings."""
+    path = Store(config.outputs).config_file(config.name)
+    before = changes.last_config(path)
+    if before is None:
+        raise ConfigError(f"--resume: run {config.name!r} was not started yet ({path}); leave out --resume")
+    if found := changes.between(before, config):
+        raise ConfigError(
+            f"--resume: not the config of the last run ({path}): {changes.listed(found)}; set them back, or "
+            "leave out --resume to go on with the new ones"
+        )
+
+
+def _tell_changes(planned: executor.PlannedRun) -> None:
+    """One line when the run had other settings before: what changed, and which stages start anew."""
+    config, path = planned.config, planned.store.config_file(planned.config.name)
+    try:
+        before = changes.last_config(path)
+    except ConfigError as error:
+        typer.echo(f"the config of the last run cannot be compared with this one: {error}")
+        return
+    if before is not None and (found := changes.between(before, config)):
+        reached = changes.reached(before, config)
+        anew = ", ".join(stage for stage in planned.to_run if stage in reached) or "no stage"
+        typer.echo(f"changed since the last run {config.name!r}: {changes.listed(found)}; anew: {anew}")
 
 
 def _execute(planned: executor.PlannedRun) -> None:
     executor.validate_data(planned)
+    _tell_changes(planned)
     run_dir = planned.store.run_dir(planned.config.name)
     try:
         with Progress() as progress:

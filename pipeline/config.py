@@ -202,7 +202,7 @@ def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]
             case ScoreFunction():
                 kinds = {"path": "file"}
             case ModelConfig():
-                kinds = {"path": "model", "chat_template": "file"}
+                kinds = {"path": "model", "chat_template": "file", "architecture": "file"}
             case _:
                 continue
         for name, kind in kinds.items():

@@ -38,7 +38,7 @@ from stages.config import (
 from stages.data.readers import content_digest
 from stages.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of artifacts and fingerprints: a bump makes every artifact of an older version unknown."""
 FINGERPRINT_CHARS = 16
 MODEL = "model"
@@ -191,14 +191,18 @@ def directory_name(stage: str, fingerprint: str) -> str:
     return f"{stage}-{fingerprint}"
 
 
-def side_by_side(config: ExperimentConfig, stages: Collection[str]) -> int:
-    """How many of `stages` may run at the same time, at most: so many share the cores."""
+def levels(config: ExperimentConfig, stages: Collection[str]) -> list[tuple[str, ...]]:
+    """`stages` in groups, one after another; those of a group may run at the same time."""
     depth: dict[str, int] = {}
     for stage in STAGES:
         if stage in stages:
             depth[stage] = 1 + max((depth[key] for key in needs(config, stage) if key in depth), default=0)
-    levels = list(depth.values())
-    return max((levels.count(level) for level in levels), default=1)
+    return [tuple(stage for stage in depth if depth[stage] == level) for level in sorted(set(depth.values()))]
+
+
+def side_by_side(config: ExperimentConfig, stages: Collection[str]) -> int:
+    """How many of `stages` may run at the same time, at most: so many share the cores."""
+    return max((len(level) for level in levels(config, stages)), default=1)
 
 
 @cache

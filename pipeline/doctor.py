@@ -9,7 +9,6 @@ is a finding and not a crash.
 import importlib.util
 import os
 import platform
-import secrets
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.executor import read_on_every_node
+from pipeline import cluster
+from pipeline.executor import ask_every_node
 from rollout.errors import EnvironmentProblem
 
 IMPORT_TIMEOUT_S = 120
@@ -129,42 +129,34 @@ def _gpu() -> Finding:
 
 def _outputs(outputs: Path, address: str | None) -> Iterator[Finding]:
     """A nonce written here has to be read back here, and on every node."""
-    nonce, file = secrets.token_hex(16), Path(os.path.abspath(outputs)) / f".doctor-{os.getpid()}"
-    is_new = not file.parent.exists()
+    is_new = not outputs.exists()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(nonce)
-        try:
-            same = file.read_text() == nonce
+        with cluster.nonce_in(outputs) as (file, nonce):
             free = shutil.disk_usage(file.parent).free / 2**30
             yield Finding(
-                ok=same, subject="outputs", text=f"{file.parent}: written and read back, {free:.0f} GiB free"
+                ok=file.read_text() == nonce,
+                subject="outputs",
+                text=f"{file.parent}: written and read back, {free:.0f} GiB free",
             )
             if address is not None:
                 yield from _nodes(file, nonce, address)
-        finally:
-            file.unlink(missing_ok=True)
-            if is_new:
-                file.parent.rmdir()
-    except OSError as error:
-        yield Finding(
-            ok=False,
-            subject="outputs",
-            text=f"{file.parent}: {error.strerror}; give a directory you may write to",
-        )
+        if is_new:
+            outputs.rmdir()
+    except (OSError, EnvironmentProblem) as error:
+        yield Finding(ok=False, subject="outputs", text=f"{error}; give a directory you may write to")
 
 
 def _nodes(file: Path, nonce: str, address: str) -> Iterator[Finding]:
     try:
-        answers = read_on_every_node(file, address)
+        answers = ask_every_node(file, address)
     except EnvironmentProblem as error:
         yield Finding(ok=False, subject="cluster", text=str(error))
         return
-    for node, text in answers.items():
-        seen = text == nonce
-        yield Finding(
-            ok=seen, subject="node", text=f"{node}: {'sees' if seen else 'does not see'} {file.parent}"
-        )
+    found = list(cluster.problems(answers, file, nonce))
+    for node, problem in found:
+        yield Finding(ok=False, subject="node", text=f"{node} {problem}")
+    for node in answers.keys() - {node for node, _ in found}:
+        yield Finding(ok=True, subject="node", text=f"{node}: sees {file.parent}, {cluster.code_version()}")
 
 
 def _version(name: str) -> str | None:

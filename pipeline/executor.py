@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline import dag
+from pipeline import cluster, dag, placement
 from pipeline.artifacts import (
     MANIFEST,
     METRICS,
@@ -35,7 +35,6 @@ from pipeline.artifacts import (
     Given,
     Manifest,
     Store,
-    disk_problems,
     exactness_of,
     model_directory,
     package_versions,
@@ -43,12 +42,13 @@ from pipeline.artifacts import (
     write_synced,
 )
 from pipeline.config import resolved_yaml
-from pipeline.errors import ConfigError, MissingStage, StageFailed
+from pipeline.errors import ConfigError, MissingStage, StageFailed, disk_problems
 from pipeline.experiment import ExperimentConfig
 from pipeline.janitor import PLACE, nothing_left_behind
 from pipeline.progress import Progress
 from pipeline.signals import deaf, signals_ask_to_stop
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, root_cause
+from stages.bundles import lacking
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data import readers
 from stages.data.scoring import load_judge
@@ -56,6 +56,8 @@ from stages.errors import Interrupted
 from stages.runtime import Runtime, StageResources
 
 POLL_S = 0.3
+NODE_TIMEOUT_S = 60.0
+"""For every node of a cluster to say what it has; a first task there starts a process."""
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -197,7 +199,7 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     store, config = planned.store, planned.config
     with disk_problems(store.log_dir(config.name)):
         store.log_dir(config.name).mkdir(parents=True, exist_ok=True)
-        write_synced(store.run_dir(config.name) / "config.yaml", resolved_yaml(config))
+        write_synced(store.config_file(config.name), resolved_yaml(config))
     results = {stage: _result(manifest, skipped=True) for stage, manifest in planned.present.items()}
     for stage, manifest in planned.present.items():
         progress.end(stage, "skipped", summary=_made_with_other_versions(manifest))
@@ -240,11 +242,7 @@ def ray_session(config: ExperimentConfig, directory: Path, log_dir: Path) -> Ite
     A local cluster has a token of its own, and its session in the run's temporary `directory`.
     """
     if config.resources.address is not None:
-        with _ray_connected(
-            log_dir,
-            address=config.resources.address,
-            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}},
-        ):
+        with _joined_cluster(config.resources.address, log_dir):
             yield lambda: None
         return
     _authenticate_local_cluster()
@@ -252,37 +250,58 @@ def ray_session(config: ExperimentConfig, directory: Path, log_dir: Path) -> Ite
         yield lambda: _check_local_cluster(log_dir)
 
 
-def read_on_every_node(file: Path, address: str) -> dict[str, str | None]:
-    """Node address -> the text of `file` there, None where it cannot be read. Raises EnvironmentProblem."""
+def ask_every_node(file: Path, address: str) -> dict[str, cluster.NodeReport | str]:
+    """Joins the cluster at `address`; node address -> its report on `file`, or why there is none.
+
+    Raises EnvironmentProblem.
+    """
     log_dir = Path(tempfile.mkdtemp(prefix="rlhf-doctor-"))
     try:
-        with _ray_connected(log_dir, address=address):
-            import ray
-            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-            task = ray.remote(num_cpus=0, max_retries=0)(_text_of)
-            answers = {
-                node["NodeManagerAddress"]: task.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(file)
-                for node in ray.nodes()
-                if node["Alive"]
-            }
-            try:
-                return dict(zip(answers, ray.get(list(answers.values()), timeout=60), strict=True))
-            except ray.exceptions.RayError as error:
-                raise EnvironmentProblem(
-                    f"{address}: a node does not answer ({type(error).__name__})"
-                ) from error
+        with _joined_cluster(address, log_dir):
+            return _reports(file)
     finally:
         shutil.rmtree(log_dir, ignore_errors=True)
 
 
-def _text_of(file: Path) -> str | None:
-    try:
-        return file.read_text()
-    except OSError:
-        return None
+def _reports(file: Path) -> dict[str, cluster.NodeReport | str]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(cluster.report)
+    calls = {
+        node["NodeManagerAddress"]: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(file)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_TIMEOUT_S)
+    reports: dict[str, cluster.NodeReport | str] = {}
+    for address, call in calls.items():
+        try:
+            reports[address] = ray.get(call, timeout=0)
+        except ray.exceptions.RayError as error:
+            reports[address] = type(error).__name__
+    return reports
+
+
+def _preflight(planned: PlannedRun) -> None:
+    """Before any stage starts: every bundle can be placed, and every node of a joined cluster is fit for it.
+
+    Raises EnvironmentProblem.
+    """
+    import ray
+
+    config, address = planned.config, planned.config.resources.address
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    for stages in dag.levels(config, planned.to_run):
+        problem = lacking(list(placement.bundles_by_stage(config, stages).values()), nodes)
+        if problem is not None:
+            raise EnvironmentProblem(f"{problem} - lower `resources` or add nodes")
+    if address is not None:
+        with cluster.nonce_in(planned.store.root) as (file, nonce):
+            for node, problem in cluster.problems(_reports(file), file, nonce):
+                raise EnvironmentProblem(f"resources.address {address}: node {node} {problem}")
 
 
 def _identified(
@@ -335,7 +354,7 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
         outputs=planned.store.root,
         log_dir=planned.store.log_dir(config.name),
         outside={key: given.path for key, given in planned.outside.items()},
-        resources=resources_of(config, stage),
+        resources=placement.resources_of(config, stage),
         executor=config.pipeline.executor,
         placement_timeout_s=config.resources.placement_timeout_s,
         lock_timeout_s=config.pipeline.lock_timeout_s,
@@ -345,21 +364,15 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
     )
 
 
-def resources_of(config: ExperimentConfig, stage: str) -> StageResources:
-    """`resources.<stage>` of the config."""
-    by_stage: dict[str, StageResources] = {name: getattr(config.resources, name) for name in dag.STAGES}
-    return by_stage[stage]
-
-
 def _start(planned: PlannedRun, stage: str, progress: Progress) -> None:
+    """Follow the stage's metrics, from the work directory to the artifact that is renamed from it.
+
+    Where an artifact is made anew, what lies there meanwhile is the old one: other bytes at every offset.
+    """
     node, store = planned.nodes[stage], planned.store
-    progress.start(
-        stage,
-        [
-            store.work_dir(stage, node.fingerprint) / METRICS,
-            store.artifact_dir(stage, node.fingerprint) / METRICS,
-        ],
-    )
+    unfinished = store.work_dir(stage, node.fingerprint) / METRICS
+    published = store.artifact_dir(stage, node.fingerprint) / METRICS
+    progress.start(stage, [unfinished] if stage in planned.replaced else [unfinished, published])
 
 
 def _finish(
@@ -424,6 +437,7 @@ def _run_on_ray(
 ) -> None:
     log_dir = planned.store.log_dir(planned.config.name)
     with ray_session(planned.config, directory, log_dir) as check_cluster:
+        _preflight(planned)
         pending = _submit(planned, results)
         following: set[str] = set()
         not_run: set[str] = set()
@@ -642,6 +656,17 @@ def _plain(value: float) -> float | None:
 
 
 @contextlib.contextmanager
+def _joined_cluster(address: str, log_dir: Path) -> Iterator[None]:
+    """Connected to somebody else's cluster, with its token. The environment of its workers is set per job."""
+    cluster.require_token(address)
+    cluster.require_answer(address)
+    _authenticate(RAY_AUTH_MODE="token")
+    environment = {"OMP_WAIT_POLICY": "passive"}
+    with _ray_connected(log_dir, address=address, runtime_env={"env_vars": environment}):
+        yield
+
+
+@contextlib.contextmanager
 def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     import ray
 
@@ -649,7 +674,8 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            with _stderr_to(log_dir / "ray-messages.log"):  # a refused token is complained of every second
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (
             ray.exceptions.RayError,
             RuntimeError,
@@ -659,9 +685,13 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
             OSError,
         ) as error:
             first_line = next(iter(str(error).splitlines()), "")
+            reason = f"{type(error).__name__}: {first_line}"
             raise EnvironmentProblem(
-                f"Ray did not start ({type(error).__name__}: {first_line}); see {log_dir}, check "
-                "resources.address and `rlhf doctor`, or set pipeline.executor=inline"
+                f"Ray did not start ({reason}); see {log_dir} and `rlhf doctor`, or set "
+                "pipeline.executor=inline"
+                if options["address"] == "local"
+                else f"resources.address {options['address']}: not joined ({reason}); is the token the "
+                "cluster's, and is this machine one of its nodes?"
             ) from error
         except SystemExit as error:  # Ray's own SIGTERM handler, in force during its start
             raise KeyboardInterrupt from error
@@ -670,6 +700,21 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     finally:
         with deaf():
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """At the level of file descriptors: Ray's client writes from C++."""
+    sys.stderr.flush()
+    before, to_log = os.dup(2), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(to_log, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(to_log)
 
 
 def _quieten_ray(log_dir: Path) -> None:
@@ -685,16 +730,22 @@ def _quieten_ray(log_dir: Path) -> None:
 
 
 def _authenticate_local_cluster() -> None:
-    """A token nobody else has, for a cluster whose servers listen on every interface; nothing phoned home.
+    """A token nobody else has, for a cluster whose servers listen on every interface."""
+    _authenticate(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
-    The environment carries it to Ray's own processes; this one may have read its environment already.
+
+def _authenticate(**variables: str) -> None:
+    """Nothing phoned home, and how Ray proves who it is. The environment carries it to Ray's own processes;
+    this one may have read its environment already.
+
+    The autoscaler's metrics are the one server that asks for no token: with this port it does not start.
     """
     os.environ.update(
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_USAGE_STATS_ENABLED="0",
+        AUTOSCALER_METRIC_PORT="-1",
         RAY_IGNORE_UNHANDLED_ERRORS="1",
         OMP_WAIT_POLICY="passive",
+        **variables,
     )
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # a C extension
 

@@ -20,6 +20,7 @@ from stages.config import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
+    TrainingConfig,
 )
 from stages.runtime import StageResources
 
@@ -122,16 +123,71 @@ class ExperimentConfig(Section):
             yield "rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"
         if self.rollout.num_engines > 1 and self.pipeline.executor == "inline":
             yield "rollout.num_engines: several engines need Ray; set 1, or pipeline.executor: ray"
+        yield from self._workers_do_not_fit()
+        yield from self._transport_problems()
+        for stage in self._stages_with_engines():
+            yield from self._gpu_problems(stage)
         yield from self._not_supported_yet()
+
+    def _workers_do_not_fit(self) -> Iterator[str]:
+        for stage in STAGE_FIELDS:
+            num_workers, section = getattr(self.resources, stage).num_workers, getattr(self, stage)
+            if num_workers == 1 or section is None:
+                continue
+            key = f"resources.{stage}.num_workers"
+            if not isinstance(section, TrainingConfig):
+                yield f"{key}: {stage} does not train, it runs in one process; set 1"
+            elif self.pipeline.executor == "inline":
+                yield (
+                    f"{key}: pipeline.executor inline runs each stage in one process; set 1, or "
+                    "pipeline.executor ray"
+                )
+            elif stage != "ppo" and section.batch_size % num_workers:  # ppo shares out packs, evenly or not
+                yield (
+                    f"{key}: {stage}.batch_size {section.batch_size} cannot be shared out evenly between "
+                    f"{num_workers} workers; use a multiple of {num_workers}"
+                )
+
+    def _transport_problems(self) -> Iterator[str]:
+        if self.rollout.tensor_parallel_size > 1 and self.rollout.engine == "hf":
+            yield "rollout.tensor_parallel_size: only vllm splits a model over GPUs; set 1"
+        if self.rollout.sync == "nccl" and self.rollout.engine == "hf":
+            yield "rollout.sync: nccl is vLLM's own transport; use gloo or shm with rollout.engine hf"
+        if self.rollout.sync == "nccl" and self.pipeline.executor == "inline":
+            yield "rollout.sync: nccl needs trainer and engine in processes of their own; use executor ray"
+
+    def _gpu_problems(self, stage: str) -> Iterator[str]:
+        """Of a stage with engines: which GPUs they have, beside the workers'."""
+        resources: StageResources = getattr(self.resources, stage)
+        key, each, parallel = (
+            f"resources.{stage}",
+            resources.num_gpus_per_engine,
+            self.rollout.tensor_parallel_size,
+        )
+        if parallel > 1 and each != parallel:
+            yield (
+                f"rollout.tensor_parallel_size: {parallel} GPUs per engine; set {key}.num_gpus_per_engine "
+                f"to {parallel} too, not {each:g}"
+            )
+        if self.rollout.sync == "nccl" and (resources.num_gpus == 0 or each < 1):
+            yield (
+                f"rollout.sync: nccl connects GPUs of their own; set {key}.num_gpus and "
+                f"{key}.num_gpus_per_engine to 1 or more, or use gloo or shm"
+            )
+        first = resources.num_gpus + (each * self.rollout.num_engines if self.rollout.sync == "shm" else 0)
+        for gpus in (resources.num_gpus, each, first):
+            if gpus > 1 and gpus % 1:
+                yield (
+                    f"{key}: {gpus:g} GPUs for one bundle; Ray grants a share of one GPU, or whole ones "
+                    "(with rollout.sync shm the engines share the first worker's bundle)"
+                )
+
+    def _stages_with_engines(self) -> tuple[str, ...]:
+        return tuple(stage for stage in ("reward", "ppo", "evaluate") if getattr(self, stage) is not None)
 
     def _not_supported_yet(self) -> Iterator[str]:
         if self.rollout.max_staleness > 0:
             yield "rollout.max_staleness: only 0 (synchronous) is supported in this version; set 0"
-        if self.rollout.sync != "shm":
-            yield f"rollout.sync: {self.rollout.sync} is not supported in this version; set shm"
-        for stage in STAGE_FIELDS:
-            if getattr(self.resources, stage).num_workers > 1:
-                yield f"resources.{stage}.num_workers: one worker is supported in this version; set 1"
 
     def _response_lengths(self) -> Iterator[tuple[str, int]]:
         if self.reward is not None:

@@ -1,8 +1,8 @@
 """`rlhf run --retries N`: runs the same command as a child, and again after a crash.
 
     supervise --> child (the run) --exit code--> 0, 2, 3, 5, 75: passed on
-                    ^                       `--> 1, 4, a signal: wait, look for progress --> start again | give up
-                    `--------------------------------------------------------------'
+                    ^                       `--> 1, 4, a signal: any new step? --> give up
+                    `------------- wait ------------------------------------'
 
 Owns: when a run is started again, and that its child does not outlive it. Does not own: what a run does.
 No Ray, no torch: what restarts a run must not fall with it.
@@ -15,8 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +28,17 @@ CRASHES = (1, EnvironmentProblem.exit_code)
 INTERRUPTED = 75
 MAX_WITHOUT_PROGRESS = 3
 MAX_WAIT_S = 300.0
-COMMITTED = ("artifacts/*/manifest.json", "work/*/checkpoints/*", "work/*/*journal*")
-"""What only grows when a step is committed, below `outputs`."""
-
-
-def is_supervised() -> bool:
-    """Whether this process is the child of a supervisor."""
-    return SUPERVISOR_VARIABLE in os.environ
+COMMITTED = ("artifacts/*/manifest.json", "work/*/checkpoints/step-*[0-9]", "work/*/journal/*.rollouts")
+"""Below `outputs`: what there is more of after a step was committed."""
 
 
 def end_with_the_supervisor() -> None:
-    """Called by a child first of all: from now on it is killed when its supervisor is."""
-    if not is_supervised():
+    """Called by every command first of all: a supervisor's child is killed when its supervisor is."""
+    if SUPERVISOR_VARIABLE not in os.environ:
         return
+    supervisor = int(os.environ.pop(SUPERVISOR_VARIABLE))  # this process's own, and none of its children's
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(os.environ[SUPERVISOR_VARIABLE]):  # it died before the line above
+    if os.getppid() != supervisor:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -56,11 +51,11 @@ def supervise(outputs: Path, *, retries: int, wait_s: float) -> int:
     with _Child() as child:
         committed, num_idle = _committed(outputs), 0
         for attempt in range(retries + 1):
-            code = child.run([sys.executable, *sys.orig_argv[1:]])
+            code = child.run(_without_retries([sys.executable, *sys.orig_argv[1:]]))
             if child.told_to_end or (code >= 0 and code not in CRASHES):
                 break
             before, committed = committed, _committed(outputs)
-            num_idle = num_idle + 1 if committed == before else 0
+            num_idle = 0 if committed - before else num_idle + 1
             if num_idle == MAX_WITHOUT_PROGRESS:
                 _say(f"{_ended(code)}, {num_idle} times in a row without a new step; giving up")
                 break
@@ -72,14 +67,6 @@ def supervise(outputs: Path, *, retries: int, wait_s: float) -> int:
             if child.told_to_end_within(pause):
                 return INTERRUPTED
     return code if code >= 0 else EnvironmentProblem.exit_code
-
-
-@dataclass(frozen=True, slots=True)
-class _Stamp:
-    """What of a file or directory shows that it is another one, or has grown."""
-
-    inode: int
-    size: int
 
 
 class _Child:
@@ -127,17 +114,25 @@ class _Child:
             self._process.send_signal(number)  # nothing happens to one that has ended
 
 
-def _committed(outputs: Path) -> dict[str, _Stamp]:
-    return dict(_stamps(outputs))
+def _without_retries(command: Sequence[str]) -> list[str]:
+    """The same command, not supervised."""
+    kept: list[str] = []
+    parts = iter(command)
+    for part in parts:
+        if part == "--retries":
+            next(parts)
+        elif not part.startswith("--retries="):
+            kept.append(part)
+    return kept
 
 
-def _stamps(outputs: Path) -> Iterator[tuple[str, _Stamp]]:
-    for pattern in COMMITTED:
-        for path in outputs.glob(pattern):
-            with contextlib.suppress(OSError):
-                if path.suffix != ".tmp":
-                    status = path.stat()
-                    yield str(path), _Stamp(status.st_ino, status.st_size)
+def _committed(outputs: Path) -> set[tuple[str, int]]:
+    """What was committed so far, by path and inode: a step that is saved again is another directory."""
+    found = set()
+    for path in (path for pattern in COMMITTED for path in outputs.glob(pattern)):
+        with contextlib.suppress(OSError):
+            found.add((str(path), path.stat().st_ino))
+    return found
 
 
 def _ended(code: int) -> str:

@@ -8,9 +8,9 @@ Owns: what travels between a trainer and an engine. Text-free: nothing here know
 import time.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -70,6 +70,17 @@ class Rollout:
     )
     weight_versions: tuple[int, ...]  # T, the weights that drew each token
     seed: int
+
+
+def to_record(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as JSON types; `from_record` gives the same one back, every float to the bit."""
+    return asdict(rollout)
+
+
+def from_record(record: Mapping[str, Any]) -> Rollout:
+    """The rollout behind `to_record`, whether or not it went through JSON, which knows no tuples."""
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    return Rollout(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,8 @@ class EngineConfig(Section):
     """Transport of the weights: a mapped file on the same host, gloo between hosts, nccl between GPUs."""
     num_engines: int = Field(default=1, ge=1, json_schema_extra=EXECUTION)
     """Engine processes that share the prompts."""
+    tensor_parallel_size: int = Field(default=1, ge=1, json_schema_extra=EXECUTION)
+    """GPUs that one vLLM engine is split over; as many as `resources.<stage>.num_gpus_per_engine`."""
     max_staleness: int = Field(default=0, ge=0)
     """How many weight versions old a training rollout may be; 0 is synchronous."""
     max_num_seqs: int = Field(default=128, ge=1, json_schema_extra=EXECUTION)

@@ -317,7 +317,11 @@ def _inverse_cdf(logprobs_V: torch.Tensor, uniform: float) -> int:
 def _load(model_dir: Path, dtype: str) -> PreTrainedModel:
     with _no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=DTYPES[dtype], attn_implementation="sdpa"
+            model_dir,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()  # type: ignore[arg-type]  # hidden overload

@@ -232,28 +232,33 @@ def start_actor_engines(
     max_model_len: int,
     log_dir: Path,
     num_gpus_each: float = 0.0,
+    num_cpus_each: float = 0.0,
+    places: Sequence[Any] | None = None,
 ) -> EnginePool:
-    """Start `config.num_engines` actors on this node (weights arrive through its shared memory) of the
-    running Ray cluster; returns when all have answered.
+    """Start `config.num_engines` actors in the running Ray cluster; returns when all have answered.
+
+    `places`: Ray's scheduling strategy for each; without, this node (weights arrive through its shared
+    memory).
 
     `dtype`: "float32" or "bfloat16". Engine i logs to `log_dir`/engine-i.log. Close with `await
     pool.close()`. Raises EngineError when one does not start within `config.start_timeout_s`.
     """
     names = [f"engine-{index}" for index in range(config.num_engines)]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    where = [here] * config.num_engines if places is None else places
     actors: list[Any] = [  # Ray's types know neither an actor's methods nor all of its options
         ray.remote(EngineActor)
         .options(
-            num_cpus=0,  # it takes turns with the trainer
+            num_cpus=num_cpus_each,
             num_gpus=num_gpus_each,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=MAX_CONCURRENT_CALLS,
-            scheduling_strategy=here,
+            scheduling_strategy=place,
             runtime_env={"env_vars": _environment(num_gpus_each)},
         )
         .remote()
-        for _ in names
+        for place in where
     ]
     opening = [
         actor.open.remote(config, model_dir, dtype, max_model_len, log_dir / f"{name}.log", name)

@@ -27,6 +27,9 @@ from rollout.vllm_plugin import BACKEND, LOG_PATH_VARIABLE
 from rollout.weight_file import checkpoint_layout
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read by `import vllm`; an engine's log file has more
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
+    "0"  # whoever set it elsewhere: no pickles between processes
+)
 
 from vllm.config import WeightTransferConfig
 from vllm.config.logging import LoggingConfig
@@ -250,6 +253,8 @@ def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_l
         enforce_eager=config.enforce_eager,
         seed=0,
         **options,
+        load_format="safetensors",  # a pickle beside them is never opened
+        trust_remote_code=False,
         skip_tokenizer_init=True,
         generation_config="vllm",  # the model directory sets no sampling defaults
         hf_overrides={"head_dtype": "float32"},  # as the trainer does: bf16 would round logits to eighths

@@ -7,10 +7,8 @@ Owns: the byte layout, the manifest and its checks. Does not own: which tensors 
 (engines). No vLLM import: both sides and both engines use it.
 """
 
-import json
 import math
 import os
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from blake3 import blake3
 
 from rollout.api import TensorSpec, WeightUpdate
 from rollout.errors import EnvironmentProblem, WeightSyncError
+from rollout.safetensors_header import BadHeader, read_header
 
 ALIGNMENT = 64
 """Bytes; a view of any dtype can start at a multiple of it."""
@@ -54,19 +53,14 @@ def checkpoint_layout(model_dir: Path, *, dtype: str) -> Layout:
         raise EnvironmentProblem(f"{model_dir}: no *.safetensors file; save the model with save_pretrained")
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
+        try:
+            header = read_header(path)
+        except BadHeader as error:
+            raise EnvironmentProblem(f"{path}: not a whole safetensors file ({error})") from error
         shapes |= {
-            name: tuple(entry["shape"])
-            for name, entry in _safetensors_header(path).items()
-            if name != "__metadata__" and not name.endswith("rotary_emb.inv_freq")
+            name: entry.shape for name, entry in header.items() if not name.endswith("rotary_emb.inv_freq")
         }
     return Layout(dtype=dtype, shapes=shapes)
-
-
-def _safetensors_header(path: Path) -> dict[str, dict[str, list[int]]]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, dict[str, list[int]]] = json.loads(file.read(length))
-    return header
 
 
 class WeightFileWriter:

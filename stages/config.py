@@ -60,6 +60,8 @@ class ModelConfig(Section):
     """Model directory or hub id to start from; identified by its content. Absent: train from scratch."""
     revision: str | None = Field(default=None, json_schema_extra=EXECUTION)
     """Commit of a hub id."""
+    architecture: Path | None = Field(default=None, json_schema_extra=EXECUTION)
+    """config.json of a hub model that is not on this machine yet: `rlhf check` plans memory by it."""
     layers: int = Field(default=4, ge=1)
     """Transformer layers."""
     hidden_size: int = Field(default=160, ge=32)
@@ -116,6 +118,25 @@ class PrepareConfig(Section):
     """Tokens per shard file."""
 
 
+class HealthConfig(Section):
+    """`<stage>.health:` - what happens to optimizer steps that would do harm."""
+
+    max_skipped_in_a_row: int = Field(default=3, ge=0)
+    """A step whose loss or gradient is not finite is skipped and its batch kept; after more than so many in a
+    row training goes back to the last checkpoint and leaves out the data since then.
+    """
+    max_rollbacks: int = Field(default=2, ge=0)
+    """The run stops (exit 5) when it would have to go back once more than this."""
+    spike_mads: float | None = Field(default=10.0, gt=0)
+    """A loss is a spike when it lies so many robust standard deviations (median absolute deviations times
+    1.48) above the median of the recent ones; absent: no detection.
+    """
+    spike_window: int = Field(default=64, ge=16)
+    """Recent losses that a spike is measured against."""
+    on_spike: Literal["log", "skip"] = "log"
+    """Take the step of a spike and say so, or skip it like one that is not finite."""
+
+
 class TrainingConfig(Section):
     """What every stage that trains by gradient has."""
 
@@ -147,6 +168,7 @@ class TrainingConfig(Section):
     """AdamW: decoupled weight decay on matrices; norms and biases have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    health: HealthConfig = HealthConfig()
     gradient_checkpointing: bool = Field(default=False, json_schema_extra=EXECUTION)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     log_every_steps: int = Field(default=10, ge=1, json_schema_extra=EXECUTION)
@@ -289,6 +311,16 @@ class PPOConfig(TrainingConfig):
     """Adaptive: responses over which kl_coef adapts."""
     max_kl: float = Field(default=50.0, gt=0)
     """The run stops (exit 5) when the mean KL to the reference exceeds this, in nats per response."""
+    min_score_std: float = Field(default=1e-4, ge=0)
+    """The run stops (exit 5) when the normalised scores of a batch spread less: a constant reward."""
+    min_entropy: float = Field(default=0.0, ge=0)
+    """The run stops (exit 5) when the mean entropy falls below this, in nats per token; 0: no floor."""
+    max_truncated_frac: float = Field(default=1.0, ge=0, le=1)
+    """The run stops (exit 5) when a larger share of a batch's responses has no end token."""
+    max_repeated_frac: float = Field(default=1.0, ge=0, le=1)
+    """The run stops (exit 5) when a larger share of the responses' 4-grams stood earlier in the same
+    response.
+    """
     log_every_steps: int = Field(default=1, ge=1, json_schema_extra=EXECUTION)
     """Iterations between lines of metrics.jsonl."""
     checkpoint_every_steps: int = Field(default=10, ge=1, json_schema_extra=EXECUTION)

@@ -19,6 +19,7 @@ import torch
 
 from rollout.api import Rollout, RolloutRequest, Sampling
 from rollout.weight_sync import ModuleSource, ParityGate, WeightSync
+from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
@@ -30,7 +31,7 @@ from stages.errors import DataError
 from stages.objectives.winrate import bootstrap_interval
 from stages.rollout_source import EngineClient, open_engines
 from stages.runtime import Runtime
-from stages.training.distributed import Worker, launch
+from stages.training.distributed import Worker, launch, placed
 from stages.training.evaluation import perplexity
 from stages.training.forwards import logprobs_by, logprobs_in_packs, scores_in_packs, with_end
 from stages.training.models import (
@@ -67,7 +68,8 @@ def run(
     settings: EvaluateSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
 ) -> Mapping[str, float]:
     """Compare; writes samples.jsonl. Inputs: pretrain or model, sft, reward, ppo; prepare for perplexity."""
-    return launch(evaluate, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
+    with placed(runtime, rollout_of(settings)) as in_place:
+        return launch(evaluate, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
 
 
 def evaluate(

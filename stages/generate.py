@@ -37,7 +37,7 @@ def generate(
         ids = chat.continuation_ids(prompt)
     else:
         ids = chat.prompt_ids((Message(role="user", content=prompt),))
-    context: int = AutoConfig.from_pretrained(model_dir).max_position_embeddings
+    context: int = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
     if len(ids) >= context:
         raise ModelError(f"{model_dir}: the prompt has {len(ids)} tokens, the model's context {context}")
     sampling = Sampling(

@@ -1,7 +1,7 @@
 """Recipe: proximal policy optimisation of the sft model against the reward model, with a value model.
 
     prompts --RolloutSource--> engines --rollouts--> trainer: scores, KL to the reference, values, advantages
-       ^                                                |
+       ^                                                | journal: on the disk before the update
        +--- weights, version + 1 <--- sync <--- E epochs of clipped policy and value updates, one pack plan
 
 Per token: -beta * k1 against the frozen reference; on the last token the normalised, clipped score. GAE,
@@ -11,17 +11,21 @@ et al. 2024 (2403.17031).
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollout.errors import WeightSyncError
+from rollout.api import from_record, to_record
+from rollout.errors import EnvironmentProblem, WeightSyncError
 from rollout.weight_sync import ModuleSource, ParityGate, ParityReport, SyncReport, WeightSync
+from stages.bundles import rollout_of
 from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
 from stages.data.experience import Judgement, RolloutPack, assemble, pack_rollouts
+from stages.data.journal import Journal, JournalEntry
 from stages.data.readers import read_prompts
-from stages.errors import DataError, ModelError, TrainingStopped
+from stages.errors import DataError, Interrupted, ModelError
 from stages.objectives.kl import AdaptiveKl, FixedKl, KlController
 from stages.rollout_source import (
     ENGINE_DTYPE,
@@ -33,12 +37,14 @@ from stages.rollout_source import (
     open_source,
 )
 from stages.runtime import Runtime
+from stages.training import ranks
 from stages.training.checkpoint import Checkpoints
-from stages.training.distributed import Worker, launch
+from stages.training.distributed import Worker, launch, placed
 from stages.training.forwards import logprobs_by
+from stages.training.health import Health, RollBack, check_rollouts
 from stages.training.metrics import MetricsLog, StepLog
 from stages.training.models import full_state, save_model
-from stages.training.ppo_models import judge, load_ppo_models
+from stages.training.ppo_models import PPOModels, judge_all, load_ppo_models
 from stages.training.ppo_totals import Clock, Totals
 from stages.training.ppo_update import Learner
 
@@ -71,17 +77,20 @@ def run(
         stop_token_ids=chat.stop_token_ids,
         seed=settings.seed,
     )
-    engines = open_engines(
-        settings.rollout,
-        model_dir=inputs["sft"],
-        dtype=ENGINE_DTYPE[config.precision],
-        max_model_len=settings.model.context_length,
-        runtime=runtime,
-    )
-    with engines as client, open_source(client, plan, runtime=runtime) as source:
+    with (
+        placed(runtime, rollout_of(settings)) as in_place,
+        open_engines(
+            settings.rollout,
+            model_dir=inputs["sft"],
+            dtype=ENGINE_DTYPE[config.precision],
+            max_model_len=settings.model.context_length,
+            runtime=in_place,
+        ) as client,
+        open_source(client, plan, runtime=in_place) as source,
+    ):
         metrics = launch(
             train,
-            runtime,
+            in_place,
             settings=settings,
             inputs=dict(inputs),
             out_dir=out_dir,
@@ -108,19 +117,17 @@ def train(
     # 1. Models, optimizers, and where an interrupted run left off.
     chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
     models = load_ppo_models(config, inputs, worker)
-    learner = Learner(models, config, seed=settings.seed)
-    controller = _controller(config)
-    totals = Totals()
-    checkpoints = Checkpoints(work_dir)
-    first_step, extra = checkpoints.restore(learner.parts)
-    if extra:
-        controller, totals = controller.restored(extra["controller"]), Totals(**extra["totals"])
-    log = MetricsLog(work_dir, max_steps=config.max_steps, resumed_step=first_step)
-    rollouts_log = StepLog(work_dir / ROLLOUTS_FILE, resumed_step=first_step)
+    health = Health(config.health, worker.runtime)
+    learner = Learner(models, config, seed=settings.seed, health=health)
+    state = LoopState(controller=_controller(config), totals=Totals(), health=health)
+    checkpoints, journal = Checkpoints(work_dir), Journal(work_dir)
+    step, extra = checkpoints.restore(learner.parts)
+    state.restore(extra)
+    log = MetricsLog(work_dir, max_steps=config.max_steps, resumed_step=step)
+    rollouts_log = StepLog(work_dir / ROLLOUTS_FILE, resumed_step=step)
 
     # 2. The engines get the policy before the loop: a broken transport fails in the first minute.
-    weights = ModuleSource(models.policy.inner, dtype=ENGINE_DTYPE[config.precision])
-    sync = WeightSync(weights, engine=client.engine, loop=client.loop, config=client.config)
+    sync = _weight_sync(models, config, client)
     gate = ParityGate(
         sync,
         prompts=probe_prompts,
@@ -130,14 +137,15 @@ def train(
         logprobs_of=logprobs_by(models.policy, micro_batch_size=config.pack_size, device=worker.device),
     )
     try:
-        sync.sync(first_step)
-        totals.see_parity(gate.check(first_step).max_abs_diff)
+        _synced(sync, gate, step, state.totals)
 
         # 3. Generate, judge, update, sync.
-        for step in range(first_step, config.max_steps):
+        while step < config.max_steps:
             clock = Clock()
+            position = step + health.state.data_offset
             with clock.measure("generation"):
-                batch = source.next(step)
+                known = _journaled(journal, position, step)
+                batch = source.next(position) if known is None else known
             _check_versions(batch, step)
             with clock.measure("scoring"):
                 packs = pack_rollouts(
@@ -146,46 +154,138 @@ def train(
                     max_length=config.max_response_tokens,
                     device=worker.device,
                 )
-                judgements = [
-                    judge(
-                        models,
-                        pack,
-                        config,
-                        end_of_turn_id=chat.end_of_turn_id,
-                        stop_token_ids=chat.stop_token_ids,
-                    )
-                    for pack in packs
-                ]
-                experiences, summary = assemble(packs, judgements, config, kl_coef=controller.coef)
-            _stop_if_kl_exploded(step, summary, config)
-            with clock.measure("training"):
-                update = learner.update(step, experiences, kl_coef=controller.coef)
+                judgements = judge_all(
+                    models,
+                    packs,
+                    config,
+                    end_of_turn_id=chat.end_of_turn_id,
+                    stop_token_ids=chat.stop_token_ids,
+                )
+                experiences, summary = assemble(packs, judgements, config, kl_coef=state.controller.coef)
+            check_rollouts(step, summary, config)
+            if known is None:
+                _commit(journal, batch, packs, judgements)
+            try:
+                with clock.measure("training"):
+                    update = learner.update(step, experiences, kl_coef=state.controller.coef)
+            except RollBack:
+                back, extra = checkpoints.restore(learner.parts)
+                step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
+                state.restore({**extra, "health": health.state_dict()} if extra else {})
+                log.cut(step)
+                rollouts_log.cut(step)
+                _synced(sync, gate, step, state.totals)
+                continue
             with clock.measure("sync"):
-                report = sync.sync(step + 1)
-                parity = gate.check(step + 1)
-            if "rollout/kl" in summary:
-                controller = controller.updated(kl=summary["rollout/kl"], num_sequences=len(batch.rollouts))
-            if (step + 1) % config.log_every_steps == 0 or step + 1 == config.max_steps:
-                log(step + 1, {**summary, **update, **clock.metrics(), **_sync_metrics(report, parity)})
-            rollouts_log.write(_rollout_lines(step + 1, packs, judgements, chat, config))
-            totals.add(
-                clock,
-                summary,
-                responses=len(batch.rollouts),
-                sync_seconds=report.seconds,
-                parity_max_abs_diff=parity.max_abs_diff,
-            )
-            if (step + 1) % config.checkpoint_every_steps == 0 and step + 1 < config.max_steps:
-                state = {"controller": controller.state_dict(), "totals": totals.state_dict()}
-                checkpoints.save(step + 1, learner.parts, state)
+                report, parity = _synced(sync, gate, step + 1, state.totals)
+            state.see(summary, num_sequences=len(batch.rollouts))
+            step += 1
+            if step % config.log_every_steps == 0 or step == config.max_steps:
+                seen = {**summary, **update, **health.metrics()}
+                log(step, {**seen, **clock.metrics(), **_sync_metrics(report, parity)})
+            rollouts_log.write(_rollout_lines(step, packs, judgements, chat, config))
+            state.totals.add(clock, summary, responses=len(batch.rollouts), sync_seconds=report.seconds)
+            if health.state.in_a_row:
+                continue  # a checkpoint is a place to go back to: none in the middle of bad steps
+            stopping = ranks.any_rank(worker.runtime.stop_requested())
+            if stopping or (step % config.checkpoint_every_steps == 0 and step < config.max_steps):
+                checkpoints.save(step, learner.parts, state.state_dict(), score=summary["rollout/score"])
+                journal.drop_before(position - 2 * config.checkpoint_every_steps)
+            if stopping:
+                raise Interrupted(
+                    f"ppo: stopped at step {step} of {config.max_steps}, state saved; run the same "
+                    "command to go on"
+                )
     finally:
         sync.close()
 
     # 4. The model directory.
-    save_model(models.policy, out_dir, full_state(models.policy))
-    chat.save(out_dir)
-    shutil.copyfile(work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
-    return totals.metrics(version=config.max_steps)
+    weights = full_state(models.policy)
+    if ranks.is_main():
+        save_model(models.policy, out_dir, weights)
+        chat.save(out_dir)
+        shutil.copyfile(work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
+    skipped = {"steps_skipped": float(health.state.skipped)}
+    return state.totals.metrics(version=config.max_steps) | skipped
+
+
+@dataclass(kw_only=True)
+class LoopState:
+    """What a checkpoint holds besides weights and optimizers."""
+
+    controller: KlController
+    totals: Totals
+    health: Health
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in ("controller", "totals", "health")}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; from here without one."""
+        if saved:
+            self.controller = self.controller.restored(saved["controller"])
+            self.totals = Totals(**saved["totals"])
+            self.health.restore(saved["health"])
+
+    def see(self, summary: Mapping[str, float], *, num_sequences: int) -> None:
+        """The KL of a batch steers the next one's coefficient."""
+        if "rollout/kl" in summary:
+            self.controller = self.controller.updated(kl=summary["rollout/kl"], num_sequences=num_sequences)
+
+
+def _weight_sync(models: PPOModels, config: PPOConfig, client: EngineClient) -> WeightSync:
+    """Every rank gathers; rank 0 alone talks to the engines."""
+    weights = ModuleSource(models.policy.inner, dtype=ENGINE_DTYPE[config.precision])
+    if not ranks.is_main():
+        return WeightSync(weights, engine=None, loop=None, config=client.config)
+    return WeightSync(weights, engine=client.engine, loop=client.loop, config=client.config)
+
+
+def _synced(
+    sync: WeightSync, gate: ParityGate, version: int, totals: Totals
+) -> tuple[SyncReport, ParityReport]:
+    """The engines hold `version`, and agree with the trainer. Every rank, together."""
+    report = sync.sync(version)
+    probe = ranks.from_main(lambda: [to_record(rollout) for rollout in gate.probe(version)])
+    parity = gate.compare([from_record(record) for record in probe])
+    totals.see_parity(parity.max_abs_diff)
+    return report, parity
+
+
+def _journaled(journal: Journal, position: int, version: int) -> RolloutBatch | None:
+    """The batch that a killed run had drawn for this step; None where it is to be drawn anew."""
+    entry, batch = journal.read(position), None
+    if entry is not None:
+        drawn = RolloutBatch(step=position, prompt_indices=entry.prompt_indices, rollouts=entry.rollouts)
+        batch = drawn if _versions(drawn) == {version} else None
+    is_known: bool = ranks.from_main(lambda: batch is not None)
+    if is_known and batch is None:
+        raise EnvironmentProblem(
+            f"ppo step {version + 1}: rank {ranks.rank()} does not see the journal that rank 0 sees; outputs "
+            "must be one file system for all workers"
+        )
+    return batch if is_known else None
+
+
+def _commit(
+    journal: Journal, batch: RolloutBatch, packs: Sequence[RolloutPack], judgements: Sequence[Judgement]
+) -> None:
+    """On the disk before the update: a kill in it replays these rollouts and draws no others."""
+    if not ranks.is_main():
+        return
+    scores = {
+        rollout.request_id: score
+        for pack, judgement in zip(packs, judgements, strict=True)
+        for rollout, score in zip(pack.rollouts, judgement.scores_B.tolist(), strict=True)
+    }
+    journal.write(
+        JournalEntry(
+            step=batch.step,
+            prompt_indices=batch.prompt_indices,
+            rollouts=batch.rollouts,
+            scores=tuple(scores[rollout.request_id] for rollout in batch.rollouts),
+        )
+    )
 
 
 def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[tuple[int, ...], ...], int]:
@@ -209,21 +309,18 @@ def _controller(config: PPOConfig) -> KlController:
     return AdaptiveKl(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
 
 
+def _versions(batch: RolloutBatch) -> set[int]:
+    """The weight versions that drew the tokens of a batch."""
+    return {drawn for rollout in batch.rollouts for drawn in rollout.weight_versions}
+
+
 def _check_versions(batch: RolloutBatch, version: int) -> None:
     """In sync mode every token of a batch was drawn by the weights of the last sync."""
-    drawn_by = {drawn for rollout in batch.rollouts for drawn in rollout.weight_versions}
+    drawn_by = _versions(batch)
     if drawn_by != {version}:
         raise WeightSyncError(
             f"ppo step {batch.step + 1}: tokens were drawn by weight versions {sorted(drawn_by)}, "
             f"not {version}"
-        )
-
-
-def _stop_if_kl_exploded(step: int, summary: Mapping[str, float], config: PPOConfig) -> None:
-    if "rollout/kl" in summary and summary["rollout/kl"] > config.max_kl:
-        raise TrainingStopped(
-            f"ppo step {step + 1}: KL to the reference is {summary['rollout/kl']:.1f} nats per response, "
-            f"above ppo.max_kl {config.max_kl:g}; raise ppo.kl_coef or lower ppo.lr"
         )
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from stages.config import PretrainSettings
-from stages.data.batches import BatchOrder, stage_seed
+from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer
 from stages.data.shards import TokenShards, heldout_sequences
 from stages.objectives.losses import causal_lm_loss_sum, target_mask
 from stages.runtime import Runtime
+from stages.training import ranks
 from stages.training.distributed import Worker, launch, place
 from stages.training.evaluation import perplexity
 from stages.training.fit import fit, num_steps
@@ -80,10 +81,9 @@ def train(
 
     # 3. Train.
     def batch_of(step: int) -> list[Rows]:
-        ids_BN = torch.from_numpy(np.stack([shards.row(index) for index in order.indices(step)])).to(
-            worker.device
-        )
-        num_targets = ids_BN.shape[0] * (ids_BN.shape[1] - 1)
+        mine = rank_share(order.indices(step), worker.rank, worker.world_size)
+        ids_BN = torch.from_numpy(np.stack([shards.row(index) for index in mine])).to(worker.device)
+        num_targets = config.batch_size * (ids_BN.shape[1] - 1)
         return [
             Rows(input_ids_RN=rows, num_targets=num_targets) for rows in ids_BN.split(config.micro_batch_size)
         ]
@@ -92,7 +92,7 @@ def train(
         optimizer,
         config,
         max_steps=max_steps,
-        work_dir=worker.runtime.work_dir,
+        runtime=worker.runtime,
         batch_of=batch_of,
         loss_of=lambda rows: _loss(model, rows),
     )
@@ -100,14 +100,14 @@ def train(
     # 4. Held-out perplexity, and the model directory.
     heldout = heldout_sequences(inputs["prepare"], settings.model.context_length)
     metrics = {
-        "loss_final": result.loss_final,
-        "tokens_per_second": result.tokens_per_second,
-        "steps": float(result.steps),
+        **result.metrics(),
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
         "perplexity_heldout": perplexity(model, heldout, device=worker.device),
     }
-    save_model(model, out_dir, full_state(model))
-    chat.save(out_dir)
+    state = full_state(model)
+    if ranks.is_main():
+        save_model(model, out_dir, state)
+        chat.save(out_dir)
     return metrics
 
 

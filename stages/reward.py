@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rollout.api import RolloutRequest, Sampling
+from stages.bundles import rollout_of
 from stages.config import RewardSettings
-from stages.data.batches import BatchOrder, content_share, stage_seed
+from stages.data.batches import BatchOrder, content_share, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, PairIds, truncate_pair
 from stages.data.packing import plan_packs
 from stages.data.readers import read_pairs
@@ -25,7 +26,8 @@ from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
 from stages.rollout_source import ENGINE_DTYPE, open_engines
 from stages.runtime import Runtime
-from stages.training.distributed import Worker, launch, place
+from stages.training import ranks
+from stages.training.distributed import Worker, launch, place, placed
 from stages.training.fit import fit, num_steps
 from stages.training.forwards import scores_in_packs, sequence_scores, with_end
 from stages.training.models import (
@@ -87,7 +89,8 @@ def run(
 
     TrainingStopped (exit 5) when a gate is not met.
     """
-    return launch(train, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
+    with placed(runtime, rollout_of(settings)) as in_place:
+        return launch(train, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
 
 
 def train(
@@ -121,9 +124,9 @@ def train(
         optimizer,
         config,
         max_steps=max_steps,
-        work_dir=worker.runtime.work_dir,
+        runtime=worker.runtime,
         batch_of=lambda step: _micro_batches(
-            [examples.train[index] for index in order.indices(step)], config.micro_batch_size
+            [examples.train[index] for index in order.indices(step)], config.micro_batch_size, worker
         ),
         loss_of=lambda pairs: _loss(model, pairs, ranked, worker.device),
         observe=ranked.take,
@@ -132,9 +135,7 @@ def train(
     # 4. Held-out accuracy, normaliser, gates.
     model.eval()
     metrics = {
-        "loss_final": result.loss_final,
-        "tokens_per_second": result.tokens_per_second,
-        "steps": float(result.steps),
+        **result.metrics(),
         "pairs": float(len(examples.train)),
         "pairs_heldout": float(len(examples.heldout)),
         "pairs_dropped": float(examples.num_dropped),
@@ -147,9 +148,11 @@ def train(
     _check_gates(settings, metrics)
 
     # 5. The model directory.
-    save_model(model, out_dir, full_state(model))
-    normaliser.save(out_dir)
-    chat.save(out_dir)
+    state = full_state(model)
+    if ranks.is_main():
+        save_model(model, out_dir, state)
+        normaliser.save(out_dir)
+        chat.save(out_dir)
     return metrics
 
 
@@ -187,10 +190,12 @@ def _group(pair: Pair, column: str | None) -> str | None:
     return str(pair.row[column])
 
 
-def _micro_batches(examples: Sequence[Example], micro_batch_size: int) -> list[Pairs]:
-    plan = plan_packs([len(example.chosen) + len(example.rejected) for example in examples], micro_batch_size)
+def _micro_batches(examples: Sequence[Example], micro_batch_size: int, worker: Worker) -> list[Pairs]:
+    """This rank's share of a step's `examples`."""
+    mine = rank_share(examples, worker.rank, worker.world_size)
+    plan = plan_packs([len(example.chosen) + len(example.rejected) for example in mine], micro_batch_size)
     return [
-        Pairs(examples=tuple(examples[index] for index in members), num_pairs=len(examples))
+        Pairs(examples=tuple(mine[index] for index in members), num_pairs=len(examples))
         for members in plan.packs
     ]
 
@@ -223,12 +228,13 @@ class _RankedShare:
         self._differences.append(chosen_P - rejected_P)
 
     def take(self) -> dict[str, float]:
+        """Every rank, together."""
         differences = torch.cat(self._differences)
         self._differences = []
-        return {
-            "train/accuracy": float((differences > 0).float().mean()),
-            "train/margin": float(differences.mean()),
-        }
+        right, total, number = ranks.sums(
+            float((differences > 0).sum()), float(differences.double().sum()), len(differences)
+        )
+        return {"train/accuracy": right / number, "train/margin": total / number}
 
 
 @torch.no_grad()
@@ -293,17 +299,20 @@ def _normaliser_sequences(
         )
         for index, prompt in enumerate(fitting)
     ]
-    with open_engines(
-        settings.rollout,
-        model_dir=source,
-        dtype=ENGINE_DTYPE[config.precision],
-        max_model_len=settings.model.context_length,
-        runtime=runtime,
-    ) as client:
-        rollouts = client.generate(requests)
+
+    def sampled() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        with open_engines(
+            settings.rollout,
+            model_dir=source,
+            dtype=ENGINE_DTYPE[config.precision],
+            max_model_len=settings.model.context_length,
+            runtime=runtime,
+        ) as client:
+            return [(rollout.prompt_ids, rollout.response_ids) for rollout in client.generate(requests)]
+
     return [
-        (*rollout.prompt_ids, *with_end(rollout.response_ids, chat.end_of_turn_id, chat.stop_token_ids))
-        for rollout in rollouts
+        (*prompt, *with_end(response, chat.end_of_turn_id, chat.stop_token_ids))
+        for prompt, response in ranks.from_main(sampled)
     ]
 
 

@@ -7,6 +7,7 @@
 it on a thread. Nothing depends on iterator state: what step `s` samples is a function of the seed and `s`.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rollout.config import EngineConfig
 from rollout.engines import open_engine
 from rollout.errors import EngineError, raise_expected
 from rollout.loop import LoopThread
+from stages.bundles import bundles_of
 from stages.data.batches import BatchOrder, stage_seed
 from stages.runtime import Runtime
 
@@ -60,11 +62,17 @@ class RolloutSource:
             batch_size=plan.num_prompts,
             seed=stage_seed(plan.seed, "ppo", "prompts"),
         )
+        self._drawing: tuple[int, asyncio.Future[RolloutBatch]] | None = None
 
     async def next(self, step: int) -> RolloutBatch:
-        """The rollouts of iteration `step` (0-based), sampled under the weights now in force. Raises
-        EngineError.
+        """The rollouts of iteration `step` (0-based), sampled under the weights now in force. Every rank of a
+        trainer asks; they are drawn once. Raises EngineError.
         """
+        if self._drawing is None or self._drawing[0] != step:
+            self._drawing = step, asyncio.ensure_future(self._draw(step))
+        return await asyncio.shield(self._drawing[1])
+
+    async def _draw(self, step: int) -> RolloutBatch:
         plan = self._plan
         drawn = [index for index in self._order.indices(step) for _ in range(plan.samples_per_prompt)]
         requests = [self._request(step, position, index) for position, index in enumerate(drawn)]
@@ -154,6 +162,8 @@ def open_engines(
             max_model_len=max_model_len,
             log_dir=log_dir,
             num_gpus_each=runtime.resources.num_gpus_per_engine,
+            num_cpus_each=runtime.resources.num_cpus_per_engine,
+            places=_places(config, runtime),
         )
         client = EngineClient(pool, config, None)
     else:
@@ -174,6 +184,21 @@ def open_engines(
             client.close()
         raise
     client.close()
+
+
+def _places(config: EngineConfig, runtime: Runtime) -> list[Any]:
+    """Ray's scheduling strategy for each engine: its bundle of the stage's group, or any node."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    bundles = bundles_of(runtime.stage, runtime.resources, config)
+    indices = [bundles.engine_index(engine) for engine in range(config.num_engines)]
+    assert runtime.group is not None, f"{runtime.stage}: engines are opened inside `placed(runtime, rollout)`"
+    return [
+        "SPREAD"
+        if index is None
+        else PlacementGroupSchedulingStrategy(runtime.group, placement_group_bundle_index=index)
+        for index in indices
+    ]
 
 
 @contextlib.contextmanager

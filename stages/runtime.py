@@ -5,7 +5,7 @@ Owns: `Runtime` and the resource settings. Light import.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ class StageResources(Section):
     """CPUs Ray reserves per worker; a worker computes with all cores of its machine."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs per worker; 0 trains on the CPU."""
+    num_cpus_per_engine: float = Field(default=0.0, ge=0)
+    """CPUs Ray reserves per rollout engine of this stage; 0: it takes turns with a worker."""
     num_gpus_per_engine: float = Field(default=0.0, ge=0)
     """GPUs per rollout engine of this stage; a fraction shares one with a worker."""
 
@@ -37,6 +39,7 @@ class Runtime:
     placement_timeout_s: float  # deadline for Ray to place this stage's workers
     num_threads: int  # cores this stage may compute with: fewer where stages run side by side
     stop_file: Path  # exists once the run was asked to stop: leave at the next step boundary, state saved
+    group: Any = None  # on Ray, once the stage is placed: the placement group of its workers and engines
 
     def stop_requested(self) -> bool:
         """Whether the driver was told to stop (SIGINT, SIGTERM). A file: seen on every node of a cluster."""

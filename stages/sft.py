@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from stages.config import SFTSettings
-from stages.data.batches import BatchOrder, stage_seed
+from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, Rendered, truncate
 from stages.data.packing import PackedRow, pack, plan_packs
 from stages.data.readers import read_conversations
 from stages.errors import DataError
 from stages.objectives.logprobs import token_logprobs
 from stages.runtime import Runtime
+from stages.training import ranks
 from stages.training.distributed import Worker, launch, place
 from stages.training.fit import fit, num_steps
 from stages.training.models import (
@@ -83,9 +84,9 @@ def train(
         optimizer,
         config,
         max_steps=max_steps,
-        work_dir=worker.runtime.work_dir,
+        runtime=worker.runtime,
         batch_of=lambda step: _micro_batches(
-            [examples[index] for index in order.indices(step)], config.micro_batch_size, worker.device
+            [examples[index] for index in order.indices(step)], config.micro_batch_size, worker
         ),
         loss_of=lambda conversations: _loss(model, conversations),
     )
@@ -97,12 +98,12 @@ def train(
         stop_token_ids=chat.stop_token_ids,
         pad_token_id=chat.pad_token_id,
     )
-    save_model(model, out_dir, full_state(model))
-    chat.save(out_dir)
+    state = full_state(model)
+    if ranks.is_main():
+        save_model(model, out_dir, state)
+        chat.save(out_dir)
     return {
-        "loss_final": result.loss_final,
-        "tokens_per_second": result.tokens_per_second,
-        "steps": float(result.steps),
+        **result.metrics(),
         "conversations": float(len(examples)),
         "conversations_dropped": float(num_dropped),
     }
@@ -125,11 +126,13 @@ def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered
 
 
 def _micro_batches(
-    examples: Sequence[Rendered], micro_batch_size: int, device: torch.device
+    examples: Sequence[Rendered], micro_batch_size: int, worker: Worker
 ) -> list[Conversations]:
+    """This rank's share of a step's `examples`, packed."""
     num_targets = sum(sum(example.mask) for example in examples)
-    plan = plan_packs([len(example.ids) for example in examples], micro_batch_size)
-    return [_packed([examples[index] for index in members], num_targets, device) for members in plan.packs]
+    mine = rank_share(examples, worker.rank, worker.world_size)
+    plan = plan_packs([len(example.ids) for example in mine], micro_batch_size)
+    return [_packed([mine[index] for index in members], num_targets, worker.device) for members in plan.packs]
 
 
 def _packed(examples: Sequence[Rendered], num_targets: int, device: torch.device) -> Conversations:

@@ -1,4 +1,4 @@
-"""Recipes run in the test's own process: no Ray, two threads, everything under one directory."""
+"""The surroundings of recipes in tests: in the test's own process, or in workers of a Ray that is running."""
 
 from pathlib import Path
 
@@ -8,17 +8,20 @@ from stages.runtime import Runtime, StageResources
 from stages.training.distributed import Worker
 
 
-def runtime_in(directory: Path, stage: str) -> Runtime:
-    """A stage's surroundings under `directory`: work, logs, and an empty `out` beside them."""
+def runtime_in(directory: Path, stage: str, *, num_workers: int = 0) -> Runtime:
+    """A stage's surroundings under `directory`: work, logs, and an empty `out` beside them.
+
+    No workers: inline, in this process.
+    """
     for name in ("work", "logs", "out"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     return Runtime(
         stage=stage,
         work_dir=directory / "work",
         log_dir=directory / "logs",
-        resources=StageResources(),
-        executor="inline",
-        placement_timeout_s=30,
+        resources=StageResources(num_workers=max(1, num_workers)),
+        executor="ray" if num_workers else "inline",
+        placement_timeout_s=120,
         num_threads=2,
         stop_file=directory / "stop",
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,24 +11,25 @@ import torch
 from blake3 import blake3
 from fakes import FakeEngine
 from inline import runtime_in, worker_in
+from ppo_inputs import EOS, ppo_inputs, some_rollouts
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from rollout.api import Rollout
 from rollout.config import EngineConfig
 from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
-from stages.errors import ModelError, TrainingStopped
+from stages.errors import Interrupted, ModelError, TrainingStopped
 from stages.ppo import run
 from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
+from stages.training.health import Health
 from stages.training.metrics import read_steps
-from stages.training.models import ScoreNormaliser, full_state, reward_from_causal_lm, save_model
+from stages.training.optimize import Optimizer
 from stages.training.ppo_models import judge, load_ppo_models
 from stages.training.ppo_update import Learner
 
 CPU = torch.device("cpu")
-PAD, EOS, OTHER_STOP = 0, 2, 301
+OTHER_STOP = 301
 ENDS = {"end_of_turn_id": EOS, "stop_token_ids": (EOS, OTHER_STOP)}
 CONFIG = PPOConfig(
     data=[DataSource(path="unused")],
@@ -46,43 +48,17 @@ CONFIG = PPOConfig(
 
 @pytest.fixture(scope="module")
 def inputs(tied_model_dir, tmp_path_factory):
-    """An sft model and a reward model on its body."""
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("reward")
-    model = reward_from_causal_lm(tied_model_dir, pad_token_id=PAD)
-    save_model(model, directory, full_state(model))
-    ScoreNormaliser(mean=0.1, std=1.5).save(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (tied_model_dir / name).exists():
-            (directory / name).write_bytes((tied_model_dir / name).read_bytes())
-    return {"sft": tied_model_dir, "reward": directory}
-
-
-def some_rollouts(count=8) -> list[Rollout]:
-    generator = torch.Generator().manual_seed(5)
-    rollouts = []
-    for index in range(count):
-        length = 2 + index % 5
-        response = torch.randint(5, 300, (length,), generator=generator).tolist()
-        ended = index % 3 != 0
-        rollouts.append(
-            Rollout(
-                request_id=str(index),
-                prompt_ids=tuple(torch.randint(5, 300, (3 + index % 2,), generator=generator).tolist()),
-                response_ids=tuple([*response[:-1], EOS] if ended else response),
-                logprobs=(-1.0,) * length,
-                finish_reason="stop" if ended else "length",
-                weight_versions=(0,) * length,
-                seed=index,
-            )
-        )
-    return rollouts
+    return ppo_inputs(tied_model_dir, tmp_path_factory.mktemp("reward"))
 
 
 def judged_batch(inputs, tmp_path, config=CONFIG):
     models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
     packs = pack_rollouts(some_rollouts(), micro_batch_size=config.micro_batch_size, max_length=6, device=CPU)
     return models, packs, [judge(models, pack, config, **ENDS) for pack in packs]
+
+
+def learner_of(models, config, tmp_path):
+    return Learner(models, config, seed=0, health=Health(config.health, runtime_in(tmp_path, "ppo")))
 
 
 def test_pin_10_the_ids_that_are_trained_on_are_the_engines_and_never_encoded_again(tied_model_dir):
@@ -156,7 +132,7 @@ def test_pin_13_ppo_scores_a_response_as_if_it_had_ended_with_the_end_of_turn_ho
 def test_pin_4_the_first_ratio_is_exactly_one_and_close_to_it_under_another_split(inputs, tmp_path):
     models, packs, judgements = judged_batch(inputs, tmp_path)
     experiences, _ = assemble(packs, judgements, CONFIG, kl_coef=0.05)
-    metrics = Learner(models, CONFIG, seed=0).update(0, experiences, kl_coef=0.05)
+    metrics = learner_of(models, CONFIG, tmp_path).update(0, experiences, kl_coef=0.05)
     assert metrics["ppo/ratio_first"] == 0.0
 
     models, _, _ = judged_batch(inputs, tmp_path)
@@ -184,7 +160,7 @@ def test_pin_4_with_one_update_per_batch_the_anchor_is_the_detached_policy(input
     models, packs, judgements = judged_batch(inputs, tmp_path, config)
     experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
     spoiled = [replace(item, anchor_logprobs_BT=item.anchor_logprobs_BT - 3) for item in experiences]
-    metrics = Learner(models, config, seed=0).update(0, spoiled, kl_coef=0.05)
+    metrics = learner_of(models, config, tmp_path).update(0, spoiled, kl_coef=0.05)
     assert metrics["ppo/ratio_first"] == 0.0 and metrics["ppo/clip_fraction"] == 0.0
 
 
@@ -280,7 +256,7 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
         judgements = [judge(models, pack, config, **ENDS) for pack in packs]
         experiences, _ = assemble(packs, judgements, config, kl_coef=kl_coef)
         silent = [replace(item, advantages_BT=torch.zeros_like(item.advantages_BT)) for item in experiences]
-        learner = Learner(models, config, seed=0)
+        learner = learner_of(models, config, tmp_path)
         for step in range(3):
             learner.update(step, silent, kl_coef=kl_coef)
         after = torch.cat([judge(models, pack, config, **ENDS).kl_B for pack in packs])
@@ -292,7 +268,7 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
 def test_pin_30_the_move_of_an_update_and_the_kl_to_the_reference_are_two_metrics(inputs, tmp_path):
     models, packs, judgements = judged_batch(inputs, tmp_path)
     experiences, summary = assemble(packs, judgements, CONFIG, kl_coef=0.05)
-    metrics = Learner(models, CONFIG, seed=0).update(0, experiences, kl_coef=0.05)
+    metrics = learner_of(models, CONFIG, tmp_path).update(0, experiences, kl_coef=0.05)
     assert summary["rollout/kl"] == pytest.approx(0.0, abs=1e-5)
     assert metrics["ppo/approx_kl"] > 1e-6
 
@@ -311,7 +287,7 @@ def test_value_warm_up_leaves_the_policy_alone(inputs, tmp_path):
     experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
     policy = {name: value.clone() for name, value in models.policy.state_dict().items()}
     value = models.value_model.head.weight.detach().clone()
-    Learner(models, config, seed=0).update(0, experiences, kl_coef=0.05)
+    learner_of(models, config, tmp_path).update(0, experiences, kl_coef=0.05)
     assert all(torch.equal(policy[name], tensor) for name, tensor in models.policy.state_dict().items())
     assert not torch.equal(value, models.value_model.head.weight)
 
@@ -411,6 +387,79 @@ def test_pin_29_the_adaptive_kl_coef_goes_on_where_a_killed_run_left_it(
     _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
     assert coefs(tmp_path / "whole") == pytest.approx([0.5, 0.4, 0.32])
     assert coefs(tmp_path / "killed") == coefs(tmp_path / "whole")
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
+
+
+def test_a_run_killed_in_its_update_replays_the_journal_and_samples_nothing_again(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    """The third batch waits in the journal, and the second: its checkpoint is gone, too."""
+    settings = settings_for(prompts, max_steps=4, checkpoint_every_steps=1)
+    drawn = []
+    draw = RolloutSource._draw
+
+    async def counting(self, step):
+        drawn.append(step)
+        return await draw(self, step)
+
+    monkeypatch.setattr(RolloutSource, "_draw", counting)
+    _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+    assert drawn == [0, 1, 2, 3]
+    run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
+    shutil.rmtree(tmp_path / "killed" / "work" / "checkpoints" / "step-000002")
+    drawn.clear()
+    _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
+    assert drawn == [3]
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
+
+
+def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_kill_changes_nothing(
+    inputs, prompts, tmp_path, monkeypatch, caplog
+):
+    """No loss on the batch of position 1 is a number: back to step 1, on with position 2."""
+    settings = settings_for(prompts, checkpoint_every_steps=1)
+    positions = []
+    draw, take_step = RolloutSource._draw, Optimizer.take_step
+
+    async def remembering(self, step):
+        positions.append(step)
+        return await draw(self, step)
+
+    def spoiled(self, step, packs, loss_of, accepts):
+        bad = torch.nan if positions[-1] == 1 else 1.0
+        return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
+
+    monkeypatch.setattr(RolloutSource, "_draw", remembering)
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimizer, "take_step", spoiled)
+        metrics, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+        assert positions == [0, 1, 2, 3] and metrics["steps_skipped"] == 4.0
+        assert "ppo step 2: 4 bad steps in a row; back to step 1, leaving out the 1 batches" in caplog.text
+        run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
+        _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
+    lines = read_steps(tmp_path / "whole" / "work" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train/skipped_steps"] == 4.0
+
+
+def test_a_run_that_is_asked_to_stop_saves_its_state_behind_the_iteration_and_goes_on_in_the_same_bits(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    settings = settings_for(prompts, checkpoint_every_steps=50)
+    _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+    update = Learner.update
+
+    def stopping(self, step, experiences, *, kl_coef):
+        if step == 1:
+            (tmp_path / "stopped" / "stop").touch()
+        return update(self, step, experiences, kl_coef=kl_coef)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", stopping)
+        with pytest.raises(Interrupted, match="ppo: stopped at step 2 of 3, state saved"):
+            run_in(tmp_path / "stopped", settings, inputs)
+    (tmp_path / "stopped" / "stop").unlink()
+    _, resumed, resumed_rollouts = run_in(tmp_path / "stopped", settings, inputs)
     assert (resumed, resumed_rollouts) == (whole, rollouts)
 
 

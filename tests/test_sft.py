@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inline import runtime_in
+from inline import runtime_in, worker_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import sft
@@ -14,7 +14,6 @@ from stages.data.chat import ChatTokenizer
 from stages.training.metrics import read_steps
 from stages.training.models import load_causal_lm
 
-CPU = torch.device("cpu")
 EOS = 2
 CONVERSATIONS = [
     [("user", "the cat"), ("assistant", "sat on the mat")],
@@ -80,12 +79,12 @@ def loss_token_by_token(model_dir: Path, *, shift: int = 1) -> tuple[float, torc
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
 def test_pin_12_loss_and_gradient_are_those_of_a_loop_over_conversations_and_assistant_tokens(
-    tied_model_dir, settings, micro_batch_size
+    tied_model_dir, settings, tmp_path, micro_batch_size
 ):
     chat = ChatTokenizer.load(tied_model_dir)
     examples, num_dropped = sft._examples(settings, chat)
     model = load_causal_lm(tied_model_dir)
-    micro_batches = sft._micro_batches(examples, micro_batch_size, CPU)
+    micro_batches = sft._micro_batches(examples, micro_batch_size, worker_in(tmp_path, "sft"))
     loss = torch.stack([sft._loss(model, micro_batch) for micro_batch in micro_batches]).sum()
     loss.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -103,14 +102,14 @@ def test_pin_12_a_shift_of_none_or_two_would_be_seen(tied_model_dir):
 
 
 def test_pin_12_trained_are_the_assistants_tokens_and_its_end_of_turn_and_no_first_token_of_a_pack(
-    tied_model_dir, settings
+    tied_model_dir, settings, tmp_path
 ):
     chat = ChatTokenizer.load(tied_model_dir)
     examples, _ = sft._examples(settings, chat)
     for example, conversation in zip(examples, CONVERSATIONS, strict=True):
         ids, trained = tokens_and_trained(tied_model_dir, conversation)
         assert (list(example.ids), list(example.mask)) == (ids, trained)
-    (packed,) = sft._micro_batches(examples, len(examples), CPU)
+    (packed,) = sft._micro_batches(examples, len(examples), worker_in(tmp_path, "sft"))
     said = packed.row.input_ids_1N[0, packed.token_K].tolist()
     assert said.count(EOS) == sum(role == "assistant" for turns in CONVERSATIONS for role, _ in turns)
     assert packed.num_targets == len(said) and not set(packed.row.starts) & set(packed.token_K.tolist())

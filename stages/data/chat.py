@@ -5,8 +5,8 @@
 
 Markers may become special tokens; message content never does, whatever it spells. The mask covers what the
 assistant has to produce: its content and the end-of-turn token. Owns tokenizer, template, stop tokens and
-truncation. Does not own batches. Tokenizers must be byte-level, or otherwise add nothing at the start of a
-text: pieces are joined.
+truncation. Does not own batches, nor how a template is run (templates). Tokenizers must be byte-level, or
+otherwise add nothing at the start of a text: pieces are joined.
 """
 
 import json
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blake3 import blake3
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stages.data.records import Message
+from stages.data.templates import render as render_template
 from stages.errors import ModelError
 
 END_OF_TEXT, IM_START, IM_END, PAD = SPECIAL_TOKENS = (
@@ -40,6 +40,8 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+MAX_TEMPLATE_BYTES = 2**20
 
 _logger = logging.getLogger(__name__)
 _PAD = "\x0c"  # white space that no template writes: where it is gone, the template trimmed the content
@@ -132,8 +134,10 @@ class ChatTokenizer:
         Raises ModelError.
         """
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), revision=revision or "main")
-        except (OSError, ValueError) as error:
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(directory), revision=revision or "main", trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers has no errors of its own, and a broken file brings up any
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{directory}: no tokenizer that can be loaded ({reason})") from error
         source = None if template is None else read_template(template)
@@ -324,13 +328,17 @@ class ChatTokenizer:
     def _template_pieces(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> list[_Piece]:
         """Run the template with placeholders for contents and cut its output at them."""
         messages = [{"role": role, "content": _placeholder(index)} for index, role in enumerate(roles)]
+        variables = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+        }
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ModelError(f"the chat template fails on the roles {', '.join(roles)}: {error}") from error
-        assert isinstance(text, str)
+            text = render_template(self.template, variables)
+        except ModelError as error:
+            raise ModelError(f"the chat template fails on the roles {_in_short(roles)}: {error}") from error
         pieces: list[_Piece] = []
         at = 0
         for found in _PLACEHOLDER.finditer(text):
@@ -360,6 +368,10 @@ class ChatTokenizer:
                 "the chat template writes no end-of-turn token after the assistant; set model.chat_template"
             )
         return text, token
+
+
+def _in_short(roles: Sequence[str]) -> str:
+    return ", ".join(roles[:8]) + (f" and {len(roles) - 8} more" if len(roles) > 8 else "")
 
 
 _QUESTION, _ANSWER = Message(role="user", content="x"), Message(role="assistant", content="x")
@@ -414,8 +426,12 @@ def _encoders(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[Tokeni
 def read_template(path: Path) -> str:
     """A chat template file. Raises ModelError."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            source = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(source) > MAX_TEMPLATE_BYTES:
+            raise ModelError(f"model.chat_template: {path}: more than {MAX_TEMPLATE_BYTES >> 20} MiB")
+        return source.decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ModelError(f"model.chat_template: cannot read {path}: {error}") from error
 
 
@@ -425,8 +441,13 @@ def _configured_stops(directory: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         if path.is_file():
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            stops += [] if eos is None else [eos] if isinstance(eos, int) else eos
+            match json.loads(path.read_text(encoding="utf-8")):
+                case {"eos_token_id": int(eos)}:
+                    stops.append(eos)
+                case {"eos_token_id": [*several]} if all(isinstance(eos, int) for eos in several):
+                    stops += several
+                case {"eos_token_id": eos} if eos is not None:
+                    raise ModelError(f"{path}: eos_token_id is no token id, nor a list of them")
     return stops
 
 

@@ -118,6 +118,17 @@ def minibatches(packs: Sequence[T], *, packs_per_step: int, seed: int) -> list[l
     return [order[start : start + packs_per_step] for start in range(0, len(order), packs_per_step)]
 
 
+def _repeated_share(responses: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Mean over the responses of the share of n-grams that stood earlier in the same response; 0 for shorter
+    ones.
+    """
+    shares = []
+    for ids in responses:
+        grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares)
+
+
 def _packed(rollouts: Sequence[Rollout], max_length: int, device: torch.device) -> RolloutPack:
     packed = pack_responses(
         [rollout.prompt_ids for rollout in rollouts],
@@ -186,6 +197,9 @@ def _summary(
         "rollout/score_std": float(scores_B.std(unbiased=False)),
         "rollout/length": float(mask_BT.sum(-1).float().mean()),
         "rollout/truncated": float(torch.cat([pack.truncated_B for pack in packs]).float().mean()),
+        "rollout/repeated": _repeated_share(
+            [rollout.response_ids for pack in packs for rollout in pack.rollouts]
+        ),
         "rollout/entropy": float(masked_stats(values=entropies_BT, mask=mask_BT).mean),
         "rollout/kl_coef": kl_coef,
         "rollout/engine_max_abs_diff": float((anchor_BT - rollout_BT)[mask_BT].abs().max()),

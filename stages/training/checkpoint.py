@@ -1,34 +1,121 @@
 """Checkpoints of unfinished training: torch DCP, so that they load on any number of workers.
 
-    save: step-000040.tmp/ (DCP files, then checkpoint.json with every digest) --rename--> step-000040/
-    restore: newest whose digests hold; a damaged one costs one line and the one before it is taken
+    save: free space? -> step-000040.tmp/ (DCP files, then checkpoint.json) --fsync, rename--> step-000040/
+    restore: newest whose record and digests hold; a damaged one costs one line and the one before it is taken
 
 Owns: `work_dir/checkpoints/`. Data order and generators are functions of the step, so a step number is all
-else there is to resume; small numbers a recipe needs besides travel in `extra`.
+else there is to resume; small numbers a recipe needs besides travel in `extra`. Torch's own generator is kept
+too, though nothing here draws from it. With several ranks every public method is a collective: rank 0 looks
+at the disk and decides, all ranks read and write tensors, and all raise alike.
+
+DCP keeps its index and all that is no tensor as pickles. They are read only after every byte was compared
+with the record. Digests tell damage; against somebody who may write to `outputs/` they are no defence.
 """
 
+import contextlib
+import errno
 import json
 import logging
-import os
+import math
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from blake3 import blake3
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
+from rollout.errors import EnvironmentProblem
+from stages.data.durable import UNFINISHED, disk_line, disk_problems, file_digest, sync
+from stages.training import ranks
 from stages.training.optimize import Optimizer
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+SCHEMA_VERSION = 1
 RECORD_FILE = "checkpoint.json"
+DIRECTORY_NAME = re.compile(r"step-(\d{6,})")
+DAMAGED = ".damaged"
+"""Added to the name of a checkpoint that did not hold: it may be looked at, and is not tried again."""
+REPLACED = f".replaced{UNFINISHED}"
+FREE_SPACE_FACTOR = 1.1
+ENTRY_OVERHEAD_BYTES = 2048
+"""At most, of the archive that DCP makes of each tensor or number, and its place in the index (measured: 1.8
+KiB).
+"""
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+class OtherSchema(Exception):
+    """A checkpoint of another version of this code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A checkpoint whose record and files hold."""
+
+    step: int
+    directory: Path
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """`checkpoint.json`: what a checkpoint is, and every byte of it."""
+
+    schema_version: int
+    owner: str  # name of the work directory, <stage>-<fingerprint>: a checkpoint of another stage is not ours
+    step: int  # optimizer steps taken; the directory is named by it
+    score: float | None  # higher is better
+    extra: dict[str, Any]
+    world_size: int
+    torch_version: str
+    files: dict[str, list[Any]]  # name -> [bytes, blake3]
+
+    def text(self) -> str:
+        """Canonical JSON with a digest over itself: the only text that `read` accepts."""
+        content = asdict(self)
+        digest = blake3(_canonical(content).encode()).hexdigest()
+        return _canonical(content | {"blake3": digest}) + "\n"
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """The record of `directory`, its files not compared. Raises Damaged, OtherSchema."""
+        try:
+            text = (directory / RECORD_FILE).read_text(encoding="utf-8")
+            content = json.loads(text)
+        except FileNotFoundError as error:
+            raise Damaged(f"{RECORD_FILE}: missing") from error
+        except (ValueError, RecursionError, IsADirectoryError) as error:
+            raise Damaged(f"{RECORD_FILE}: not a record") from error
+        if not isinstance(content, dict) or type(content.get("schema_version")) is not int:
+            raise Damaged(f"{RECORD_FILE}: not a record")
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise OtherSchema(
+                f"checkpoint of schema version {content['schema_version']}, this code reads {SCHEMA_VERSION}"
+            )
+        content.pop("blake3", None)
+        if content.keys() != {field.name for field in fields(cls)}:
+            raise Damaged(f"{RECORD_FILE}: not a record")
+        record = cls(**content)
+        if record.text() != text:
+            raise Damaged(f"{RECORD_FILE}: not the record that was written")
+        return record
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of one stage.
+    """The last `keep` checkpoints of one stage, and the best of all.
 
     Example:
         checkpoints = Checkpoints(runtime.work_dir, keep=2)
@@ -37,77 +124,349 @@ class Checkpoints:
 
     def __init__(self, work_dir: Path, *, keep: int = 2) -> None:
         self._dir = work_dir / "checkpoints"
-        self._dir.mkdir(parents=True, exist_ok=True)
+        self._owner = work_dir.name
         self._keep = keep
+        with disk_problems(self._dir):
+            self._dir.mkdir(parents=True, exist_ok=True)
+            if ranks.is_main():
+                sync(work_dir)
+                self._drop_unfinished()
 
-    def save(self, step: int, parts: Mapping[str, Optimizer], extra: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Optimizer],
+        extra: Mapping[str, Any],
+        *,
+        score: float | None = None,
+    ) -> None:
         """Write models and optimizers of `parts`, and the JSON numbers of `extra`, as the state after `step`
-        steps.
+        steps. `score`: higher is better; the checkpoint with the highest is never dropped for its age.
+
+        Raises EnvironmentProblem when the disk has no room or refuses; earlier checkpoints are then as they
+        were.
         """
-        final = self._dir / f"step-{step:06d}"
-        unfinished = final.with_suffix(".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        dcp.save(_state_of(parts), checkpoint_id=unfinished, no_dist=not torch.distributed.is_initialized())
-        record = {"step": step, "extra": dict(extra), "files": _digests(unfinished)}
-        _write_synced(unfinished / RECORD_FILE, json.dumps(record))
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        self._drop_old()
+        state = _state_of(parts)
+        needed = _bytes_on_disk(state)
+        unfinished = self._dir / (_name(step) + UNFINISHED)
+        self._on_main(lambda: self._make_room(step, needed))
+        try:
+            _write(state, unfinished)
+            self._on_main(lambda: self._finish(step, unfinished, dict(extra), score))
+        except (OSError, EnvironmentProblem) as error:
+            if ranks.is_main():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise EnvironmentProblem(disk_line(error, unfinished)) from error
+            raise
 
     def restore(self, parts: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
         """Load the newest sound checkpoint into `parts`; its step and `extra`, or (0, {}) when there is
         none.
-        """
-        for directory in reversed(self._finished()):
-            record = _sound_record(directory)
-            if record is None:
-                logger.warning("%s: damaged checkpoint; taking the one before it", directory)
-                continue
-            state = _state_of(parts)
-            dcp.load(state, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
-            for name, part in parts.items():
-                model_state, adamw_state = state[name]["model"], state[name]["adamw"]
-                set_state_dict(
-                    part.model, part.adamw, model_state_dict=model_state, optim_state_dict=adamw_state
-                )
-            return record["step"], record["extra"]
-        return 0, {}
 
-    def _finished(self) -> list[Path]:
-        return sorted(path for path in self._dir.glob("step-*") if path.suffix != ".tmp")
+        One line (a warning) for each one that is passed over. EnvironmentProblem when the disk refuses.
+        """
+        found = self._on_main(self._newest_sound)
+        if found is None:
+            return 0, {}
+        step, extra = found
+        state = _state_of(parts)
+        directory = self._dir / _name(step)
+        with _failures_unwrapped(), disk_problems(directory):
+            dcp.load(state, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
+        for name, part in parts.items():
+            model_state, adamw_state = state[name]["model"], state[name]["adamw"]
+            set_state_dict(part.model, part.adamw, model_state_dict=model_state, optim_state_dict=adamw_state)
+        torch.set_rng_state(state["generators"]["torch"])
+        return step, extra
+
+    def best(self) -> Kept | None:
+        """The sound checkpoint with the highest score, the newest of equals; None when none has a score."""
+        found = self._on_main(self._best_sound)
+        if found is None:
+            return None
+        step, score = found
+        return Kept(step=step, directory=self._dir / _name(step), score=score)
+
+    def _on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns (JSON) on rank 0, on every rank; a problem of the disk is raised on every
+        rank.
+        """
+
+        def attempt() -> list[Any]:
+            try:
+                return [action(), None]
+            except EnvironmentProblem as error:
+                return [None, str(error)]
+            except OSError as error:
+                return [None, disk_line(error, self._dir)]
+
+        result, problem = ranks.from_main(attempt)
+        if problem is not None:
+            raise EnvironmentProblem(problem)
+        return result  # type: ignore[no-any-return]  # from JSON
+
+    def _newest_sound(self) -> list[Any] | None:
+        found = self._finished()
+        for directory in reversed(found):
+            record = self._sound_record(directory)
+            if record is not None:
+                _mention_other_torch(directory, record)
+                return [record.step, record.extra]
+        if found:
+            logger.warning("%s: none of %d can be loaded; starting from step 0", self._dir, len(found))
+        return None
+
+    def _best_sound(self) -> list[Any] | None:
+        scored = [kept for kept in self._readable() if kept.score is not None]
+        for kept in sorted(scored, key=_by_score, reverse=True):
+            record = self._sound_record(kept.directory)
+            if record is not None:
+                return [record.step, record.score]
+        return None
+
+    def _sound_record(self, directory: Path) -> Record | None:
+        """The record of a checkpoint that is as it was written; else one line, and None."""
+        try:
+            return verified(directory, owner=self._owner)
+        except OtherSchema as error:
+            logger.warning("%s: %s; not loaded, and left as it is", directory, error)
+        except Damaged as error:
+            logger.warning("%s: damaged checkpoint: %s; taking the one before it", directory, error)
+            self._move(directory, self._dir / (directory.name + DAMAGED))
+        return None
+
+    def _make_room(self, step: int, needed: int) -> None:
+        """Raises EnvironmentProblem unless `needed` bytes are free once leftovers are gone."""
+        self._drop_unfinished()
+        free = shutil.disk_usage(self._dir).free
+        if free < needed:
+            raise EnvironmentProblem(
+                f"{self._dir}: the checkpoint of step {step} needs {_mib(needed)} and {_mib(free)} are free; "
+                "free some space or set outputs=DIR on another disk, then run again to resume"
+            )
+
+    def _finish(self, step: int, unfinished: Path, extra: dict[str, Any], score: float | None) -> None:
+        """Record what was written, put it on the disk, and give it its name."""
+        files = {name: _measured(path) for name, path in _files_below(unfinished).items()}
+        record = Record(
+            schema_version=SCHEMA_VERSION,
+            owner=self._owner,
+            step=step,
+            score=score if score is not None and math.isfinite(score) else None,
+            extra=extra,
+            world_size=ranks.world_size(),
+            torch_version=torch.__version__,
+            files=files,
+        )
+        (unfinished / RECORD_FILE).write_text(record.text(), encoding="utf-8")
+        for path in (*(unfinished / name for name in (*files, RECORD_FILE)), unfinished):
+            sync(path)
+        final = self._dir / _name(step)
+        if final.exists():
+            self._make_way(final)
+        unfinished.rename(final)
+        sync(self._dir)
+        self._drop_old()
+
+    def _make_way(self, directory: Path) -> None:
+        """Take a checkpoint of the same step out of the way: one of another schema is never deleted."""
+        try:
+            Record.read(directory)
+        except OtherSchema:
+            self._move(directory, self._dir / (directory.name + ".other"))
+        except Damaged:
+            self._move(directory, self._dir / (directory.name + DAMAGED))
+        else:
+            self._move(directory, self._dir / (directory.name + REPLACED))
 
     def _drop_old(self) -> None:
-        for directory in self._finished()[: -self._keep]:
-            shutil.rmtree(directory)
+        """All but the last `keep` and the best."""
+        readable = self._readable()
+        scored = [kept for kept in readable if kept.score is not None]
+        kept_steps = {kept.step for kept in readable[-self._keep :]}
+        if scored:
+            kept_steps.add(max(scored, key=_by_score).step)
+        for kept in readable:
+            if kept.step not in kept_steps:
+                self._move(kept.directory, kept.directory.with_suffix(UNFINISHED))
+        self._drop_unfinished()
+
+    def _drop_unfinished(self) -> None:
+        """What killed saves left; a checkpoint that one had begun to replace gets its name back."""
+        for path in self._dir.glob(f"*{REPLACED}"):
+            final = self._dir / path.name.removesuffix(REPLACED)
+            if not final.exists():
+                path.rename(final)
+        for path in self._dir.glob(f"*{UNFINISHED}"):
+            _remove(path)
+
+    def _readable(self) -> list[Kept]:
+        """Checkpoints whose records hold, oldest first; what is not readable counts for nothing."""
+        kept = []
+        for directory in self._finished():
+            with contextlib.suppress(Damaged, OtherSchema):
+                record = own_record(directory, owner=self._owner)
+                kept.append(Kept(step=record.step, directory=directory, score=record.score))
+        return kept
+
+    def _finished(self) -> list[Path]:
+        """Directories named as checkpoints, oldest first."""
+        named = [path for path in self._dir.iterdir() if DIRECTORY_NAME.fullmatch(path.name)]
+        return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def _move(self, directory: Path, target: Path) -> None:
+        _remove(target)
+        directory.rename(target)
+
+
+def own_record(directory: Path, *, owner: str) -> Record:
+    """The record of a checkpoint of `owner` under its own name, its files not compared. Raises Damaged,
+    OtherSchema.
+    """
+    if directory.is_symlink() or not directory.is_dir():
+        raise Damaged("not a directory")
+    record = Record.read(directory)
+    if _name(record.step) != directory.name:
+        raise Damaged(f"{RECORD_FILE}: of step {record.step}")
+    if record.owner != owner:
+        raise Damaged(f"{RECORD_FILE}: of {record.owner}, not of {owner}")
+    return record
+
+
+def verified(directory: Path, *, owner: str) -> Record:
+    """The record of a checkpoint whose every file is as it was written. Raises Damaged, OtherSchema."""
+    record = own_record(directory, owner=owner)
+    files = _files_below(directory)
+    del files[RECORD_FILE]
+    for name in sorted(record.files.keys() | files.keys()):
+        if name not in files:
+            raise Damaged(f"{name}: missing")
+        if name not in record.files:
+            raise Damaged(f"{name}: not in {RECORD_FILE}")
+        if not _holds(files[name], record.files[name]):
+            raise Damaged(f"{name}: not the bytes that {RECORD_FILE} records")
+    return record
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _holds(path: Path, measured: list[Any]) -> bool:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != measured[0]:
+        return False
+    try:
+        return _measured(path) == measured
+    except OSError as error:
+        if error.errno == errno.EIO:  # a bad sector is damage; a missing permission is not
+            return False
+        raise
+
+
+def _measured(path: Path) -> list[Any]:
+    return [path.stat().st_size, file_digest(path)]
+
+
+def _files_below(directory: Path) -> dict[str, Path]:
+    """All that is no directory, by its path in `directory`."""
+    paths = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return {str(path.relative_to(directory)): path for path in paths}
 
 
 def _state_of(parts: Mapping[str, Optimizer]) -> dict[str, Any]:
-    state = {}
+    state: dict[str, Any] = {"generators": {"torch": torch.get_rng_state()}}
     for name, part in parts.items():
+        assert name != "generators", "the name of torch's own generator"
         model_state, adamw_state = get_state_dict(part.model, part.adamw)
         state[name] = {"model": model_state, "adamw": adamw_state}
     return state
 
 
-def _digests(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): blake3(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != RECORD_FILE
-    }
+def _write(state: dict[str, Any], directory: Path) -> None:
+    """All ranks write their shares; what all ranks hold alike comes from rank 0. OSError on every rank when
+    the disk refuses on any.
+    """
+    with _failures_unwrapped():
+        dcp.save(
+            state,
+            storage_writer=_Writer(directory),
+            planner=dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            no_dist=not torch.distributed.is_initialized(),
+        )
 
 
-def _sound_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a checkpoint whose files are as they were written; else None."""
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, with the disk's own words: torch's archive covers them up by an error about a position,
+    and what lies under that is lost between ranks.
+    """
+
+    def write_data(self, *arguments: Any, **options: Any) -> Any:
+        """As DCP's. Raises OSError."""
+        try:
+            return super().write_data(*arguments, **options)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+@contextlib.contextmanager
+def _failures_unwrapped() -> Iterator[None]:
+    """Inside, what a rank of DCP raised is raised itself, on every rank: the first rank's."""
     try:
-        record = json.loads((directory / RECORD_FILE).read_text())
-        return record if record["files"] == _digests(directory) else None
-    except (OSError, ValueError, KeyError):
-        return None
+        yield
+    except CheckpointException as error:
+        failure, _ = error.failures[min(error.failures)]
+        raise failure from error
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _bytes_on_disk(state: dict[str, Any]) -> int:
+    """What a checkpoint of `state` will take at most, over all ranks."""
+    held = sum(_local_bytes(entry) + ENTRY_OVERHEAD_BYTES for entry in _entries(state))
+    return int(ranks.sums(held)[0] * FREE_SPACE_FACTOR)
+
+
+def _local_bytes(entry: object) -> int:
+    """Bytes of this rank's share; what all ranks hold alike is written by rank 0."""
+    if isinstance(entry, DTensor):
+        return entry.to_local().nbytes
+    return entry.nbytes if isinstance(entry, Tensor) and ranks.is_main() else 0
+
+
+def _entries(state: object) -> Iterator[object]:
+    if isinstance(state, Mapping | list):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _entries(value)
+    else:
+        yield state
+
+
+def _mention_other_torch(directory: Path, record: Record) -> None:
+    if record.torch_version != torch.__version__:
+        logger.warning(
+            "%s: written by torch %s, read by %s: what follows may differ in the last bits",
+            directory,
+            record.torch_version,
+            torch.__version__,
+        )
+
+
+def _by_score(kept: Kept) -> tuple[float, int]:
+    assert kept.score is not None
+    return kept.score, kept.step
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True)

@@ -7,23 +7,31 @@ Owns: placement and its deadline, process groups, devices, thread counts, shardi
 tensors.
 """
 
+import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from rollout.errors import EnvironmentProblem, raise_expected
+from rollout.config import EngineConfig
+from rollout.errors import EnvironmentProblem, ExpectedError, raise_expected, root_cause
+from stages.bundles import StageBundles, bundles_of, lacking
 from stages.runtime import Runtime
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
 
 Result = TypeVar("Result")
+
+PEER_GRACE_S = 5.0
+"""After a worker's failure its peers' collectives fail too: how long to wait for the one that says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +54,33 @@ def launch(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> 
     return _on_ray(train, runtime, arguments)
 
 
+@contextmanager
+def placed(runtime: Runtime, rollout: EngineConfig | None = None) -> Iterator[Runtime]:
+    """Inside, the stage has the place of all its workers, and of its engines if it opens any (`rollout`):
+    granted together, within the placement deadline, or not at all. Raises EnvironmentProblem.
+
+    Example: with placed(runtime, settings.rollout) as runtime, open_engines(...): launch(train, runtime, ...)
+    """
+    if runtime.executor == "inline" or runtime.group is not None:
+        yield runtime
+        return
+    import ray
+
+    bundles = bundles_of(runtime.stage, runtime.resources, rollout)
+    group = _placed_group(bundles, runtime.placement_timeout_s)
+    try:
+        yield replace(runtime, group=group)
+    finally:
+        ray.util.remove_placement_group(group)
+
+
 def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision, trained: bool) -> nn.Module:
-    """The model on its device in its compute precision.
+    """The model on its device in its compute precision, sharded over the workers layer by layer (FSDP2).
 
     fp32 on one worker is the plain module. bf16 keeps fp32 masters and computes in a bf16 copy through
     `fully_shard`, also on a world of one, so that one worker and several run the same arithmetic. A frozen
-    bf16 model is simply cast.
+    bf16 model on one worker is simply cast. Gradients are *summed* over the workers, not averaged: losses
+    arrive divided by the counts of the whole step. The weights must be the same on every worker before.
     """
     model.to(worker.device)
     if precision == "fp32" and worker.world_size == 1:
@@ -63,9 +92,21 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
     _ensure_process_group(worker)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # Resharded also after a forward without backward: parameters() would be the compute copies until then.
-    fully_shard(model, mp_policy=policy, reshard_after_forward=True)
+    mesh = init_device_mesh(worker.device.type, (worker.world_size,))
+    for part in (*_layers(model), model):
+        # Resharded also after a forward without backward: parameters() would be the compute copies until
+        # then.
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        assert isinstance(part, FSDPModule)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no other way to a factor of 1
     return model
+
+
+def _layers(model: CausalLM | TokenScorer) -> list[nn.Module]:
+    """The transformer blocks: what is gathered, computed with and let go again as one."""
+    blocks = set(model.inner._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in blocks]
 
 
 def _with_bf16_parameters(model: nn.Module) -> nn.Module:
@@ -96,11 +137,15 @@ def _in_this_process(train: Callable[..., Result], runtime: Runtime, arguments: 
 
 
 def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
+    with placed(runtime) as in_place:
+        return _in_group(train, in_place, arguments)
+
+
+def _in_group(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     resources = runtime.resources
-    group = _placed_group(runtime)
     actors: list[Any] = []
     try:
         for index in range(resources.num_workers):
@@ -109,7 +154,7 @@ def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str,
                 "num_gpus": resources.num_gpus,
                 "max_restarts": 0,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=index
+                    runtime.group, placement_group_bundle_index=index
                 ),
                 "runtime_env": {"env_vars": worker_environment(runtime)},
             }
@@ -118,8 +163,7 @@ def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str,
         calls = [
             actor.run.remote(train, runtime, rank, address, arguments) for rank, actor in enumerate(actors)
         ]
-        results: list[Result] = ray.get(calls)
-        return results[0]
+        return _first_rank_result(calls)
     except ray.exceptions.RayTaskError as error:
         raise_expected(error)
     except ray.exceptions.GetTimeoutError as error:
@@ -135,23 +179,59 @@ def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str,
     finally:
         for actor in actors:
             ray.kill(actor)
-        ray.util.remove_placement_group(group)
 
 
-def _placed_group(runtime: Runtime) -> Any:
+def _first_rank_result(calls: Sequence[Any]) -> Any:
+    """Rank 0's result once all are done. As soon as one fails, the failure that says most of those that
+    follow within PEER_GRACE_S: an error meant for the user, else a death, else the first.
+    """
     import ray
 
-    resources = runtime.resources
-    bundle = {"CPU": resources.num_cpus} | ({"GPU": resources.num_gpus} if resources.num_gpus else {})
-    group = ray.util.placement_group([bundle] * resources.num_workers, strategy="PACK")
-    if not group.wait(runtime.placement_timeout_s):
-        ray.util.remove_placement_group(group)
-        raise EnvironmentProblem(
-            f"{runtime.stage}: no place for {resources.num_workers} x {bundle} within "
-            f"{runtime.placement_timeout_s:g} s; the cluster has {ray.available_resources()} free - "
-            f"lower resources.{runtime.stage} or add nodes"
-        )
-    return group
+    pending = list(calls)
+    while pending:
+        (done,), pending = ray.wait(pending, num_returns=1)
+        if (failure := _failure_of(done)) is not None:
+            late, _ = (
+                ray.wait(pending, num_returns=len(pending), timeout=PEER_GRACE_S) if pending else ([], [])
+            )
+            failures = [failure, *filter(None, map(_failure_of, late))]
+            raise min(failures, key=_obscurity)
+    return ray.get(calls[0])
+
+
+def _failure_of(call: Any) -> Exception | None:
+    import ray
+
+    try:
+        ray.get(call)
+    except ray.exceptions.RayError as error:
+        return error
+    return None
+
+
+def _obscurity(error: Exception) -> int:
+    import ray
+
+    if isinstance(root_cause(error), ExpectedError):
+        return 0
+    return 1 if isinstance(error, ray.exceptions.RayActorError) else 2
+
+
+def _placed_group(bundles: StageBundles, timeout_s: float) -> Any:
+    import ray
+
+    group = ray.util.placement_group([dict(bundle) for bundle in bundles.all], strategy="PACK")
+    if group.wait(timeout_s):
+        return group
+    ray.util.remove_placement_group(group)
+    free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    never = lacking([bundles], nodes)
+    raise EnvironmentProblem(
+        f"{bundles}: no place within {timeout_s:g} s; "
+        + (never.removeprefix(f"{bundles}: ") if never else f"the cluster has {free} free")
+        + f" - lower resources.{bundles.stage} or add nodes"
+    )
 
 
 class _TrainingActor:
@@ -175,11 +255,26 @@ class _TrainingActor:
     ) -> Result:
         world_size = runtime.resources.num_workers
         worker = Worker(rank=rank, world_size=world_size, device=_device(runtime), runtime=runtime)
-        if worker.world_size > 1:
-            backend = "nccl" if worker.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, f"tcp://{address}", world_size=worker.world_size, rank=rank)
         with _exclusive(runtime, rank):
+            if worker.world_size > 1:
+                import ray
+
+                _talk_through(ray.util.get_node_ip_address())
+                _init_process_group(worker, init_method=f"tcp://{address}")
             return train(worker, **arguments)
+
+
+def _talk_through(address: str) -> None:
+    """Gloo and NCCL look up the host's name otherwise, which often resolves to a loopback address."""
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+
+
+def _init_process_group(worker: Worker, **rendezvous: Any) -> None:
+    """Gloo for what lies on the CPU (`ranks`), NCCL for what lies on a GPU."""
+    backend = "cpu:gloo,cuda:nccl" if worker.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, world_size=worker.world_size, rank=worker.rank, **rendezvous)
 
 
 @contextmanager
@@ -213,5 +308,5 @@ def _device(runtime: Runtime) -> torch.device:
 
 def _ensure_process_group(worker: Worker) -> None:
     if not dist.is_initialized():
-        backend = "nccl" if worker.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), world_size=1, rank=0)
+        assert worker.world_size == 1, "the launcher opens the group of several workers"
+        _init_process_group(worker, store=dist.HashStore())

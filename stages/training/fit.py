@@ -1,22 +1,27 @@
 """Supervised training from a resumable order of batches: the loop that pretrain, sft and reward share.
 
-    for step: batch_of(step) -> micro-batches -> Optimizer.take_step -> metrics line -> checkpoint
+    for step: batch_of(position) -> micro-batches -> Optimizer.take_step -> metrics line -> checkpoint
+                                                        `-- too many bad steps: back to the last checkpoint
 
-Owns: the step counter, resuming, the rhythm of metrics and checkpoints. What a batch is and what its loss is
-stay in the recipe.
+Owns: the step counter, resuming, stopping at a step boundary, the rhythm of metrics and checkpoints. What a
+batch is and what its loss is stay in the recipe. Every rank runs this loop on its share of each batch.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from stages.config import TrainingConfig
 from stages.data.batches import BatchOrder
+from stages.errors import Interrupted
+from stages.runtime import Runtime
+from stages.training import ranks
 from stages.training.checkpoint import Checkpoints
+from stages.training.health import Health, RollBack
 from stages.training.metrics import MetricsLog
 from stages.training.optimize import Optimizer
 
@@ -39,6 +44,16 @@ class FitResult:
     loss_final: float  # mean over the last logged window
     tokens_per_second: float  # over the steps of this execution; 0 when it had none left to take
     steps: int
+    skipped_steps: int  # not finite, or spikes where those are skipped
+
+    def metrics(self) -> dict[str, float]:
+        """For the summary of a stage."""
+        return {
+            "loss_final": self.loss_final,
+            "tokens_per_second": self.tokens_per_second,
+            "steps": float(self.steps),
+            "steps_skipped": float(self.skipped_steps),
+        }
 
 
 def fit(
@@ -46,51 +61,96 @@ def fit(
     config: TrainingConfig,
     *,
     max_steps: int,
-    work_dir: Path,
+    runtime: Runtime,
     batch_of: Callable[[int], Sequence[Batch]],
     loss_of: Callable[[Batch], Tensor],
     observe: Callable[[], Mapping[str, float]] = dict,
 ) -> FitResult:
     """Train from the last checkpoint (or from the start) to `max_steps`.
 
-    `batch_of(step)` gives the micro-batches of a step, `loss_of` the share of its loss; `observe` further
-    metrics of the steps since it was last asked. TrainingStopped when a loss or gradient is not finite.
+    `batch_of(position)` gives this rank's micro-batches of a step (the position is the step, unless data were
+    left out), `loss_of` a micro-batch's share of the step's loss; `observe` further metrics of the steps
+    since it was last asked. Raises TrainingStopped when bad steps do not end, Interrupted when the run is to
+    stop.
     """
-    checkpoints = Checkpoints(work_dir)
-    resumed_step, extra = checkpoints.restore({"model": optimizer})
-    log = MetricsLog(work_dir, max_steps=max_steps, resumed_step=resumed_step)
-    loss_final = extra["loss_final"] if extra else 0.0
-    window_losses: list[float] = []
-    window_tokens, all_tokens, all_seconds = 0, 0, 0.0
-    window_start = time.perf_counter()
-    for step in range(resumed_step, max_steps):
-        batch = batch_of(step)
-        result = optimizer.take_step(step, batch, loss_of)
-        window_losses.append(result.loss)
-        window_tokens += sum(micro_batch.num_tokens for micro_batch in batch)
-        done = step + 1
-        if done % config.log_every_steps == 0 or done == max_steps:
-            seconds = time.perf_counter() - window_start
-            loss_final = sum(window_losses) / len(window_losses)
-            log(
-                done,
-                {
-                    "train/loss": loss_final,
-                    "train/lr": result.lr,
-                    "train/grad_norm": result.grad_norm,
-                    "train/tokens_per_second": window_tokens / seconds,
-                    **observe(),
-                },
+    parts = {"model": optimizer}
+    checkpoints = Checkpoints(runtime.work_dir)
+    step, extra = checkpoints.restore(parts)
+    health = Health(config.health, runtime)
+    if extra:
+        health.restore(extra["health"])
+    log = MetricsLog(runtime.work_dir, max_steps=max_steps, resumed_step=step)
+    window = _Window(extra["window"] if extra else {"loss": 0.0, "losses": []})
+    rates: dict[str, float] = {}
+    while step < max_steps:
+        batch = batch_of(step + health.state.data_offset)
+        result = optimizer.take_step(step, batch, loss_of, partial(health.accepts, "loss", step))
+        if result.taken:
+            window.add(result.loss, batch)
+            rates = {"train/lr": result.lr, "train/grad_norm": result.grad_norm}
+        else:
+            try:
+                health.skipped(step, batch)
+            except RollBack:
+                back, extra = checkpoints.restore(parts)
+                step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
+                log.cut(step)
+                window = _Window(extra["window"] if extra else window.state_dict())
+                continue
+        step += 1
+        if step % config.log_every_steps == 0 or step == max_steps:
+            log(step, {**window.close(), **rates, **health.metrics(), **observe()})
+        if health.state.in_a_row:
+            continue  # a checkpoint is a place to go back to: none in the middle of bad steps
+        stopping = ranks.any_rank(runtime.stop_requested())
+        if stopping or (step % config.checkpoint_every_steps == 0 and step < max_steps):
+            state = {"window": window.state_dict(), "health": health.state_dict()}
+            checkpoints.save(step, parts, state, score=-window.loss)
+        if stopping:
+            raise Interrupted(
+                f"{runtime.stage}: stopped at step {step} of {max_steps}, state saved; run the same "
+                "command to go on"
             )
-            all_tokens, all_seconds = all_tokens + window_tokens, all_seconds + seconds
-            window_losses, window_tokens, window_start = [], 0, time.perf_counter()
-        if done % config.checkpoint_every_steps == 0 and done < max_steps:
-            checkpoints.save(done, {"model": optimizer}, {"loss_final": loss_final})
     return FitResult(
-        loss_final=loss_final,
-        tokens_per_second=all_tokens / all_seconds if all_seconds else 0.0,
+        loss_final=window.loss,
+        tokens_per_second=window.tokens_per_second,
         steps=max_steps,
+        skipped_steps=health.state.skipped,
     )
+
+
+class _Window:
+    """Loss and speed since the last line of the log, and speed over this execution."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.loss: float = state["loss"]  # mean of the last window that was closed
+        self._losses: list[float] = list(state["losses"])
+        self._all_tokens, self._all_seconds = 0.0, 0.0
+        self._tokens = 0
+        self._start = time.perf_counter()
+
+    def add(self, loss: float, batch: Sequence[MicroBatch]) -> None:
+        self._losses.append(loss)
+        self._tokens += sum(micro_batch.num_tokens for micro_batch in batch)
+
+    def close(self) -> dict[str, float]:
+        """Metrics of the window; a new one begins. Every rank, together."""
+        seconds = time.perf_counter() - self._start
+        (tokens,) = ranks.sums(self._tokens)
+        if self._losses:  # else every step of it was skipped
+            self.loss = sum(self._losses) / len(self._losses)
+        self._all_tokens, self._all_seconds = self._all_tokens + tokens, self._all_seconds + seconds
+        self._losses, self._tokens, self._start = [], 0, time.perf_counter()
+        return {"train/loss": self.loss, "train/tokens_per_second": tokens / seconds}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to write the same losses; its speed is its own."""
+        return {"loss": self.loss, "losses": self._losses}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the closed windows; 0 when there was none."""
+        return self._all_tokens / self._all_seconds if self._all_seconds else 0.0
 
 
 def num_steps(config: TrainingConfig, order: BatchOrder) -> int:

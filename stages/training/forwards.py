@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rollout.weight_sync import LogprobsOf
-from stages.data.packing import PackedRow, pack, plan_packs
+from stages.data.packing import PackedRow, pack, plan_packs, split
 from stages.objectives.logprobs import (
     ResponsePositions,
     packed_response_positions,
@@ -21,6 +21,7 @@ from stages.objectives.logprobs import (
     token_logprobs,
 )
 from stages.objectives.masked import length_mask, pad_ragged
+from stages.training import ranks
 
 TokenIds = Sequence[int]
 
@@ -107,14 +108,17 @@ def sequence_scores(model: nn.Module, sequences: Sequence[TokenIds], *, device: 
 def scores_in_packs(
     model: nn.Module, sequences: Sequence[TokenIds], *, micro_batch_size: int, device: torch.device
 ) -> Tensor:
-    """`sequence_scores` of any number of sequences, `micro_batch_size` to a row, in their order; on the
-    CPU.
+    """`sequence_scores` of any number of sequences, `micro_batch_size` to a row, in their order; on the CPU.
+
+    The ranks share the rows out between them; each gets all scores.
     """
-    scores_B = torch.empty(len(sequences))
-    for members in plan_packs([len(sequence) for sequence in sequences], micro_batch_size).packs:
+    scores_B = torch.zeros(len(sequences))
+    plan = plan_packs([len(sequence) for sequence in sequences], micro_batch_size)
+    for members, is_mine in ranks.shared_out(plan.packs):
         scores = sequence_scores(model, [sequences[index] for index in members], device=device)
-        scores_B[torch.tensor(members)] = scores.cpu()
-    return scores_B
+        if is_mine:
+            scores_B[torch.tensor(members)] = scores.cpu()
+    return ranks.sum_over_ranks(scores_B)
 
 
 @torch.no_grad()
@@ -127,10 +131,14 @@ def logprobs_in_packs(
     micro_batch_size: int,
     device: torch.device,
 ) -> list[Tensor]:
-    """Log-probs of each response's tokens, ragged, in the order of `responses`; on the CPU."""
-    result: list[Tensor] = [torch.empty(0)] * len(responses)
+    """Log-probs of each response's tokens, ragged, in the order of `responses`; on the CPU.
+
+    The ranks share the rows out between them; each gets all log-probs.
+    """
+    all_N = torch.zeros(sum(len(response) for response in responses))
+    result = split(all_N, [len(response) for response in responses])
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    for members in plan_packs(lengths, micro_batch_size).packs:
+    for members, is_mine in ranks.shared_out(plan_packs(lengths, micro_batch_size).packs):
         chosen = [responses[index] for index in members]
         packed = pack_responses(
             [prompts[index] for index in members],
@@ -139,9 +147,10 @@ def logprobs_in_packs(
             device=device,
         )
         logprobs_BT = response_logprobs(model, packed, temperature=temperature).cpu()
-        for index, logprobs_T, response in zip(members, logprobs_BT, chosen, strict=True):
-            result[index] = logprobs_T[: len(response)]
-    return result
+        if is_mine:
+            for index, logprobs_T in zip(members, logprobs_BT, strict=True):
+                result[index].copy_(logprobs_T[: len(result[index])])
+    return split(ranks.sum_over_ranks(all_N), [len(response) for response in responses])
 
 
 def logprobs_by(model: nn.Module, *, micro_batch_size: int, device: torch.device) -> LogprobsOf:

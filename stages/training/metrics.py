@@ -20,11 +20,14 @@ METRICS: dict[str, str] = {
     "train/tokens_per_second": "tokens in forward and backward, per second",
     "train/accuracy": "share of training pairs ranked as labelled",
     "train/margin": "mean chosen - rejected score",
+    "train/skipped_steps": "optimizer steps skipped so far: not finite, or a spike with on_spike: skip",
+    "train/loss_spikes": "losses so far that lay far above the recent ones",
     "rollout/score": "mean normalised reward-model score of the batch",
     "rollout/score_std": "its standard deviation",
     "rollout/kl": "KL to the reference: mean of k1 summed over each response, nats",
     "rollout/length": "mean response tokens",
     "rollout/truncated": "share of responses without an end token",
+    "rollout/repeated": "mean share of a response's 4-grams that stood earlier in it",
     "rollout/entropy": "mean entropy of the policy per response token, nats",
     "rollout/kl_coef": "beta in force",
     "rollout/engine_max_abs_diff": "largest |log-prob of the engine - of the trainer| over the batch, nats",
@@ -48,19 +51,28 @@ METRICS: dict[str, str] = {
 
 
 class StepLog:
-    """A jsonl file of objects with a `step`; a resumed stage first drops the lines of steps it will take
-    again.
+    """A jsonl file of objects with a `step`, written by rank 0; a resumed stage first drops the lines of
+    steps it will take again.
     """
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self._path = path
-        kept = [line for line in read_steps(path) if line["step"] <= resumed_step]
+        self.cut(resumed_step)
+
+    def cut(self, last_step: int) -> None:
+        """Drop the lines of later steps."""
+        if not _writes():
+            return
+        path = self._path
+        kept = [line for line in read_steps(path) if line["step"] <= last_step]
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
         unfinished.replace(path)
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append `lines`; each has a `step` (1-based: the steps done so far)."""
+        if not _writes():
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(map(_line, lines))
 
@@ -75,6 +87,10 @@ class MetricsLog:
         self._log = StepLog(work_dir / METRICS_FILE, resumed_step=resumed_step)
         self._max_steps = max_steps
 
+    def cut(self, last_step: int) -> None:
+        """Drop the lines of later steps: they will be taken again."""
+        self._log.cut(last_step)
+
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line for `step` (1-based: the steps done so far)."""
         undeclared = metrics.keys() - METRICS.keys()
@@ -82,6 +98,12 @@ class MetricsLog:
         self._log.write(
             [{"step": step, "max_steps": self._max_steps, "time": round(time.time(), 3), **metrics}]
         )
+
+
+def _writes() -> bool:
+    from stages.training import ranks  # torch: the report reads METRICS without it
+
+    return ranks.is_main()
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

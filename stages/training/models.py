@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from stages.config import ModelConfig
 from stages.errors import ModelError
+from stages.training import ranks
 from stages.training.packed_attention import register_packed_attention
 
 Precision = Literal["fp32", "bf16"]
@@ -216,17 +217,23 @@ def set_stop_tokens(
 
 def save_model(model: CausalLM | TokenScorer, directory: Path, state: dict[str, Tensor]) -> None:
     """Write a plain `save_pretrained` layout (safetensors) with the full tensors of `state`, named as in
-    `inner`.
+    `inner`. Rank 0's to call, with what `full_state` gave it.
     """
     model.inner.save_pretrained(directory, state_dict=state)
 
 
 def full_state(model: CausalLM | TokenScorer) -> dict[str, Tensor]:
-    """The whole, unsharded fp32 weights of `inner`, on the CPU, by transformers' names."""
-    return {
-        name: _gathered(tensor).detach().cpu()
-        for name, tensor in model.inner.state_dict(keep_vars=True).items()
-    }
+    """The whole, unsharded fp32 weights of `inner`, on the CPU, by transformers' names. Every rank takes
+    part, one tensor at a time; only rank 0 gets them.
+    """
+    whole: dict[int, Tensor] = {}  # by parameter: tied names stay one tensor
+    state = {}
+    for name, tensor in model.inner.state_dict(keep_vars=True).items():
+        if id(tensor) not in whole:
+            gathered = _gathered(tensor).detach()
+            whole[id(tensor)] = gathered.cpu() if ranks.is_main() else gathered.new_empty(0)
+        state[name] = whole[id(tensor)]
+    return state if ranks.is_main() else {}
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -242,15 +249,21 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
     _check_is_a_model(directory)
     transformers_logging.set_verbosity_error()  # its load report: checked here in a line
     transformers_logging.disable_progress_bar()
-    model, info = auto_class.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        output_loading_info=True,
-        use_safetensors=True,
-        **_attention(),
-        **_no_dropout(directory),
-        **options,
-    )
+    try:
+        model, info = auto_class.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **_attention(),
+            **_no_dropout(directory),
+            **options,
+        )
+    except Exception as error:  # a config.json with senseless values brings up any error of transformers
+        raise ModelError(
+            f"{directory}: transformers cannot load it ({type(error).__name__}: {error})"[:400]
+        ) from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -277,5 +290,5 @@ def _check_nothing_missing(directory: Path, missing: list[str]) -> None:
 
 def _no_dropout(directory: Path) -> dict[str, float]:
     """Overrides that switch off every dropout the directory's config names."""
-    config = AutoConfig.from_pretrained(directory).to_dict()
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
     return {key: 0.0 for key, value in config.items() if "dropout" in key and isinstance(value, float)}

@@ -1,23 +1,23 @@
 """The one inner loop of every stage: accumulate gradients over micro-batches, clip, step.
 
     for each micro-batch: loss (a masked sum / the step's whole count) -> backward
-    all: clip to max_grad_norm -> AdamW at this step's learning rate
+    all, over all ranks: clip to max_grad_norm -> accepted? -> AdamW at this step's learning rate
 
-Owns: AdamW, parameter groups, the learning rate, clipping, refusing non-finite numbers. Losses arrive already
-divided by the count of the whole step, so how a batch is split cannot change the gradient.
+Owns: AdamW, parameter groups, the learning rate, clipping. Losses arrive already divided by the count of the
+whole step over all ranks, and ranks sum their gradients, so how a batch is split cannot change the gradient.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stages.config import TrainingConfig
-from stages.errors import TrainingStopped
 from stages.objectives.schedules import lr_factor
+from stages.training import ranks
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -26,9 +26,10 @@ MicroBatch = TypeVar("MicroBatch")
 class StepResult:
     """One optimizer step."""
 
-    loss: float  # sum over the micro-batches: the mean of the step
+    loss: float  # sum over micro-batches and ranks: the mean of the step
     grad_norm: float  # global, before clipping
     lr: float
+    taken: bool  # else the weights are as they were
 
 
 class Optimizer:
@@ -50,11 +51,14 @@ class Optimizer:
         )
 
     def take_step(
-        self, step: int, micro_batches: Iterable[MicroBatch], loss_of: Callable[[MicroBatch], Tensor]
+        self,
+        step: int,
+        micro_batches: Iterable[MicroBatch],
+        loss_of: Callable[[MicroBatch], Tensor],
+        accepts: Callable[[float, float], bool],
     ) -> StepResult:
-        """Accumulate `loss_of` over `micro_batches` and update the weights once.
-
-        Raises TrainingStopped when the loss or the gradient is not finite; the weights are then unchanged.
+        """Accumulate `loss_of` over this rank's `micro_batches` (equally many on every rank) and update the
+        weights once, if `accepts(loss, gradient norm)`.
         """
         self.adamw.zero_grad(set_to_none=True)
         total = 0.0
@@ -62,16 +66,18 @@ class Optimizer:
             loss = loss_of(micro_batch)
             loss.backward()
             total += loss.item()
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise TrainingStopped(
-                f"step {step + 1}: loss {total:.4g}, gradient norm {norm:.4g}: not finite; "
-                "lower the learning rate or look at the data of this step"
-            )
+        (step_loss,) = ranks.sums(total)
+        norm = self._clip_gradient()
         lr = self._set_lr(step)
-        self.adamw.step()
-        return StepResult(loss=total, grad_norm=norm, lr=lr)
+        if taken := accepts(step_loss, norm):
+            self.adamw.step()
+        return StepResult(loss=step_loss, grad_norm=norm, lr=lr, taken=taken)
+
+    def _clip_gradient(self) -> float:
+        """Scale the gradient down to `max_grad_norm`; its norm before, over all ranks."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _set_lr(self, step: int) -> float:
         config = self._config

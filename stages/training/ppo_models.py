@@ -5,16 +5,19 @@
 Owns: which directory each comes from, their precision, and the forwards of one pack.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.config import PPOConfig
 from stages.data.experience import Judgement, RolloutPack
 from stages.objectives.advantages import process_scores
 from stages.objectives.kl import sequence_log_ratio
+from stages.training import ranks
 from stages.training.distributed import Worker, place
 from stages.training.forwards import (
     final_values,
@@ -70,6 +73,44 @@ def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worke
         value_model=value_model,
         normaliser=ScoreNormaliser.load(inputs["reward"]),
     )
+
+
+def judge_all(
+    models: PPOModels,
+    packs: Sequence[RolloutPack],
+    config: PPOConfig,
+    *,
+    end_of_turn_id: int,
+    stop_token_ids: Collection[int],
+) -> list[Judgement]:
+    """`judge` of every pack. The ranks share the packs out between them; each gets all judgements: they are a
+    few numbers per token, and with the whole batch on every rank advantages are whitened over it as one.
+    """
+    judged = [
+        (judge(models, pack, config, end_of_turn_id=end_of_turn_id, stop_token_ids=stop_token_ids), is_mine)
+        for pack, is_mine in ranks.shared_out(packs)
+    ]
+    if ranks.world_size() == 1:
+        return [judgement for judgement, _ in judged]
+    return _gathered(judged, [len(pack.rollouts) for pack in packs])
+
+
+def _gathered(judged: Sequence[tuple[Judgement, bool]], sizes: Sequence[int]) -> list[Judgement]:
+    """The judgements of all packs (of `sizes` responses) from each rank's own, field by field."""
+    columns: dict[str, Any] = {}
+    for entry in fields(Judgement):
+        like: Tensor | None = getattr(judged[0][0], entry.name)
+        if like is None:
+            columns[entry.name] = [None] * len(sizes)
+            continue
+        parts = [like.new_zeros((size, *like.shape[1:])) for size in sizes]
+        for turn, (judgement, is_mine) in enumerate(judged):
+            if is_mine:
+                parts[turn * ranks.world_size() + ranks.rank()] = getattr(judgement, entry.name)
+        columns[entry.name] = ranks.sum_over_ranks(torch.cat(parts)).split(list(sizes))
+    return [
+        Judgement(**{name: column[index] for name, column in columns.items()}) for index in range(len(sizes))
+    ]
 
 
 @torch.no_grad()

@@ -57,7 +57,6 @@ class Totals:
         *,
         responses: int,
         sync_seconds: float,
-        parity_max_abs_diff: float,
     ) -> None:
         """One finished iteration."""
         for phase, seconds in clock.seconds.items():
@@ -65,7 +64,6 @@ class Totals:
         self.loop_seconds += clock.total()
         self.responses += responses
         self.sync_seconds.append(sync_seconds)
-        self.see_parity(parity_max_abs_diff)
         self.engine_max_abs_diff = max(self.engine_max_abs_diff, summary["rollout/engine_max_abs_diff"])
         self.score_final = summary["rollout/score"]
         if "rollout/kl" in summary:

@@ -2,13 +2,16 @@
 
     experiences (packs) --shuffled per epoch--> minibatches --policy loss, value loss--> two optimizer steps
 
-Owns: the optimizers of policy and value model, the order of minibatches, the metrics of the updates. Which
-packs exist was decided once, before the anchor forward; they are shuffled here and never torn.
+Owns: the optimizers of policy and value model, the order of minibatches, who trains on which pack, the
+metrics of the updates. Which packs exist was decided once, before the anchor forward; they are shuffled here
+and never torn. Every rank holds all packs; each step's packs are shared out between the ranks.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,19 +29,22 @@ from stages.objectives.losses import (
     token_importance_weights,
     value_loss,
 )
+from stages.training import ranks
 from stages.training.forwards import response_logprobs, response_logprobs_and_entropies, response_values
-from stages.training.optimize import Optimizer
+from stages.training.health import Health
+from stages.training.optimize import Optimizer, StepResult
 from stages.training.ppo_models import PPOModels
 
 
 class Learner:
     """Policy and value model under training.
 
-    Example: learner = Learner(models, config, seed=0); metrics = learner.update(step, experiences,
-    kl_coef=0.05)
+    Example: learner = Learner(models, config, seed=0, health=health)
+             metrics = learner.update(step, experiences, kl_coef=0.05)
     """
 
-    def __init__(self, models: PPOModels, config: PPOConfig, *, seed: int) -> None:
+    def __init__(self, models: PPOModels, config: PPOConfig, *, seed: int, health: Health) -> None:
+        self.health = health
         self._models = models
         self._config = config
         self._seed = seed
@@ -55,8 +61,8 @@ class Learner:
         return {"policy": self.policy, "value": self.value}
 
     def update(self, step: int, experiences: Sequence[Experience], *, kl_coef: float) -> dict[str, float]:
-        """All optimizer steps of iteration `step` (0-based); metrics averaged over them. Raises
-        TrainingStopped.
+        """All optimizer steps of iteration `step` (0-based); metrics averaged over them. Raises RollBack
+        when too many of them are bad.
         """
         watch = _UpdateWatch()
         for epoch in range(self._config.num_epochs):
@@ -84,20 +90,46 @@ class Learner:
         sequences = aggregation_denominator(
             masks=masks, aggregation="sequence_mean_token_sum", constant_length=None
         )
-        value = self.value.take_step(number, packs, lambda pack: self._value_loss(pack, denominator))
-        watch.add("ppo/value_loss", value.loss)
-        watch.add("ppo/value_grad_norm", value.grad_norm)
+        mine = [pack if is_mine else _empty(pack) for pack, is_mine in ranks.shared_out(packs)]
+        value = self.value.take_step(
+            number,
+            mine,
+            lambda pack: self._value_loss(pack, denominator),
+            partial(self.health.accepts, "value loss", step),
+        )
+        self._note(
+            step, mine, value, watch, {"ppo/value_loss": value.loss, "ppo/value_grad_norm": value.grad_norm}
+        )
         if step < config.value_warmup_steps:
             return
         policy = self.policy.take_step(
             number,
-            packs,
+            mine,
             lambda pack: self._policy_loss(pack, denominator, sequences, kl_coef, num_tokens, watch),
+            partial(self.health.accepts, "policy loss", step),
         )
-        watch.close_step()
-        watch.add("ppo/policy_loss", policy.loss)
-        watch.add("ppo/policy_grad_norm", policy.grad_norm)
-        watch.add("ppo/lr", policy.lr)
+        seen = watch.close_step() if policy.taken else {}
+        seen |= {
+            "ppo/policy_loss": policy.loss,
+            "ppo/policy_grad_norm": policy.grad_norm,
+            "ppo/lr": policy.lr,
+        }
+        self._note(step, mine, policy, watch, seen)
+
+    def _note(
+        self,
+        step: int,
+        packs: Sequence[Experience],
+        result: StepResult,
+        watch: "_UpdateWatch",
+        seen: Mapping[str, float],
+    ) -> None:
+        """What was seen of a step that was taken; one that was not has no numbers worth a mean."""
+        if result.taken:
+            watch.add(seen)
+        else:
+            watch.drop_step()
+            self.health.skipped(step, packs)
 
     def _value_loss(self, pack: Experience, denominator: Tensor) -> Tensor:
         return value_loss(
@@ -191,8 +223,13 @@ class Learner:
         return kl_coef * loss
 
 
+def _empty(pack: Experience) -> Experience:
+    """A pack that takes part in the forwards and adds nothing to loss or gradient."""
+    return replace(pack, mask_BT=torch.zeros_like(pack.mask_BT))
+
+
 class _UpdateWatch:
-    """Means over optimizer steps of what was watched; shares add up over the packs of a step first."""
+    """Means over optimizer steps of what was watched; shares add up over the packs and ranks of a step first."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
@@ -201,9 +238,10 @@ class _UpdateWatch:
         self._first_ratio = 0.0  # largest |ratio - 1| of the first optimizer step
         self._first_step_open = True
 
-    def add(self, name: str, value: float) -> None:
-        self._sums[name] += value
-        self._counts[name] += 1
+    def add(self, seen: Mapping[str, float]) -> None:
+        for name, value in seen.items():
+            self._sums[name] += value
+            self._counts[name] += 1
 
     def add_share(self, name: str, share: float) -> None:
         self._shares[name] += share
@@ -212,10 +250,17 @@ class _UpdateWatch:
         if self._first_step_open and torch.isfinite(largest):
             self._first_ratio = max(self._first_ratio, float(largest) - 1, 1 - float(smallest))
 
-    def close_step(self) -> None:
+    def close_step(self) -> dict[str, float]:
+        """The shares of a policy step, summed. Every rank, together."""
+        if self._first_step_open:
+            self._first_ratio = ranks.largest(self._first_ratio)
         self._first_step_open = False
-        for name, share in self._shares.items():
-            self.add(name, share)
+        totals = dict(zip(self._shares, ranks.sums(*self._shares.values()), strict=True))
+        self._shares.clear()
+        return totals
+
+    def drop_step(self) -> None:
+        """Forget the shares of a step that was not taken."""
         self._shares.clear()
 
     def metrics(self) -> dict[str, float]:

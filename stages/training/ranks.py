@@ -53,6 +53,15 @@ def sums(*values: float) -> list[float]:
     return total
 
 
+def largest(value: float) -> float:
+    """The largest `value` of any rank."""
+    if world_size() == 1:
+        return value
+    result = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return float(result)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank."""
     return sums(float(flag))[0] > 0

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fake_stages import weights
+
 from pipeline import config as configs
 from pipeline.experiment import ExperimentConfig
 
@@ -96,7 +98,7 @@ def write_model(directory: Path, content: str = "weights") -> Path:
     """A directory that looks like a model."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}")
-    (directory / "model.safetensors").write_text(content)
+    (directory / "model.safetensors").write_bytes(weights(content))
     return directory
 
 

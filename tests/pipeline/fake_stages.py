@@ -8,6 +8,7 @@ $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 import json
 import os
 import signal
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,9 +36,15 @@ def run(
         if step == 2:
             _obey(orders, control / f"{runtime.stage}.json", runtime)
     (out_dir / "config.json").write_text("{}")
-    (out_dir / "model.safetensors").write_text(f"{runtime.stage} from {sorted(inputs)}")
+    (out_dir / "model.safetensors").write_bytes(weights(f"{runtime.stage} from {sorted(inputs)}"))
     print(f"{runtime.stage}: threads {os.environ.get('OMP_NUM_THREADS')}")
     return {"loss": 0.25, "first_step": first}
+
+
+def weights(text: str) -> bytes:
+    """A whole safetensors file without tensors, told from others by `text`."""
+    header = json.dumps({"__metadata__": {"text": text}}).encode()
+    return struct.pack("<Q", len(header)) + header
 
 
 def _orders(path: Path) -> dict[str, object]:

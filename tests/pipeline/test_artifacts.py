@@ -169,6 +169,41 @@ def test_a_cut_manifest_is_an_error_and_not_a_traceback(tmp_path: Path, node: da
         store.find(node.stage, node.fingerprint)
 
 
+def test_an_edited_manifest_is_an_error(tmp_path: Path, node: dag.Node):
+    store = Store(tmp_path / "outputs")
+    path = published(store, node) / MANIFEST
+    path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.4'))
+    with pytest.raises(CorruptArtifact, match=r"manifest\.json: not the record that was written"):
+        store.find(node.stage, node.fingerprint)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_manifest_of_another_schema_version_is_named_beside_ours(
+    tmp_path: Path, node: dag.Node, monkeypatch: pytest.MonkeyPatch, version: int
+):
+    store = Store(tmp_path / "outputs")
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.artifacts.SCHEMA_VERSION", version)
+        published(store, node)
+    with pytest.raises(CorruptArtifact, match=f"schema version {version}, this code reads 2"):
+        store.find(node.stage, node.fingerprint)
+
+
+def test_a_file_that_is_not_listed_is_named(tmp_path: Path, node: dag.Node):
+    store = Store(tmp_path / "outputs")
+    (published(store, node) / "generation_config.json").write_text("{}")
+    with pytest.raises(CorruptArtifact, match=r"generation_config\.json: not listed in manifest\.json"):
+        store.find(node.stage, node.fingerprint)
+
+
+def test_an_artifact_in_the_place_of_another_is_not_taken(tmp_path: Path, node: dag.Node):
+    store = Store(tmp_path / "outputs")
+    other = "0" * 16
+    published(store, node).rename(store.artifact_dir("sft", other))
+    with pytest.raises(CorruptArtifact, match=f"sft-{other}: .* is that of prepare-{node.fingerprint}"):
+        store.find("sft", other)
+
+
 def test_an_unchanged_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "big"
     path.write_text("x")

@@ -149,10 +149,33 @@ IN_FILES = [
      "demo.yaml:5: model.revision: has no meaning without model.path; set that, or remove this"),
     (NAME + SFT + "rollout:\n  num_engines: 2\npipeline: {executor: inline}\n",
      "demo.yaml:6: rollout.num_engines: several engines need Ray; set 1, or pipeline.executor: ray"),
-    (NAME + SFT + "resources:\n  sft:\n    num_workers: 2\n",
-     "demo.yaml:7: resources.sft.num_workers: one worker is supported in this version; set 1"),
+    (NAME + SFT + "resources:\n  sft:\n    num_workers: 3\n",
+     "demo.yaml:7: resources.sft.num_workers: sft.batch_size 32 cannot be shared out evenly between 3 "
+     "workers; "
+     "use a multiple of 3"),
+    (NAME + SFT + "pipeline: {executor: inline}\nresources:\n  sft:\n    num_workers: 2\n",
+     "demo.yaml:8: resources.sft.num_workers: pipeline.executor inline runs each stage in one process; "
+     "set 1, or "
+     "pipeline.executor ray"),
+    (NAME + "prepare:\n  data: [{path: a}]\nresources:\n  prepare:\n    num_workers: 2\n",
+     "demo.yaml:6: resources.prepare.num_workers: prepare does not train, it runs in one process; set 1"),
     (NAME + "ppo:\n  data: [{path: p}]\n  precision: bf16\nrollout:\n  engine: hf\n",
      "demo.yaml:6: rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"),
+    (NAME + "ppo:\n  data: [{path: p}]\nrollout:\n  sync: nccl\n",
+     "demo.yaml:5: rollout.sync: nccl connects GPUs of their own; set resources.ppo.num_gpus and "
+     "resources.ppo.num_gpus_per_engine to 1 or more, or use gloo or shm"),
+    (NAME + SFT + "rollout:\n  sync: nccl\n  engine: hf\n",
+     "demo.yaml:6: rollout.sync: nccl is vLLM's own transport; use gloo or shm with rollout.engine hf"),
+    (NAME + SFT + "rollout:\n  sync: nccl\npipeline: {executor: inline}\n",
+     "demo.yaml:6: rollout.sync: nccl needs trainer and engine in processes of their own; use executor ray"),
+    (NAME + "ppo:\n  data: [{path: p}]\nrollout:\n  tensor_parallel_size: 2\n",
+     "demo.yaml:5: rollout.tensor_parallel_size: 2 GPUs per engine; set resources.ppo.num_gpus_per_engine "
+     "to 2 too, not 0"),
+    (NAME + SFT + "rollout:\n  tensor_parallel_size: 2\n  engine: hf\n",
+     "demo.yaml:6: rollout.tensor_parallel_size: only vllm splits a model over GPUs; set 1"),
+    (NAME + "ppo:\n  data: [{path: p}]\nresources:\n  ppo: {num_gpus: 1, num_gpus_per_engine: 0.5}\n",
+     "demo.yaml:5: resources.ppo: 1.5 GPUs for one bundle; Ray grants a share of one GPU, or whole ones "
+     "(with rollout.sync shm the engines share the first worker's bundle)"),
     # base
     (NAME + "base: gone.yaml\n", "demo.yaml:2: base: no such file: gone.yaml"),
     (NAME + "base: [a]\n", "demo.yaml:2: base: must be the path of another config file"),

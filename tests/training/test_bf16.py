@@ -12,6 +12,7 @@ from stages.data.experience import assemble, pack_rollouts
 from stages.data.packing import pack
 from stages.objectives.logprobs import token_logprobs
 from stages.training.distributed import place
+from stages.training.health import Health
 from stages.training.models import (
     ScoreNormaliser,
     freeze,
@@ -92,7 +93,7 @@ def test_in_bf16_the_kl_to_the_reference_is_exactly_zero_before_any_update(input
 
 def test_pin_4_in_bf16_too_the_first_ratio_is_exactly_one_and_updates_leave_the_reference(inputs, worker):
     models, packs = load_ppo_models(PPO, inputs, worker), some_packs()
-    learner = Learner(models, PPO, seed=0)
+    learner = Learner(models, PPO, seed=0, health=Health(PPO.health, worker.runtime))
     experiences, _ = assemble(packs, judged(models, packs), PPO, kl_coef=0.05)
     metrics = learner.update(0, experiences, kl_coef=0.05)
     assert metrics["ppo/ratio_first"] == 0.0
@@ -139,7 +140,7 @@ def test_bf16_training_lowers_the_loss_and_keeps_and_saves_fp32_masters(tied_mod
         assert logits_KV.dtype == torch.float32, "the head is computed in fp32, on both sides"
         return -token_logprobs(logits=logits_KV, targets=row.input_ids_1N[0, targets], temperature=1.0).mean()
 
-    losses = [optimizer.take_step(step, [None], loss_of).loss for step in range(30)]
+    losses = [optimizer.take_step(step, [None], loss_of, lambda *_: True).loss for step in range(30)]
     assert computed_in == {torch.bfloat16} and losses[-1] < 0.5 * losses[0]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     state = optimizer.adamw.state.values()

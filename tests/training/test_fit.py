@@ -1,72 +1,27 @@
 """The supervised loop: exact resume, sound checkpoints, and stopping at numbers that are none."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 import torch
+from regression import CONFIG, MAX_STEPS, Killed, train
 from torch import nn
 
-from stages.config import PretrainConfig
 from stages.data.batches import BatchOrder
-from stages.errors import TrainingStopped
 from stages.training.checkpoint import Checkpoints
-from stages.training.fit import fit, num_steps
+from stages.training.fit import num_steps
 from stages.training.metrics import MetricsLog, StepLog, read_steps
 from stages.training.optimize import Optimizer
-
-CONFIG = PretrainConfig(
-    lr=1e-2, batch_size=4, micro_batch_size=2, log_every_steps=2, checkpoint_every_steps=3, warmup_frac=0.2
-)
-MAX_STEPS = 10
-
-
-@dataclass(frozen=True)
-class Numbers:
-    inputs: torch.Tensor
-
-    @property
-    def num_tokens(self):
-        return self.inputs.numel()
-
-
-class Killed(Exception):
-    """Stands for a SIGKILL between two steps."""
-
-
-def train(work_dir, *, die_at=None, spoil_at=None):
-    """A tiny regression with AdamW; everything about a batch is a function of its step."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizer = Optimizer(model, CONFIG, lr=CONFIG.lr, max_steps=MAX_STEPS)
-
-    def batch_of(step):
-        if step == die_at:
-            raise Killed
-        inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-        if step == spoil_at:
-            inputs = inputs * torch.nan
-        return [Numbers(part) for part in inputs.split(2)]
-
-    def loss_of(numbers):
-        return (model(numbers.inputs) - numbers.inputs.sum(-1, keepdim=True)).square().sum() / 4
-
-    result = fit(
-        optimizer, CONFIG, max_steps=MAX_STEPS, work_dir=work_dir, batch_of=batch_of, loss_of=loss_of
-    )
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]), result
 
 
 @pytest.mark.parametrize("die_at", [1, 3, 4, 6, 9])
 def test_a_killed_and_resumed_training_ends_in_the_same_bits(tmp_path, die_at):
-    (tmp_path / "whole").mkdir()
     whole, expected = train(tmp_path / "whole")
-    (tmp_path / "killed").mkdir()
     with pytest.raises(Killed):
         train(tmp_path / "killed", die_at=die_at)
     resumed, result = train(tmp_path / "killed")
     assert torch.equal(resumed, whole)
-    steps = [line["step"] for line in read_steps(tmp_path / "killed" / "metrics.jsonl")]
+    steps = [line["step"] for line in read_steps(tmp_path / "killed" / "work" / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == MAX_STEPS
     assert result.steps == expected.steps
 
@@ -74,40 +29,37 @@ def test_a_killed_and_resumed_training_ends_in_the_same_bits(tmp_path, die_at):
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path, caplog):
     with pytest.raises(Killed):
         train(tmp_path, die_at=8)
-    newest = tmp_path / "checkpoints" / "step-000006"
+    newest = tmp_path / "work" / "checkpoints" / "step-000006"
     victim = next(path for path in newest.iterdir() if path.suffix == ".distcp")
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     resumed, _ = train(tmp_path)
-    (tmp_path / "other").mkdir()
     whole, _ = train(tmp_path / "other")
     assert torch.equal(resumed, whole)
     assert "step-000006: damaged checkpoint" in caplog.text
 
 
 def test_an_unfinished_checkpoint_is_not_one(tmp_path):
-    (tmp_path / "checkpoints" / "step-000003.tmp").mkdir(parents=True)
+    (tmp_path / "work" / "checkpoints" / "step-000003.tmp").mkdir(parents=True)
     optimizer = Optimizer(nn.Linear(2, 1), CONFIG, lr=0.1, max_steps=4)
     assert Checkpoints(tmp_path).restore({"model": optimizer}) == (0, {})
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path):
+def test_the_last_checkpoints_and_the_one_of_the_lowest_loss_are_kept(tmp_path):
     train(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "step-000006",
-        "step-000009",
-    ]
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path):
-    with pytest.raises(TrainingStopped, match=r"step 5: loss nan.*not finite"):
-        train(tmp_path, spoil_at=4)
+    lines = read_steps(tmp_path / "work" / "metrics.jsonl")
+    loss_at = {
+        saved: [line["train/loss"] for line in lines if line["step"] <= saved][-1] for saved in (3, 6, 9)
+    }
+    best = min(loss_at, key=loss_at.__getitem__)
+    kept = {int(path.name.removeprefix("step-")) for path in (tmp_path / "work" / "checkpoints").iterdir()}
+    assert kept == {6, 9, best}
 
 
 def test_the_learning_rate_warms_up_and_decays(tmp_path):
     train(tmp_path)
-    rates = {line["step"]: line["train/lr"] for line in read_steps(tmp_path / "metrics.jsonl")}
+    rates = {line["step"]: line["train/lr"] for line in read_steps(tmp_path / "work" / "metrics.jsonl")}
     assert rates[2] <= CONFIG.lr and rates[4] > rates[10] >= CONFIG.lr * CONFIG.min_lr_frac
 
 

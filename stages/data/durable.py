@@ -1,0 +1,71 @@
+"""Files that a crash leaves whole or absent, and digests by which damage is seen.
+
+    bytes -> `.tmp` name -> fsync -> rename -> fsync of the directory
+
+Owns: that order, and the one line a full or read-only disk costs. Used by what an interrupted run reads back:
+checkpoints and the rollout journal. Light import.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from blake3 import blake3
+
+from rollout.errors import EnvironmentProblem
+
+UNFINISHED = ".tmp"
+BLOCK_BYTES = 2**22
+
+
+def file_digest(path: Path) -> str:
+    """blake3 of a file's bytes, hex."""
+    hasher = blake3()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write all of a file or none of it; on the disk when this returns. OSError."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when the bytes of a file, or the names in a directory, are on the disk. OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_problems(path: Path) -> Iterator[None]:
+    """Inside, an OSError (no space, no permission, a broken disk) becomes one line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentProblem(disk_line(error, path)) from error
+
+
+def disk_line(error: OSError, path: Path) -> str:
+    """What is wrong with the disk, where, and how to go on."""
+    where = error.filename if error.filename is not None else path
+    return (
+        f"{where}: {error.strerror or error}; free some space or set outputs=DIR on another disk, "
+        "then run again to resume"
+    )

@@ -1,0 +1,98 @@
+"""Rendering chat templates at a distance: a template may loop for ever or ask for all the memory there is.
+
+    render(template, variables) --JSON line--> template_process (limits, no secrets) --JSON line--> text
+
+Owns: that process's life: started when needed, gone a second after the last request or with this process.
+Does not own: what a template may do there (template_process), what its text means (chat).
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from rollout.errors import EnvironmentProblem
+from stages.data.template_process import MAX_CPU_S
+from stages.errors import ModelError
+
+MODULE = "stages.data.template_process"
+"""Never imported for its work: it runs as a program of its own."""
+ANSWER_TIMEOUT_S = 300.0
+"""Wall-clock; what ends a template that runs on is its process's limit of CPU time."""
+INHERITED = ("PYTHONHOME", "LD_LIBRARY_PATH")
+"""All that the process gets of our environment: what Python itself may need to start."""
+NUM_ATTEMPTS = 3
+
+
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """The text that the Jinja source `template` makes of `variables` (plain JSON types).
+
+    Raises ModelError, without the template's name, when the template fails or exceeds the limits.
+    """
+    answer = _renderer.ask({"template": template, "variables": variables})
+    if "error" in answer:
+        raise ModelError(answer["error"])
+    return answer["text"]
+
+
+class _Renderer:
+    """The one template process of this process. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        """Its answer. A process that ended by itself, being idle, is replaced."""
+        line = json.dumps(request).encode() + b"\n"
+        with self._lock:
+            for _ in range(NUM_ATTEMPTS):
+                process = self._running()
+                if answered := _exchange(process, line):
+                    answer: dict[str, str] = json.loads(answered)
+                    return answer
+                self._process = None
+                if process.wait():
+                    raise ModelError(_why_ended(process.returncode))
+        raise EnvironmentProblem("the process that renders chat templates does not stay; see `rlhf doctor`")
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            environment = {key: os.environ[key] for key in INHERITED if key in os.environ}
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", MODULE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            )
+        return self._process
+
+
+def _exchange(process: subprocess.Popen[bytes], line: bytes) -> bytes:
+    """The answer to a request; empty when the process ended instead."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return b""
+    if not select.select([process.stdout], [], [], ANSWER_TIMEOUT_S)[0]:
+        process.kill()
+        process.wait()
+        raise EnvironmentProblem(f"a chat template was not rendered within {ANSWER_TIMEOUT_S:g} s")
+    return process.stdout.readline()
+
+
+def _why_ended(code: int) -> str:
+    if code == -signal.SIGXCPU:
+        return f"it takes more than {MAX_CPU_S} s of CPU time; is there a loop without end in it?"
+    return f"the process that rendered it ended with code {code}; it may need more memory than it gets"
+
+
+_renderer = _Renderer()

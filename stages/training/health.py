@@ -1,0 +1,212 @@
+"""Training health: bad optimizer steps are skipped and counted; too many in a row, and training goes back.
+
+    loss, gradient norm --accepts--> step taken | skipped (its batch kept) --too many in a row--> RollBack
+    RollBack --> last checkpoint, and the data since then are left out (PaLM, arXiv 2204.02311, section 5.1)
+
+Owns: the counts, the spike detector, the kept batches, the limits on a PPO batch. Does not own: checkpoints
+and loops (fit, ppo). Everything here is part of each checkpoint, so a resumed run decides the same.
+"""
+
+import logging
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stages.config import HealthConfig, PPOConfig
+from stages.errors import TrainingStopped
+from stages.runtime import Runtime
+from stages.training import ranks
+
+logger = logging.getLogger(__name__)
+
+MIN_SPIKE_WINDOW = 16
+"""Accepted losses before the spike detector has an opinion."""
+MAD_TO_STD = 1.4826
+"""The median absolute deviation of normal noise, times this, is its standard deviation."""
+
+
+class RollBack(Exception):
+    """Too many bad steps in a row: go back to the last checkpoint. Raised by Health, caught by the loops."""
+
+
+@dataclass(kw_only=True)
+class HealthState:
+    """What is remembered of bad steps."""
+
+    skipped: int = 0  # optimizer steps not taken
+    in_a_row: int = 0  # of these, up to now
+    spikes: int = 0  # losses far above the recent ones, taken or not
+    rollbacks: int = 0
+    data_offset: int = 0  # batches left out so far: step s trains on the batch of position s + data_offset
+    recent: dict[str, list[float]] = field(default_factory=dict)  # last accepted losses, per model
+
+
+class Health:
+    """The judge of every optimizer step of one stage.
+
+    Example: health = Health(config.health, runtime)
+             if not health.accepts("loss", step, loss=2.1, grad_norm=0.7): health.skipped(step, batch)
+    """
+
+    def __init__(self, config: HealthConfig, runtime: Runtime) -> None:
+        self.state = HealthState()
+        self._config = config
+        self._runtime = runtime
+
+    def accepts(self, name: str, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether `step` (0-based) is to be taken, given the loss of `name` and the gradient's global norm.
+
+        The same on every rank: both numbers are sums over all of them.
+        """
+        spike = math.isfinite(loss) and self._is_spike(name, loss)
+        taken = math.isfinite(loss) and math.isfinite(grad_norm) and not (spike and self._skips_spikes)
+        self.state.spikes += spike
+        if spike or not taken:
+            self._say(
+                f"step {step + 1}: {name} {loss:.4g}, gradient norm {grad_norm:.4g}: "
+                f"{'a spike' if spike else 'not finite'}{'' if taken else '; step skipped'}"
+            )
+        if not taken:
+            self.state.skipped += 1
+            self.state.in_a_row += 1
+            return False
+        self.state.in_a_row = 0
+        recent = self.state.recent.setdefault(name, [])
+        recent.append(loss)
+        del recent[: -self._config.spike_window]
+        return True
+
+    def skipped(self, step: int, batch: Any) -> None:
+        """Keep this rank's `batch` of a step that was not taken. Raises RollBack after too many in a row."""
+        directory = self._runtime.log_dir / "bad_batches"
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"{self._runtime.stage}-step-{step + 1:06d}-rank-{ranks.rank()}.safetensors"
+        save_file(dict(_tensors_of(batch, "batch")), directory / name)
+        if self.state.in_a_row > self._config.max_skipped_in_a_row:
+            raise RollBack
+
+    def rolled_back(self, failed: int, to: int | None, state: Mapping[str, Any]) -> int:
+        """Take note of a return from step `failed` to the checkpoint `to` with its health `state`; the step
+        to go on with. Without a checkpoint (None) training goes on behind the bad data: no bad step was ever
+        taken.
+
+        Raises TrainingStopped (exit 5) when this happened too often.
+        """
+        past = self.state
+        if past.rollbacks >= self._config.max_rollbacks:
+            raise TrainingStopped(
+                f"{self._runtime.stage} step {failed + 1}: {past.in_a_row} bad steps in a row for the "
+                f"{past.rollbacks + 1}. time (not finite, or spikes); lower the learning rate, or look at "
+                "the "
+                f"batches in {self._runtime.log_dir / 'bad_batches'}"
+            )
+        if to is None:
+            self.state = HealthState(**{**asdict(past), "in_a_row": 0, "rollbacks": past.rollbacks + 1})
+            self._say(
+                f"step {failed + 1}: {past.in_a_row} bad steps in a row, no checkpoint yet; going on "
+                "behind them"
+            )
+            return failed + 1
+        self.state = HealthState(
+            **{
+                **state,
+                "skipped": past.skipped,
+                "spikes": past.spikes,
+                "rollbacks": past.rollbacks + 1,
+                "data_offset": past.data_offset + failed + 1 - to,
+            }
+        )
+        self._say(
+            f"step {failed + 1}: {past.in_a_row} bad steps in a row; back to step {to}, "
+            f"leaving out the {failed + 1 - to} batches since then"
+        )
+        return to
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.state = HealthState(**state)
+
+    def metrics(self) -> dict[str, float]:
+        """For a line of the log."""
+        return {
+            "train/skipped_steps": float(self.state.skipped),
+            "train/loss_spikes": float(self.state.spikes),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self.state)
+
+    @property
+    def _skips_spikes(self) -> bool:
+        return self._config.on_spike == "skip"
+
+    def _is_spike(self, name: str, loss: float) -> bool:
+        recent = self.state.recent.get(name, [])
+        if self._config.spike_mads is None or len(recent) < MIN_SPIKE_WINDOW:
+            return False
+        median = statistics.median(recent)
+        spread = MAD_TO_STD * statistics.median(abs(value - median) for value in recent)
+        return loss - median > self._config.spike_mads * spread > 0
+
+    def _say(self, text: str) -> None:
+        if ranks.is_main():
+            logger.warning("%s %s", self._runtime.stage, text)
+
+
+def check_rollouts(step: int, summary: Mapping[str, float], config: PPOConfig) -> None:
+    """Raise TrainingStopped when a batch of rollouts (its `summary` of experience.assemble) is beyond a
+    limit of the config: training on it would only make it worse.
+    """
+    score_std, entropy = summary["rollout/score_std"], summary["rollout/entropy"]
+    truncated, repeated = summary["rollout/truncated"], summary["rollout/repeated"]
+    problems = []
+    if "rollout/kl" in summary and not summary["rollout/kl"] <= config.max_kl:
+        problems.append(
+            f"KL to the reference is {summary['rollout/kl']:.1f} nats per response, above ppo.max_kl "
+            f"{config.max_kl:g}; raise ppo.kl_coef or lower ppo.lr"
+        )
+    if not score_std >= config.min_score_std:
+        problems.append(
+            f"scores spread by {score_std:.2g} only, below ppo.min_score_std {config.min_score_std:g}: a "
+            "constant "
+            "reward teaches nothing; look at the reward model"
+        )
+    if not entropy >= config.min_entropy:
+        problems.append(
+            f"entropy is {entropy:.3g} nats per token, below ppo.min_entropy {config.min_entropy:g}: the "
+            "policy has "
+            "collapsed; raise ppo.kl_coef or ppo.entropy_coef"
+        )
+    if truncated > config.max_truncated_frac:
+        problems.append(
+            f"{truncated:.0%} of the responses are cut off, above ppo.max_truncated_frac "
+            f"{config.max_truncated_frac:g}; raise ppo.max_response_tokens or ppo.missing_eos_penalty"
+        )
+    if repeated > config.max_repeated_frac:
+        problems.append(
+            f"{repeated:.0%} of the responses' 4-grams are repetitions, above ppo.max_repeated_frac "
+            f"{config.max_repeated_frac:g}; raise ppo.kl_coef, or look at the reward model"
+        )
+    if problems:
+        raise TrainingStopped(f"ppo step {step + 1}: {problems[0]}")
+
+
+def _tensors_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, and every sequence of integers, below a record, by dotted name."""
+    if isinstance(value, Tensor):
+        yield name, value.detach().cpu().clone()
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from _tensors_of(getattr(value, entry.name), f"{name}.{entry.name}")
+    elif isinstance(value, list | tuple):
+        if value and all(isinstance(item, int) for item in value):
+            yield name, torch.tensor(value)
+        else:
+            for index, item in enumerate(value):
+                yield from _tensors_of(item, f"{name}.{index}")

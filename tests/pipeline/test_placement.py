@@ -1,0 +1,174 @@
+"""What a stage reserves, what can never be placed, and how much memory a plan counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_chain import Chain
+
+from pipeline import placement
+from pipeline.config import load
+from pipeline.errors import ConfigError
+from pipeline.placement import Architecture, architecture_of, bundles_by_stage, memory_of, plan
+from rollout.config import EngineConfig
+from stages.bundles import bundles_of, lacking
+from stages.runtime import StageResources
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GIB = 2**30
+GPU_WORKERS = StageResources(num_workers=8, num_cpus=4, num_gpus=1, num_gpus_per_engine=1)
+
+
+def nodes(*resources: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {f"node-{index}": node for index, node in enumerate(resources)}
+
+
+def test_with_a_shared_file_the_engines_sit_in_the_first_workers_bundle():
+    rollout = EngineConfig(sync="shm", num_engines=2)
+    bundles = bundles_of("ppo", GPU_WORKERS.model_copy(update={"num_workers": 2}), rollout)
+    assert bundles.all == ({"CPU": 4, "GPU": 3}, {"CPU": 4, "GPU": 1})
+    assert [bundles.engine_index(engine) for engine in range(2)] == [0, 0]
+    assert (
+        str(bundles) == "ppo: 1 x {CPU: 4, GPU: 3} + 1 x {CPU: 4, GPU: 1} + 2 engines with the first worker"
+    )
+
+
+def test_with_another_transport_each_engine_has_a_bundle_of_its_own():
+    bundles = bundles_of("ppo", GPU_WORKERS, EngineConfig(sync="nccl", num_engines=4))
+    assert bundles.all == ({"CPU": 4, "GPU": 1},) * 8 + ({"GPU": 1},) * 4
+    assert [bundles.engine_index(engine) for engine in range(4)] == [8, 9, 10, 11]
+    assert str(bundles) == "ppo: 8 x {CPU: 4, GPU: 1} + 4 engines x {GPU: 1}"
+
+
+def test_engines_that_reserve_nothing_may_go_anywhere():
+    bundles = bundles_of("ppo", StageResources(), EngineConfig(sync="gloo", num_engines=2))
+    assert bundles.all == ({"CPU": 1},)
+    assert bundles.engine_index(1) is None
+    assert str(bundles) == "ppo: 1 x {CPU: 1} + 2 engines anywhere"
+
+
+def test_shares_of_one_gpu_add_up_to_it():
+    resources = StageResources(num_gpus=0.7, num_gpus_per_engine=0.1)
+    bundles = bundles_of("ppo", resources, EngineConfig(num_engines=3))
+    assert bundles.all == ({"CPU": 1, "GPU": 1.0},)
+    assert lacking([bundles], nodes({"CPU": 1, "GPU": 1})) is None
+
+
+def test_what_the_cluster_lacks_in_all_is_counted():
+    bundles = bundles_of("ppo", GPU_WORKERS, EngineConfig(sync="nccl", num_engines=4))
+    assert lacking([bundles], nodes({"CPU": 32, "GPU": 2}, {"CPU": 32, "GPU": 2})) == (
+        "ppo: 8 x {CPU: 4, GPU: 1} + 4 engines x {GPU: 1}: the cluster has 4 GPUs on 2 nodes; missing 8 GPU"
+    )
+
+
+def test_a_bundle_larger_than_every_node_is_refused_although_the_total_would_do():
+    bundles = bundles_of("sft", StageResources(num_cpus=3, num_workers=2), None)
+    assert lacking([bundles], nodes({"CPU": 2}, {"CPU": 4})) == (
+        "sft: 2 x {CPU: 3}: a bundle is never split over nodes, and the room on 2 nodes is for 1 x "
+        "{CPU: 3}; missing 1"
+    )
+    assert lacking([bundles], nodes({"CPU": 3}, {"CPU": 4})) is None
+
+
+def test_a_larger_bundle_takes_a_place_from_the_smaller_ones():
+    """3 + 1 GPUs and 2 x 1: the bundle of 3 needs a node that could have held three."""
+    resources = StageResources(num_workers=2, num_gpus=1, num_gpus_per_engine=1)
+    bundles = bundles_of("ppo", resources, EngineConfig(num_engines=2))  # {3 GPU}, {1 GPU}
+    assert lacking([bundles], nodes({"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2})) is not None
+    assert lacking([bundles], nodes({"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 1})) is None
+
+
+def test_stages_that_run_side_by_side_are_added_up(chain: Chain):
+    config = chain.config("reward.init_from=pretrain")
+    stages = list(bundles_by_stage(config, ("sft", "reward")).values())
+    assert lacking(stages[:1], nodes({"CPU": 1})) is None
+    assert lacking(stages, nodes({"CPU": 1})) == (
+        "sft: 1 x {CPU: 1}, side by side with reward: 1 x {CPU: 1}: "
+        "the cluster has 1 CPU on 1 node; missing 1 CPU"
+    )
+
+
+def test_a_reward_stage_without_a_policy_to_sample_from_has_no_engine(chain: Chain):
+    assert bundles_by_stage(chain.config(), ("reward",))["reward"].num_engines == 1
+    assert bundles_by_stage(chain.config("reward.init_from=pretrain"), ("reward",))["reward"].num_engines == 0
+
+
+def test_prepare_reserves_nothing(chain: Chain):
+    assert bundles_by_stage(chain.config(), ("prepare",)) == {}
+
+
+@pytest.mark.parametrize(
+    ("directory", "num_parameters"), [("llama_hh_cluster", 8_030_261_248), ("qwen_gsm8k_gpu", 494_032_768)]
+)
+def test_the_parameters_counted_from_a_config_json_are_those_of_the_model(directory, num_parameters):
+    """As published; qwen2's attention biases, 0.006 %, are not counted."""
+    counted = Architecture.from_file(CONFIGS / directory / "architecture.json").whole
+    assert counted == pytest.approx(num_parameters, rel=1e-4)
+
+
+def test_the_parameters_of_a_model_from_scratch_are_those_torch_allocates(chain: Chain):
+    from stages.training.models import build_causal_lm
+
+    config = chain.config("prepare.vocab_size=400", "model.tie_embeddings=false")
+    model = build_causal_lm(config.model, vocab_size=400, eos_token_id=2, pad_token_id=0)
+    architecture = architecture_of(config)
+    assert architecture.whole == sum(parameter.numel() for parameter in model.parameters())
+    layer = model.inner.model.layers[0]
+    assert architecture.layer == sum(parameter.numel() for parameter in layer.parameters())
+
+
+def test_masters_gradients_and_moments_are_sharded_and_frozen_models_too():
+    loaded = load(CONFIGS / "llama_hh_cluster.yaml").config
+    memory = memory_of(loaded, "ppo", architecture_of(loaded))
+    parts = memory["worker"].parts
+    trained = 8_030_261_248 + 7_504_924_672  # policy, and a value model without an output head
+    assert parts["fp32 weights"] == pytest.approx(4 * trained / 8, rel=1e-3)
+    assert parts["Adam"] == 2 * parts["fp32 weights"] == 2 * parts["gradients"]
+    assert parts["frozen models"] == pytest.approx(4 * trained / 8, rel=1e-3)
+    assert memory["engine"].parts["weights"] == pytest.approx(2 * 8_030_261_248, rel=1e-3)
+    kv_per_token = 2 * 32 * 8 * 128 * 2  # keys and values, layers, heads, head_dim, bf16
+    (cache,) = (size for name, size in memory["engine"].parts.items() if name.startswith("keys"))
+    assert cache == 128 * 2048 * kv_per_token
+    assert str(memory["engine"]).startswith("47 GiB: weights 15")
+
+
+def test_one_fp32_worker_gathers_nothing_and_a_cpu_engine_has_its_configured_cache(chain: Chain):
+    config = chain.config()
+    memory = memory_of(config, "ppo", architecture_of(config))
+    assert memory["worker"].parts["gathered fp32 layers and gradients"] == 0
+    assert memory["engine"].parts["keys and values"] == config.rollout.kv_cache_mib * 2**20
+
+
+@pytest.mark.parametrize("name", ["llama_hh_cluster", "qwen_gsm8k_gpu"])
+def test_the_plan_of_a_gpu_config_needs_neither_network_nor_weights(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    import socket
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("asked the network"))
+    config = load(CONFIGS / f"{name}.yaml").config
+    lines = list(plan(config, ("sft", "ppo")))
+    assert lines[0].startswith("sft: ") and "each worker" in lines[1]
+    assert any("each engine" in line for line in lines)
+
+
+def test_a_model_that_nothing_here_describes_is_said_to_be_unknown(chain: Chain, monkeypatch):
+    config = chain.config("model.path=somebody/unheard-of")
+    *_, last = plan(config, ("sft",))
+    assert last == (
+        "memory: size unknown, for somebody/unheard-of is not on this machine; "
+        "give its config.json as model.architecture"
+    )
+
+
+def test_a_model_directory_describes_itself(chain: Chain, tmp_path):
+    (tmp_path / "model").mkdir()
+    text = (CONFIGS / "qwen_gsm8k_gpu/architecture.json").read_text()
+    (tmp_path / "model/config.json").write_text(text)
+    config = chain.config(f"model.path={tmp_path}/model")
+    assert architecture_of(config) == Architecture.from_file(CONFIGS / "qwen_gsm8k_gpu/architecture.json")
+
+
+def test_a_config_json_that_is_no_language_models_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": 8}))
+    with pytest.raises(ConfigError, match=r"not the config.json of a language model"):
+        placement.Architecture.from_file(tmp_path / "config.json")

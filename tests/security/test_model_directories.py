@@ -1,0 +1,196 @@
+"""A model directory is judged by its files before anything loads it: one line, exit code 2."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.artifacts import MANIFEST, FileRecord, Manifest, Store, file_digest, model_directory
+from pipeline.errors import MissingStage
+from pipeline.model_files import check_model_directory
+from rollout.safetensors_header import BadHeader, read_header
+
+
+def packed(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """A safetensors file with this header; `length` is what it says of itself."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(begin: int = 0, end: int = 8, shape: object = (2,), dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def write_manifest(directory: Path, stage: str) -> None:
+    """What publishing writes: the files of `directory` as they are."""
+    paths = [path for path in directory.iterdir() if path.is_file()]
+    manifest = Manifest(
+        schema_version=1,
+        stage=stage,
+        fingerprint="f" * 16,
+        recipe_version=1,
+        settings={},
+        seeds={},
+        inputs={},
+        contents={},
+        exactness="exact",
+        packages={},
+        machine={},
+        git_commit=None,
+        started_at="",
+        seconds=1,
+        metrics={},
+        files={path.name: FileRecord(size=path.stat().st_size, blake3=file_digest(path)) for path in paths},
+    )
+    (directory / MANIFEST).write_text(manifest.model_dump_json())
+
+
+GOOD = packed({"__metadata__": {"format": "pt"}, "a": tensor(), "b": tensor(8, 12, (1, 1))}, bytes(12))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A sound model directory, as far as its files tell."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 8}')
+    (tmp_path / "model.safetensors").write_bytes(GOOD)
+    return tmp_path
+
+
+def complaint(directory: Path) -> str:
+    with pytest.raises(MissingStage) as refused:
+        check_model_directory(directory, named="--input sft=x")
+    line = str(refused.value)
+    assert refused.value.exit_code == 2
+    assert line.startswith("--input sft=x: ") and line.isprintable() and len(line) < 500
+    return line
+
+
+def test_a_sound_directory_passes(directory: Path):
+    check_model_directory(directory, named="x")
+    assert model_directory(str(directory), None) == directory
+    assert read_header(directory / "model.safetensors")["b"].shape == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.ckpt", "model.pkl"])
+def test_weights_that_are_pickles_are_refused(directory: Path, name: str):
+    (directory / "model.safetensors").rename(directory / name)
+    assert f"{name} is a pickle, which can run code" in complaint(directory)
+
+
+def test_a_pickle_beside_safetensors_is_let_be(directory: Path):
+    """Many models of the hub have both; whatever loads here asks for safetensors."""
+    (directory / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    check_model_directory(directory, named="x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json",
+     "preprocessor_config.json", "video_preprocessor_config.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("deep", [False, True])
+def test_auto_map_is_refused_in_any_configuration_at_any_depth(directory: Path, name: str, deep: bool):
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}
+    (directory / name).write_text(json.dumps({"text_config": [code]} if deep else code))
+    assert f"{name} has auto_map" in complaint(directory)
+
+
+def test_a_vocabulary_may_hold_the_word_auto_map(directory: Path):
+    (directory / "vocab.json").write_text('{"auto_map": 7}')
+    check_model_directory(directory, named="x")
+
+
+def test_an_adapter_is_refused_for_it_names_another_model(directory: Path):
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    assert "adapter_config.json: an adapter" in complaint(directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "config.json is not JSON"),
+        (b"{", "config.json is not JSON"),
+        (b"\xff\xfe\x00", "config.json is not JSON"),
+        (b"[" * 100_000, "config.json is not JSON"),
+        (b"9" * 10_000, "config.json is not JSON"),
+        (b"[]", "config.json is not a JSON object"),
+        (b'"text"', "config.json is not a JSON object"),
+        (b'{"a": "' + b"x" * (16 << 20) + b'"}', "config.json: no configuration file"),
+    ],
+    ids=range(8),
+)
+def test_a_config_that_is_no_json_object_is_refused(directory: Path, content: bytes, said: str):
+    (directory / "config.json").write_bytes(content)
+    assert said in complaint(directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "0 bytes are too few for a header"),
+        (b"1234567", "7 bytes are too few for a header"),
+        (packed({}, length=2**63), "a header of 9223372036854775808 bytes in a file of 10"),
+        (packed({}, length=3), "a header of 3 bytes in a file of 10"),
+        (packed(b"{x}"), "its header is not JSON"),
+        (packed(b"[" * 100_000), "its header is not JSON"),
+        (packed(b"\xff\xff"), "its header is not JSON"),
+        (packed([]), "its header is not a JSON object"),
+        (packed({"a": 1}), "'a': not a dtype, a shape and offsets"),
+        (packed({"a": tensor(shape=[-2])}, bytes(8)), "'a': not a dtype, a shape and offsets"),
+        (packed({"a": tensor(shape=[True, 2])}, bytes(8)), "'a': not a dtype, a shape and offsets"),
+        (packed({"a": tensor(dtype="PICKLE")}, bytes(8)), "'a': not a dtype, a shape and offsets"),
+        (packed({"a": tensor(-8, 0)}, bytes(8)), "'a': not a dtype, a shape and offsets"),
+        (packed({"a": tensor(8, 0)}, bytes(8)), "'a': -8 bytes do not hold F32 [2]"),
+        (packed({"a": tensor(shape=[2**40, 2**40])}, bytes(8)), "'a': 8 bytes do not hold F32"),
+        (packed({"a": tensor()}, bytes(7)), "its tensors take 8 bytes, and it has 7"),
+        (packed({"a": tensor()}, bytes(9)), "its tensors take 8 bytes, and it has 9"),
+        (packed({"a": tensor(), "b": tensor()}, bytes(8)), "'b': starts at byte 0, where 8 was expected"),
+        (packed({"a": tensor(), "b": tensor(4, 12)}, bytes(12)), "'b': starts at byte 4, where 8"),
+        (packed({"a": tensor(4, 12)}, bytes(12)), "'a': starts at byte 4, where 0 was expected"),
+        (packed({"a\n\x1b[2J": tensor(4, 12)}, bytes(12)), r"'a\n\x1b[2J': starts at byte 4"),
+        (GOOD[:-1], "its tensors take 12 bytes, and it has 11"),
+        (GOOD[:20], "a header of"),
+    ],
+    ids=range(23),
+)
+def test_weights_that_are_not_whole_are_refused(directory: Path, content: bytes, said: str):
+    (directory / "model.safetensors").write_bytes(content)
+    assert f"model.safetensors is not a whole safetensors file ({said}" in complaint(directory)
+
+
+@given(data=st.binary(max_size=200) | st.binary(max_size=60).map(packed))
+def test_no_bytes_at_all_do_more_than_be_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.write_bytes(data)
+    try:
+        assert sum(entry.end - entry.begin for entry in read_header(path).values()) <= len(data)
+    except BadHeader as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "gone.safetensors", 7]
+)
+def test_an_index_may_only_name_files_of_its_directory(directory: Path, name: object):
+    (directory.parent / "secret.safetensors").write_bytes(GOOD)
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": name}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"names {name!r}, which is no file of this directory" in complaint(directory)
+
+
+def test_an_index_of_its_own_files_passes(directory: Path):
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    check_model_directory(directory, named="x")
+
+
+@pytest.mark.parametrize("stage", ["sft", "prepare"])
+def test_a_manifest_does_not_vouch_for_code(directory: Path, tmp_path_factory, stage: str):
+    """An artifact from elsewhere, whole by its own manifest, is judged like any other directory."""
+    (directory / "config.json").write_text('{"auto_map": {}}')
+    write_manifest(directory, stage)
+    with pytest.raises(MissingStage, match=r"config\.json has auto_map"):
+        Store(tmp_path_factory.mktemp("outputs")).identify(stage, directory)

@@ -1,0 +1,157 @@
+"""Bad steps: skipped, kept, counted; too many in a row and training goes back and leaves those data out."""
+
+import pytest
+import torch
+from regression import CONFIG, MAX_STEPS, Killed, Regression, train
+from safetensors.torch import load_file
+
+from stages.config import DataSource, HealthConfig, PPOConfig
+from stages.errors import Interrupted, TrainingStopped
+from stages.training.health import check_rollouts
+from stages.training.metrics import read_steps
+
+BAD_ROW = (4, 5, 6, 7)  # four in a row, behind the checkpoint of step 3
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_its_batch_kept(tmp_path, caplog):
+    regression = Regression(directory=tmp_path, spoiled=[4])
+    weights, result = regression.train()
+    assert torch.isfinite(weights).all()
+    assert result.skipped_steps == 1 and result.metrics()["steps_skipped"] == 1.0
+    assert regression.positions == list(range(MAX_STEPS))
+    assert "sft step 5: loss nan, gradient norm nan: not finite; step skipped" in caplog.text
+    (kept,) = (tmp_path / "logs" / "bad_batches").iterdir()
+    assert kept.name == "sft-step-000005-rank-0.safetensors"
+    assert {name: tuple(value.shape) for name, value in load_file(kept).items()} == {
+        "batch.0.inputs": (2, 3),
+        "batch.1.inputs": (2, 3),
+    }
+    last = read_steps(tmp_path / "work" / "metrics.jsonl")[-1]
+    assert last["train/skipped_steps"] == 1.0 and last["train/loss"] == pytest.approx(result.loss_final)
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path):
+    """Nine good steps, the last one bad: the weights of nine steps."""
+    after_nine = Regression(directory=tmp_path / "nine", die_at=9)
+    with pytest.raises(Killed):
+        after_nine.train()
+    expected = torch.cat([value.detach().flatten() for value in after_nine.model.parameters()])
+    weights, _ = train(tmp_path / "bad", spoiled=[9])
+    assert torch.equal(weights, expected)
+
+
+def test_after_four_bad_steps_in_a_row_training_goes_back_and_leaves_those_data_out(tmp_path, caplog):
+    regression = Regression(directory=tmp_path / "bad", spoiled=BAD_ROW)
+    weights, result = regression.train()
+    assert regression.positions == [0, 1, 2, 3, 4, 5, 6, 7, *range(8, 15)]
+    assert "sft step 8: 4 bad steps in a row; back to step 3, leaving out the 5 batches" in caplog.text
+    expected, _ = train(tmp_path / "without", left_out=[3, *BAD_ROW])
+    assert torch.equal(weights, expected)
+    assert result.steps == MAX_STEPS and result.skipped_steps == 4
+    steps = [line["step"] for line in read_steps(tmp_path / "bad" / "work" / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == MAX_STEPS
+
+
+@pytest.mark.parametrize("die_at", [5, 9, 12, 14])
+def test_a_run_killed_before_or_after_going_back_ends_in_the_same_bits(tmp_path, die_at):
+    whole, _ = train(tmp_path / "whole", spoiled=BAD_ROW)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", spoiled=BAD_ROW, die_at=die_at)
+    resumed, _ = train(tmp_path / "killed", spoiled=BAD_ROW)
+    assert torch.equal(resumed, whole)
+
+
+def test_without_a_checkpoint_training_goes_on_behind_the_bad_data(tmp_path, caplog):
+    weights, result = train(tmp_path, spoiled=[0, 1, 2, 3])
+    assert torch.isfinite(weights).all() and result.skipped_steps == 4
+    assert "no checkpoint yet; going on behind them" in caplog.text
+
+
+def test_the_third_time_stops_the_run(tmp_path):
+    """Twice four bad positions in a row, then four of the many that are left."""
+    regression = Regression(directory=tmp_path, spoiled=range(4, 100))
+    with pytest.raises(
+        TrainingStopped, match=r"sft step \d+: 4 bad steps in a row for the 3. time .*bad_batches"
+    ):
+        regression.train()
+    assert TrainingStopped.exit_code == 5
+    assert regression.positions == list(range(16))  # 0 to 7, back to 3; 8 to 11, back to 3; 12 to 15
+
+
+def test_a_spike_is_told_and_taken_or_skipped(tmp_path, caplog):
+    counts = {}
+    for on_spike in ("log", "skip"):
+        config = CONFIG.model_copy(update={"health": HealthConfig(on_spike=on_spike), "warmup_frac": 0.0})
+        directory = tmp_path / on_spike
+        _, result = train(directory, config=config, max_steps=30, wild=[25])
+        counts[on_spike] = result.skipped_steps
+        assert read_steps(directory / "work" / "metrics.jsonl")[-1]["train/loss_spikes"] == 1.0
+    assert counts == {"log": 0, "skip": 1}
+    assert caplog.text.count("sft step 26: loss") == 2 and caplog.text.count("a spike; step skipped") == 1
+
+
+def test_a_run_that_is_asked_to_stop_does_so_at_the_step_boundary_and_goes_on_in_the_same_bits(tmp_path):
+    whole, _ = train(tmp_path / "whole")
+    stopped = Regression(directory=tmp_path / "stopped", stop_at=4)
+    with pytest.raises(Interrupted, match="sft: stopped at step 5 of 10, state saved") as error:
+        stopped.train()
+    assert error.value.exit_code == 75 and stopped.positions == [0, 1, 2, 3, 4]
+    (tmp_path / "stopped" / "stop").unlink()
+    going_on = Regression(directory=tmp_path / "stopped")
+    resumed, _ = going_on.train()
+    assert torch.equal(resumed, whole) and going_on.positions == [5, 6, 7, 8, 9]
+    lines = [read_steps(tmp_path / name / "work" / "metrics.jsonl") for name in ("whole", "stopped")]
+    losses = [[line["train/loss"] for line in run] for run in lines]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_stopped_after_its_last_step_has_nothing_left_to_train(tmp_path):
+    whole, _ = train(tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped at step 10 of 10"):
+        train(tmp_path / "stopped", stop_at=9)
+    (tmp_path / "stopped" / "stop").unlink()
+    going_on = Regression(directory=tmp_path / "stopped")
+    resumed, _ = going_on.train()
+    assert torch.equal(resumed, whole) and going_on.positions == []
+
+
+SOUND = {
+    "rollout/kl": 1.0,
+    "rollout/score_std": 0.5,
+    "rollout/entropy": 0.7,
+    "rollout/truncated": 0.2,
+    "rollout/repeated": 0.1,
+}
+LIMITS = PPOConfig(
+    data=[DataSource(path="x")],
+    max_kl=5.0,
+    min_score_std=0.01,
+    min_entropy=0.05,
+    max_truncated_frac=0.5,
+    max_repeated_frac=0.4,
+)
+
+
+def test_a_sound_batch_of_rollouts_passes_every_limit():
+    check_rollouts(6, SOUND, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rollout/kl", 5.1, "KL to the reference is 5.1 nats per response, above ppo.max_kl 5"),
+        ("rollout/kl", float("nan"), "above ppo.max_kl"),
+        ("rollout/score_std", 0.001, "below ppo.min_score_std 0.01: a constant reward teaches nothing"),
+        ("rollout/entropy", 0.01, "entropy is 0.01 nats per token, below ppo.min_entropy 0.05"),
+        ("rollout/truncated", 0.6, "60% of the responses are cut off, above ppo.max_truncated_frac 0.5"),
+        (
+            "rollout/repeated",
+            0.5,
+            "50% of the responses' 4-grams are repetitions, above ppo.max_repeated_frac 0.4",
+        ),
+    ],
+)
+def test_a_batch_of_rollouts_beyond_a_limit_stops_the_run_in_one_line(key, value, said):
+    with pytest.raises(TrainingStopped, match=r"^ppo step 7: ") as error:
+        check_rollouts(6, SOUND | {key: value}, LIMITS)
+    assert said in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 5
