@@ -1,6 +1,6 @@
 """A recipe that stands in for all six: writes a tiny "model", and does to itself what a control file says.
 
-$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "kill": true,
+$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "DataError" | "ValueError" | "OSError", "kill": true,
                             "sleep_s": 1 (cut short by a request to stop), "stubborn": true (it is not)}
 $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 """
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stages.config import StageSettings
-from stages.errors import Interrupted, TrainingStopped
+from stages.errors import DataError, Interrupted, TrainingStopped
 from stages.runtime import Runtime
 
 RECIPE_VERSION = 1
@@ -33,7 +33,7 @@ def run(
         line = {"step": step, "max_steps": 3, "time": time.time(), "train/loss": 1 / step, "train/lr": 0.1}
         with metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if step == 2:
+        if step == max(2, first):
             _obey(orders, control / f"{runtime.stage}.json", runtime)
     (out_dir / "config.json").write_text("{}")
     (out_dir / "model.safetensors").write_bytes(weights(f"{runtime.stage} from {sorted(inputs)}"))
@@ -61,6 +61,8 @@ def _obey(orders: dict[str, object], path: Path, runtime: Runtime) -> None:
     match orders.get("error"):
         case "TrainingStopped":
             raise TrainingStopped("sft: loss is nan at step 2; lower sft.lr")
+        case "DataError":
+            raise DataError("sft.jsonl:1: not a conversation; fix it")
         case "ValueError":
             raise ValueError("a bug of ours\nwith a second line")
         case "OSError":
