@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
-from pipeline import changes, dag, doctor, executor, placement
+from pipeline import changes, dag, doctor, executor, placement, supervisor
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand
 from pipeline.errors import ConfigError, disk_problems
@@ -32,8 +32,9 @@ from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
+from pipeline.signals import signals_interrupt
 from pipeline.yaml_source import short
-from rollout.errors import EnvironmentProblem, ExpectedError
+from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
 from stages.data import readers
 
 INTERRUPTED = 75
@@ -67,6 +68,7 @@ class Engine(StrEnum):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script: runs a command and exits with its code."""
+    supervisor.end_with_the_supervisor()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's threads when they start
     sys.exit(_exit_code(list(sys.argv[1:] if argv is None else argv)))
 
@@ -77,12 +79,16 @@ def run(
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Last stage to run.")] = None,
     force: Annotated[str | None, typer.Option(metavar="STAGE", help="Make it and all after it anew.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Start again after a crash, so many times.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Refuse to start if CONFIG differs from that of the last run.")
     ] = False,
 ) -> None:
     """Run every stage of CONFIG; finished ones are skipped."""
     loaded = configs.load(config, overrides or [])
+    if retries:
+        wait_s = loaded.config.pipeline.retry_wait_s
+        raise typer.Exit(supervisor.supervise(loaded.config.outputs, retries=retries, wait_s=wait_s))
     last, forced = _stage_name("--until", until), _stage_name("--force", force)
     if resume:
         _check_unchanged(loaded.config)
@@ -195,7 +201,7 @@ def schema() -> None:
 
 def _exit_code(argv: list[str]) -> int:
     try:
-        with executor.signals_interrupt():
+        with signals_interrupt():
             code = typer.main.get_command(app).main(args=argv, prog_name="rlhf", standalone_mode=False)
             if code == TYPERS_INTERRUPTED:
                 raise KeyboardInterrupt
@@ -205,7 +211,7 @@ def _exit_code(argv: list[str]) -> int:
     except TyperException as error:
         return _complain(error.format_message() or "give a command; see `rlhf --help`", 2)
     except (KeyboardInterrupt, Abort):
-        return _complain("interrupted; run the same command to go on", INTERRUPTED)
+        return _complain(f"interrupted; {GO_ON}", INTERRUPTED)
     except Exception as error:  # our bug, outside of any stage
         with tempfile.NamedTemporaryFile("w", prefix="rlhf-traceback-", suffix=".txt", delete=False) as log:
             traceback.print_exc(file=log)

@@ -44,13 +44,15 @@ from pipeline.artifacts import (
 from pipeline.config import resolved_yaml
 from pipeline.errors import ConfigError, MissingStage, StageFailed, disk_problems
 from pipeline.experiment import ExperimentConfig
-from pipeline.janitor import PLACE, deaf, nothing_left_behind
+from pipeline.janitor import PLACE, nothing_left_behind
 from pipeline.progress import Progress
-from rollout.errors import EnvironmentProblem, ExpectedError, root_cause
+from pipeline.signals import deaf, signals_ask_to_stop
+from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, root_cause
 from stages.bundles import lacking
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data import readers
 from stages.data.scoring import load_judge
+from stages.errors import Interrupted
 from stages.runtime import Runtime, StageResources
 
 POLL_S = 0.3
@@ -191,8 +193,9 @@ def validate_data(planned: PlannedRun) -> None:
 def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     """Run what is planned and record it in the run directory; the results of all planned stages.
 
-    Raises the first stage's failure, after the stages beside it have ended and been recorded;
-    KeyboardInterrupt on SIGINT and SIGTERM, with no process left behind.
+    Raises the first stage's failure, after the stages beside it have ended and been recorded. When asked to
+    stop (SIGINT, SIGTERM): Interrupted, or KeyboardInterrupt when that took too long or was asked twice.
+    Leaves no process behind in any case.
     """
     store, config = planned.store, planned.config
     with disk_problems(store.log_dir(config.name)):
@@ -205,18 +208,11 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     failures: dict[str, ExpectedError] = {}
     try:
         if planned.to_run:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(signals_interrupt())
-                with disk_problems(PLACE):
-                    directory = stack.enter_context(nothing_left_behind(store.log_dir(config.name)))
-                if config.pipeline.executor == "inline":
-                    _run_inline(planned, progress, results, failures)
-                else:
-                    _run_on_ray(planned, directory, progress, results, failures)
+            _run(planned, progress, results, failures)
     finally:  # a full disk fails the record too: a stage that met it says more
         with contextlib.suppress(EnvironmentProblem) if failures else contextlib.nullcontext():
             _record(planned, results)
-    for failure in failures.values():
+    for failure in sorted(failures.values(), key=lambda failure: isinstance(failure, Interrupted)):
         raise failure
     return {stage: results[stage] for stage in planned.nodes}
 
@@ -230,6 +226,8 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     if job.executor == "ray":
         _settle_process(job)
     with _failure_recorded(job), store.lock(node.stage, node.fingerprint, timeout_s=job.lock_timeout_s):
+        if job.stop_file.exists():
+            raise Interrupted(f"{node.stage}: not started, for the run was asked to stop; {GO_ON}")
         present = None if job.replace else store.find(node.stage, node.fingerprint)
         if present is not None:
             return _result(present, skipped=True)
@@ -238,17 +236,6 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         if not store.left_complete(node.stage, node.fingerprint):
             _run_recipe(job, store)
         return _result(store.publish(node, replace=job.replace), skipped=False)
-
-
-@contextlib.contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt as SIGINT does: the one exception ray.wait lets through."""
-    before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -403,6 +390,29 @@ def _finish(
     )
 
 
+def _run(
+    planned: PlannedRun,
+    progress: Progress,
+    results: dict[str, StageResult],
+    failures: dict[str, ExpectedError],
+) -> None:
+    store, config = planned.store, planned.config
+    stop_file, timeout_s = store.stop_file(config.name), config.pipeline.stop_timeout_s
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(signals_ask_to_stop(stop_file, timeout_s=timeout_s))
+        with disk_problems(PLACE):
+            directory = stack.enter_context(nothing_left_behind(store.log_dir(config.name)))
+        try:
+            if config.pipeline.executor == "inline":
+                _run_inline(planned, progress, results, failures)
+            else:
+                _run_on_ray(planned, directory, progress, results, failures)
+        except EnvironmentProblem as error:
+            failures["ray"] = error
+    if stop.made and any(isinstance(failure, EnvironmentProblem) for failure in failures.values()):
+        raise KeyboardInterrupt  # a signal to the whole process group takes engines and Ray as well
+
+
 def _run_inline(
     planned: PlannedRun,
     progress: Progress,
@@ -418,7 +428,7 @@ def _run_inline(
             _finish(planned, run_stage(_job(planned, stage)), progress, results)
         except ExpectedError as error:
             failures[stage] = error
-            progress.end(stage, "failed")
+            progress.end(stage, _outcome(error))
 
 
 def _run_on_ray(
@@ -451,9 +461,13 @@ def _run_on_ray(
                     failures[stage] = error
                     beside = sorted(following & pending.keys())
                     progress.end(
-                        stage, "failed", summary=f"(waiting for {beside[0]} to end)" if beside else ""
+                        stage, _outcome(error), summary=f"(waiting for {beside[0]} to end)" if beside else ""
                     )
             check_cluster()
+
+
+def _outcome(error: ExpectedError) -> str:
+    return "stopped" if isinstance(error, Interrupted) else "failed"
 
 
 def _submit(planned: PlannedRun, results: Mapping[str, StageResult]) -> dict[str, Any]:
@@ -495,10 +509,10 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
     if any(kind.__module__ == "ray.exceptions" for kind in type(cause).__mro__):
         return EnvironmentProblem(
             f"{stage}: a process of it died ({type(cause).__name__}; killed, or out of memory?); logs in "
-            f"{log}; run the same command to go on"
+            f"{log}; {GO_ON}"
         )
     if (fault := _machine_fault(cause)) is not None:
-        return EnvironmentProblem(f"{stage}: {fault}; free some and run the same command to go on")
+        return EnvironmentProblem(f"{stage}: {fault}; free some and {GO_ON}")
     first_line = next(iter(str(cause).splitlines()), "")
     return StageFailed(
         f"{stage}: {type(cause).__name__}: {first_line}; this is a bug of the pipeline; traceback in {log}"
@@ -665,10 +679,6 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _raise_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
 def _joined_cluster(address: str, log_dir: Path) -> Iterator[None]:
     """Connected to somebody else's cluster, with its token. The environment of its workers is set per job."""
@@ -685,6 +695,7 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     import ray
 
     _quieten_ray(log_dir)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         try:
             with _stderr_to(log_dir / "ray-messages.log"):  # a refused token is complained of every second
@@ -708,7 +719,7 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
             ) from error
         except SystemExit as error:  # Ray's own SIGTERM handler, in force during its start
             raise KeyboardInterrupt from error
-        signal.signal(signal.SIGTERM, _raise_interrupt)
+        signal.signal(signal.SIGTERM, on_sigterm)
         yield
     finally:
         with deaf():
@@ -771,4 +782,4 @@ def _check_local_cluster(log_dir: Path) -> None:
 
     dead: list[tuple[str, Any]] = [] if _global_node is None else _global_node.dead_processes()
     if dead:
-        raise EnvironmentProblem(f"Ray's {dead[0][0]} died; logs in {log_dir}; run the same command to go on")
+        raise EnvironmentProblem(f"Ray's {dead[0][0]} died; logs in {log_dir}; {GO_ON}")

@@ -56,6 +56,10 @@ class PipelineConfig(Section):
     """Ray tasks, or every stage in this process (for a debugger)."""
     lock_timeout_s: float = Field(default=30.0, ge=0)
     """How long to wait for another run that is working on the same stage."""
+    stop_timeout_s: float = Field(default=60.0, gt=0)
+    """After the first SIGINT or SIGTERM stages have so long to reach a step boundary and save their state."""
+    retry_wait_s: float = Field(default=2.0, ge=0)
+    """`rlhf run --retries`: pause before the first restart; doubled for each further one without progress."""
 
 
 class ExperimentConfig(Section):
@@ -117,6 +121,8 @@ class ExperimentConfig(Section):
             yield "prepare.min_chars: above prepare.max_chars, so no document fits; lower it"
         if self.ppo is not None and self.ppo.precision == "bf16" and self.rollout.engine == "hf":
             yield "rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"
+        if self.rollout.num_engines > 1 and self.pipeline.executor == "inline":
+            yield "rollout.num_engines: several engines need Ray; set 1, or pipeline.executor: ray"
         yield from self._workers_do_not_fit()
         yield from self._transport_problems()
         for stage in self._stages_with_engines():

@@ -20,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 import psutil
 
-from rollout.run_mark import RUN_ID_VARIABLE, SHARED_MEMORY, WEIGHTS_PREFIX
+from pipeline.signals import deaf
+from rollout.run_mark import RUN_ID_VARIABLE, WEIGHTS_PREFIX
+from rollout.shared_memory import SHARED_MEMORY, files, mapped_by
 
 PREFIX = "rlhf-"
 PLACE = Path("/tmp")
@@ -41,7 +43,8 @@ TRACKER_GRACE_S = 3.0
 """Python's resource trackers outlive the processes they tidy up after, by this much at most."""
 KILL_TIMEOUT_S = 8.0
 SWEEP_TIMEOUT_S = 30.0
-LET_OTHERS_END_US = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SENT_TO_EVERYBODY = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""By a terminal or a scheduler; the janitor outlives them."""
 
 
 @contextlib.contextmanager
@@ -96,7 +99,7 @@ class Run:
             del self._seen[pid]
         for pid in pids:
             self._belongs(pid)
-        self._attribute(_shared_memory())
+        self._attribute(files())
 
     def processes(self) -> list[psutil.Process]:
         """Those of the last look that still run. The driver is not among them."""
@@ -146,7 +149,7 @@ class Run:
         unknown = present.keys() - self._shared
         self._num_looks = {path: self._num_looks.get(path, 0) + 1 for path in unknown}
         new = {path for path in unknown if self._num_looks[path] <= NUM_LOOKS}
-        mapped = _mapped_by(self.processes()) if new else set()
+        mapped = mapped_by(process.pid for process in self.processes()) if new else set()
         if found := {path for path in new if present[path] in mapped}:
             self._shared |= found
             with contextlib.suppress(OSError), (self.directory / SHARED_FILES).open("a") as record:
@@ -166,8 +169,8 @@ def sweep(run: Run, *, log_dir: Path | None) -> None:
 
 def main() -> None:
     """The janitor's process: `directory driver-pid log_dir-or-nothing`, and a pipe as standard input."""
-    for number in LET_OTHERS_END_US:
-        signal.signal(number, signal.SIG_IGN)  # a terminal or a scheduler sends them to every process
+    for number in SENT_TO_EVERYBODY:
+        signal.signal(number, signal.SIG_IGN)
     directory, driver, log_dir = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     try:
         process = psutil.Process(driver)
@@ -239,32 +242,10 @@ def _environment_of(pid: int) -> set[bytes]:
         return set()
 
 
-def _shared_memory() -> dict[Path, int]:
-    """Files in shared memory -> inode."""
-    files = {}
-    for path in SHARED_MEMORY.iterdir():
-        with contextlib.suppress(OSError):
-            if not path.is_dir():
-                files[path] = path.stat().st_ino
-    return files
-
-
-def _mapped_by(processes: Iterable[psutil.Process]) -> set[int]:
-    """Inodes of the files in shared memory that the processes have mapped. (A semaphore was mapped under
-    another name than it has: glibc renames it.)
-    """
-    found = set()
-    for process in processes:
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-            found |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
-    return found
-
-
 def _in_use(path: Path) -> bool:
     """Whether a process that is not the run's has it mapped too."""
     with contextlib.suppress(OSError):
-        return path.stat().st_ino in _mapped_by(psutil.process_iter())
+        return path.stat().st_ino in mapped_by(psutil.pids())
     return False
 
 
@@ -309,17 +290,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             else:
                 os.environ[name] = value
         tempfile.tempdir = None
-
-
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """SIGINT and SIGTERM do nothing inside. (Not SIG_IGN: children would inherit it.)"""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -74,4 +74,10 @@ class EngineConfig(Section):
     generate_timeout_s: float = Field(default=600.0, gt=0, json_schema_extra=EXECUTION)
     """Deadline for one batch of generations."""
     sync_timeout_s: float = Field(default=120.0, gt=0, json_schema_extra=EXECUTION)
-    """Deadline for one weight sync, and for a health round trip."""
+    """Deadline for one weight sync."""
+    health_timeout_s: float = Field(default=30.0, gt=0, json_schema_extra=EXECUTION)
+    """An engine that leaves a round trip unanswered for so long counts as dead; longer than one step of
+    decoding.
+    """
+    health_interval_s: float = Field(default=2.0, gt=0, json_schema_extra=EXECUTION)
+    """Between two such round trips while an engine generates."""

@@ -7,6 +7,9 @@ in the log).
 
 from typing import NoReturn
 
+GO_ON = "run the same command to go on"
+"""The cure of what hits a run from outside: its state is saved, and valid."""
+
 
 class ExpectedError(Exception):
     """What, where, how to fix, in one line. Takes exactly one argument, so that it survives a process

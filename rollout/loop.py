@@ -2,18 +2,19 @@
 engine.
 
     trainer thread --LoopThread.run(coroutine, timeout_s)--> loop thread --> engine --before_deadline-->
+                                                                                    `--while_healthy-->
 
-Owns: the thread, and that no call waits for ever. Does not own: the engines that run on it.
+Owns: the thread, and that no call waits for ever, or long for the dead. Does not own: the engines on it.
 """
 
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
-from rollout.errors import EngineError
+from rollout.errors import GO_ON, EngineError
 
 T = TypeVar("T")
 
@@ -30,8 +31,31 @@ async def before_deadline(awaitable: Awaitable[T], *, timeout_s: float, what: st
     finally:
         task.cancel()  # nothing happens to one that is done
     if not done:
-        raise EngineError(f"{what}: no answer within {timeout_s:g} s")
+        raise EngineError(f"{what}: no answer within {timeout_s:g} s; {GO_ON}")
     return task.result()
+
+
+async def while_healthy(
+    awaitable: Awaitable[T], *, probe: Callable[[], Awaitable[object]], interval_s: float
+) -> T:
+    """The awaitable's result or its own error; the probe's error, when one of its round trips fails first.
+
+    For calls that may rightly take long: a frozen process looks like a busy one, but answers no probe.
+    """
+    task = asyncio.create_task(_result_of(awaitable))
+    watch = asyncio.create_task(_probe_for_ever(probe, interval_s))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else watch.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
+async def _probe_for_ever(probe: Callable[[], Awaitable[object]], interval_s: float) -> NoReturn:
+    while True:
+        await asyncio.sleep(interval_s)
+        await probe()
 
 
 async def _result_of(awaitable: Awaitable[T]) -> T:
@@ -61,7 +85,7 @@ class LoopThread:
             if future.done():  # the coroutine itself raised TimeoutError: not our deadline
                 raise
             future.cancel()
-            raise EngineError(f"{what}: no answer within {timeout_s:g} s") from error
+            raise EngineError(f"{what}: no answer within {timeout_s:g} s; {GO_ON}") from error
 
     def close(self) -> None:
         """Cancel what still runs and end the thread. Idempotent."""

@@ -23,8 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rollout.api import Rollout, RolloutEngine, RolloutRequest, WeightUpdate
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
-from rollout.errors import EngineError, ExpectedError, WeightSyncError, raise_expected, root_cause
-from rollout.loop import before_deadline
+from rollout.errors import GO_ON, EngineError, ExpectedError, WeightSyncError, raise_expected, root_cause
+from rollout.loop import before_deadline, while_healthy
 
 T = TypeVar("T")
 
@@ -36,7 +36,8 @@ GRACE_S = 5.0
 """Added to a deadline that the engine keeps itself: its own error says more than "the actor did not
 answer".
 """
-CLOSE_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 15.0
+"""An engine takes 3 s to find that its processes do not answer; then it kills them."""
 
 
 class EngineActor:
@@ -77,6 +78,9 @@ class EngineActor:
     async def version(self) -> int:
         return await self._engine.version()
 
+    async def answers(self) -> None:
+        """Nothing but the round trip to this process."""
+
     async def close(self) -> None:
         await self._engine.close()
 
@@ -92,11 +96,12 @@ class ActorEngine:
     async def submit(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         """See `RolloutEngine.submit`. When the caller gives up, so does the engine."""
         try:
-            return await self._answer(
+            answer: Awaitable[list[Rollout]] = self._answer(
                 self._actor.submit.remote(requests),
                 f"{len(requests)} rollouts",
                 self._config.generate_timeout_s,
             )
+            return await while_healthy(answer, probe=self.version, interval_s=self._config.health_interval_s)
         except BaseException:
             self._actor.abort.remote([request.request_id for request in requests])
             raise
@@ -107,7 +112,8 @@ class ActorEngine:
 
     async def pause(self) -> None:
         """See `RolloutEngine.pause`."""
-        await self._control(self._actor.pause.remote(), "pause")
+        timeout_s = min(self._config.sync_timeout_s, self._config.health_timeout_s)
+        await self._answer(self._actor.pause.remote(), "pause", timeout_s)
 
     async def update(self, update: WeightUpdate) -> None:
         """See `RolloutEngine.update`."""
@@ -123,11 +129,12 @@ class ActorEngine:
 
     async def version(self) -> int:
         """See `RolloutEngine.version`: through the actor to the process that decodes."""
-        return await self._control(self._actor.version.remote(), "version")
+        return await self._answer(self._actor.version.remote(), "version", self._config.health_timeout_s)
 
     async def close(self) -> None:
         """See `RolloutEngine.close`. An engine that does not answer is killed."""
         with contextlib.suppress(EngineError):
+            await self._answer(self._actor.answers.remote(), "close", 0)
             await self._answer(self._actor.close.remote(), "close", CLOSE_TIMEOUT_S)
         ray.kill(self._actor)
 
@@ -144,7 +151,7 @@ class ActorEngine:
             raise_expected(error)
         except RayError as error:
             raise EngineError(
-                f"{self._name}: {what}: its process is gone ({type(error).__name__})"
+                f"{self._name}: {what}: its process is gone ({type(error).__name__}); {GO_ON}"
             ) from error
 
 

@@ -2,15 +2,13 @@
 
     driver: RLHF_RUN_ID in its environment --inherited--> raylet, workers, engines; part of shared names
 
-Owns: the variable and the names in shared memory. Does not own: finding and removing (pipeline.janitor).
+Owns: the variable and what names in shared memory start with. Not finding and removing: pipeline.janitor.
 """
 
 import os
-from pathlib import Path
 
 RUN_ID_VARIABLE = "RLHF_RUN_ID"
 """Set by the driver for all processes it starts."""
-SHARED_MEMORY = Path("/dev/shm")
 WEIGHTS_PREFIX = "rlhf-weights-"
 
 

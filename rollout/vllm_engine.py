@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -20,8 +20,9 @@ import psutil
 
 from rollout.api import FinishReason, Rollout, RolloutRequest, Sampling, WeightUpdate
 from rollout.config import EngineConfig
-from rollout.errors import EngineError, WeightSyncError
-from rollout.loop import before_deadline
+from rollout.errors import GO_ON, EngineError, WeightSyncError
+from rollout.loop import before_deadline, while_healthy
+from rollout.shared_memory import files_of
 from rollout.vllm_plugin import LOG_PATH_VARIABLE, backend
 from rollout.weight_file import checkpoint_layout
 
@@ -51,6 +52,8 @@ FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "len
 """vLLM's name -> ours; it has others ("error", None), which are errors here."""
 SHUTDOWN_TIMEOUT_S = 5.0
 """How long an engine's processes may take to end by themselves before they are killed."""
+CLOSING_ANSWER_TIMEOUT_S = 3.0
+"""Without an answer in this time they are killed at once."""
 
 
 class VLLMEngine:
@@ -62,7 +65,8 @@ class VLLMEngine:
         self._name = name
         self._log_path = log_path
         self._processes = _processes_of(llm)
-        self._shared_memory = _shared_memory_of(self._processes)
+        # what they talk through; they remove it themselves, unless they are killed
+        self._shared_memory = files_of(process.pid for process in self._processes)
         self._paused = False
         self._closed = False
 
@@ -102,12 +106,14 @@ class VLLMEngine:
         tasks = [asyncio.ensure_future(self._generate(request)) for request in requests]
         try:
             return await before_deadline(
-                asyncio.gather(*tasks),
+                while_healthy(
+                    asyncio.gather(*tasks), probe=self.version, interval_s=self._config.health_interval_s
+                ),
                 timeout_s=self._config.generate_timeout_s,
                 what=f"{self._name}: {len(requests)} rollouts",
             )
         except VLLMError as error:
-            raise EngineError(f"{self._name}: {_one_line(error)}; see {self._log_path}") from error
+            raise EngineError(f"{self._name}: {_one_line(error)}; see {self._log_path}; {GO_ON}") from error
         finally:
             for task in tasks:
                 task.cancel()  # after a failure the others are not wanted any more; vLLM aborts them
@@ -118,7 +124,11 @@ class VLLMEngine:
 
     async def pause(self) -> None:
         """See `RolloutEngine.pause`."""
-        await self._call("pause", lambda llm: llm.pause_generation(mode="abort", clear_cache=True))
+        await self._call(
+            "pause",
+            lambda llm: llm.pause_generation(mode="abort", clear_cache=True),
+            timeout_s=min(self._config.sync_timeout_s, self._config.health_timeout_s),
+        )
         self._paused = True
 
     async def update(self, update: WeightUpdate) -> None:
@@ -152,8 +162,13 @@ class VLLMEngine:
         """See `RolloutEngine.version`: asks the scheduler, and through it the process that holds the
         weights.
         """
-        scheduler = int(await self._call("version", lambda llm: llm.get_weight_version()))
-        workers: list[int] = await self._call("version", lambda llm: llm.collective_rpc("rlhf_version"))
+        timeout_s = self._config.health_timeout_s
+        scheduler = int(
+            await self._call("version", lambda llm: llm.get_weight_version(), timeout_s=timeout_s)
+        )
+        workers: list[int] = await self._call(
+            "version", lambda llm: llm.collective_rpc("rlhf_version"), timeout_s=timeout_s
+        )
         if {scheduler} != set(workers):
             raise WeightSyncError(
                 f"{self._name}: scheduler at weight version {scheduler}, workers at {workers}; "
@@ -165,11 +180,19 @@ class VLLMEngine:
         """See `RolloutEngine.close`."""
         if self._closed:
             return
+        if not await self._answers():
+            _kill(self._processes)  # a frozen process never ends by itself
         self._closed = True
-        _wake(self._processes)
         await asyncio.to_thread(self._llm.shutdown, SHUTDOWN_TIMEOUT_S)
         del self._llm  # its finaliser must not run at interpreter exit
         await asyncio.to_thread(_end, self._processes, self._shared_memory)
+
+    async def _answers(self) -> bool:
+        """Whether the engine's processes are there to be told to end."""
+        with suppress(EngineError, VLLMError):
+            await before_deadline(self.version(), timeout_s=CLOSING_ANSWER_TIMEOUT_S, what=self._name)
+            return True
+        return False
 
     async def _make_ready(self, layout: dict[str, Any]) -> None:
         """Name the weights, tell the receiver what an update must hold, and generate once: the first time is
@@ -192,19 +215,22 @@ class VLLMEngine:
         assert final is not None
         return _rollout(request, final)
 
-    async def _call(self, what: str, call: Callable[[AsyncLLM], Awaitable[T]]) -> T:
+    async def _call(
+        self, what: str, call: Callable[[AsyncLLM], Awaitable[T]], *, timeout_s: float | None = None
+    ) -> T:
         """One control call: a deadline, and an error that names this engine. vLLM reports what fails in its
-        other processes as a bare Exception, so the outcome is looked at instead of caught.
+        other processes as a bare Exception, so the outcome is looked at instead of caught. `timeout_s`: else
+        that of a sync.
         """
         self._check_open()
         (outcome,) = await before_deadline(
             asyncio.gather(call(self._llm), return_exceptions=True),
-            timeout_s=self._config.sync_timeout_s,
+            timeout_s=self._config.sync_timeout_s if timeout_s is None else timeout_s,
             what=f"{self._name}: {what}",
         )
         if isinstance(outcome, VLLMError) or type(outcome) is Exception:
             raise EngineError(
-                f"{self._name}: {what}: {_one_line(outcome)}; see {self._log_path}"
+                f"{self._name}: {what}: {_one_line(outcome)}; see {self._log_path}; {GO_ON}"
             ) from outcome
         if isinstance(outcome, BaseException):
             raise outcome
@@ -293,24 +319,16 @@ def _processes_of(llm: AsyncLLM) -> list[psutil.Process]:
     return [process for core in cores for process in (core, *core.children(recursive=True))]
 
 
-def _shared_memory_of(processes: Sequence[psutil.Process]) -> set[Path]:
-    """What the processes talk through. They remove it themselves, unless they are killed."""
-    maps = [Path(f"/proc/{process.pid}/maps").read_text() for process in processes]
-    return {Path(line.split()[-1]) for text in maps for line in text.splitlines() if "/dev/shm/" in line}
-
-
-def _wake(processes: Sequence[psutil.Process]) -> None:
-    """A stopped process (SIGSTOP, a debugger) can only end by itself, and tidy up, once it runs again."""
+def _kill(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process.resume()
+            process.kill()
 
 
 def _end(processes: Sequence[psutil.Process], shared_memory: set[Path]) -> None:
     """Kill what has not ended by itself, and remove what it could not remove."""
     _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_TIMEOUT_S)
-    for process in alive:
-        process.kill()
+    _kill(alive)
     psutil.wait_procs(alive, timeout=SHUTDOWN_TIMEOUT_S)
     for path in shared_memory:
         path.unlink(missing_ok=True)

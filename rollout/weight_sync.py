@@ -29,7 +29,8 @@ from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling, Weight
 from rollout.config import EngineConfig
 from rollout.errors import EngineError, ParityError, WeightSyncError
 from rollout.loop import LoopThread
-from rollout.run_mark import SHARED_MEMORY, WEIGHTS_PREFIX, weights_prefix
+from rollout.run_mark import WEIGHTS_PREFIX, weights_prefix
+from rollout.shared_memory import SHARED_MEMORY
 from rollout.weight_file import WeightFileWriter, in_short, update_bytes
 from rollout.weight_gloo import GlooSender
 from rollout.weight_source import ModuleSource

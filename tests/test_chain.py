@@ -227,3 +227,20 @@ def test_ppo_killed_with_its_engines_alive_ends_by_the_same_command_in_the_same_
         }
         assert len(digests) == 1, name
     assert summary_of(killed)["ppo"]["metrics"]["version_final"] == 5
+
+
+@pytest.mark.slow
+def test_two_engines_give_the_same_tokens_and_the_same_weights_as_one(finished, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    shutil.copytree(
+        finished / "outputs/artifacts",
+        tmp_path / "outputs/artifacts",
+        ignore=shutil.ignore_patterns("ppo-*", "evaluate-*"),
+        symlinks=True,
+    )
+    result = rlhf(tmp_path, "run", "tiny.yaml", "--until", "ppo", "rollout.num_engines=2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "outputs/runs/tiny/logs/ppo-engines/engine-1.log").exists()
+    for name in ("model.safetensors", "rollouts.jsonl"):
+        one, two = (directory / "outputs/runs/tiny/ppo" / name for directory in (finished, tmp_path))
+        assert blake3(one.read_bytes()).digest() == blake3(two.read_bytes()).digest(), name

@@ -1,6 +1,7 @@
 """A recipe that stands in for all six: writes a tiny "model", and does to itself what a control file says.
 
-$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "ValueError" | "OSError", "sleep_s": 1, "kill": true,
+$FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "DataError" | "ValueError" | "OSError", "kill": true,
+                            "sleep_s": 1 (cut short by a request to stop), "stubborn": true (it is not),
                             "remove": "a directory", "metrics": {"more": 1}}
 $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import StageSettings
-from stages.errors import TrainingStopped
+from stages.errors import DataError, Interrupted, TrainingStopped
 from stages.runtime import Runtime
 
 RECIPE_VERSION = 1
@@ -35,8 +36,8 @@ def run(
         line = {"step": step, "max_steps": 3, "time": time.time(), "train/loss": 1 / step, "train/lr": 0.1}
         with metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if step == 2:
-            _obey(orders, control / f"{runtime.stage}.json")
+        if step == max(2, first):
+            _obey(orders, control / f"{runtime.stage}.json", runtime)
     (out_dir / "config.json").write_text("{}")
     (out_dir / "model.safetensors").write_bytes(weights(f"{runtime.stage} from {sorted(inputs)}"))
     print(f"{runtime.stage}: threads {os.environ.get('OMP_NUM_THREADS')}")
@@ -53,7 +54,7 @@ def _orders(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _obey(orders: dict[str, Any], path: Path) -> None:
+def _obey(orders: dict[str, Any], path: Path, runtime: Runtime) -> None:
     if orders.pop("kill", None):
         path.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -62,11 +63,21 @@ def _obey(orders: dict[str, Any], path: Path) -> None:
         raise FileNotFoundError(2, "No such file or directory", "metrics.jsonl")
     if "sleep_s" in orders:
         (path.parent / f"{path.stem}.sleeping").touch()
-        time.sleep(float(str(orders["sleep_s"])))
+        _sleep(float(str(orders["sleep_s"])), runtime, stubborn="stubborn" in orders)
     match orders.get("error"):
         case "TrainingStopped":
             raise TrainingStopped("sft: loss is nan at step 2; lower sft.lr")
+        case "DataError":
+            raise DataError("sft.jsonl:1: not a conversation; fix it")
         case "ValueError":
             raise ValueError("a bug of ours\nwith a second line")
         case "OSError":
             raise OSError(28, "No space left on device")
+
+
+def _sleep(seconds: float, runtime: Runtime, *, stubborn: bool) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if runtime.stop_requested() and not stubborn:
+            raise Interrupted(f"{runtime.stage}: stopped after step 2; run the same command to go on")
+        time.sleep(0.05)

@@ -173,23 +173,73 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]):
     assert "ppo" in json.loads(stdout)["properties"]
 
 
+def processes_of(driver: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(driver.pid).children(recursive=True)
+
+
+def any_runs(processes: list[psutil.Process]) -> bool:
+    return any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
+
+
 @pytest.mark.parametrize(("where", "number"), [("inline", signal.SIGTERM), ("ray", signal.SIGINT)])
-def test_a_signal_ends_the_run_with_code_75_and_no_process_left(chain: Chain, where: str, number: int):
+def test_a_signal_lets_the_stage_save_its_state_and_ends_with_code_75(chain: Chain, where: str, number: int):
     chain.order("sft", sleep_s=100)
     process = chain.start("run", "demo.yaml", f"pipeline.executor={where}")
     wait_for(chain.control / "sft.sleeping")
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = processes_of(process)
     os.killpg(process.pid, number)  # as a terminal or a scheduler does: every process of the run gets it
-    _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (75, "interrupted; run the same command to go on\n")
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (75, "sft: stopped after step 2; run the same command to go on\n")
+    assert "stopping at the next step; again: at once\n" in stdout and "sft: stopped\n" in stdout
+    assert not any_runs(children)
     assert list(chain.summary()) == ["prepare", "pretrain"]
+    assert not (chain.outputs / "runs/demo/stop").exists()
 
     chain.order("sft")
     chain.calls()
     code, _, stderr = chain.cli("run", "demo.yaml", "--until", "sft")
     assert (code, stderr, chain.calls()) == (0, "", ["sft"])
     assert chain.summary()["sft"]["metrics"]["first_step"] == 3
+
+
+@pytest.mark.parametrize("where", ["inline", "ray"])
+def test_a_second_signal_ends_the_run_at_once_with_code_75(chain: Chain, where: str):
+    chain.order("sft", sleep_s=100, stubborn=True)
+    process = chain.start("run", "demo.yaml", f"pipeline.executor={where}")
+    wait_for(chain.control / "sft.sleeping")
+    children = processes_of(process)
+    process.send_signal(signal.SIGTERM)
+    wait_for(chain.outputs / "runs/demo/stop")
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (75, "interrupted; run the same command to go on\n")
+    assert not any_runs(children)
+    assert not (chain.outputs / "runs/demo/stop").exists()
+    chain.order("sft")
+    assert chain.cli("run", "demo.yaml", "--until", "sft")[0] == 0
+
+
+def test_a_stage_that_does_not_stop_in_time_is_ended(chain: Chain):
+    chain.order("sft", sleep_s=100, stubborn=True)
+    process = chain.start("run", "demo.yaml", "pipeline.stop_timeout_s=0.5")
+    wait_for(chain.control / "sft.sleeping")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (75, "interrupted; run the same command to go on\n")
+
+
+@pytest.mark.parametrize("where", ["inline", "ray"])
+def test_after_a_signal_a_stage_may_end_and_no_other_one_starts(chain: Chain, where: str):
+    (chain.outputs / "runs/demo").mkdir(parents=True)
+    (chain.outputs / "runs/demo/stop").touch()  # of a run that was killed: it stops nothing
+    chain.order("pretrain", sleep_s=2, stubborn=True)
+    process = chain.start("run", "demo.yaml", f"pipeline.executor={where}")
+    wait_for(chain.control / "pretrain.sleeping")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert stderr == "sft: not started, for the run was asked to stop; run the same command to go on\n"
+    assert list(chain.summary()) == chain.calls() == ["prepare", "pretrain"]
 
 
 def test_the_installed_command_answers_quickly_and_without_heavy_imports():

@@ -147,6 +147,8 @@ IN_FILES = [
      "demo.yaml:3: sft.data: every weight is 0, so there is nothing to read; set one above 0"),
     (NAME + SFT + "model: {revision: abc}\n",
      "demo.yaml:5: model.revision: has no meaning without model.path; set that, or remove this"),
+    (NAME + SFT + "rollout:\n  num_engines: 2\npipeline: {executor: inline}\n",
+     "demo.yaml:6: rollout.num_engines: several engines need Ray; set 1, or pipeline.executor: ray"),
     (NAME + SFT + "resources:\n  sft:\n    num_workers: 3\n",
      "demo.yaml:7: resources.sft.num_workers: sft.batch_size 32 cannot be shared out evenly between 3 "
      "workers; "

@@ -3,7 +3,6 @@ engine.
 """
 
 import asyncio
-import os
 import signal
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from rigs import CONFIG, MAX_MODEL_LEN, request
 
 from rollout.errors import EngineError, WeightSyncError
 from rollout.pool import EnginePool, start_actor_engines
+from rollout.shared_memory import files_of
 
 
 class Counting(FakeEngine):
@@ -101,16 +101,11 @@ def engine_processes(log_dir: Path) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
-
-
-def test_a_frozen_engine_misses_its_deadline_and_close_leaves_nothing_behind(
-    start_ray, loop, tied_model_dir, tmp_path
-):
+@pytest.fixture
+def frozen_engine(start_ray, loop, tied_model_dir, tmp_path):
+    """A pool of one engine whose process that decodes was stopped, and the engine's processes."""
     start_ray()
-    before = shared_memory()
-    config = CONFIG.model_copy(update={"sync_timeout_s": 2.0})
+    config = CONFIG.model_copy(update={"health_timeout_s": 2.0, "health_interval_s": 0.5})
     pool = start_actor_engines(
         config, model_dir=tied_model_dir, dtype="float32", max_model_len=MAX_MODEL_LEN, log_dir=tmp_path
     )
@@ -118,14 +113,23 @@ def test_a_frozen_engine_misses_its_deadline_and_close_leaves_nothing_behind(
     processes = engine_processes(tmp_path)
     worker = next(process for process in processes if "Worker" in process.name() or process is processes[-1])
     worker.send_signal(signal.SIGSTOP)
+    return pool, processes
+
+
+def test_a_frozen_engine_counts_as_dead_and_close_leaves_nothing_behind(frozen_engine, loop):
+    pool, processes = frozen_engine
+    shared = files_of(process.pid for process in processes)
+    assert shared
     started = time.monotonic()
     with pytest.raises(EngineError, match="engine-0: version: no answer within 2 s"):
-        loop.run(pool.version(), timeout_s=30, what="version")
-    assert time.monotonic() - started < 8
+        loop.run(pool.submit([request(max_tokens=500)]), timeout_s=50, what="submit")
+    with pytest.raises(EngineError, match="engine-0: pause: no answer within 2 s"):
+        loop.run(pool.pause(), timeout_s=50, what="pause")
+    assert time.monotonic() - started < CONFIG.sync_timeout_s
     loop.run(pool.close(), timeout_s=60, what="close")
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert alive == []
-    assert {name for name in shared_memory() - before if not name.startswith("plasma")} == set()
+    assert not [path for path in shared if path.exists()]
 
 
 def test_a_dead_actor_is_an_error_that_names_the_engine(start_ray, loop, tied_model_dir, tmp_path):
@@ -145,7 +149,7 @@ def test_a_dead_actor_is_an_error_that_names_the_engine(start_ray, loop, tied_mo
     loop.run(pool.close(), timeout_s=30, what="close")
 
 
-def test_two_actors_hold_the_same_version_after_a_sync_and_answer_alike(
+def test_two_actors_hold_the_same_version_after_a_sync_and_answer_as_one_does(
     start_ray, loop, tied_model_dir, tmp_path
 ):
     import pickle
@@ -166,9 +170,11 @@ def test_two_actors_hold_the_same_version_after_a_sync_and_answer_alike(
         config=config,
     )
     sync.sync(3)
-    requests = [request(index, max_tokens=4, seed=5) for index in range(4)]
+    requests = [request(index, max_tokens=4 + index) for index in range(6)]
     rollouts = loop.run(pickle.loads(pickle.dumps(pool)).submit(requests), timeout_s=60, what="submit")
-    assert len({rollout.response_ids for rollout in rollouts}) == 1
+    alone = loop.run(pool._engines[1].submit(requests), timeout_s=60, what="submit")
+    assert [one.response_ids for one in rollouts] == [one.response_ids for one in alone]
+    assert len({one.response_ids[:4] for one in rollouts}) > 1
     assert {version for rollout in rollouts for version in rollout.weight_versions} == {3}
     sync.close()
     loop.run(pool.close(), timeout_s=60, what="close")
