@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 
 import filelock
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from pipeline.dag import SCHEMA_VERSION, Node, directory_name
 from pipeline.errors import CorruptArtifact, MissingStage, disk_problems
@@ -48,6 +48,8 @@ PACKAGES = (
 )
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
+HUB_REVISION = r"\w[\w./-]*"
+"""It becomes part of a path of the hub's cache."""
 TEST_SIZE_BYTES = 64 * 2**20
 """Weights of a model small enough to promise exactness: at 135M parameters log-probs already move."""
 
@@ -90,6 +92,15 @@ class Manifest(BaseModel):
         str, FileRecord
     ]  # path below the artifact -> what it holds; the manifest itself is not among them
 
+    @field_validator("files")
+    @classmethod
+    def _files_lie_below(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            plain = os.path.normpath(name) == name and not name.startswith(("/", ".."))
+            if not plain or name == "." or "\0" in name:
+                raise ValueError(f"{name!r} is no path below the artifact")
+        return files
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
@@ -106,13 +117,13 @@ class Store:
         self.root = Path(os.path.abspath(root))
 
     def artifact_dir(self, stage: str, fingerprint: str) -> Path:
-        return self.root / "artifacts" / directory_name(stage, fingerprint)
+        return self._inside("artifacts", directory_name(stage, fingerprint))
 
     def work_dir(self, stage: str, fingerprint: str) -> Path:
-        return self.root / "work" / directory_name(stage, fingerprint)
+        return self._inside("work", directory_name(stage, fingerprint))
 
     def run_dir(self, name: str) -> Path:
-        return self.root / "runs" / name
+        return self._inside("runs", name)
 
     def config_file(self, name: str) -> Path:
         """The resolved config that the run was last started with."""
@@ -324,6 +335,17 @@ class Store:
                 json.dumps([[name, digest_of(directory / name)] for name in names]).encode()
             ).hexdigest()
 
+    def _inside(self, part: str, name: str) -> Path:
+        """A directory of the layout. EnvironmentProblem when a link leads it out of `outputs`, which may be a
+        link itself: what is written or removed there would be somebody else's.
+        """
+        path = self.root / part / name
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
+            raise EnvironmentProblem(
+                f"{path}: leads out of {self.root} through a symbolic link; remove it, or set outputs=DIR"
+            )
+        return path
+
     def _digests(self) -> "DigestCache":
         return DigestCache(self.root / "work" / f"digests-{socket.gethostname()}.json")
 
@@ -418,6 +440,8 @@ def model_directory(path: str, revision: str | None) -> Path:
     Raises DataError for a path that is not there, EnvironmentProblem when the hub gives nothing.
     """
     local = Path(path)
+    if revision is not None and (".." in revision or not re.fullmatch(HUB_REVISION, revision)):
+        raise DataError(f"model.revision {revision!r}: not a commit, branch or tag of a hub id")
     if local.is_dir():
         check_model_directory(local, named=f"model.path {path}")
         return Path(os.path.abspath(local))
@@ -479,11 +503,14 @@ def file_digest(path: Path) -> str:
 def write_synced(path: Path, text: str) -> None:
     """Write a whole file or none of it, on the disk when this returns."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @cache

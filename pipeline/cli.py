@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 our bug, 2 config or a missing stage, 3 data, 4 environmen
 Light import: the first thing a user waits for.
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -25,7 +26,7 @@ from typer.exceptions import Abort, TyperException
 from pipeline import changes, dag, doctor, executor, placement, supervisor
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, disk_problems
 from pipeline.experiment import ExperimentConfig
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
@@ -33,7 +34,7 @@ from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
 from pipeline.yaml_source import short
-from rollout.errors import GO_ON, ExpectedError
+from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
 from stages.data import readers
 
 INTERRUPTED = 75
@@ -258,14 +259,22 @@ def _execute(planned: executor.PlannedRun) -> None:
     try:
         with Progress() as progress:
             results = executor.execute(planned, progress)
-    finally:
+    except BaseException:
         if (run_dir / "summary.json").is_file():
-            report = write_report(run_dir)
+            with contextlib.suppress(EnvironmentProblem):  # what ended the run is what to tell
+                _report(run_dir)
+        raise
+    report = _report(run_dir)
     typer.echo("")
     for stage, result in results.items():
-        shown = "  ".join(f"{key} {number(value)}" for key, value in list(result.metrics.items())[:5])
+        shown = "  ".join(f"{short(key)} {number(value)}" for key, value in list(result.metrics.items())[:5])
         typer.echo(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
     typer.echo(f"report: {os.path.relpath(report)}")
+
+
+def _report(run_dir: Path) -> Path:
+    with disk_problems(run_dir / "report.html"):
+        return write_report(run_dir)
 
 
 def _stage_name(option: str, name: str | None) -> str | None:

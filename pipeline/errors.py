@@ -35,7 +35,9 @@ def disk_problems(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename if error.filename is not None else path
+        where = path if error.filename is None else error.filename
+        if error.filename2 is not None:  # a rename: either may be to blame
+            where = f"{where} -> {error.filename2}"
         raise EnvironmentProblem(
             f"{where}: {error.strerror or error}; check the disk, or set outputs=DIR"
         ) from error

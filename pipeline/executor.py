@@ -58,7 +58,8 @@ from stages.runtime import Runtime, StageResources
 POLL_S = 0.3
 NODE_TIMEOUT_S = 60.0
 """For every node of a cluster to say what it has; a first task there starts a process."""
-DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+MACHINE_ERRNOS = FULL_DISK | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +200,7 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     store, config = planned.store, planned.config
     with disk_problems(store.log_dir(config.name)):
         store.log_dir(config.name).mkdir(parents=True, exist_ok=True)
+    with disk_problems(store.config_file(config.name)):
         write_synced(store.config_file(config.name), resolved_yaml(config))
     results = {stage: _result(manifest, skipped=True) for stage, manifest in planned.present.items()}
     for stage, manifest in planned.present.items():
@@ -207,8 +209,9 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     try:
         if planned.to_run:
             _run(planned, progress, results, failures)
-    finally:
-        _record(planned, results)
+    finally:  # a full disk fails the record too: a stage that met it says more
+        with contextlib.suppress(EnvironmentProblem) if failures else contextlib.nullcontext():
+            _record(planned, results)
     for failure in sorted(failures.values(), key=lambda failure: isinstance(failure, Interrupted)):
         raise failure
     return {stage: results[stage] for stage in planned.nodes}
@@ -508,20 +511,41 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
             f"{stage}: a process of it died ({type(cause).__name__}; killed, or out of memory?); logs in "
             f"{log}; {GO_ON}"
         )
-    if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in DISK_ERRNOS):
-        return EnvironmentProblem(f"{stage}: {cause or 'out of memory'}; free some and {GO_ON}")
+    if (fault := _machine_fault(cause)) is not None:
+        return EnvironmentProblem(f"{stage}: {fault}; free some and {GO_ON}")
     first_line = next(iter(str(cause).splitlines()), "")
     return StageFailed(
         f"{stage}: {type(cause).__name__}: {first_line}; this is a bug of the pipeline; traceback in {log}"
     )
 
 
+def _machine_fault(error: BaseException) -> str | None:
+    """What the machine lacks, if that is behind `error`: libraries wrap it, or only quote its text."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    for link in chain:
+        if isinstance(link, MemoryError):
+            return str(link) or "out of memory"
+        quoted = any(os.strerror(number) in str(link) for number in FULL_DISK)
+        if quoted or (isinstance(link, OSError) and link.errno in MACHINE_ERRNOS):
+            return next(iter(str(link).splitlines()))
+    return None
+
+
 @contextlib.contextmanager
 def _failure_recorded(job: StageJob) -> Iterator[None]:
     log = job.log_dir / f"{job.node.stage}.traceback.txt"
+    work = Store(job.outputs).work_dir(job.node.stage, job.node.fingerprint)
     try:
         yield
     except Exception as error:  # the one place where any failure of a stage is recorded and raised again
+        if isinstance(error, OSError) and not work.parent.exists():
+            raise EnvironmentProblem(
+                f"{job.node.stage}: {work} disappeared under it; check the disk, or set outputs=DIR"
+            ) from error
         with contextlib.suppress(OSError):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text("".join(traceback.format_exception(error)))

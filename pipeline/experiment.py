@@ -149,6 +149,8 @@ class ExperimentConfig(Section):
                 )
 
     def _transport_problems(self) -> Iterator[str]:
+        if self.resources.address is not None and self.pipeline.executor == "inline":
+            yield "resources.address: pipeline.executor inline joins no cluster; use ray, or remove this"
         if self.rollout.tensor_parallel_size > 1 and self.rollout.engine == "hf":
             yield "rollout.tensor_parallel_size: only vllm splits a model over GPUs; set 1"
         if self.rollout.sync == "nccl" and self.rollout.engine == "hf":

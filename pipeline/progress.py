@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from pipeline.yaml_source import short
+
 KEY_METRICS = (
     "loss",
     "score",
@@ -35,6 +37,7 @@ KEY_METRICS = (
 NUM_SHOWN = 4
 POLL_S = 0.3
 BAR_CHARS = 20
+MAX_LINE_CHARS = 400  # a name may hold text of a dataset, and goes to a terminal
 
 
 class Progress:
@@ -178,7 +181,7 @@ def shown(line: Mapping[str, Any]) -> str:
     names = {key.partition("/")[2]: value for key, value in reversed(list(line.items())) if "/" in key}
     chosen = [name for name in KEY_METRICS if name in names][:NUM_SHOWN]
     chosen += [name for name in reversed(names) if name not in chosen][: NUM_SHOWN - len(chosen)]
-    return " ".join(f"{name} {number(names[name])}" for name in chosen)
+    return short(" ".join(f"{name} {number(names[name])}" for name in chosen), MAX_LINE_CHARS)
 
 
 def number(value: float) -> str:

@@ -69,8 +69,11 @@ def write_report(run_dir: Path) -> Path:
     subtitle += f"; newest stage started {max(started)}" if started else ""
     path = run_dir / "report.html"
     unfinished = path.with_name(f".report.{os.getpid()}")
-    unfinished.write_text(page(run_dir.name, subtitle, shown), encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(page(run_dir.name, subtitle, shown), encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return path
 
 

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError
 MAX_BYTES = 1 << 20  # of one file; the pure-Python parser reads about 0.5 MiB/s
 MAX_DEPTH = 32  # the deepest setting is at 5
 MAX_NODES = 100_000  # with aliases expanded
+MAX_BASES = 16  # a file's `base:`, its base's, ...
 
 KeyPath = tuple[str | int, ...]
 Scalar = None | bool | int | float | str
@@ -98,6 +99,10 @@ def _read_with_base(path: Path, label: str, stated: Origin | None, children: tup
     seen = (*children, os.path.realpath(path))  # unlike Path.resolve, no error on a circle of links
     if os.path.realpath(base_path) in seen:
         raise ConfigError(f"{base.origin.label}: base: {short(base.value)} builds on this file: a circle")
+    if len(seen) > MAX_BASES:
+        raise ConfigError(f"{base.origin.label}: base: more than {MAX_BASES} files build on one another")
+    if os.path.exists(base_path) and not os.path.isfile(base_path) and not os.path.isdir(base_path):
+        raise ConfigError(f"{base.origin.label}: base: {short(base.value)} is a device or a pipe, not a file")
     base_label = os.path.normpath(Path(label).parent / os.path.expanduser(base.value))
     return merge(_read_with_base(base_path, base_label, base.origin, seen), tree)
 

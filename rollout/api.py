@@ -90,17 +90,20 @@ class TensorSpec:
     name: str  # as in the model directory's safetensors, e.g. "model.layers.0.mlp.up_proj.weight"
     dtype: str  # "float32" | "bfloat16"
     shape: tuple[int, ...]
-    offset: int  # bytes from the start of the mapped file
+    offset: int  # bytes from the start of the update
     digest: str  # blake3 of the bytes, hex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightUpdate:
-    """All weights of one version, in a file both sides can map."""
+    """All weights of one version: where their bytes can be had, and what those have to be."""
 
     version: int
-    path: str
+    location: (
+        str  # path of a file both sides can map; gloo://host:port/secret; nccl:world size:id of the group
+    )
     tensors: tuple[TensorSpec, ...]
+    receiver: int = 0  # which engine of the pool this is for: ranks of an nccl group are counted by it
 
 
 class RolloutEngine(Protocol):

@@ -25,7 +25,7 @@ from rollout.api import FinishReason, Rollout, RolloutRequest, WeightUpdate
 from rollout.config import EngineConfig
 from rollout.errors import EngineError, WeightSyncError
 from rollout.loop import before_deadline
-from rollout.weight_file import DTYPES, Layout, checkpoint_layout, load_verified, map_tensors
+from rollout.weight_file import DTYPES, Layout, checkpoint_layout, fetch_tensors, load_verified
 from rollout.weight_source import ModuleSource
 
 T = TypeVar("T")
@@ -116,7 +116,9 @@ class HFEngine:
 
     async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
         """See `RolloutEngine.diagnose`."""
-        return await self._on_worker(lambda: _differing(self._model, update), "diagnosis")
+        return await self._on_worker(
+            lambda: _differing(self._model, update, timeout_s=self._config.sync_timeout_s), "diagnosis"
+        )
 
     async def version(self) -> int:
         """See `RolloutEngine.version`. The process that decodes is this one."""
@@ -166,7 +168,7 @@ class HFEngine:
         """Through transformers' own checkpoint loading, so that in-memory layouts that differ are its
         business.
         """
-        tensors = load_verified(update, self._layout)
+        tensors = load_verified(update, self._layout, timeout_s=self._config.sync_timeout_s)
         # it adopts the tensors it is given
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         with _no_progress_bar():
@@ -339,9 +341,9 @@ def _no_progress_bar() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _differing(model: PreTrainedModel, update: WeightUpdate) -> tuple[str, ...]:
+def _differing(model: PreTrainedModel, update: WeightUpdate, *, timeout_s: float) -> tuple[str, ...]:
     """Names of the tensors in `update` that the model does not hold."""
-    sent = map_tensors(update)
+    sent = fetch_tensors(update, timeout_s=timeout_s)
     held = ModuleSource(model, dtype=update.tensors[0].dtype).whole()
     return tuple(
         name for name, tensor in sent.items() if name not in held or not torch.equal(held[name].cpu(), tensor)

@@ -9,6 +9,7 @@ asynchronous, on any loop.
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
@@ -195,8 +196,13 @@ class EnginePool:
         await asyncio.gather(*(engine.pause() for engine in self._engines))
 
     async def update(self, update: WeightUpdate) -> None:
-        """See `RolloutEngine.update`. All map the same file."""
-        await asyncio.gather(*(engine.update(update) for engine in self._engines))
+        """See `RolloutEngine.update`. All take the same bytes."""
+        await asyncio.gather(
+            *(
+                engine.update(dataclasses.replace(update, receiver=index))
+                for index, engine in enumerate(self._engines)
+            )
+        )
 
     async def resume(self) -> None:
         """See `RolloutEngine.resume`."""

@@ -23,7 +23,7 @@ from rollout.config import EngineConfig
 from rollout.errors import GO_ON, EngineError, WeightSyncError
 from rollout.loop import before_deadline, while_healthy
 from rollout.shared_memory import files_of
-from rollout.vllm_plugin import BACKEND, LOG_PATH_VARIABLE
+from rollout.vllm_plugin import LOG_PATH_VARIABLE, backend
 from rollout.weight_file import checkpoint_layout
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read by `import vllm`; an engine's log file has more
@@ -92,7 +92,9 @@ class VLLMEngine:
                 raise EngineError(f"{name} did not start: {_one_line(error)}; see {log_path}") from error
         engine = cls(llm, config=config, name=name, log_path=log_path)
         try:
-            await engine._make_ready({"dtype": layout.dtype, "shapes": layout.shapes})
+            await engine._make_ready(
+                {"dtype": layout.dtype, "shapes": layout.shapes, "timeout_s": config.sync_timeout_s}
+            )
         except BaseException:
             await engine.close()
             raise
@@ -246,10 +248,14 @@ def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_l
         options["kv_cache_memory_bytes"] = config.kv_cache_mib * MIB
     else:
         options["gpu_memory_utilization"] = config.gpu_memory_frac
+    if config.tensor_parallel_size > 1:
+        # child processes on the actor's GPUs: in a placement group vLLM would ask Ray for more
+        options["distributed_executor_backend"] = "mp"
     return AsyncEngineArgs(
         model=str(model_dir),
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
+        tensor_parallel_size=config.tensor_parallel_size,
         enforce_eager=config.enforce_eager,
         seed=0,
         **options,
@@ -263,7 +269,7 @@ def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_l
         # prefilled.
         enable_chunked_prefill=not current_platform.is_cpu(),
         enable_prefix_caching=False,  # with it, fp32 output depends on what ran before
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=backend(config.sync)),
         worker_extension_cls="rollout.vllm_receiver.WorkerExtension",
         disable_log_stats=True,
         logging_config=LOGGING,

@@ -10,13 +10,18 @@ not own: the receiver (`vllm_receiver`, imported only in the process that loads 
 import os
 from multiprocessing import parent_process
 
-BACKEND = "shm"
-"""The name of our receiver in vLLM's `WeightTransferConfig`."""
+RECEIVERS = {"shm": "FetchReceiver", "gloo": "FetchReceiver", "nccl": "NcclReceiver"}
+"""`rollout.sync` -> our receiver (in `vllm_receiver`)."""
 
 LOG_PATH_VARIABLE = "RLHF_ENGINE_LOG"
 """Environment variable that names the file for the output of an engine's child processes."""
 
 _registered = False
+
+
+def backend(sync: str) -> str:
+    """The name of a receiver in vLLM's config, which has an `nccl` of its own."""
+    return f"rlhf_{sync}"
 
 
 def register() -> None:
@@ -29,7 +34,8 @@ def register() -> None:
     _registered = True
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    WeightTransferEngineFactory.register_engine(BACKEND, "rollout.vllm_receiver", "ShmReceiver")
+    for sync, receiver in RECEIVERS.items():
+        WeightTransferEngineFactory.register_engine(backend(sync), "rollout.vllm_receiver", receiver)
     if LOG_PATH_VARIABLE in os.environ and parent_process() is not None:
         _send_output_to(os.environ[LOG_PATH_VARIABLE])
 

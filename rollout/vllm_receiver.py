@@ -1,8 +1,8 @@
-"""Inside a vLLM worker: takes weights from the shared file, and says on demand which tensors the worker
-really holds.
+"""Inside a vLLM worker: takes weights from the shared file or over gloo, and says on demand which tensors the
+worker really holds.
 
-    init (layout) -> start -> update (map, verify, then load) -> finish (rebuild tied heads, take the version)
-    diagnose: map -> read every live layer out -> names of those that differ
+    init (layout) -> start -> update (fetch, verify, load) -> finish (rebuild tied heads, take the version)
+    diagnose: fetch -> read every live layer out -> names of those that differ
 
 Owns: verification before loading, the tied output head, reading packed layers. Does not own: the control
 calls (vLLM), pausing and caches (vllm_engine), what is sent (weight_sync). Tensor shapes: N outputs, K inputs
@@ -19,56 +19,67 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
+)
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.api import TensorSpec, WeightUpdate
-from rollout.weight_file import DTYPES, Layout, load_verified, map_tensors
+from rollout.weight_file import DTYPES, Layout, check_manifest, fetch_tensors, load_verified, nccl_meeting
 
 READ_OUT_COLUMNS = 1024
 """Columns of a packed weight that are read out at once: bounds the memory of `diagnose`."""
 
 
 @dataclass
-class ShmInit(WeightTransferInitInfo):
+class FetchInit(WeightTransferInitInfo):
     """What every update will have to hold; from the model directory, not from the trainer."""
 
     dtype: str
     shapes: dict[str, list[int]]
+    timeout_s: float  # for the bytes of one update to arrive
 
 
 @dataclass
-class ShmUpdate(WeightTransferUpdateInfo):
+class FetchUpdate(WeightTransferUpdateInfo):
     """A `WeightUpdate` as plain types, which is all that may cross a process boundary."""
 
     version: int
-    path: str
+    location: str
     tensors: list[dict[str, Any]]
+    receiver: int
 
     def record(self) -> WeightUpdate:
         """The typed record again."""
         specs = tuple(TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in self.tensors)
-        return WeightUpdate(version=self.version, path=self.path, tensors=specs)
+        return WeightUpdate(
+            version=self.version, location=self.location, tensors=specs, receiver=self.receiver
+        )
 
 
-class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
-    """Loads whole weight versions from a mapped file. Nothing of the model is touched before all checks have
-    passed.
+class FetchReceiver(WeightTransferEngine[FetchInit, FetchUpdate]):
+    """Loads whole weight versions, from where the update says. Nothing of the model is touched before all
+    checks have passed.
     """
 
-    init_info_cls = ShmInit
-    update_info_cls = ShmUpdate
+    init_info_cls = FetchInit
+    update_info_cls = FetchUpdate
     supports_draft_weight_update = False
 
     held_version = 0  # 0: the weights of the model directory
     _layout: Layout | None = None
+    _timeout_s: float
     _arriving = 0
 
-    def init_transfer_engine(self, init_info: ShmInit) -> None:
+    def init_transfer_engine(self, init_info: FetchInit) -> None:
         """Remember what a whole update is."""
         shapes = {name: tuple(shape) for name, shape in init_info.shapes.items()}
         self._layout = Layout(dtype=init_info.dtype, shapes=shapes)
+        self._timeout_s = init_info.timeout_s
 
     def start_weight_update(self) -> None:
         """Nothing yet: a refused update leaves the old weights whole."""
@@ -79,11 +90,11 @@ class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: ShmUpdate) -> None:
+    def receive_weights(self, update_info: FetchUpdate) -> None:
         """Verify, then load layer by layer. WeightSyncError when the update is refused."""
         assert self._layout is not None, "init_transfer_engine comes first"
         update = update_info.record()
-        tensors = load_verified(update, self._layout)
+        tensors = load_verified(update, self._layout, timeout_s=self._timeout_s)
         initialize_layerwise_reload(self.model)
         model: Any = self.model  # torch types what a module may have as tensors
         model.load_weights(tensors.items())
@@ -103,7 +114,10 @@ class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
         it.
         """
         assert self._layout is not None, "init_transfer_engine comes first"
-        return list(_differing(self.model, map_tensors(update), DTYPES[self._layout.dtype]))
+        if self.parallel_config.world_size > 1:
+            return [f"weights (not compared: split over {self.parallel_config.world_size} GPUs)"]
+        tensors = fetch_tensors(update, timeout_s=self._timeout_s)
+        return list(_differing(self.model, tensors, DTYPES[self._layout.dtype]))
 
     def _rebuild_tied_heads(self) -> None:
         """On CPU an output head keeps a packed copy of its weight. A tied head has no tensor of its own in a
@@ -122,17 +136,57 @@ class ShmReceiver(WeightTransferEngine[ShmInit, ShmUpdate]):
                 method.process_weights_after_loading(module)
 
 
+class NcclReceiver(FetchReceiver):
+    """Takes the packed broadcast of `vllm_sender` through vLLM's own nccl engine, joined for one update at a
+    time. Diagnosis goes over gloo. NOT YET RUN: there was no GPU.
+    """
+
+    def receive_weights(self, update_info: FetchUpdate) -> None:
+        """Check what is announced, join, load what arrives. WeightSyncError when the update is refused."""
+        assert self._layout is not None, "init_transfer_engine comes first"
+        update = update_info.record()
+        check_manifest(update, self._layout)
+        wire = NCCLWeightTransferEngine(self.config, self.vllm_config, self.device, self.model)
+        wire.init_transfer_engine(self.nccl_group_of(update))
+        try:
+            initialize_layerwise_reload(self.model)
+            wire.receive_weights(nccl_tensors_of(update))
+            torch.accelerator.synchronize()  # leaving the group aborts what is under way
+        finally:
+            wire.shutdown()
+        self._arriving = update.version
+
+    def nccl_group_of(self, update: WeightUpdate) -> NCCLWeightTransferInitInfo:
+        """The group of an update: the sender is rank 0, then come the workers of each engine in turn."""
+        world_size, meeting_id = nccl_meeting(update.location)
+        return NCCLWeightTransferInitInfo(
+            nccl_unique_id_b64=meeting_id,
+            rank_offset=1 + update.receiver * self.parallel_config.world_size,
+            world_size=world_size,
+            packed=True,
+        )
+
+
+def nccl_tensors_of(update: WeightUpdate) -> NCCLWeightTransferUpdateInfo:
+    """What is broadcast, in vLLM's words."""
+    return NCCLWeightTransferUpdateInfo(
+        names=[spec.name for spec in update.tensors],
+        dtype_names=[spec.dtype for spec in update.tensors],
+        shapes=[list(spec.shape) for spec in update.tensors],
+    )
+
+
 class WorkerExtension:
     """Methods that vLLM adds to its worker class, for `collective_rpc`."""
 
-    weight_transfer_engine: ShmReceiver
+    weight_transfer_engine: FetchReceiver
 
     def rlhf_version(self) -> int:
         """The version this worker's weights have; answered by the process that decodes."""
         return self.weight_transfer_engine.held_version
 
     def rlhf_diagnose(self, update: dict[str, Any]) -> list[str]:
-        """See `ShmReceiver.diagnose`."""
+        """See `FetchReceiver.diagnose`."""
         receiver = self.weight_transfer_engine
         return receiver.diagnose(receiver.parse_update_info(update).record())
 

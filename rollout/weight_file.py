@@ -1,10 +1,11 @@
 """The shared file of a weight update: written by the trainer, mapped and verified by every engine.
 
     trainer: WeightFileWriter.add(name, tensor) ... finish(version) -> WeightUpdate   (its manifest)
-    engine:  load_verified(update, layout) -> {name: view of the mapped file}
+    engine:  load_verified(update, layout) -> {name: view of the mapped file, or of what gloo brought}
 
-Owns: the byte layout, the manifest and its checks. Does not own: which tensors (weight_source), loading them
-(engines). No vLLM import: both sides and both engines use it.
+Owns: the byte layout, the manifest and its checks. Does not own: which tensors (weight_source), bringing the
+bytes from another host (weight_gloo), loading them (engines). No vLLM import: both sides and both engines use
+it.
 """
 
 import math
@@ -18,6 +19,7 @@ from typing import IO, Self
 import torch
 from blake3 import blake3
 
+from rollout import weight_gloo
 from rollout.api import TensorSpec, WeightUpdate
 from rollout.errors import EnvironmentProblem, WeightSyncError
 from rollout.safetensors_header import BadHeader, read_header
@@ -72,7 +74,11 @@ class WeightFileWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: IO[bytes] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise self._problem(error) from error
+        self._file: IO[bytes] = os.fdopen(descriptor, "r+b", buffering=0)
         self._specs: dict[str, TensorSpec] = {}
         self._offset = 0
 
@@ -100,7 +106,7 @@ class WeightFileWriter:
     def finish(self, version: int) -> WeightUpdate:
         """Cut what an earlier, longer version left behind, and return the manifest."""
         os.ftruncate(self._file.fileno(), self._offset)
-        return WeightUpdate(version=version, path=str(self._path), tensors=tuple(self._specs.values()))
+        return WeightUpdate(version=version, location=str(self._path), tensors=tuple(self._specs.values()))
 
     def __enter__(self) -> Self:
         return self
@@ -116,46 +122,68 @@ class WeightFileWriter:
             while written < data.nbytes:  # one write(2) moves at most 2 GiB
                 written += os.pwrite(self._file.fileno(), data[written:], self._offset + written)
         except OSError as error:
-            raise EnvironmentProblem(
-                f"{self._path}: cannot write the weights ({error.strerror}); make room in {self._path.parent}"
-            ) from error
+            raise self._problem(error) from error
+
+    def _problem(self, error: OSError) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{self._path}: cannot write the weights ({error.strerror}); make room in {self._path.parent}"
+        )
 
 
-def load_verified(update: WeightUpdate, layout: Layout) -> dict[str, torch.Tensor]:
-    """Read-only-by-convention views of the mapped file, every check passed.
+def check_manifest(update: WeightUpdate, layout: Layout) -> None:
+    """Raises WeightSyncError unless names, shapes and dtypes of `update` are those of a whole model."""
+    if problems := _manifest_problems(update, layout):
+        raise WeightSyncError(f"weight version {update.version} refused: {in_short(problems)}")
+
+
+def load_verified(update: WeightUpdate, layout: Layout, *, timeout_s: float) -> dict[str, torch.Tensor]:
+    """Read-only-by-convention views of the update's bytes, every check passed.
 
     Raises WeightSyncError, before anything is loaded, when a tensor of `layout` is missing or has another
     shape or dtype, when there is one that `layout` does not know (tied names excepted: they share another
-    tensor's bytes), when the file is too short, or when the bytes that arrived have another digest than the
-    bytes that were sent.
+    tensor's bytes), when the bytes are not there within `timeout_s` or too few, or when they have another
+    digest than the bytes that were sent.
     """
-    problems = _manifest_problems(update, layout)
-    if not problems:
-        tensors = map_tensors(update)
-        problems = [
-            f"{spec.name}: the bytes that arrived are not the bytes that were sent"
-            for spec in update.tensors
-            if _digest(_bytes_of(tensors[spec.name])) != spec.digest
-        ]
+    check_manifest(update, layout)
+    tensors = fetch_tensors(update, timeout_s=timeout_s)
+    problems = [
+        f"{spec.name}: the bytes that arrived are not the bytes that were sent"
+        for spec in update.tensors
+        if _digest(_bytes_of(tensors[spec.name])) != spec.digest
+    ]
     if problems:
         raise WeightSyncError(f"weight version {update.version} refused: {in_short(problems)}")
     return tensors
 
 
-def map_tensors(update: WeightUpdate) -> dict[str, torch.Tensor]:
-    """The tensors of `update` as views of a private map of its file: writing to one never reaches the
-    file.
-    """
-    size = _mapped_bytes(update)
-    if not os.path.isfile(update.path) or os.path.getsize(update.path) < size:
-        raise WeightSyncError(
-            f"weight version {update.version} refused: {update.path} holds less than {size} bytes"
-        )
-    data = torch.from_file(update.path, shared=False, size=size, dtype=torch.uint8)
+def fetch_tensors(update: WeightUpdate, *, timeout_s: float) -> dict[str, torch.Tensor]:
+    """The tensors of `update`, unchecked. Writing to one never reaches the sender. Raises WeightSyncError."""
+    is_file = not update.location.startswith(f"{weight_gloo.SCHEME}:")
+    size = update_bytes(update)
+    data = (
+        _mapped(update, size) if is_file else weight_gloo.receive(update.location, size, timeout_s=timeout_s)
+    )
     return {
         spec.name: data[spec.offset : spec.offset + num_bytes(spec)].view(DTYPES[spec.dtype]).view(spec.shape)
         for spec in update.tensors
     }
+
+
+def nccl_location(world_size: int, meeting_id: str) -> str:
+    """Where an update comes from that is broadcast in a group of its own (see `vllm_sender`)."""
+    return f"nccl:{world_size}:{meeting_id}"
+
+
+def nccl_meeting(location: str) -> tuple[int, str]:
+    """World size and id of that group."""
+    scheme, world_size, meeting_id = location.split(":")
+    assert scheme == "nccl", location
+    return int(world_size), meeting_id
+
+
+def update_bytes(update: WeightUpdate) -> int:
+    """Bytes that have to reach an engine. Tied names share theirs."""
+    return max(spec.offset + num_bytes(spec) for spec in update.tensors)
 
 
 def num_bytes(spec: TensorSpec) -> int:
@@ -188,8 +216,13 @@ def _manifest_problems(update: WeightUpdate, layout: Layout) -> list[str]:
     return problems
 
 
-def _mapped_bytes(update: WeightUpdate) -> int:
-    return max(spec.offset + num_bytes(spec) for spec in update.tensors)
+def _mapped(update: WeightUpdate, size: int) -> torch.Tensor:
+    """A private map of the update's file."""
+    if not os.path.isfile(update.location) or os.path.getsize(update.location) < size:
+        raise WeightSyncError(
+            f"weight version {update.version} refused: {update.location} holds less than {size} bytes"
+        )
+    return torch.from_file(update.location, shared=False, size=size, dtype=torch.uint8)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

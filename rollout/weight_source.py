@@ -56,6 +56,21 @@ class ModuleSource:
             if parameters[tied] is parameters[source]
         }
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of everything in the groups, in their order. Gathers nothing: no collective."""
+        aliases = self.aliases()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for group in _by_layer(_merged_state(self._model)):
+            empty = {
+                name: torch.empty(tensor.shape, dtype=DTYPES[self.dtype], device="meta")
+                for name, tensor in group.items()
+                if name not in aliases
+            }
+            if empty:
+                sent = revert_weight_conversion(self._model, empty)
+                shapes |= {name: tuple(tensor.shape) for name, tensor in sent.items()}
+        return shapes
+
     def whole(self) -> dict[str, torch.Tensor]:
         """All groups and aliases in one mapping: for small models and for tests."""
         tensors = {name: tensor for group in self.groups() for name, tensor in group.items()}

@@ -1,11 +1,12 @@
 """Weight sync: trainer -> rollout engines, once per PPO step, and the proof that it worked.
 
-    ModuleSource --one layer at a time--> file in /dev/shm --pause, update, resume--> engines hold `version`
+    ModuleSource --one layer at a time--> Transport.pack --pause, update, resume--> engines hold `version`
+                                             `--serving: the bytes, by shm or gloo--^
     ParityGate: the engine samples a probe, the trainer scores it; beyond the limit: which tensors differ?
 
-Owns: order, versions, deadlines, the shared file, the sync's error. Does not own: names and gathering
-(weight_source), bytes and checks (weight_file), loading (engines). Blocks its caller until every engine holds
-the version.
+Owns: order, versions, deadlines, what a transport is, the sync's error. Does not own: names and gathering
+(weight_source), bytes and checks (weight_file), pairs of hosts (weight_gloo), loading (engines). Blocks its
+caller until every engine holds the version.
 """
 
 import atexit
@@ -17,21 +18,27 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import torch
 
 from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling, WeightUpdate
 from rollout.config import EngineConfig
-from rollout.errors import EngineError, EnvironmentProblem, ParityError, WeightSyncError
+from rollout.errors import EngineError, ParityError, WeightSyncError
 from rollout.loop import LoopThread
 from rollout.run_mark import WEIGHTS_PREFIX, weights_prefix
 from rollout.shared_memory import SHARED_MEMORY
-from rollout.weight_file import WeightFileWriter, in_short
+from rollout.weight_file import WeightFileWriter, in_short, update_bytes
+from rollout.weight_gloo import GlooSender
 from rollout.weight_source import ModuleSource
 
 T = TypeVar("T")
 
+LOOPBACK = "127.0.0.1"
+"""Where a sender is found by engines on its own host."""
 STALE_AFTER_S = 60.0
 """An unlocked directory of ours that is older belongs to a trainer that was killed."""
 GRACE_S = 5.0
@@ -46,7 +53,82 @@ class SyncReport:
 
     version: int
     seconds: float  # from the first gather to the engine's resume
-    num_bytes: int  # in the shared file; 0 on ranks that do not send
+    num_bytes: int  # that each engine took; 0 on ranks that do not send
+
+
+class Transport(Protocol):
+    """How the bytes of an update get from the sender to the engines."""
+
+    def pack(self, source: ModuleSource, version: int) -> WeightUpdate:
+        """Gather the weights, one layer at a time, and say what an engine has to end up with. A collective
+        where the source is one; raises EnvironmentProblem.
+        """
+
+    def serving(self, update: WeightUpdate) -> AbstractContextManager[None]:
+        """Inside, the engines may take the bytes of `update`."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+class SharedFile:
+    """`shm`: one file in shared memory, which every engine on this host maps."""
+
+    def __init__(self) -> None:
+        self.directory = _SharedDirectory()
+
+    def pack(self, source: ModuleSource, version: int) -> WeightUpdate:
+        """See `Transport.pack`."""
+        with WeightFileWriter(self.directory.path / "weights.bin") as writer:
+            for group in source.groups():
+                for name, tensor in group.items():
+                    writer.add(name, tensor)
+            for tied, of in source.aliases().items():
+                writer.add_alias(tied, of=of)
+            return writer.finish(version)
+
+    def serving(self, update: WeightUpdate) -> AbstractContextManager[None]:
+        """See `Transport.serving`. The file is there."""
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self.directory.remove()
+
+
+class GlooStream:
+    """`gloo`: the same file, which stays here, and its bytes sent to each engine that asks, on any host."""
+
+    def __init__(self, host: str, *, timeout_s: float) -> None:
+        self._file = SharedFile()
+        self._sender = GlooSender(host, timeout_s=timeout_s)
+        self._packed: WeightUpdate | None = None
+
+    def pack(self, source: ModuleSource, version: int) -> WeightUpdate:
+        """See `Transport.pack`."""
+        self._packed = self._file.pack(source, version)
+        return replace(self._packed, location=self._sender.new_location())
+
+    def serving(self, update: WeightUpdate) -> AbstractContextManager[None]:
+        """See `Transport.serving`."""
+        assert self._packed is not None, "pack comes first"
+        size = update_bytes(update)
+        data = torch.from_file(self._packed.location, shared=False, size=size, dtype=torch.uint8)
+        return self._sender.serving(update.location, data)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self._file.close()
+
+
+def _transport(config: EngineConfig, host: str) -> Transport:
+    if config.sync == "shm":
+        return SharedFile()
+    if config.sync == "gloo":
+        return GlooStream(host, timeout_s=config.sync_timeout_s)
+    from rollout.vllm_sender import NcclBroadcast
+
+    return NcclBroadcast(config)
 
 
 class WeightSync:
@@ -63,20 +145,23 @@ class WeightSync:
         engine: RolloutEngine | None,
         loop: LoopThread | None,
         config: EngineConfig,
+        host: str = LOOPBACK,
     ) -> None:
         """Rank 0 gives `engine` and `loop` (the loop that the engine lives on); the other ranks give None and
-        only take part in the gather.
+        only take part in the gather. `host`: this machine's address as the engines see it.
         """
         assert (engine is None) == (loop is None)
-        if config.sync != "shm":
-            raise EnvironmentProblem(
-                f"rollout.sync: {config.sync}: not available; use shm (trainer and engines on one host)"
-            )
         self.source = source
         self.config = config
         self._engine = engine
         self._loop = loop
-        self._shared = _SharedDirectory() if engine is not None else None
+        self._transport = None if engine is None else _transport(config, host)
+        # bytes that engines may compare at leisure; those of an nccl broadcast are nowhere to be had again
+        self._comparable = (
+            GlooStream(host, timeout_s=config.sync_timeout_s)
+            if engine is not None and config.sync == "nccl"
+            else self._transport
+        )
 
     @property
     def is_sender(self) -> bool:
@@ -88,22 +173,28 @@ class WeightSync:
 
         Raises WeightSyncError: the engine may hold a mixture and must be rebuilt (it is left paused).
         """
-        started = time.perf_counter()
-        update = self._write(version)
-        num_bytes = 0
-        if update is not None:
-            num_bytes = Path(update.path).stat().st_size
-            self._send(update)
+        started, num_bytes = time.perf_counter(), 0
+        if self._transport is None:
+            self._only_gather()
+        else:
+            update = self._transport.pack(self.source, version)
+            num_bytes = update_bytes(update)
+            with self._transport.serving(update):
+                self._send(update)
         return SyncReport(version=version, seconds=time.perf_counter() - started, num_bytes=num_bytes)
 
     def diagnose(self) -> tuple[str, ...]:
         """Every rank, together: names of the trainer's tensors, as they are now, that the engine does not
         hold bit for bit. Empty on ranks that do not send.
         """
-        update = self._write(version=0)
-        if update is None:
+        if self._comparable is None:
+            self._only_gather()
             return ()
-        return self.on_engine(lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s)
+        update = self._comparable.pack(self.source, version=0)
+        with self._comparable.serving(update):
+            return self.on_engine(
+                lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s
+            )
 
     def on_engine(
         self, call: Callable[[RolloutEngine], Coroutine[Any, Any, T]], what: str, timeout_s: float
@@ -113,23 +204,14 @@ class WeightSync:
         return self._loop.run(call(self._engine), timeout_s=timeout_s + GRACE_S, what=what)
 
     def close(self) -> None:
-        """Remove the shared file. Idempotent."""
-        if self._shared is not None:
-            self._shared.remove()
+        """Free what the transport holds. Idempotent."""
+        for transport in (self._transport, self._comparable):
+            if transport is not None:
+                transport.close()
 
-    def _write(self, version: int) -> WeightUpdate | None:
-        """Gather on every rank; on rank 0 into the file."""
-        if self._shared is None:
-            for _ in self.source.groups():
-                pass
-            return None
-        with WeightFileWriter(self._shared.path / "weights.bin") as writer:
-            for group in self.source.groups():
-                for name, tensor in group.items():
-                    writer.add(name, tensor)
-            for tied, of in self.source.aliases().items():
-                writer.add_alias(tied, of=of)
-            return writer.finish(version)
+    def _only_gather(self) -> None:
+        for _ in self.source.groups():
+            pass
 
     def _send(self, update: WeightUpdate) -> None:
         timeout_s = self.config.sync_timeout_s

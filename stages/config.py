@@ -169,6 +169,7 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
     health: HealthConfig = HealthConfig()
+    """What happens to optimizer steps that would do harm."""
     gradient_checkpointing: bool = Field(default=False, json_schema_extra=EXECUTION)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     log_every_steps: int = Field(default=10, ge=1, json_schema_extra=EXECUTION)

@@ -188,7 +188,7 @@ def _generate(
 
 def _sync(client: EngineClient, candidate: Candidate) -> WeightSync:
     source = ModuleSource(candidate.model.inner, dtype="float32")
-    return WeightSync(source, engine=client.engine, loop=client.loop, config=client.config)
+    return WeightSync(source, engine=client.engine, loop=client.loop, config=client.config, host=client.host)
 
 
 def _gate(

@@ -238,7 +238,7 @@ def _weight_sync(models: PPOModels, config: PPOConfig, client: EngineClient) -> 
     weights = ModuleSource(models.policy.inner, dtype=ENGINE_DTYPE[config.precision])
     if not ranks.is_main():
         return WeightSync(weights, engine=None, loop=None, config=client.config)
-    return WeightSync(weights, engine=client.engine, loop=client.loop, config=client.config)
+    return WeightSync(weights, engine=client.engine, loop=client.loop, config=client.config, host=client.host)
 
 
 def _synced(

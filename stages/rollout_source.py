@@ -19,6 +19,7 @@ from rollout.config import EngineConfig
 from rollout.engines import open_engine
 from rollout.errors import EngineError, raise_expected
 from rollout.loop import LoopThread
+from rollout.weight_sync import LOOPBACK
 from stages.bundles import bundles_of
 from stages.data.batches import BatchOrder, stage_seed
 from stages.runtime import Runtime
@@ -114,6 +115,7 @@ class EngineClient:
         self.engine = engine
         self.config = config
         self._loop = loop  # inline engines answer on the loop they were opened on only
+        self._is_inline = loop is not None
 
     @property
     def loop(self) -> LoopThread:
@@ -121,6 +123,15 @@ class EngineClient:
         if self._loop is None:
             self._loop = LoopThread()
         return self._loop
+
+    @property
+    def host(self) -> str:
+        """This machine's address as the engines see it."""
+        if self._is_inline:
+            return LOOPBACK
+        import ray
+
+        return ray.util.get_node_ip_address()
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         """Rollouts in the order of `requests`. Raises EngineError."""
@@ -137,7 +148,7 @@ class EngineClient:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the loop: another process opens its own."""
-        return {"engine": self.engine, "config": self.config, "_loop": None}
+        return {"engine": self.engine, "config": self.config, "_loop": None, "_is_inline": False}
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from watched_run import WatchedRun, watch
 
 from rollout.loop import LoopThread
 
@@ -95,6 +96,14 @@ def start_ray() -> Iterator[Callable[[], None]]:
 def ray_cluster(start_ray: Callable[[], None]) -> None:
     """A local Ray of two CPUs."""
     start_ray()
+
+
+@pytest.fixture(scope="session")
+def watched_run(tmp_path_factory: pytest.TempPathFactory) -> WatchedRun:
+    """The whole tiny chain on Ray and vLLM, once, in a directory of its own; and what was seen meanwhile."""
+    run = watch(tmp_path_factory.mktemp("chain"))
+    assert run.code == 0, (run.directory / "out").read_text() + (run.directory / "err").read_text()
+    return run
 
 
 def _tokenizer():

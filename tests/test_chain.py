@@ -18,13 +18,9 @@ from vllm_directly import by_vllm
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(watched_run):
     """A directory in which the whole chain has run once on Ray and vLLM."""
-    directory = tmp_path_factory.mktemp("chain")
-    (directory / "tiny.yaml").write_text(CONFIG)
-    result = rlhf(directory, "run", "tiny.yaml")
-    assert result.returncode == 0, result.stdout + result.stderr
-    return directory
+    return watched_run.directory
 
 
 def test_all_six_stages_run_on_ray_and_vllm_and_say_what_they_measured(finished):

@@ -11,7 +11,7 @@ Owns: `work_dir/journal/`. One process writes. No torch.
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -91,20 +91,11 @@ class Journal:
 
     def drop_before(self, step: int) -> None:
         """Forget the entries of all steps below `step`: a checkpoint holds what they taught."""
-        self._drop(lambda journaled: journaled < step)
-
-    def drop_from(self, step: int) -> None:
-        """Forget the entries of `step` and all after it: they were sampled by weights that will not come
-        again, for training goes back and on another way.
-        """
-        self._drop(lambda journaled: journaled >= step)
-
-    def _drop(self, is_dropped: Callable[[int], bool]) -> None:
         with disk_problems(self._dir):
             for path in self._dir.iterdir():
                 named = FILE_NAME.fullmatch(path.name)
-                if named and is_dropped(int(named[1])):
-                    path.unlink()
+                if named and int(named[1]) < step:
+                    path.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:
         return self._dir / f"step-{step:06d}.rollouts"

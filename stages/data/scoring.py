@@ -7,11 +7,15 @@ Owns: importing it from its file and checking what it returns. Light import.
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from stages.config import ScoreFunction
 from stages.errors import DataError
+
+PART_NAME = re.compile(r"[\w.-]{1,64}")
+"""Parts become names of metrics."""
 
 Judge = Callable[[str, str, Mapping[str, Any]], dict[str, float]]
 
@@ -60,6 +64,8 @@ def _checked(where: str, result: Any) -> dict[str, float]:
     if "score" not in parts:
         raise DataError(f"{where}: returned no 'score', only {', '.join(map(str, parts))}")
     for name, value in parts.items():
+        if not isinstance(name, str) or not PART_NAME.fullmatch(name):
+            raise DataError(f"{where}: a part is called {name!r}; use letters, digits, '.', '_' and '-'")
         if isinstance(value, str) or not isinstance(value, int | float) or not math.isfinite(value):
             raise DataError(f"{where}: {name} is {value!r}; return finite numbers")
     if not 0 <= parts["score"] <= 1:

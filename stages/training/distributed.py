@@ -30,6 +30,7 @@ from stages.training.models import CausalLM, Precision, TokenScorer, compute_hea
 
 Result = TypeVar("Result")
 
+LOOPBACK = "127.0.0.1"
 PEER_GRACE_S = 5.0
 """After a worker's failure its peers' collectives fail too: how long to wait for the one that says why."""
 
@@ -159,7 +160,10 @@ def _in_group(train: Callable[..., Result], runtime: Runtime, arguments: dict[st
                 "runtime_env": {"env_vars": worker_environment(runtime)},
             }
             actors.append(ray.remote(_TrainingActor).options(**options).remote())
-        address = ray.get(actors[0].free_address.remote(), timeout=runtime.placement_timeout_s)
+        timeout_s = runtime.placement_timeout_s
+        nodes = ray.get([actor.node_address.remote() for actor in actors], timeout=timeout_s)
+        host = LOOPBACK if len(set(nodes)) == 1 else nodes[0]
+        address = ray.get(actors[0].listen.remote(host), timeout=timeout_s)
         calls = [
             actor.run.remote(train, runtime, rank, address, arguments) for rank, actor in enumerate(actors)
         ]
@@ -237,30 +241,33 @@ def _placed_group(bundles: StageBundles, timeout_s: float) -> Any:
 class _TrainingActor:
     """One worker process of a stage."""
 
-    def free_address(self) -> str:
-        """host:port on this node for the process group's rendezvous."""
+    def node_address(self) -> str:
+        """Address of this worker's node."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        return str(ray.util.get_node_ip_address())
+
+    def listen(self, host: str) -> tuple[str, int]:
+        """Open the process group's rendezvous, which asks nobody for a token, on that interface alone."""
+        self._listener = socket.create_server((host, 0))
+        return host, self._listener.getsockname()[1]
 
     def run(
         self,
         train: Callable[..., Result],
         runtime: Runtime,
         rank: int,
-        address: str,
+        address: tuple[str, int],
         arguments: dict[str, Any],
     ) -> Result:
         world_size = runtime.resources.num_workers
         worker = Worker(rank=rank, world_size=world_size, device=_device(runtime), runtime=runtime)
         with _exclusive(runtime, rank):
             if worker.world_size > 1:
-                import ray
-
-                _talk_through(ray.util.get_node_ip_address())
-                _init_process_group(worker, init_method=f"tcp://{address}")
+                _talk_through(LOOPBACK if address[0] == LOOPBACK else self.node_address())
+                listener = self._listener.detach() if rank == 0 else None
+                store = dist.TCPStore(*address, world_size, rank == 0, master_listen_fd=listener)
+                _init_process_group(worker, store=store)
             return train(worker, **arguments)
 
 

@@ -81,14 +81,6 @@ def test_entries_before_a_checkpoint_are_dropped(tmp_path: Path):
     assert [step for step in (8, 9, 10, 1_000_000) if journal.read(step)] == [10, 1_000_000]
 
 
-def test_entries_of_a_way_not_taken_are_dropped(tmp_path: Path):
-    journal = Journal(tmp_path)
-    for step in (8, 9, 10, 1_000_000):
-        journal.write(entry(step))
-    journal.drop_from(9)
-    assert [step for step in (8, 9, 10, 1_000_000) if journal.read(step)] == [8]
-
-
 def test_a_killed_write_leaves_no_entry_and_no_file(tmp_path: Path):
     Journal(tmp_path).write(entry(11))
     unfinished = tmp_path / "journal/step-000012.rollouts.tmp"

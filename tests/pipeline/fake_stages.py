@@ -1,17 +1,20 @@
 """A recipe that stands in for all six: writes a tiny "model", and does to itself what a control file says.
 
 $FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "DataError" | "ValueError" | "OSError", "kill": true,
-                            "sleep_s": 1 (cut short by a request to stop), "stubborn": true (it is not)}
+                            "sleep_s": 1 (cut short by a request to stop), "stubborn": true (it is not),
+                            "remove": "a directory", "metrics": {"more": 1}}
 $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 """
 
 import json
 import os
+import shutil
 import signal
 import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stages.config import StageSettings
 from stages.errors import DataError, Interrupted, TrainingStopped
@@ -38,7 +41,7 @@ def run(
     (out_dir / "config.json").write_text("{}")
     (out_dir / "model.safetensors").write_bytes(weights(f"{runtime.stage} from {sorted(inputs)}"))
     print(f"{runtime.stage}: threads {os.environ.get('OMP_NUM_THREADS')}")
-    return {"loss": 0.25, "first_step": first}
+    return {"loss": 0.25, "first_step": first} | orders.get("metrics", {})
 
 
 def weights(text: str) -> bytes:
@@ -47,14 +50,17 @@ def weights(text: str) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
-def _orders(path: Path) -> dict[str, object]:
+def _orders(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _obey(orders: dict[str, object], path: Path, runtime: Runtime) -> None:
+def _obey(orders: dict[str, Any], path: Path, runtime: Runtime) -> None:
     if orders.pop("kill", None):
         path.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
+    if "remove" in orders:
+        shutil.rmtree(str(orders["remove"]))
+        raise FileNotFoundError(2, "No such file or directory", "metrics.jsonl")
     if "sleep_s" in orders:
         (path.parent / f"{path.stem}.sleeping").touch()
         _sleep(float(str(orders["sleep_s"])), runtime, stubborn="stubborn" in orders)

@@ -161,6 +161,8 @@ IN_FILES = [
      "demo.yaml:6: resources.prepare.num_workers: prepare does not train, it runs in one process; set 1"),
     (NAME + "ppo:\n  data: [{path: p}]\n  precision: bf16\nrollout:\n  engine: hf\n",
      "demo.yaml:6: rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"),
+    (NAME + SFT + "resources:\n  address: head:6379\npipeline: {executor: inline}\n",
+     "demo.yaml:6: resources.address: pipeline.executor inline joins no cluster; use ray, or remove this"),
     (NAME + "ppo:\n  data: [{path: p}]\nrollout:\n  sync: nccl\n",
      "demo.yaml:5: rollout.sync: nccl connects GPUs of their own; set resources.ppo.num_gpus and "
      "resources.ppo.num_gpus_per_engine to 1 or more, or use gloo or shm"),

@@ -79,7 +79,7 @@ def test_control_calls_go_to_all_and_versions_must_agree():
         engines = [FakeEngine(), FakeEngine()]
         pool = EnginePool(engines)
         await pool.pause()
-        await pool.update(WeightUpdate(version=4, path="", tensors=()))
+        await pool.update(WeightUpdate(version=4, location="", tensors=()))
         await pool.resume()
         assert await pool.version() == 4
         engines[1]._version = 3

@@ -1,5 +1,5 @@
-"""Why `ShmReceiver._rebuild_tied_heads` is there: a trainer that sends what `save_pretrained` writes sends no
-tied head, and the engine then keeps its old packed copy of it. No error, nothing in the log.
+"""Why `FetchReceiver._rebuild_tied_heads` is there: a trainer that sends what `save_pretrained` writes sends
+no tied head, and the engine then keeps its old packed copy of it. No error, nothing in the log.
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ def stale_tensors(
         json.dumps(
             {
                 "model_dir": str(model_dir),
-                "init": dataclasses.asdict(checkpoint_layout(model_dir, dtype="float32")),
+                "init": dataclasses.asdict(checkpoint_layout(model_dir, dtype="float32"))
+                | {"timeout_s": 30.0},
                 "updates": {
                     case: {"sent": dataclasses.asdict(sent), "meant": dataclasses.asdict(meant)}
                     for case, (sent, meant) in cases.items()

@@ -21,6 +21,7 @@ from vllm import LLM
 from vllm.config import WeightTransferConfig
 
 from rollout import vllm_receiver
+from rollout.vllm_plugin import backend
 
 
 def main(path: str) -> None:
@@ -33,14 +34,14 @@ def main(path: str) -> None:
         kv_cache_memory_bytes=2**24,
         enforce_eager=True,
         skip_tokenizer_init=True,
-        weight_transfer_config=WeightTransferConfig(backend="shm"),
+        weight_transfer_config=WeightTransferConfig(backend=backend("shm")),
         worker_extension_cls="rollout.vllm_receiver.WorkerExtension",
     )
     llm.collective_rpc("init_weight_transfer_engine", args=(message["init"],))
-    cure = vllm_receiver.ShmReceiver._rebuild_tied_heads
+    cure = vllm_receiver.FetchReceiver._rebuild_tied_heads
     found = {}
     for case, update in message["updates"].items():
-        vllm_receiver.ShmReceiver._rebuild_tied_heads = cure if "with cure" in case else lambda self: None
+        vllm_receiver.FetchReceiver._rebuild_tied_heads = cure if "with cure" in case else lambda self: None
         llm.collective_rpc("start_weight_update")
         llm.collective_rpc("update_weights", args=(update["sent"],))
         llm.collective_rpc("finish_weight_update")

@@ -5,10 +5,12 @@ import struct
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.artifacts import MANIFEST, FileRecord, Manifest, Store, file_digest, model_directory
+from pipeline.dag import SCHEMA_VERSION
 from pipeline.errors import MissingStage
 from pipeline.model_files import check_model_directory
 from rollout.safetensors_header import BadHeader, read_header
@@ -28,7 +30,8 @@ def write_manifest(directory: Path, stage: str) -> None:
     """What publishing writes: the files of `directory` as they are."""
     paths = [path for path in directory.iterdir() if path.is_file()]
     manifest = Manifest(
-        schema_version=1,
+        digest="",
+        schema_version=SCHEMA_VERSION,
         stage=stage,
         fingerprint="f" * 16,
         recipe_version=1,
@@ -45,7 +48,9 @@ def write_manifest(directory: Path, stage: str) -> None:
         metrics={},
         files={path.name: FileRecord(size=path.stat().st_size, blake3=file_digest(path)) for path in paths},
     )
-    (directory / MANIFEST).write_text(manifest.model_dump_json())
+    text = manifest.model_dump_json(indent=2)
+    digest = blake3(text.encode()).hexdigest()
+    (directory / MANIFEST).write_text(text.replace('"digest": ""', f'"digest": "{digest}"', 1))
 
 
 GOOD = packed({"__metadata__": {"format": "pt"}, "a": tensor(), "b": tensor(8, 12, (1, 1))}, bytes(12))
