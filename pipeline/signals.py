@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import disk_problems
+
 END_US = (signal.SIGINT, signal.SIGTERM)
 STOPPING = b"stopping at the next step; again: at once\n"
 
@@ -44,12 +46,16 @@ def signals_ask_to_stop(stop_file: Path, *, timeout_s: float) -> Iterator[StopRe
         if request.made:
             raise KeyboardInterrupt
         request.made = True
-        stop_file.touch()
+        try:
+            stop_file.touch()
+        except OSError as error:  # nothing to ask with
+            raise KeyboardInterrupt from error
         with contextlib.suppress(OSError):  # nobody may be listening any more
             os.write(1, STOPPING)  # not through sys.stdout, which this may have interrupted
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
 
-    stop_file.unlink(missing_ok=True)
+    with disk_problems(stop_file):
+        stop_file.unlink(missing_ok=True)
     before = signal.signal(signal.SIGALRM, _raise_interrupt)
     try:
         with _handled_by(handle):
@@ -57,7 +63,8 @@ def signals_ask_to_stop(stop_file: Path, *, timeout_s: float) -> Iterator[StopRe
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        stop_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next run removes it
+            stop_file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
