@@ -435,7 +435,9 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
         patch.setattr(Optimizer, "take_step", spoiled)
         metrics, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
         assert positions == [0, 1, 2, 3] and metrics["steps_skipped"] == 4.0
-        assert "ppo step 2: 4 bad steps in a row; back to step 1, leaving out the 1 batches" in caplog.text
+        said = "ppo step 2: 4 bad steps in a row; back to step 1, leaving out the 1 batches since then"
+        assert said in caplog.text
+        assert said in (tmp_path / "whole" / "logs" / "ppo.warnings.log").read_text().splitlines()
         run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
         _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
     assert (resumed, resumed_rollouts) == (whole, rollouts)
