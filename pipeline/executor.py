@@ -614,6 +614,7 @@ def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:
     section = getattr(settings, stage)
     return exactness_of(
         precision=section.precision if isinstance(section, TrainingConfig) else "fp32",
+        num_workers=job.resources.num_workers,
         num_gpus=job.resources.num_gpus,
         max_staleness=_max_staleness(settings),
         weights=[path for directory in (out, *inputs) for path in directory.glob("*.safetensors")],

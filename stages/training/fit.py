@@ -105,7 +105,7 @@ def fit(
         stopping = ranks.any_rank(runtime.stop_requested())
         if stopping or (step % config.checkpoint_every_steps == 0 and step < max_steps):
             state = {"window": window.state_dict(), "health": health.state_dict()}
-            checkpoints.save(step, parts, state, score=-window.loss)
+            checkpoints.save(step, parts, state, score=-window.loss_so_far())
         if stopping:
             raise Interrupted(
                 f"{runtime.stage}: stopped at step {step} of {max_steps}, state saved; run the same "
@@ -133,12 +133,15 @@ class _Window:
         self._losses.append(loss)
         self._tokens += sum(micro_batch.num_tokens for micro_batch in batch)
 
+    def loss_so_far(self) -> float:
+        """Mean of this window; of the last one while this has no step yet."""
+        return sum(self._losses) / len(self._losses) if self._losses else self.loss
+
     def close(self) -> dict[str, float]:
         """Metrics of the window; a new one begins. Every rank, together."""
         seconds = time.perf_counter() - self._start
         (tokens,) = ranks.sums(self._tokens)
-        if self._losses:  # else every step of it was skipped
-            self.loss = sum(self._losses) / len(self._losses)
+        self.loss = self.loss_so_far()  # the last one's where every step of this was skipped
         self._all_tokens, self._all_seconds = self._all_tokens + tokens, self._all_seconds + seconds
         self._losses, self._tokens, self._start = [], 0, time.perf_counter()
         return {"train/loss": self.loss, "train/tokens_per_second": tokens / seconds}

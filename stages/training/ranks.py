@@ -82,7 +82,7 @@ def from_main(make: Callable[[], Any]) -> Any:
     if not is_main():
         data = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(data, src=0)
-    return json.loads(bytes(data.tolist()))
+    return json.loads(data.numpy().tobytes())
 
 
 def shared_out(items: Sequence[T]) -> Iterator[tuple[T, bool]]:

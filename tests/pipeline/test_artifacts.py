@@ -296,13 +296,21 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path: Path):
 
 
 def test_exactness_is_promised_only_for_small_fp32_models_on_cpu_in_sync_mode(tmp_path: Path):
-    settings = {"precision": "fp32", "num_gpus": 0.0, "max_staleness": 0, "weights": [], "inputs": ["exact"]}
+    settings = {
+        "precision": "fp32",
+        "num_workers": 1,
+        "num_gpus": 0.0,
+        "max_staleness": 0,
+        "weights": [],
+        "inputs": ["exact"],
+    }
     assert exactness_of(**settings) == "exact"
     large = tmp_path / "model.safetensors"
     with large.open("wb") as file:
         file.truncate(2**27)
     for change in (
         {"precision": "bf16"},
+        {"num_workers": 2},
         {"num_gpus": 1.0},
         {"max_staleness": 1},
         {"weights": [large]},
