@@ -53,7 +53,7 @@ from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSe
 from stages.data import readers
 from stages.data.scoring import load_judge
 from stages.errors import Interrupted
-from stages.runtime import Runtime, StageResources
+from stages.runtime import Runtime, StageResources, warnings_file
 
 POLL_S = 0.3
 NODE_TIMEOUT_S = 60.0
@@ -375,7 +375,8 @@ def _start(planned: PlannedRun, stage: str, progress: Progress) -> None:
     node, store = planned.nodes[stage], planned.store
     unfinished = store.work_dir(stage, node.fingerprint) / METRICS
     published = store.artifact_dir(stage, node.fingerprint) / METRICS
-    progress.start(stage, [unfinished] if stage in planned.replaced else [unfinished, published])
+    followed = [unfinished] if stage in planned.replaced else [unfinished, published]
+    progress.start(stage, followed, warnings_file(store.log_dir(planned.config.name), stage))
 
 
 def _finish(

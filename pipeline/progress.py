@@ -45,7 +45,7 @@ class Progress:
 
     Example:
         with Progress() as progress:
-            progress.start("sft", [work_dir / "metrics.jsonl", artifact / "metrics.jsonl"])
+            progress.start("sft", [work_dir / "metrics.jsonl", artifact / "metrics.jsonl"], warnings)
             progress.end("sft", "done", seconds=21.4)
     """
 
@@ -80,10 +80,12 @@ class Progress:
         else:
             print(text, file=self._stream, flush=True)
 
-    def start(self, stage: str, metrics: list[Path]) -> None:
-        """Follow the first of `metrics` that exists (the unfinished file, later the published one)."""
+    def start(self, stage: str, metrics: list[Path], warnings: Path) -> None:
+        """Follow the first of `metrics` that exists (the unfinished file, later the published one), and what
+        is added to `warnings` from now on.
+        """
         with self._lock:
-            self._stages[stage] = _Followed(paths=metrics)
+            self._stages[stage] = _Followed(paths=metrics, warnings=warnings)
         if self._live is None:
             self.note(f"{stage}: running")
 
@@ -91,7 +93,7 @@ class Progress:
         """The stage is over: "done", "skipped", "failed" or "not run"."""
         self.poll()
         with self._lock:
-            followed = self._stages.setdefault(stage, _Followed(paths=[]))
+            followed = self._stages.setdefault(stage, _Followed(paths=[], warnings=None))
         followed.outcome = " ".join(
             part for part in (outcome, "" if seconds is None else f"in {duration(seconds)}", summary) if part
         )
@@ -103,6 +105,8 @@ class Progress:
         """Show what was logged since the last call."""
         with self._lock:
             for stage, followed in self._stages.items():
+                for warning in followed.new_warnings():
+                    self.note(warning)
                 for line in followed.new_lines():
                     if self._live is None:
                         self.note(f"{stage}: {followed.position(line)} {shown(line)}")
@@ -125,11 +129,27 @@ class _Followed:
     """One stage that is being followed."""
 
     paths: list[Path]
+    warnings: Path | None
     started: float = field(default_factory=time.time)
     offset: int = 0
     first: Mapping[str, Any] | None = None
     last: Mapping[str, Any] | None = None
     outcome: str = ""
+
+    warned: int = 0  # bytes of `warnings` that were told, by this execution or an earlier one
+
+    def __post_init__(self) -> None:
+        if self.warnings is not None and self.warnings.is_file():
+            self.warned = self.warnings.stat().st_size
+
+    def new_warnings(self) -> Iterator[str]:
+        """Whole lines that this execution wrote since the last call."""
+        if self.warnings is None or not self.warnings.is_file():
+            return
+        content = self.warnings.read_bytes()
+        whole = content[self.warned : content.rfind(b"\n") + 1]
+        self.warned += len(whole)
+        yield from whole.decode(errors="replace").splitlines()
 
     def new_lines(self) -> Iterator[Mapping[str, Any]]:
         """Whole lines that this execution appended since the last call."""

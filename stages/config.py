@@ -176,6 +176,8 @@ class TrainingConfig(Section):
     """Steps between lines of metrics.jsonl."""
     checkpoint_every_steps: int = Field(default=50, ge=1, json_schema_extra=EXECUTION)
     """Steps between checkpoints a killed run resumes from."""
+    keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=EXECUTION)
+    """Newest checkpoints that are kept; the best one is kept besides."""
 
 
 class PretrainConfig(TrainingConfig):

@@ -120,7 +120,8 @@ def train(
     health = Health(config.health, worker.runtime)
     learner = Learner(models, config, seed=settings.seed, health=health)
     state = LoopState(controller=_controller(config), totals=Totals(), health=health)
-    checkpoints, journal = Checkpoints(work_dir), Journal(work_dir)
+    checkpoints = Checkpoints(work_dir, keep=config.keep_checkpoints)
+    journal = Journal(work_dir)
     step, extra = checkpoints.restore(learner.parts)
     state.restore(extra)
     log = MetricsLog(work_dir, max_steps=config.max_steps, resumed_step=step)
@@ -190,7 +191,7 @@ def train(
             stopping = ranks.any_rank(worker.runtime.stop_requested())
             if stopping or (step % config.checkpoint_every_steps == 0 and step < config.max_steps):
                 checkpoints.save(step, learner.parts, state.state_dict(), score=summary["rollout/score"])
-                journal.drop_before(position - 2 * config.checkpoint_every_steps)
+                journal.drop_before(position - config.keep_checkpoints * config.checkpoint_every_steps)
             if stopping:
                 raise Interrupted(
                     f"ppo: stopped at step {step} of {config.max_steps}, state saved; run the same "

@@ -27,6 +27,11 @@ class StageResources(Section):
     """GPUs per rollout engine of this stage; a fraction shares one with a worker."""
 
 
+def warnings_file(log_dir: Path, stage: str) -> Path:
+    """Where a stage's workers say what its user should hear of at once, one line each."""
+    return log_dir / f"{stage}.warnings.log"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """The surroundings of one stage execution."""

@@ -357,13 +357,14 @@ def run_killed_in_step(step_to_die_in, directory, settings, inputs, monkeypatch)
             run_in(directory, settings, inputs)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "step"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 2)])
 def test_pin_40_a_run_that_died_and_went_on_ends_in_the_same_bits(
-    inputs, prompts, tmp_path, monkeypatch, precision
+    inputs, prompts, tmp_path, monkeypatch, precision, step
 ):
+    """Nine prompts, eight to a step: every iteration but the first reaches over the end of an epoch."""
     settings = settings_for(prompts, precision=precision)
     _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
-    run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
+    run_killed_in_step(step, tmp_path / "killed", settings, inputs, monkeypatch)
     metrics, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
     assert (resumed, resumed_rollouts) == (whole, rollouts)
     assert metrics["steps"] == 3.0
@@ -434,7 +435,9 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
         patch.setattr(Optimizer, "take_step", spoiled)
         metrics, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
         assert positions == [0, 1, 2, 3] and metrics["steps_skipped"] == 4.0
-        assert "ppo step 2: 4 bad steps in a row; back to step 1, leaving out the 1 batches" in caplog.text
+        said = "ppo step 2: 4 bad steps in a row; back to step 1, leaving out the 1 batches since then"
+        assert said in caplog.text
+        assert said in (tmp_path / "whole" / "logs" / "ppo.warnings.log").read_text().splitlines()
         run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
         _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
     assert (resumed, resumed_rollouts) == (whole, rollouts)

@@ -7,6 +7,7 @@ Owns: placement and its deadline, process groups, devices, thread counts, shardi
 tensors.
 """
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from rollout.config import EngineConfig
 from rollout.errors import EnvironmentProblem, ExpectedError, raise_expected, root_cause
 from stages.bundles import StageBundles, bundles_of, lacking
-from stages.runtime import Runtime
+from stages.runtime import Runtime, warnings_file
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
 
 Result = TypeVar("Result")
@@ -131,7 +132,8 @@ def worker_environment(runtime: Runtime) -> dict[str, str]:
 def _in_this_process(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
     torch.set_num_threads(runtime.num_threads)
     try:
-        return train(Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime), **arguments)
+        with _warnings_kept(runtime):
+            return train(Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime), **arguments)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -268,7 +270,24 @@ class _TrainingActor:
                 listener = self._listener.detach() if rank == 0 else None
                 store = dist.TCPStore(*address, world_size, rank == 0, master_listen_fd=listener)
                 _init_process_group(worker, store=store)
-            return train(worker, **arguments)
+            with _warnings_kept(runtime):
+                return train(worker, **arguments)
+
+
+@contextmanager
+def _warnings_kept(runtime: Runtime) -> Iterator[None]:
+    """Inside, what the stages' code warns of (steps skipped, checkpoints passed over) is written where the
+    driver follows it.
+    """
+    handler = logging.FileHandler(warnings_file(runtime.log_dir, runtime.stage), delay=True)
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("stages")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _talk_through(address: str) -> None:

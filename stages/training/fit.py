@@ -74,7 +74,7 @@ def fit(
     stop.
     """
     parts = {"model": optimizer}
-    checkpoints = Checkpoints(runtime.work_dir)
+    checkpoints = Checkpoints(runtime.work_dir, keep=config.keep_checkpoints)
     step, extra = checkpoints.restore(parts)
     health = Health(config.health, runtime)
     if extra:
