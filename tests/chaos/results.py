@@ -43,7 +43,7 @@ def page(campaign: "Campaign") -> tuple[str, bool]:
         f"| of them with an unfinished checkpoint on the disk | {sum(kill['inside'] for kill in kills)} |",
         f"| runs that ended whole | {len(runs)} |",
         f"| launches that ended in an error without a kill | {len(surprises)} |",
-        f"| runs with other sft, reward or ppo weights (blake3) than the undisturbed one | {len(different)} |",
+        f"| runs that did not end in the undisturbed run's weights (blake3) | {len(different)} |",
         f"| committed steps that were taken a second time | {lost} |",
         f"| committed rollouts that were sampled a second time | {again} |",
         f"| kills that left a process, shared memory or a directory behind (10 s later) | {len(unclean)} |",
