@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # Waiting OpenMP threads sleep: else trainer and engine starve each other on a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install demo test test-all lint bench closure recipe-lock clean
+.PHONY: install demo test test-all chaos lint bench closure recipe-lock clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -34,6 +34,9 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest
+
+chaos: install  ## a hundred SIGKILLs in tiny runs; stopped, it goes on where it was. ARGS="--kills 6 --seed 1"
+	$(BIN)/python tests/chaos/campaign.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
