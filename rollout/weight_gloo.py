@@ -37,22 +37,29 @@ class GlooSender:
         """`host`: this machine's address as the engines see it. `timeout_s`: deadline of one transfer."""
         self._host = host
         self._timeout_s = timeout_s
-        self._store = _store(host, 0, is_master=True, timeout_s=timeout_s)
+        self._store: TCPStore | None = _store(host, 0, is_master=True, timeout_s=timeout_s)
 
     def new_location(self) -> str:
         """Where the next update can be had: `gloo://host:port/secret`."""
+        assert self._store is not None, "closed"
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"{SCHEME}://{host}:{self._store.port}/{secrets.token_hex(16)}"
+
+    def close(self) -> None:
+        """Listen no more. Idempotent."""
+        if self._store is not None:
+            _idle.pop((self._host, self._store.port), None)
+            self._store = None  # the last reference ends the server
 
     @contextlib.contextmanager
     def serving(self, location: str, data: torch.Tensor) -> Iterator[None]:
         """While inside, whoever comes to `location` gets `data` (bytes, on the CPU). On threads of its own: a
         receiver that is gone is its engine's failure to report, and holds up nobody.
         """
+        assert self._store is not None, "closed"
         done = threading.Event()
-        thread = threading.Thread(
-            target=self._welcome, args=(location, data, done), name="gloo-sender", daemon=True
-        )
+        arguments = (self._store, location, data, done)
+        thread = threading.Thread(target=self._welcome, args=arguments, name="gloo-sender", daemon=True)
         thread.start()
         try:
             yield
@@ -60,10 +67,10 @@ class GlooSender:
             done.set()
             thread.join()
 
-    def _welcome(self, location: str, data: torch.Tensor, done: threading.Event) -> None:
+    def _welcome(self, store: TCPStore, location: str, data: torch.Tensor, done: threading.Event) -> None:
         served, key = 0, _joined_key(location)
         while not done.wait(POLL_S):
-            for peer in range(served, self._store.add(key, 0)):
+            for peer in range(served, store.add(key, 0)):
                 served += 1
                 threading.Thread(target=self._send, args=(location, peer, data), daemon=True).start()
 

@@ -119,6 +119,7 @@ class GlooStream:
     def close(self) -> None:
         """See `Transport.close`."""
         self._file.close()
+        self._sender.close()
 
 
 def _transport(config: EngineConfig, host: str) -> Transport:

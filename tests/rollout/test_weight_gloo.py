@@ -1,5 +1,6 @@
 """Weights over gloo: what arrives is what was sent, in real engines too, and a death is noticed in time."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -71,6 +72,22 @@ def test_nobody_at_the_address_is_an_error_at_once():
         with pytest.raises(WeightSyncError, match="refused"):
             receive(location, 10, timeout_s=30)
     assert time.monotonic() - started < 10
+
+
+def test_a_closed_sender_listens_no_more(sender):
+    location = sender.new_location()
+    with sender.serving(location, some_bytes(10)):
+        receive(location, 10, timeout_s=20)
+    sender.close()
+    sender.close()
+    address = (HOST, int(location.split(":")[2].partition("/")[0]))
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:  # the server's own thread ends it
+        with contextlib.closing(socket.socket()) as probe:
+            if probe.connect_ex(address) != 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"{address} still listens")
 
 
 def test_a_sender_that_never_serves_is_an_error_at_the_deadline(sender):
