@@ -1,4 +1,5 @@
-"""What becomes of two workers when one of them fails: one line, in seconds, and nobody waits for the other."""
+"""What becomes of two workers when one of them fails: one line, in seconds, and nobody waits for the other.
+"""
 
 import os
 import signal
