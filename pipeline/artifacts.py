@@ -28,9 +28,10 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from pipeline.dag import SCHEMA_VERSION, Node, directory_name
-from pipeline.errors import CorruptArtifact, MissingStage, disk_problems
+from pipeline.errors import CorruptArtifact, MissingStage
 from pipeline.model_files import check_configs, check_model_directory
 from rollout.errors import EnvironmentProblem
+from stages.data.durable import disk_problems, file_digest, sync, write_whole
 from stages.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -226,9 +227,9 @@ class Store:
                 metrics=dict(metrics),
                 files=files,
             )
-            write_synced(out / MANIFEST, _with_digest(manifest.model_dump_json(indent=2) + "\n"))
+            write_whole(out / MANIFEST, _with_digest(manifest.model_dump_json(indent=2) + "\n").encode())
             for directory in (*(path for path in out.rglob("*") if path.is_dir()), out):
-                _sync_directory(directory)
+                sync(directory)
 
     def publish(self, node: Node, *, replace: bool) -> Manifest:
         """Rename a sealed `out/` to its place, drop the work directory; the manifest of what is there then.
@@ -247,7 +248,7 @@ class Store:
                 os.rename(target, work / "replaced")
             if not target.exists():
                 os.rename(work / "out", target)
-                _sync_directory(target.parent)
+                sync(target.parent)
         hint = f"run again with --force {node.stage} to make it anew"
         taken = (work / "out").exists()
         manifest = self.verified(target, hint=hint) if taken else read_manifest(target, hint=hint)
@@ -492,28 +493,6 @@ def exactness_of(
     return "exact" if exact and all(value == "exact" for value in inputs) else "same order"
 
 
-def file_digest(path: Path) -> str:
-    """blake3 of a file's bytes, hex."""
-    hasher = blake3()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a whole file or none of it, on the disk when this returns."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 @cache
 def package_versions() -> dict[str, str]:
     """Python and the packages that decide numbers, as installed here."""
@@ -563,14 +542,5 @@ def _files_below(directory: Path) -> list[Path]:
 
 
 def _sync_and_record(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return FileRecord(size=path.stat().st_size, blake3=file_digest(path))
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

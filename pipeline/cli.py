@@ -26,7 +26,7 @@ from typer.exceptions import Abort, TyperException
 from pipeline import changes, dag, doctor, executor, placement, supervisor
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand
-from pipeline.errors import ConfigError, disk_problems
+from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
@@ -36,6 +36,7 @@ from pipeline.signals import signals_interrupt
 from pipeline.yaml_source import short
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
 from stages.data import readers
+from stages.data.durable import disk_problems
 
 INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130

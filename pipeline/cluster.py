@@ -18,8 +18,9 @@ from pathlib import Path
 
 import blake3
 
-from pipeline.artifacts import disk_problems, package_versions
+from pipeline.artifacts import package_versions
 from rollout.errors import EnvironmentProblem
+from stages.data.durable import disk_problems
 
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 ANSWER_TIMEOUT_S = 10.0

@@ -39,10 +39,9 @@ from pipeline.artifacts import (
     model_directory,
     package_versions,
     read_manifest,
-    write_synced,
 )
 from pipeline.config import resolved_yaml
-from pipeline.errors import ConfigError, MissingStage, StageFailed, disk_problems
+from pipeline.errors import ConfigError, MissingStage, StageFailed
 from pipeline.experiment import ExperimentConfig
 from pipeline.janitor import PLACE, nothing_left_behind
 from pipeline.progress import Progress
@@ -51,6 +50,7 @@ from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, root_cause
 from stages.bundles import lacking
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data import readers
+from stages.data.durable import disk_problems, write_whole
 from stages.data.scoring import load_judge
 from stages.errors import Interrupted
 from stages.runtime import Runtime, StageResources, warnings_file
@@ -201,7 +201,7 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     with disk_problems(store.log_dir(config.name)):
         store.log_dir(config.name).mkdir(parents=True, exist_ok=True)
     with disk_problems(store.config_file(config.name)):
-        write_synced(store.config_file(config.name), resolved_yaml(config))
+        write_whole(store.config_file(config.name), resolved_yaml(config).encode())
     results = {stage: _result(manifest, skipped=True) for stage, manifest in planned.present.items()}
     for stage, manifest in planned.present.items():
         progress.end(stage, "skipped", summary=_made_with_other_versions(manifest))
@@ -591,7 +591,7 @@ def _run_recipe(job: StageJob, store: Store) -> None:
     if not (work / METRICS).exists():  # a stage of one step
         line: dict[str, float | None] = {"step": 1, "max_steps": 1, "time": round(time.time(), 3)}
         line |= {f"{node.stage}/{key}": _plain(value) for key, value in metrics.items()}
-        write_synced(work / METRICS, json.dumps(line) + "\n")
+        write_whole(work / METRICS, (json.dumps(line) + "\n").encode())
     store.seal(
         node,
         resolved=node.settings.model_dump(mode="json"),
@@ -654,9 +654,8 @@ def _record(planned: PlannedRun, results: Mapping[str, StageResult]) -> None:
         for stage, entry in entries.items()
     }
     with disk_problems(store.run_dir(name)):
-        write_synced(
-            store.run_dir(name) / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n"
-        )
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        write_whole(store.run_dir(name) / "summary.json", text.encode())
 
 
 def _current_fingerprints(planned: PlannedRun) -> dict[str, str]:

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MissingStage, disk_problems
+from pipeline.errors import MissingStage
 from rollout.safetensors_header import BadHeader, read_header
+from stages.data.durable import disk_problems
 
 PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_CONFIG_BYTES = 16 * 2**20

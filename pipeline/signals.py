@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import disk_problems
+from stages.data.durable import disk_problems
 
 END_US = (signal.SIGINT, signal.SIGTERM)
 STOPPING = b"stopping at the next step; again: at once\n"

@@ -2,8 +2,8 @@
 
     bytes -> `.tmp` name -> fsync -> rename -> fsync of the directory
 
-Owns: that order, and the one line a full or read-only disk costs. Used by what an interrupted run reads back:
-checkpoints and the rollout journal. Light import.
+Owns: that order, and the one line a full or read-only disk costs. Used by all that a later run reads back:
+checkpoints, the rollout journal, artifacts and their records. Light import.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from rollout.errors import EnvironmentProblem
+from rollout.errors import GO_ON, EnvironmentProblem
 
 UNFINISHED = ".tmp"
 BLOCK_BYTES = 2**22
@@ -29,8 +29,10 @@ def file_digest(path: Path) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write all of a file or none of it; on the disk when this returns. OSError."""
-    unfinished = path.with_name(path.name + UNFINISHED)
+    """Write all of a file or none of it, also beside another process that does; on the disk when this
+    returns. OSError.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with unfinished.open("wb") as file:
             file.write(content)
@@ -64,8 +66,7 @@ def disk_problems(path: Path) -> Iterator[None]:
 
 def disk_line(error: OSError, path: Path) -> str:
     """What is wrong with the disk, where, and how to go on."""
-    where = error.filename if error.filename is not None else path
-    return (
-        f"{where}: {error.strerror or error}; free some space or set outputs=DIR on another disk, "
-        "then run again to resume"
-    )
+    where = path if error.filename is None else error.filename
+    if error.filename2 is not None:  # a rename: either may be to blame
+        where = f"{where} -> {error.filename2}"
+    return f"{where}: {error.strerror or error}; check the disk, or set outputs=DIR; then {GO_ON}"

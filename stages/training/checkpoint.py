@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from rollout.errors import EnvironmentProblem
+from rollout.errors import GO_ON, EnvironmentProblem
 from stages.data.durable import UNFINISHED, disk_line, disk_problems, file_digest, sync
 from stages.training import ranks
 from stages.training.optimize import Optimizer
@@ -243,7 +243,7 @@ class Checkpoints:
         if free < needed:
             raise EnvironmentProblem(
                 f"{self._dir}: the checkpoint of step {step} needs {_mib(needed)} and {_mib(free)} are free; "
-                "free some space or set outputs=DIR on another disk, then run again to resume"
+                f"free some space or set outputs=DIR on another disk; then {GO_ON}"
             )
 
     def _finish(self, step: int, unfinished: Path, extra: dict[str, Any], score: float | None) -> None:

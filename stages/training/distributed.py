@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rollout.config import EngineConfig
-from rollout.errors import EnvironmentProblem, ExpectedError, raise_expected, root_cause
+from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, raise_expected, root_cause
 from stages.bundles import StageBundles, bundles_of, lacking
 from stages.runtime import Runtime, warnings_file
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
@@ -179,8 +179,7 @@ def _in_group(train: Callable[..., Result], runtime: Runtime, arguments: dict[st
         ) from error
     except ray.exceptions.RayActorError as error:
         raise EnvironmentProblem(
-            f"{runtime.stage}: a training worker died (out of memory?); see {runtime.log_dir}, "
-            "then run again to resume"
+            f"{runtime.stage}: a training worker died (out of memory?); see {runtime.log_dir}, then {GO_ON}"
         ) from error
     finally:
         for actor in actors:

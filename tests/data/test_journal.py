@@ -129,7 +129,7 @@ def test_a_disk_that_refuses_is_one_line_and_the_last_entry_stays(tmp_path: Path
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(EnvironmentProblem, match=r"No space left on device; free some") as caught:
+        with pytest.raises(EnvironmentProblem, match=r"No space left on device; check the disk") as caught:
             journal.write(entry(12))
     assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
     assert journal.read(11) == entry(11) and journal.read(12) is None

@@ -416,7 +416,7 @@ def test_a_disk_that_refuses_in_the_middle_of_a_save_is_one_line_and_earlier_che
     )
     assert answer.returncode == 0, answer.stderr
     refusals = json.loads(answer.stdout)
-    assert all("\n" not in line and "run again to resume" in line for line in refusals.values())
+    assert all("\n" not in line and "run the same command to go on" in line for line in refusals.values())
     expected = {
         "file_size": {"in the middle": "File too large"},
         "small_disk": {
