@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=REPOSITORY / "outputs/chaos", help="of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the page that is written")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends what is running
     campaign = Campaign(arguments.directory, arguments.seed)
     campaign.go_on(arguments.kills)
     text, sound = page(campaign)
