@@ -27,7 +27,7 @@ ENGINE_VICTIMS: dict[Engine, tuple[Victim, ...]] = {
     "hf": ("engine actor",),
 }
 LONGEST_DELAY_S: dict[Moment, float] = {
-    "start": 6.0,
+    "start": 2.5,
     "step": 0.1,
     "save": 0.03,
     "journal": 0.2,

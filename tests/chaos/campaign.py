@@ -9,12 +9,14 @@ it was. Exit code 1 when anything was lost, left or different.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,28 +116,27 @@ class Campaign:
         before: Committed | None = None
         pending = list(aims)
         surprises = 0
+        launch: Launch | None = None
         while True:
-            launch = _launch(directory, engine)
-            try:
+            launch = launch or _launch(directory, engine)
+            with _ended_on_error(launch):
                 aim = self._next_kill(launch, run, pending)
-                if aim is None:
-                    code = launch.wait()
-                else:
-                    outcome = launch.kill(aim)
-            finally:
-                launch.end()
+                outcome = None if aim is None else launch.kill(aim)
+                code = launch.wait() if outcome is None else outcome.exit_code
             lost = {} if before is None else _lost(directory, before, launch.started)
-            if aim is not None:
+            if aim is not None and outcome is not None:
                 surprises, before = 0, _committed(directory, aim.stage)
                 self.record("kill", run=run, engine=engine, **asdict(aim), **asdict(outcome), **lost)
-            elif code == 0:
+                launch = launch if outcome.went_on else None
+                continue
+            if code == 0:
                 self.record("whole", run=run, engine=engine, weights=_weights(directory), **lost)
                 shutil.rmtree(directory)
                 return
-            else:
-                surprises += 1
-                self.record("surprise", run=run, code=code, line=launch.last_line(), **lost)
-                assert surprises < MAX_SURPRISES, f"see {directory / 'log.txt'}"
+            surprises += 1
+            self.record("surprise", run=run, code=code, line=launch.last_line(), **lost)
+            assert surprises < MAX_SURPRISES, f"see {directory / 'log.txt'}"
+            launch = None
 
     def _next_kill(self, launch: Launch, run: int, pending: list[Aim]) -> Aim | None:
         """The next aim whose moment has come, taken from `pending`; None when the run has ended, or goes on
@@ -150,6 +151,16 @@ class Campaign:
                 return None
             self.record("missed", run=run, stage=aim.stage, victim=aim.victim, moment=aim.moment)
         return None
+
+
+@contextlib.contextmanager
+def _ended_on_error(launch: Launch) -> Iterator[None]:
+    """A campaign that is stopped takes the run it watches with it."""
+    try:
+        yield
+    except BaseException:
+        launch.end()
+        raise
 
 
 def _fresh(directory: Path) -> Path:
@@ -212,6 +223,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=REPOSITORY / "outputs/chaos", help="of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the page that is written")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends what is running
     campaign = Campaign(arguments.directory, arguments.seed)
     campaign.go_on(arguments.kills)
     text, sound = page(campaign)

@@ -33,6 +33,7 @@ PROCESS_NAMES = {
 LOOK_EVERY_S = 0.003
 FAMILY_EVERY_S = 0.25
 END_TIMEOUT_S = 120.0
+FINISHED_TIMEOUT_S = 15.0
 CLEAN_TIMEOUT_S = 10.0
 LIFE_TIMEOUT_S = 600.0
 
@@ -43,7 +44,8 @@ class Outcome:
 
     killed: float  # time.time()
     inside: bool  # an unfinished checkpoint was there just after the kill
-    exit_code: int | None  # of the driver; None: it did not end
+    went_on: bool  # the victim had done its work: the stage finished, and the run goes on
+    exit_code: int | None  # of the driver; None: it did not end, or went on
     detect_s: float  # from the kill to the driver's end
     clean_s: float | None  # from the kill until nothing was left; None: not within 10 s of the driver's end
     left: tuple[str, ...]
@@ -92,27 +94,34 @@ class Launch:
         with suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
         inside = bool(list(self.directory.glob("outputs/work/*/checkpoints/*.tmp")))
-        code: int | None
-        try:
-            code = self._driver.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            code = None
-            self._driver.kill()
-            self._driver.wait()
+        went_on = not self._ends(aim.stage) and self.is_finished(aim.stage)
+        code = self._driver.poll()
         ended = time.time()
-        left = self._left()
+        if code is None and not went_on:
+            self.end()
+        left = [] if went_on else self._left()
         while left and time.time() - ended < CLEAN_TIMEOUT_S:
             time.sleep(0.1)
             left = self._left()
         return Outcome(
             killed=killed,
             inside=inside,
+            went_on=went_on,
             exit_code=code,
             detect_s=round(ended - killed, 3),
             clean_s=None if left else round(time.time() - killed, 3),
             left=tuple(left),
             last_line=self.last_line(),
         )
+
+    def _ends(self, stage: str) -> bool:
+        """Whether the driver ends after a kill; it has less time when the stage has finished all the same."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while self._driver.poll() is None and time.monotonic() < deadline:
+            if self.is_finished(stage):
+                deadline = min(deadline, time.monotonic() + FINISHED_TIMEOUT_S)
+            time.sleep(0.02)
+        return self._driver.poll() is not None
 
     def end(self) -> None:
         """For the campaign's own end: nothing of this launch goes on."""

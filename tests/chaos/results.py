@@ -25,8 +25,9 @@ def page(campaign: "Campaign") -> tuple[str, bool]:
     recorded = [*kills, *runs, *surprises]
     lost = sum(event.get("lost_steps", 0) for event in recorded)
     again = sum(event.get("rollouts_made_again", 0) for event in recorded)
+    fatal = [kill for kill in kills if not kill["went_on"]]
     unclean = [kill for kill in kills if kill["left"]]
-    hanging = [kill for kill in kills if kill["exit_code"] is None]
+    hanging = [kill for kill in kills if kill["exit_code"] is None and not kill["went_on"]]
     sound = bool(runs) and not (different or lost or again or unclean or hanging or surprises)
     lines = [
         "# Chaos: runs killed at random moments",
@@ -41,6 +42,7 @@ def page(campaign: "Campaign") -> tuple[str, bool]:
         "| --- | --- |",
         f"| kills | {len(kills)} |",
         f"| of them with an unfinished checkpoint on the disk | {sum(kill['inside'] for kill in kills)} |",
+        f"| of processes that had done their work, so that the run went on | {len(kills) - len(fatal)} |",
         f"| runs that ended whole | {len(runs)} |",
         f"| launches that ended in an error without a kill | {len(surprises)} |",
         f"| runs that did not end in the undisturbed run's weights (blake3) | {len(different)} |",
@@ -54,7 +56,7 @@ def page(campaign: "Campaign") -> tuple[str, bool]:
         "Seconds from the kill to the end of the driver (of the driver itself: 0), and until no process, "
         "shared memory or temporary directory of the run was left.",
         "",
-        *_table(kills, "victim", sorted({kill["victim"] for kill in kills}), _times),
+        *_table(fatal, "victim", sorted({kill["victim"] for kill in fatal}), _times),
         "",
         "## Where",
         "",
