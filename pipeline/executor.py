@@ -47,6 +47,7 @@ from pipeline.janitor import PLACE, nothing_left_behind
 from pipeline.progress import Progress
 from pipeline.signals import deaf, signals_ask_to_stop
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, root_cause
+from rollout.run_mark import RUN_ID_VARIABLE
 from stages.bundles import lacking
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data import readers
@@ -682,11 +683,14 @@ def _plain(value: float) -> float | None:
 
 @contextlib.contextmanager
 def _joined_cluster(address: str, log_dir: Path) -> Iterator[None]:
-    """Connected to somebody else's cluster, with its token. The environment of its workers is set per job."""
+    """Connected to somebody else's cluster, with its token. The environment of its workers is set per job: on
+    this machine the run's mark tells the janitor which of them, and of their children, are the run's.
+    """
     cluster.require_token(address)
     cluster.require_answer(address)
     _authenticate(RAY_AUTH_MODE="token")
-    environment = {"OMP_WAIT_POLICY": "passive"}
+    mark = {name: os.environ[name] for name in (RUN_ID_VARIABLE,) if name in os.environ}
+    environment = {"OMP_WAIT_POLICY": "passive", **mark}
     with _ray_connected(log_dir, address=address, runtime_env={"env_vars": environment}):
         yield
 

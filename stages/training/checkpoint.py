@@ -19,6 +19,7 @@ import logging
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -172,7 +173,7 @@ class Checkpoints:
         step, extra = found
         state = _state_of(parts)
         directory = self._dir / _name(step)
-        with _failures_unwrapped(), disk_problems(directory):
+        with _failures_unwrapped(), disk_problems(directory), _alone_is_no_accident():
             dcp.load(state, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
         for name, part in parts.items():
             model_state, adamw_state = state[name]["model"], state[name]["adamw"]
@@ -390,7 +391,7 @@ def _write(state: dict[str, Any], directory: Path) -> None:
     """All ranks write their shares; what all ranks hold alike comes from rank 0. OSError on every rank when
     the disk refuses on any.
     """
-    with _failures_unwrapped():
+    with _failures_unwrapped(), _alone_is_no_accident():
         dcp.save(
             state,
             storage_writer=_Writer(directory),
@@ -412,6 +413,16 @@ class _Writer(dcp.FileSystemWriter):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+@contextlib.contextmanager
+def _alone_is_no_accident() -> Iterator[None]:
+    """DCP warns whenever one process saves or loads: here that is what one worker does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+        )
+        yield
 
 
 @contextlib.contextmanager
