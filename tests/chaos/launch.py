@@ -79,6 +79,7 @@ class Launch:
         deadline = time.monotonic() + LIFE_TIMEOUT_S
         while self._driver.poll() is None and not self.is_finished(aim.stage):
             assert time.monotonic() < deadline, f"{aim}: nothing happens; {self.directory / 'log.txt'}"
+            self._look_around()
             if seen.has_come() and self.victim(aim) is not None:
                 time.sleep(aim.delay_s)
                 if self._driver.poll() is None and self.victim(aim) is not None:
@@ -89,7 +90,8 @@ class Launch:
     def kill(self, aim: Aim) -> Outcome:
         """SIGKILL to the victim; wait for the driver, then for everything else, to be gone."""
         victim = self.victim(aim)
-        assert victim is not None
+        self._look()
+        assert victim is not None and self._run_directory is not None, "what is left can be told by its mark"
         killed = time.time()
         with suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
@@ -143,8 +145,7 @@ class Launch:
 
     def named(self, name: str) -> psutil.Process | None:
         """A process of the run by the start of its name."""
-        if time.monotonic() - self._looked > FAMILY_EVERY_S:
-            self._look()
+        self._look_around()
         for pid, process in self._family.items():
             if self._names[pid].startswith(name):
                 with suppress(psutil.NoSuchProcess):
@@ -154,14 +155,20 @@ class Launch:
 
     def weights_version(self) -> int:
         """Changes with every weight sync that begins."""
-        with suppress(OSError, AttributeError):
-            assert self._run_directory is not None
+        if self._run_directory is None:  # the janitor has not been seen yet
+            return 0
+        with suppress(OSError):
             paths = SHARED_MEMORY.glob(f"rlhf-weights-{self._run_directory.name}-*/weights.bin")
-            return max(path.stat().st_mtime_ns for path in paths)
+            return max((path.stat().st_mtime_ns for path in paths), default=0)
         return 0
 
     def is_finished(self, stage: str) -> bool:
         return any(self.directory.glob(f"outputs/artifacts/{stage}-*"))
+
+    def _look_around(self) -> None:
+        """Who belongs to the run changes all the time."""
+        if time.monotonic() - self._looked > FAMILY_EVERY_S:
+            self._look()
 
     def _look(self) -> None:
         with suppress(psutil.NoSuchProcess):

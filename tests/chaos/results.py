@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from campaign import Campaign
 
 Event = dict[str, Any]
+EXIT_CODES = (4, -9)
+"""Of a driver whose run lost a process, and of one that was killed itself."""
 
 
 def page(campaign: "Campaign") -> tuple[str, bool]:
@@ -28,7 +30,8 @@ def page(campaign: "Campaign") -> tuple[str, bool]:
     fatal = [kill for kill in kills if not kill["went_on"]]
     unclean = [kill for kill in kills if kill["left"]]
     hanging = [kill for kill in kills if kill["exit_code"] is None and not kill["went_on"]]
-    sound = bool(runs) and not (different or lost or again or unclean or hanging or surprises)
+    wrong = [kill for kill in fatal if kill["exit_code"] not in (None, *EXIT_CODES)]
+    sound = bool(runs) and not (different or lost or again or unclean or hanging or wrong or surprises)
     lines = [
         "# Chaos: runs killed at random moments",
         "",
@@ -47,9 +50,11 @@ def page(campaign: "Campaign") -> tuple[str, bool]:
         f"| launches that ended in an error without a kill | {len(surprises)} |",
         f"| runs that did not end in the undisturbed run's weights (blake3) | {len(different)} |",
         f"| committed steps that were taken a second time | {lost} |",
-        f"| committed rollouts that were sampled a second time | {again} |",
+        f"| journaled rollouts that were written a second time | {again} |",
         f"| kills that left a process, shared memory or a directory behind (10 s later) | {len(unclean)} |",
         f"| kills after which the driver hung | {len(hanging)} |",
+        f"| kills that the driver took for something else (exit code not {EXIT_CODES[0]}) | {len(wrong)} |",
+        f"| planned kills whose moment did not come | {len(campaign.events('missed'))} |",
         "",
         "## Time to detect, and until nothing is left",
         "",
