@@ -87,6 +87,7 @@ class StageJob:
     resources: StageResources
     executor: Literal["ray", "inline"]
     placement_timeout_s: float
+    collective_timeout_s: float
     lock_timeout_s: float
     side_by_side: int  # stages that may run at the same time: their threads share the cores
     replace: bool
@@ -361,6 +362,7 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
         resources=placement.resources_of(config, stage),
         executor=config.pipeline.executor,
         placement_timeout_s=config.resources.placement_timeout_s,
+        collective_timeout_s=config.resources.collective_timeout_s,
         lock_timeout_s=config.pipeline.lock_timeout_s,
         side_by_side=dag.side_by_side(config, planned.to_run),
         replace=stage in planned.replaced,
@@ -585,6 +587,7 @@ def _run_recipe(job: StageJob, store: Store) -> None:
         resources=job.resources,
         executor=job.executor,
         placement_timeout_s=job.placement_timeout_s,
+        collective_timeout_s=job.collective_timeout_s,
         num_threads=job.num_threads,
         stop_file=job.stop_file,
     )

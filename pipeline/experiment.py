@@ -35,6 +35,10 @@ class ResourcesConfig(Section):
     """Ray cluster to join (`host:port`, or `auto`); absent: a local one for this run."""
     placement_timeout_s: float = Field(default=120.0, gt=0)
     """Deadline for placing a stage's workers."""
+    collective_timeout_s: float = Field(default=3600.0, gt=0)
+    """Deadline for the workers of a stage to meet: longer than an engine's start with a batch of
+    generations, and than writing a checkpoint, for the others wait while the first one does that.
+    """
     prepare: StageResources = StageResources()
     """Workers of prepare."""
     pretrain: StageResources = StageResources()
@@ -142,6 +146,8 @@ class ExperimentConfig(Section):
                     f"{key}: pipeline.executor inline runs each stage in one process; set 1, or "
                     "pipeline.executor ray"
                 )
+            elif getattr(self.resources, stage).num_gpus not in (0, 1):
+                yield f"resources.{stage}.num_gpus: several workers have one GPU each, or none; set 1 or 0"
             elif stage != "ppo" and section.batch_size % num_workers:  # ppo shares out packs, evenly or not
                 yield (
                     f"{key}: {stage}.batch_size {section.batch_size} cannot be shared out evenly between "

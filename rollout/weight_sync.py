@@ -164,11 +164,6 @@ class WeightSync:
             else self._transport
         )
 
-    @property
-    def is_sender(self) -> bool:
-        """Whether this rank talks to the engine."""
-        return self._engine is not None
-
     def sync(self, version: int) -> SyncReport:
         """Every rank, together. Returns when every engine holds `version` and decodes again.
 

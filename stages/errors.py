@@ -16,7 +16,7 @@ class ModelError(ExpectedError):
 
 
 class TrainingStopped(ExpectedError):
-    """Training stopped itself: a non-finite loss, an exploding KL, or a gate that was not met."""
+    """Training stopped itself: bad steps that do not end, rollouts beyond a limit, or a gate not met."""
 
     exit_code = 5
 

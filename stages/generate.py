@@ -54,6 +54,7 @@ def generate(
             resources=StageResources(),
             executor="inline",
             placement_timeout_s=60.0,
+            collective_timeout_s=60.0,
             num_threads=len(os.sched_getaffinity(0)),
             stop_file=Path(directory) / "stop",
         )

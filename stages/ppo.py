@@ -11,12 +11,12 @@ et al. 2024 (2403.17031).
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rollout.api import from_record, to_record
-from rollout.errors import EnvironmentProblem, WeightSyncError
+from rollout.api import Rollout, from_record, to_record
+from rollout.errors import EnvironmentProblem, ParityError, WeightSyncError
 from rollout.weight_sync import ModuleSource, ParityGate, ParityReport, SyncReport, WeightSync
 from stages.bundles import rollout_of
 from stages.config import PPOConfig, PPOSettings
@@ -57,8 +57,8 @@ def run(
 ) -> Mapping[str, float]:
     """Tune the policy; writes a model directory and rollouts.jsonl. Inputs: sft, reward.
 
-    TrainingStopped (exit 5) on non-finite numbers or a KL beyond ppo.max_kl; ParityError (5) when engine and
-    trainer disagree; EngineError, WeightSyncError (4).
+    TrainingStopped (exit 5) when bad steps do not end or a batch is beyond a limit of ppo; ParityError (5)
+    when engine and trainer disagree; EngineError, WeightSyncError (4).
     """
     config = settings.ppo
     if tokenizer_digest(inputs["sft"]) != tokenizer_digest(inputs["reward"]):
@@ -146,7 +146,7 @@ def train(
             position = step + health.state.data_offset
             with clock.measure("generation"):
                 known = _journaled(journal, position, step)
-                batch = source.next(position) if known is None else known
+                batch = source.next(position) if known is None else _batch_of(known)
             _check_versions(batch, step)
             with clock.measure("scoring"):
                 packs = pack_rollouts(
@@ -162,6 +162,8 @@ def train(
                     end_of_turn_id=chat.end_of_turn_id,
                     stop_token_ids=chat.stop_token_ids,
                 )
+                if known is not None:
+                    judgements = _with_scores(packs, judgements, known)
                 experiences, summary = assemble(packs, judgements, config, kl_coef=state.controller.coef)
             check_rollouts(step, summary, config)
             if known is None:
@@ -170,7 +172,7 @@ def train(
                 with clock.measure("training"):
                     update = learner.update(step, experiences, kl_coef=state.controller.coef)
             except RollBack:
-                back, extra = checkpoints.restore(learner.parts)
+                back, extra = checkpoints.restore(learner.parts, every=config.checkpoint_every_steps)
                 step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
                 state.restore({**extra, "health": health.state_dict()} if extra else {})
                 log.cut(step)
@@ -186,12 +188,13 @@ def train(
                 log(step, {**seen, **clock.metrics(), **_sync_metrics(report, parity)})
             rollouts_log.write(_rollout_lines(step, packs, judgements, chat, config))
             state.totals.add(clock, summary, responses=len(batch.rollouts), sync_seconds=report.seconds)
-            if health.state.in_a_row:
+            if not health.is_good():
                 continue  # a checkpoint is a place to go back to: none in the middle of bad steps
             stopping = ranks.any_rank(worker.runtime.stop_requested())
             if stopping or (step % config.checkpoint_every_steps == 0 and step < config.max_steps):
                 checkpoints.save(step, learner.parts, state.state_dict(), score=summary["rollout/score"])
-                journal.drop_before(position - config.keep_checkpoints * config.checkpoint_every_steps)
+                if ranks.is_main():
+                    journal.drop_before(position - config.keep_checkpoints * config.checkpoint_every_steps)
             if stopping:
                 raise Interrupted(
                     f"ppo: stopped at step {step} of {config.max_steps}, state saved; run the same "
@@ -199,6 +202,7 @@ def train(
                 )
     finally:
         sync.close()
+    health.check_end("policy loss")
 
     # 4. The model directory.
     weights = full_state(models.policy)
@@ -219,7 +223,11 @@ class LoopState:
     health: Health
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in ("controller", "totals", "health")}
+        return {
+            "controller": self.controller.state_dict(),
+            "totals": self.totals.state_dict(),
+            "health": self.health.state_dict(),
+        }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave; from here without one."""
@@ -248,24 +256,57 @@ def _synced(
     """The engines hold `version`, and agree with the trainer. Every rank, together."""
     report = sync.sync(version)
     probe = ranks.from_main(lambda: [to_record(rollout) for rollout in gate.probe(version)])
-    parity = gate.compare([from_record(record) for record in probe])
+    parity = _agreed(gate, [from_record(record) for record in probe])
     totals.see_parity(parity.max_abs_diff)
     return report, parity
 
 
-def _journaled(journal: Journal, position: int, version: int) -> RolloutBatch | None:
+def _agreed(gate: ParityGate, probe: Sequence[Rollout]) -> ParityReport:
+    """`gate.compare`, on every rank. All find the same difference; rank 0 alone learns which tensors differ,
+    so all raise its ParityError.
+    """
+    report, problem = None, None
+    try:
+        report = gate.compare(probe)
+    except ParityError as error:
+        problem = str(error)
+    verdict: str | None = ranks.from_main(lambda: problem)
+    if verdict is not None:
+        raise ParityError(verdict)
+    assert report is not None, "every rank compares the same numbers"
+    return report
+
+
+def _journaled(journal: Journal, position: int, version: int) -> JournalEntry | None:
     """The batch that a killed run had drawn for this step; None where it is to be drawn anew."""
-    entry, batch = journal.read(position), None
-    if entry is not None:
-        drawn = RolloutBatch(step=position, prompt_indices=entry.prompt_indices, rollouts=entry.rollouts)
-        batch = drawn if _versions(drawn) == {version} else None
-    is_known: bool = ranks.from_main(lambda: batch is not None)
-    if is_known and batch is None:
+    entry = journal.read(position)
+    if entry is not None and _versions(_batch_of(entry)) != {version}:
+        entry = None
+    is_known: bool = ranks.from_main(lambda: entry is not None)
+    if is_known and entry is None:
         raise EnvironmentProblem(
             f"ppo step {version + 1}: rank {ranks.rank()} does not see the journal that rank 0 sees; outputs "
             "must be one file system for all workers"
         )
-    return batch if is_known else None
+    return entry if is_known else None
+
+
+def _batch_of(entry: JournalEntry) -> RolloutBatch:
+    return RolloutBatch(step=entry.step, prompt_indices=entry.prompt_indices, rollouts=entry.rollouts)
+
+
+def _with_scores(
+    packs: Sequence[RolloutPack], judgements: Sequence[Judgement], entry: JournalEntry
+) -> list[Judgement]:
+    """The judgements with the scores that were committed: what judges may not say the same twice."""
+    scores = {rollout.request_id: score for rollout, score in zip(entry.rollouts, entry.scores, strict=True)}
+    return [
+        replace(
+            judgement,
+            scores_B=judgement.scores_B.new_tensor([scores[rollout.request_id] for rollout in pack.rollouts]),
+        )
+        for pack, judgement in zip(packs, judgements, strict=True)
+    ]
 
 
 def _commit(
@@ -320,8 +361,7 @@ def _check_versions(batch: RolloutBatch, version: int) -> None:
     drawn_by = _versions(batch)
     if drawn_by != {version}:
         raise WeightSyncError(
-            f"ppo step {batch.step + 1}: tokens were drawn by weight versions {sorted(drawn_by)}, "
-            f"not {version}"
+            f"ppo step {version + 1}: tokens were drawn by weight versions {sorted(drawn_by)}, not {version}"
         )
 
 

@@ -42,6 +42,7 @@ class Runtime:
     resources: StageResources
     executor: Literal["ray", "inline"]  # inline: every part of the stage in this process, without Ray
     placement_timeout_s: float  # deadline for Ray to place this stage's workers
+    collective_timeout_s: float  # deadline for workers to meet: rank 0 may generate or write meanwhile
     num_threads: int  # cores this stage may compute with: fewer where stages run side by side
     stop_file: Path  # exists once the run was asked to stop: leave at the next step boundary, state saved
     group: Any = None  # on Ray, once the stage is placed: the placement group of its workers and engines

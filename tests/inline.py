@@ -22,6 +22,7 @@ def runtime_in(directory: Path, stage: str, *, num_workers: int = 0) -> Runtime:
         resources=StageResources(num_workers=max(1, num_workers)),
         executor="ray" if num_workers else "inline",
         placement_timeout_s=120,
+        collective_timeout_s=120,
         num_threads=2,
         stop_file=directory / "stop",
     )

@@ -24,6 +24,7 @@ from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
 from stages.training.health import Health
 from stages.training.metrics import read_steps
+from stages.training.models import CausalLM, TokenScorer
 from stages.training.optimize import Optimizer
 from stages.training.ppo_models import judge, load_ppo_models
 from stages.training.ppo_update import Learner
@@ -414,8 +415,9 @@ def test_a_run_killed_in_its_update_replays_the_journal_and_samples_nothing_agai
     assert (resumed, resumed_rollouts) == (whole, rollouts)
 
 
+@pytest.mark.parametrize(("kinds", "skipped"), [((CausalLM, TokenScorer), 7.0), ((CausalLM,), 4.0)])
 def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_kill_changes_nothing(
-    inputs, prompts, tmp_path, monkeypatch, caplog
+    inputs, prompts, tmp_path, monkeypatch, caplog, kinds, skipped
 ):
     """No loss on the batch of position 1 is a number: back to step 1, on with position 2."""
     settings = settings_for(prompts, checkpoint_every_steps=1)
@@ -427,14 +429,14 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
         return await draw(self, step)
 
     def spoiled(self, step, packs, loss_of, accepts):
-        bad = torch.nan if positions[-1] == 1 else 1.0
+        bad = torch.nan if positions[-1] == 1 and isinstance(self.model, kinds) else 1.0
         return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
 
     monkeypatch.setattr(RolloutSource, "_draw", remembering)
     with monkeypatch.context() as patch:
         patch.setattr(Optimizer, "take_step", spoiled)
         metrics, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
-        assert positions == [0, 1, 2, 3] and metrics["steps_skipped"] == 4.0
+        assert positions == [0, 1, 2, 3] and metrics["steps_skipped"] == skipped
         said = "ppo step 2: 4 bad steps in a row; back to step 1, leaving out the 1 batches since then"
         assert said in caplog.text
         assert said in (tmp_path / "whole" / "logs" / "ppo.warnings.log").read_text().splitlines()
@@ -442,13 +444,15 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
         _, resumed, resumed_rollouts = run_in(tmp_path / "killed", settings, inputs)
     assert (resumed, resumed_rollouts) == (whole, rollouts)
     lines = read_steps(tmp_path / "whole" / "work" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train/skipped_steps"] == 4.0
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train/skipped_steps"] == skipped
 
 
+@pytest.mark.parametrize("value_warmup_steps", [0, 2])
 def test_a_run_that_is_asked_to_stop_saves_its_state_behind_the_iteration_and_goes_on_in_the_same_bits(
-    inputs, prompts, tmp_path, monkeypatch
+    inputs, prompts, tmp_path, monkeypatch, value_warmup_steps
 ):
-    settings = settings_for(prompts, checkpoint_every_steps=50)
+    """Within the warm-up too, where the policy's optimizer has not taken a step yet."""
+    settings = settings_for(prompts, checkpoint_every_steps=50, value_warmup_steps=value_warmup_steps)
     _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
     update = Learner.update
 

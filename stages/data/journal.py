@@ -43,7 +43,7 @@ class JournalEntry:
     step: int
     prompt_indices: tuple[int, ...]  # per rollout: which prompt of the dataset
     rollouts: tuple[Rollout, ...]
-    scores: tuple[float, ...]  # per rollout, as the reward gave them
+    scores: tuple[float, ...]  # per rollout, normalised and clipped, as the update learns from them
 
 
 class Journal:

@@ -161,19 +161,20 @@ class Checkpoints:
                 raise EnvironmentProblem(disk_line(error, unfinished)) from error
             raise
 
-    def restore(self, parts: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
+    def restore(self, parts: Mapping[str, Optimizer], *, every: int = 1) -> tuple[int, dict[str, Any]]:
         """Load the newest sound checkpoint into `parts`; its step and `extra`, or (0, {}) when there is
-        none.
+        none. Of a step that is a multiple of `every` only: where training goes back to must not depend on
+        where it happened to be stopped.
 
         One line (a warning) for each one that is passed over. EnvironmentProblem when the disk refuses.
         """
-        found = self._on_main(self._newest_sound)
+        found = self._on_main(lambda: self._newest_sound(every))
         if found is None:
             return 0, {}
         step, extra = found
         state = _state_of(parts)
         directory = self._dir / _name(step)
-        with _failures_unwrapped(), disk_problems(directory), _alone_is_no_accident():
+        with disk_problems(directory), _failures_unwrapped(), _alone_is_no_accident():
             dcp.load(state, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
         for name, part in parts.items():
             model_state, adamw_state = state[name]["model"], state[name]["adamw"]
@@ -207,8 +208,8 @@ class Checkpoints:
             raise EnvironmentProblem(problem)
         return result  # type: ignore[no-any-return]  # from JSON
 
-    def _newest_sound(self) -> list[Any] | None:
-        found = self._finished()
+    def _newest_sound(self, every: int) -> list[Any] | None:
+        found = [directory for directory in self._finished() if _step_of(directory) % every == 0]
         for directory in reversed(found):
             record = self._sound_record(directory)
             if record is not None:
@@ -314,7 +315,7 @@ class Checkpoints:
     def _finished(self) -> list[Path]:
         """Directories named as checkpoints, oldest first."""
         named = [path for path in self._dir.iterdir() if DIRECTORY_NAME.fullmatch(path.name)]
-        return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(named, key=_step_of)
 
     def _move(self, directory: Path, target: Path) -> None:
         _remove(target)
@@ -473,6 +474,10 @@ def _by_score(kept: Kept) -> tuple[float, int]:
 
 def _name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
 
 
 def _mib(count: int) -> str:

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import psutil
@@ -84,13 +85,12 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
     bf16 model on one worker is simply cast. Gradients are *summed* over the workers, not averaged: losses
     arrive divided by the counts of the whole step. The weights must be the same on every worker before.
     """
-    model.to(worker.device)
-    if precision == "fp32" and worker.world_size == 1:
-        return model
+    model.train(trained)  # without dropout; gradient checkpointing needs to be told
     if precision == "bf16" and isinstance(model, CausalLM):
         compute_head_in_fp32(model)
-    if not trained and worker.world_size == 1:
-        return _with_bf16_parameters(model)
+    if worker.world_size == 1 and (precision == "fp32" or not trained):
+        model.to(worker.device)
+        return model if precision == "fp32" else _with_bf16_parameters(model)
     _ensure_process_group(worker)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -102,7 +102,7 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no other way to a factor of 1
-    return model
+    return model.to(worker.device)  # the shards are there already; buffers may not be
 
 
 def _layers(model: CausalLM | TokenScorer) -> list[nn.Module]:
@@ -299,7 +299,10 @@ def _talk_through(address: str) -> None:
 def _init_process_group(worker: Worker, **rendezvous: Any) -> None:
     """Gloo for what lies on the CPU (`ranks`), NCCL for what lies on a GPU."""
     backend = "cpu:gloo,cuda:nccl" if worker.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, world_size=worker.world_size, rank=worker.rank, **rendezvous)
+    timeout = timedelta(seconds=worker.runtime.collective_timeout_s)
+    dist.init_process_group(
+        backend, world_size=worker.world_size, rank=worker.rank, timeout=timeout, **rendezvous
+    )
 
 
 @contextmanager
@@ -334,4 +337,5 @@ def _device(runtime: Runtime) -> torch.device:
 def _ensure_process_group(worker: Worker) -> None:
     if not dist.is_initialized():
         assert worker.world_size == 1, "the launcher opens the group of several workers"
+        _talk_through(LOOPBACK)
         _init_process_group(worker, store=dist.HashStore())

@@ -80,7 +80,7 @@ def fit(
     if extra:
         health.restore(extra["health"])
     log = MetricsLog(runtime.work_dir, max_steps=max_steps, resumed_step=step)
-    window = _Window(extra["window"] if extra else {"loss": 0.0, "losses": []})
+    window = _Window(extra["window"] if extra else {"loss": None, "losses": []})
     rates: dict[str, float] = {}
     while step < max_steps:
         batch = batch_of(step + health.state.data_offset)
@@ -92,7 +92,7 @@ def fit(
             try:
                 health.skipped(step, batch)
             except RollBack:
-                back, extra = checkpoints.restore(parts)
+                back, extra = checkpoints.restore(parts, every=config.checkpoint_every_steps)
                 step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
                 log.cut(step)
                 window = _Window(extra["window"] if extra else window.state_dict())
@@ -100,19 +100,20 @@ def fit(
         step += 1
         if step % config.log_every_steps == 0 or step == max_steps:
             log(step, {**window.close(), **rates, **health.metrics(), **observe()})
-        if health.state.in_a_row:
+        if not health.is_good():
             continue  # a checkpoint is a place to go back to: none in the middle of bad steps
         stopping = ranks.any_rank(runtime.stop_requested())
         if stopping or (step % config.checkpoint_every_steps == 0 and step < max_steps):
             state = {"window": window.state_dict(), "health": health.state_dict()}
-            checkpoints.save(step, parts, state, score=-window.loss_so_far())
+            checkpoints.save(step, parts, state, score=window.score())
         if stopping:
             raise Interrupted(
                 f"{runtime.stage}: stopped at step {step} of {max_steps}, state saved; run the same "
                 "command to go on"
             )
+    health.check_end("loss")
     return FitResult(
-        loss_final=window.loss,
+        loss_final=window.loss_final(),
         tokens_per_second=window.tokens_per_second,
         steps=max_steps,
         skipped_steps=health.state.skipped,
@@ -123,7 +124,7 @@ class _Window:
     """Loss and speed since the last line of the log, and speed over this execution."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
-        self.loss: float = state["loss"]  # mean of the last window that was closed
+        self._loss: float | None = state["loss"]  # mean of the last window that was closed
         self._losses: list[float] = list(state["losses"])
         self._all_tokens, self._all_seconds = 0.0, 0.0
         self._tokens = 0
@@ -133,22 +134,32 @@ class _Window:
         self._losses.append(loss)
         self._tokens += sum(micro_batch.num_tokens for micro_batch in batch)
 
-    def loss_so_far(self) -> float:
-        """Mean of this window; of the last one while this has no step yet."""
-        return sum(self._losses) / len(self._losses) if self._losses else self.loss
+    def loss_final(self) -> float:
+        """Of the last window."""
+        assert self._loss is not None, "a training without a single step has ended before"
+        return self._loss
+
+    def score(self) -> float | None:
+        """What a checkpoint of now is kept for: the lower the loss of the window so far, the higher."""
+        loss = self._mean()
+        return None if loss is None else -loss
+
+    def _mean(self) -> float | None:
+        return sum(self._losses) / len(self._losses) if self._losses else self._loss
 
     def close(self) -> dict[str, float]:
         """Metrics of the window; a new one begins. Every rank, together."""
         seconds = time.perf_counter() - self._start
         (tokens,) = ranks.sums(self._tokens)
-        self.loss = self.loss_so_far()  # the last one's where every step of this was skipped
+        self._loss = self._mean()  # the last one's where every step of this was skipped
         self._all_tokens, self._all_seconds = self._all_tokens + tokens, self._all_seconds + seconds
         self._losses, self._tokens, self._start = [], 0, time.perf_counter()
-        return {"train/loss": self.loss, "train/tokens_per_second": tokens / seconds}
+        loss = {} if self._loss is None else {"train/loss": self._loss}
+        return {**loss, "train/tokens_per_second": tokens / seconds}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to write the same losses; its speed is its own."""
-        return {"loss": self.loss, "losses": self._losses}
+        return {"loss": self._loss, "losses": self._losses}
 
     @property
     def tokens_per_second(self) -> float:

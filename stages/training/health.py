@@ -40,7 +40,7 @@ class HealthState:
     """What is remembered of bad steps."""
 
     skipped: int = 0  # optimizer steps not taken
-    in_a_row: int = 0  # of these, up to now
+    in_a_row: dict[str, int] = field(default_factory=dict)  # of these, up to now, per model
     spikes: int = 0  # losses far above the recent ones, taken or not
     rollbacks: int = 0
     data_offset: int = 0  # batches left out so far: step s trains on the batch of position s + data_offset
@@ -74,9 +74,9 @@ class Health:
             )
         if not taken:
             self.state.skipped += 1
-            self.state.in_a_row += 1
+            self.state.in_a_row[name] = self.state.in_a_row.get(name, 0) + 1
             return False
-        self.state.in_a_row = 0
+        self.state.in_a_row.pop(name, None)
         recent = self.state.recent.setdefault(name, [])
         recent.append(loss)
         del recent[: -self._config.spike_window]
@@ -86,9 +86,9 @@ class Health:
         """Keep this rank's `batch` of a step that was not taken. Raises RollBack after too many in a row."""
         directory = self._runtime.log_dir / "bad_batches"
         directory.mkdir(parents=True, exist_ok=True)
-        name = f"{self._runtime.stage}-step-{step + 1:06d}-rank-{ranks.rank()}.safetensors"
-        save_file(dict(_tensors_of(batch, "batch")), directory / name)
-        if self.state.in_a_row > self._config.max_skipped_in_a_row:
+        name = f"{self._runtime.stage}-{self.state.skipped:04d}-step-{step + 1:06d}-rank-{ranks.rank()}"
+        save_file(dict(_tensors_of(batch, "batch")), directory / f"{name}.safetensors")
+        if self._longest_row > self._config.max_skipped_in_a_row:
             raise RollBack
 
     def rolled_back(self, failed: int, to: int | None, state: Mapping[str, Any]) -> int:
@@ -98,20 +98,16 @@ class Health:
 
         Raises TrainingStopped (exit 5) when this happened too often.
         """
-        past = self.state
+        past, row = self.state, self._longest_row
         if past.rollbacks >= self._config.max_rollbacks:
             raise TrainingStopped(
-                f"{self._runtime.stage} step {failed + 1}: {past.in_a_row} bad steps in a row for the "
-                f"{past.rollbacks + 1}. time (not finite, or spikes); lower the learning rate, or look at "
-                "the "
-                f"batches in {self._runtime.log_dir / 'bad_batches'}"
+                f"{self._runtime.stage} step {failed + 1}: {row} bad steps in a row for the "
+                f"{past.rollbacks + 1}. time (not finite, or spikes); lower the learning rate, or look into "
+                f"{self._runtime.log_dir / 'bad_batches'}"
             )
         if to is None:
-            self.state = HealthState(**{**asdict(past), "in_a_row": 0, "rollbacks": past.rollbacks + 1})
-            self._say(
-                f"step {failed + 1}: {past.in_a_row} bad steps in a row, no checkpoint yet; going on "
-                "behind them"
-            )
+            self.state = HealthState(**{**asdict(past), "in_a_row": {}, "rollbacks": past.rollbacks + 1})
+            self._say(f"step {failed + 1}: {row} bad steps in a row, no checkpoint yet; going on behind them")
             return failed + 1
         self.state = HealthState(
             **{
@@ -123,10 +119,22 @@ class Health:
             }
         )
         self._say(
-            f"step {failed + 1}: {past.in_a_row} bad steps in a row; back to step {to}, "
+            f"step {failed + 1}: {row} bad steps in a row; back to step {to}, "
             f"leaving out the {failed + 1 - to} batches since then"
         )
         return to
+
+    def is_good(self) -> bool:
+        """Whether the last step of every model was taken: a place to come back to."""
+        return not self.state.in_a_row
+
+    def check_end(self, name: str) -> None:
+        """Raise TrainingStopped (exit 5) at the end of a training in which no step of `name` was taken."""
+        if self.state.skipped and name not in self.state.recent:
+            raise TrainingStopped(
+                f"{self._runtime.stage}: none of the steps was taken: every {name} or its gradient was not "
+                f"finite; lower the learning rate, or look at {self._runtime.log_dir / 'bad_batches'}"
+            )
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
@@ -141,6 +149,10 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.state)
+
+    @property
+    def _longest_row(self) -> int:
+        return max(self.state.in_a_row.values(), default=0)
 
     @property
     def _skips_spikes(self) -> bool:
@@ -171,7 +183,7 @@ def check_rollouts(step: int, summary: Mapping[str, float], config: PPOConfig) -
             f"KL to the reference is {summary['rollout/kl']:.1f} nats per response, above ppo.max_kl "
             f"{config.max_kl:g}; raise ppo.kl_coef or lower ppo.lr"
         )
-    if not score_std >= config.min_score_std:
+    if config.responses_per_step > 1 and not score_std >= config.min_score_std:
         problems.append(
             f"scores spread by {score_std:.2g} only, below ppo.min_score_std {config.min_score_std:g}: a "
             "constant "

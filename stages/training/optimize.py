@@ -49,6 +49,16 @@ class Optimizer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
         )
+        self._begin()
+
+    def _begin(self) -> None:
+        """Moments of zero, before any step. AdamW makes them at its first one; a checkpoint that is saved
+        before would make DCP take a step of its own to have them, and that counts in the bias correction.
+        """
+        for group in self.adamw.param_groups:
+            for parameter in group["params"]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.adamw.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
     def take_step(
         self,

@@ -58,7 +58,6 @@ def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worke
     for trained in (policy, value_model):
         if config.gradient_checkpointing:
             trained.inner.gradient_checkpointing_enable()
-        trained.train()
         place(trained, worker, precision=config.precision, trained=True)
     reference = load_causal_lm(inputs["sft"]) if config.reads_reference else None
     reward_model = load_reward_model(inputs["reward"])

@@ -21,7 +21,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_batch_kept(tmp_pat
     assert regression.positions == list(range(MAX_STEPS))
     assert "sft step 5: loss nan, gradient norm nan: not finite; step skipped" in caplog.text
     (kept,) = (tmp_path / "logs" / "bad_batches").iterdir()
-    assert kept.name == "sft-step-000005-rank-0.safetensors"
+    assert kept.name == "sft-0001-step-000005-rank-0.safetensors"
     assert {name: tuple(value.shape) for name, value in load_file(kept).items()} == {
         "batch.0.inputs": (2, 3),
         "batch.1.inputs": (2, 3),
@@ -76,6 +76,24 @@ def test_the_third_time_stops_the_run(tmp_path):
         regression.train()
     assert TrainingStopped.exit_code == 5
     assert regression.positions == list(range(16))  # 0 to 7, back to 3; 8 to 11, back to 3; 12 to 15
+
+
+def test_a_training_without_a_single_step_taken_is_no_success(tmp_path):
+    """Too short for a third time: two returns, then the end."""
+    with pytest.raises(TrainingStopped, match="sft: none of the steps was taken: every loss or its gradient"):
+        train(tmp_path, spoiled=range(100))
+    lines = read_steps(tmp_path / "work" / "metrics.jsonl")
+    assert lines and all("train/loss" not in line for line in lines)
+
+
+def test_where_training_goes_back_to_does_not_depend_on_where_it_was_stopped_before(tmp_path):
+    """Stopped behind step 4: that checkpoint is newer than the one of step 3, and not taken."""
+    whole, _ = train(tmp_path / "whole", spoiled=BAD_ROW)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", spoiled=BAD_ROW, stop_at=3)
+    (tmp_path / "stopped" / "stop").unlink()
+    resumed, _ = train(tmp_path / "stopped", spoiled=BAD_ROW)
+    assert torch.equal(resumed, whole)
 
 
 def test_a_spike_is_told_and_taken_or_skipped(tmp_path, caplog):
