@@ -36,6 +36,8 @@ from stages.errors import DataError
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
+FORCED = "forced"
+"""In a work directory: it was begun by `--force`, from nothing."""
 PACKAGES = (
     "torch",
     "transformers",
@@ -134,8 +136,10 @@ class Store:
         return self.run_dir(name) / "logs"
 
     def stop_file(self, name: str) -> Path:
-        """Exists while a run has been asked to stop at its next step boundary."""
-        return self.run_dir(name) / "stop"
+        """Exists while the run of this process has been asked to stop at its next step boundary. Its own:
+        another command of the same name goes on.
+        """
+        return self.run_dir(name) / f"stop-{socket.gethostname()}-{os.getpid()}"
 
     def find(self, stage: str, fingerprint: str) -> Manifest | None:
         """The verified manifest of an artifact; None when there is none. Raises CorruptArtifact."""
@@ -175,11 +179,16 @@ class Store:
             (work / "checkpoints").mkdir(exist_ok=True)
         return work
 
-    def discard(self, stage: str, fingerprint: str) -> None:
-        """Forget what an earlier attempt left: a forced stage is made from its start."""
+    def begin_anew(self, stage: str, fingerprint: str) -> None:
+        """Forget what an earlier attempt left: a forced stage is made from its start. What a forced attempt
+        left that was interrupted itself is kept: that one goes on.
+        """
         work = self.work_dir(stage, fingerprint)
         with disk_problems(work):
-            shutil.rmtree(work, ignore_errors=True)
+            if not (work / FORCED).exists():
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True)
+                (work / FORCED).touch()
 
     def left_complete(self, stage: str, fingerprint: str) -> bool:
         """Whether an execution was killed between its manifest and the rename: only that is missing then."""

@@ -87,6 +87,10 @@ def run(
 ) -> None:
     """Run every stage of CONFIG; finished ones are skipped."""
     loaded = configs.load(config, overrides or [])
+    if retries and force is not None:
+        raise ConfigError(
+            "--retries, --force: every restart would make what has finished anew; run with --force first"
+        )
     if retries:
         wait_s = loaded.config.pipeline.retry_wait_s
         raise typer.Exit(supervisor.supervise(loaded.config.outputs, retries=retries, wait_s=wait_s))

@@ -46,7 +46,7 @@ from pipeline.experiment import ExperimentConfig
 from pipeline.janitor import PLACE, nothing_left_behind
 from pipeline.progress import Progress
 from pipeline.signals import deaf, signals_ask_to_stop
-from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, root_cause
+from rollout.errors import GO_ON, EngineError, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
 from rollout.run_mark import RUN_ID_VARIABLE
 from stages.bundles import lacking
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
@@ -234,7 +234,7 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         if present is not None:
             return _result(present, skipped=True)
         if job.replace:
-            store.discard(node.stage, node.fingerprint)
+            store.begin_anew(node.stage, node.fingerprint)
         if not store.left_complete(node.stage, node.fingerprint):
             _run_recipe(job, store)
         return _result(store.publish(node, replace=job.replace), skipped=False)
@@ -413,7 +413,7 @@ def _run(
                 _run_on_ray(planned, directory, progress, results, failures)
         except EnvironmentProblem as error:
             failures["ray"] = error
-    if stop.made and any(isinstance(failure, EnvironmentProblem) for failure in failures.values()):
+    if stop.made and any(isinstance(failure, EngineError | ProcessDied) for failure in failures.values()):
         raise KeyboardInterrupt  # a signal to the whole process group takes engines and Ray as well
 
 
@@ -511,7 +511,7 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
     if isinstance(cause := root_cause(error), ExpectedError):
         return cause
     if any(kind.__module__ == "ray.exceptions" for kind in type(cause).__mro__):
-        return EnvironmentProblem(
+        return ProcessDied(
             f"{stage}: a process of it died ({type(cause).__name__}; killed, or out of memory?); logs in "
             f"{log}; {GO_ON}"
         )
@@ -790,4 +790,4 @@ def _check_local_cluster(log_dir: Path) -> None:
 
     dead: list[tuple[str, Any]] = [] if _global_node is None else _global_node.dead_processes()
     if dead:
-        raise EnvironmentProblem(f"Ray's {dead[0][0]} died; logs in {log_dir}; {GO_ON}")
+        raise ProcessDied(f"Ray's {dead[0][0]} died; logs in {log_dir}; {GO_ON}")

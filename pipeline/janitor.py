@@ -39,6 +39,8 @@ TEMPORARY = "tmp"
 LOOK_EVERY_S = 0.5
 NUM_LOOKS = 6
 """A file in shared memory that no process of the run has mapped after so many looks is somebody else's."""
+SETTLED_S = 10.0
+"""A younger process may yet take the run's mark: Ray's workers start as a helper that becomes the worker."""
 TRACKER_GRACE_S = 3.0
 """Python's resource trackers outlive the processes they tidy up after, by this much at most."""
 KILL_TIMEOUT_S = 8.0
@@ -127,6 +129,8 @@ class Run:
             try:
                 process = psutil.Process(pid)
                 ours = self._is_ours(process)
+                if not ours and time.time() - process.create_time() < SETTLED_S:
+                    return False
             except psutil.NoSuchProcess:
                 return False
             self._seen[pid] = process if ours else None

@@ -132,6 +132,7 @@ class _Followed:
     warnings: Path | None
     started: float = field(default_factory=time.time)
     offset: int = 0
+    inode: int | None = None
     first: Mapping[str, Any] | None = None
     last: Mapping[str, Any] | None = None
     outcome: str = ""
@@ -157,11 +158,11 @@ class _Followed:
         if path is None or self.outcome:
             return
         try:
-            content = path.read_bytes()
+            content, inode = path.read_bytes(), path.stat().st_ino
         except FileNotFoundError:  # published in between: the next call finds it there
             return
-        if len(content) < self.offset:  # cut back by a resume
-            self.offset = 0
+        if inode != self.inode:  # cut back by a resume: another file, under the same name
+            self.inode, self.offset = inode, 0
         whole = content[self.offset : content.rfind(b"\n") + 1]
         self.offset += len(whole)
         for text in whole.splitlines():

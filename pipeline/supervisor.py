@@ -66,6 +66,8 @@ def supervise(outputs: Path, *, retries: int, wait_s: float) -> int:
             _say(f"{_ended(code)}; restart {attempt + 1} of {retries} in {pause:g} s")
             if child.told_to_end_within(pause):
                 return INTERRUPTED
+        if child.told_to_end and code < 0:  # before it could say so itself
+            return INTERRUPTED
     return code if code >= 0 else EnvironmentProblem.exit_code
 
 

@@ -25,6 +25,10 @@ class EnvironmentProblem(ExpectedError):
     exit_code = 4
 
 
+class ProcessDied(EnvironmentProblem):
+    """A process of the run is gone: killed, or out of memory."""
+
+
 class EngineError(EnvironmentProblem):
     """A rollout engine did not start, did not answer before its deadline, or died."""
 

@@ -133,10 +133,12 @@ class ActorEngine:
 
     async def close(self) -> None:
         """See `RolloutEngine.close`. An engine that does not answer is killed."""
-        with contextlib.suppress(EngineError):
-            await self._answer(self._actor.answers.remote(), "close", 0)
-            await self._answer(self._actor.close.remote(), "close", CLOSE_TIMEOUT_S)
-        ray.kill(self._actor)
+        try:
+            with contextlib.suppress(EngineError):
+                await self._answer(self._actor.answers.remote(), "close", 0)
+                await self._answer(self._actor.close.remote(), "close", CLOSE_TIMEOUT_S)
+        finally:
+            ray.kill(self._actor)
 
     async def _control(self, answer: Awaitable[T], what: str) -> T:
         return await self._answer(answer, what, self._config.sync_timeout_s)

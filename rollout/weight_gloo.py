@@ -150,8 +150,20 @@ def _address_facing(host: str, port: int) -> str:
 
 
 def _store(host: str, port: int, *, is_master: bool, timeout_s: float) -> TCPStore:
+    """A client, or a server that listens on `host` alone (TCPStore's own takes every interface)."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if not is_master:
+        return TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
+    listener = socket.create_server((host, port), family=socket.getaddrinfo(host, port)[0][0])
+    port = listener.getsockname()[1]
     return TCPStore(
-        host, port, None, is_master, timeout=datetime.timedelta(seconds=timeout_s), wait_for_workers=False
+        host,
+        port,
+        None,
+        True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
     )
 
 

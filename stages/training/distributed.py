@@ -25,7 +25,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rollout.config import EngineConfig
-from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, raise_expected, root_cause
+from rollout.errors import (
+    GO_ON,
+    EnvironmentProblem,
+    ExpectedError,
+    ProcessDied,
+    raise_expected,
+    root_cause,
+)
 from stages.bundles import StageBundles, bundles_of, lacking
 from stages.runtime import Runtime, warnings_file
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
@@ -178,7 +185,7 @@ def _in_group(train: Callable[..., Result], runtime: Runtime, arguments: dict[st
             f"{runtime.placement_timeout_s:g} s; see {runtime.log_dir}"
         ) from error
     except ray.exceptions.RayActorError as error:
-        raise EnvironmentProblem(
+        raise ProcessDied(
             f"{runtime.stage}: a training worker died (out of memory?); see {runtime.log_dir}, then {GO_ON}"
         ) from error
     finally:

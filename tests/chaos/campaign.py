@@ -5,7 +5,7 @@
 
 Every run starts from nothing, is killed about eleven times on its way through the six stages, and has to end,
 by the same command, in the same bytes as a run nobody disturbed. A campaign that was stopped goes on where
-it was. Exit code 1 when anything was lost, left or different.
+it was, unless seed or code have changed. Exit code 1 when anything was lost, left or different.
 """
 
 import argparse
@@ -69,12 +69,15 @@ class Campaign:
         self.directory = directory
         self.seed = seed
         self._progress = directory / "progress.jsonl"
+        of = {"seed": seed, "sources": _sources()}
+        if self._progress.exists() and {key: self.events("begin")[0][key] for key in of} != of:
+            shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        if not self._progress.exists():
+            self.record("begin", **of)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """Everything of one kind that was recorded: kill, missed, surprise, whole, reference."""
-        if not self._progress.exists():
-            return []
+        """Everything of one kind that was recorded: begin, kill, missed, surprise, whole, reference."""
         lines = map(json.loads, self._progress.read_text().splitlines())
         return [line for line in lines if line["kind"] == kind]
 
@@ -161,6 +164,15 @@ def _ended_on_error(launch: Launch) -> Iterator[None]:
     except BaseException:
         launch.end()
         raise
+
+
+def _sources() -> str:
+    """Digest of the code under test: what was recorded of another code is of no use."""
+    hasher = blake3()
+    for package in ("pipeline", "stages", "rollout", "tests/chaos"):
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            hasher.update(path.read_bytes())
+    return hasher.hexdigest()[:12]
 
 
 def _fresh(directory: Path) -> Path:

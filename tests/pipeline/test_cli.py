@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_a_signal_lets_the_stage_save_its_state_and_ends_with_code_75(chain: Cha
     assert "stopping at the next step; again: at once\n" in stdout and "sft: stopped\n" in stdout
     assert not any_runs(children)
     assert list(chain.summary()) == ["prepare", "pretrain"]
-    assert not (chain.outputs / "runs/demo/stop").exists()
+    assert not list((chain.outputs / "runs/demo").glob("stop*"))
 
     chain.order("sft")
     chain.calls()
@@ -209,12 +210,12 @@ def test_a_second_signal_ends_the_run_at_once_with_code_75(chain: Chain, where: 
     wait_for(chain.control / "sft.sleeping")
     children = processes_of(process)
     process.send_signal(signal.SIGTERM)
-    wait_for(chain.outputs / "runs/demo/stop")
+    wait_for(chain.outputs / f"runs/demo/stop-{socket.gethostname()}-{process.pid}")
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (75, "interrupted; run the same command to go on\n")
     assert not any_runs(children)
-    assert not (chain.outputs / "runs/demo/stop").exists()
+    assert not list((chain.outputs / "runs/demo").glob("stop*"))
     chain.order("sft")
     assert chain.cli("run", "demo.yaml", "--until", "sft")[0] == 0
 
@@ -231,7 +232,9 @@ def test_a_stage_that_does_not_stop_in_time_is_ended(chain: Chain):
 @pytest.mark.parametrize("where", ["inline", "ray"])
 def test_after_a_signal_a_stage_may_end_and_no_other_one_starts(chain: Chain, where: str):
     (chain.outputs / "runs/demo").mkdir(parents=True)
-    (chain.outputs / "runs/demo/stop").touch()  # of a run that was killed: it stops nothing
+    (
+        chain.outputs / "runs/demo/stop-elsewhere-7"
+    ).touch()  # of another command of that name: it stops nothing here
     chain.order("pretrain", sleep_s=2, stubborn=True)
     process = chain.start("run", "demo.yaml", f"pipeline.executor={where}")
     wait_for(chain.control / "pretrain.sleeping")
