@@ -14,7 +14,8 @@ from stages.bundles import lacking
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = yaml.safe_load((ROOT / "deploy/rayjob.schema.yaml").read_text())
-NAMESPACE, CLAIM, JOB = yaml.safe_load_all((ROOT / "deploy/rayjob.yaml").read_text())
+JOB = yaml.safe_load((ROOT / "deploy/rayjob.yaml").read_text())
+NAMESPACE, CLAIM = yaml.safe_load_all((ROOT / "deploy/storage.yaml").read_text())
 CLUSTER = JOB["spec"]["rayClusterSpec"]
 HEAD = CLUSTER["headGroupSpec"]
 (WORKERS,) = CLUSTER["workerGroupSpecs"]
@@ -81,7 +82,7 @@ def test_what_kubernetes_grants_is_what_ray_is_told():
 def test_every_pod_has_the_token_from_the_secret_and_nobody_writes_it_down():
     for container in CONTAINERS:
         variables = {variable["name"]: variable for variable in container["env"]}
-        assert variables["RAY_AUTH_MODE"]["value"] == "token"
+        assert variables["RAY_AUTH_MODE"]["value"] == CLUSTER["authOptions"]["mode"] == "token"
         assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "rlhf-ray-token"
     assert not re.search(r"hf_[A-Za-z0-9]{8,}", (ROOT / "deploy/rayjob.yaml").read_text())
 
