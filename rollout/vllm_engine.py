@@ -52,6 +52,8 @@ FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "len
 """vLLM's name -> ours; it has others ("error", None), which are errors here."""
 SHUTDOWN_TIMEOUT_S = 5.0
 """How long an engine's processes may take to end by themselves before they are killed."""
+PROCESS_CHECK_S = 0.5
+"""Between looks whether the engine's processes are still there, during a control call."""
 CLOSING_ANSWER_TIMEOUT_S = 3.0
 """Without an answer in this time they are killed at once."""
 
@@ -219,12 +221,16 @@ class VLLMEngine:
         self, what: str, call: Callable[[AsyncLLM], Awaitable[T]], *, timeout_s: float | None = None
     ) -> T:
         """One control call: a deadline, and an error that names this engine. vLLM reports what fails in its
-        other processes as a bare Exception, so the outcome is looked at instead of caught. `timeout_s`: else
-        that of a sync.
+        other processes as a bare Exception, so the outcome is looked at instead of caught. It says nothing
+        of a scheduler that is killed during the call. `timeout_s`: else that of a sync.
         """
         self._check_open()
         (outcome,) = await before_deadline(
-            asyncio.gather(call(self._llm), return_exceptions=True),
+            while_healthy(
+                asyncio.gather(call(self._llm), return_exceptions=True),
+                probe=self._check_processes,
+                interval_s=PROCESS_CHECK_S,
+            ),
             timeout_s=self._config.sync_timeout_s if timeout_s is None else timeout_s,
             what=f"{self._name}: {what}",
         )
@@ -235,6 +241,13 @@ class VLLMEngine:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
+
+    async def _check_processes(self) -> None:
+        for process in self._processes:
+            if not _runs(process):
+                raise EngineError(
+                    f"{self._name}: its process {process.pid} is gone; see {self._log_path}; {GO_ON}"
+                )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -317,6 +330,12 @@ def _processes_of(llm: AsyncLLM) -> list[psutil.Process]:
     """The scheduler's process and its workers."""
     cores = [psutil.Process(process.pid) for process in llm.engine_core.resources.engine_manager.processes]
     return [process for core in cores for process in (core, *core.children(recursive=True))]
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

@@ -229,8 +229,7 @@ def _empty(pack: Experience) -> Experience:
 
 
 class _UpdateWatch:
-    """Means over optimizer steps of what was watched; shares add up over the packs and ranks of a step first.
-    """
+    """Means over optimizer steps of what was watched; shares add up over packs and ranks of a step first."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)

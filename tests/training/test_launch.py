@@ -1,5 +1,4 @@
-"""What becomes of two workers when one of them fails: one line, in seconds, and nobody waits for the other.
-"""
+"""What becomes of two workers when one of them fails: one line, and nobody waits for the other."""
 
 import os
 import signal

@@ -26,8 +26,7 @@ def test_pin_22_advantages_are_whitened_over_the_batch_of_all_ranks(found):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("model", ["policy", "value"])
 def test_pin_27_gradients_of_ranks_are_summed_over_counts_of_the_whole_step(found, aggregation, model):
-    """FSDP2 averages by default: half of this gradient on two ranks. Three packs: one rank has an empty one.
-    """
+    """FSDP2 averages by default: half of this gradient. Three packs: one rank has an empty one."""
     one, two = (side[f"{aggregation}/{model}"] for side in found)
     assert one.norm() > 0
     assert (two - one).norm() <= 1e-6 * one.norm(), (two - one).norm() / one.norm()

@@ -36,8 +36,7 @@ CONFIG = PPOConfig(
 
 
 def measure(worker: Worker, inputs: dict[str, Path]) -> dict[str, Tensor]:
-    """Advantages and returns of the batch, and for every aggregation the whole gradients of its first step.
-    """
+    """Advantages and returns of the batch, and for every aggregation the gradients of its first step."""
     found: dict[str, Tensor] = {}
     for aggregation in AGGREGATIONS:
         config = CONFIG.model_copy(update={"loss_aggregation": aggregation})
