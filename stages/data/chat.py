@@ -137,6 +137,8 @@ class ChatTokenizer:
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(directory), revision=revision or "main", trust_remote_code=False
             )
+        except MemoryError:  # the machine's fault, not the tokenizer's
+            raise
         except Exception as error:  # tokenizers has no errors of its own, and a broken file brings up any
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{directory}: no tokenizer that can be loaded ({reason})") from error

@@ -61,10 +61,6 @@ class Experience:
     advantages_BT: Tensor
     returns_BT: Tensor
 
-    @property
-    def num_tokens(self) -> int:
-        return self.packed.num_tokens
-
 
 def pack_rollouts(
     rollouts: Sequence[Rollout], *, micro_batch_size: int, max_length: int, device: torch.device

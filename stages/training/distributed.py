@@ -271,7 +271,9 @@ class _TrainingActor:
         world_size = runtime.resources.num_workers
         worker = Worker(rank=rank, world_size=world_size, device=_device(runtime), runtime=runtime)
         with _exclusive(runtime, rank):
-            if worker.world_size > 1:
+            if worker.world_size == 1:
+                self._listener.close()
+            else:
                 _talk_through(LOOPBACK if address[0] == LOOPBACK else self.node_address())
                 listener = self._listener.detach() if rank == 0 else None
                 store = dist.TCPStore(*address, world_size, rank == 0, master_listen_fd=listener)

@@ -35,10 +35,6 @@ class ResponsePack:
     targets_N: Tensor  # int64, the response tokens
     mask_BT: Tensor  # bool, True on response tokens
 
-    @property
-    def num_tokens(self) -> int:
-        return self.row.num_tokens
-
 
 def pack_responses(
     prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, max_length: int, device: torch.device

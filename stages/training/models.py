@@ -260,9 +260,12 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
             **_no_dropout(directory),
             **options,
         )
+    except MemoryError:  # the machine's fault, not the model's
+        raise
     except Exception as error:  # a config.json with senseless values brings up any error of transformers
+        reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"{directory}: transformers cannot load it ({type(error).__name__}: {error})"[:400]
+            f"{directory}: transformers cannot load it ({type(error).__name__}: {reason})"[:400]
         ) from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
