@@ -14,19 +14,45 @@ from pydantic import Field, model_validator
 from rollout.config import EXECUTION, EngineConfig, Section
 
 DataFormat = Literal[
-    "text", "messages", "prompt_completion", "instruction", "preference", "hh_transcript", "prompt"
+    "text",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "instruction",
+    "preference",
+    "hh_transcript",
+    "ranked",
+    "tree",
+    "labelled",
+    "prompt",
 ]
+QualityRules = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"]
 
 
 class DataSource(Section):
     """One dataset of a stage."""
 
     path: str = Field(min_length=1, json_schema_extra=EXECUTION)
-    """Local file (jsonl, json, txt; .gz of them). Identified by its content, not by this name."""
+    """Local file, glob or directory (jsonl, json, parquet, csv, tsv, txt; .gz and .zst of them), or the hub
+    id of a dataset, `organisation/name`. Identified by its content, not by this name.
+    """
+    revision: str | None = Field(default=None, json_schema_extra=EXECUTION)
+    """Commit, tag or branch of a hub id; absent: its newest. The commit it means is recorded."""
+    subset: str | None = None
+    """Configuration of a hub id that has several."""
+    split: str = "train"
+    """Split of a hub id."""
     format: DataFormat | None = None
     """Row schema; detected from the columns and the stage when absent."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Field name -> column that holds it, where the file's names differ (e.g. `prompt: question`)."""
+    columns: dict[str, str] | list[str] = Field(default_factory=dict)
+    """Field name -> column that holds it, where the file's names differ (e.g. `prompt: question`); a path
+    reaches into nested values (`completion: instances.0.output`). A list names the columns of a csv or
+    tsv file that has no header line.
+    """
+    document: Literal["file", "paragraph", "line"] = "paragraph"
+    """What one document of a txt file is: all of it, a block of lines between blank lines, or a line."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """Ranked responses make a pair when their scores (or ranks) differ by more than this."""
     weight: float = Field(default=1.0, ge=0)
     """How often each row is seen per epoch: 2 twice, 0.5 a seeded half of the rows."""
     part: Literal["all", "train", "heldout"] = "all"
@@ -38,6 +64,16 @@ class DataSource(Section):
     """Share of the rows that part: heldout means."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row does: end the run, or be left out and counted."""
+
+    @property
+    def column_of(self) -> dict[str, str]:
+        """Field -> column, as configured."""
+        return self.columns if isinstance(self.columns, dict) else {}
+
+    @property
+    def header(self) -> list[str] | None:
+        """Names of the columns of a csv or tsv file without header line."""
+        return self.columns if isinstance(self.columns, list) else None
 
 
 class ScoreFunction(Section):
@@ -99,6 +135,17 @@ class ModelConfig(Section):
         return self
 
 
+class NearDedupConfig(Section):
+    """`prepare.near_dedup:` - MinHash-LSH; candidates are verified by their true Jaccard similarity."""
+
+    jaccard: float = Field(default=0.8, gt=0, le=1)
+    """A document this similar to an earlier one that is kept is dropped."""
+    ngram: int = Field(default=5, ge=1)
+    """Words per shingle; a shorter document is one shingle."""
+    num_perm: int = Field(default=128, ge=16, le=1024)
+    """Hash functions of a signature: more find more of the pairs that are just similar enough."""
+
+
 class PrepareConfig(Section):
     """`prepare:` - documents in; tokenizer, packed shards and statistics out."""
 
@@ -110,12 +157,47 @@ class PrepareConfig(Section):
     """Shorter documents are dropped (and counted)."""
     max_chars: int = Field(default=1_000_000, ge=1)
     """Longer documents are dropped (and counted)."""
+    languages: list[str] = Field(default_factory=list)
+    """ISO 639-1 codes of the languages to keep (`en`); none: all, unidentified."""
+    min_language_score: float = Field(default=0.5, ge=0, le=1)
+    """Probability of its language that a document needs."""
+    quality: list[QualityRules] = Field(default_factory=list)
+    """Sets of quality rules that every document must pass."""
+    exact_dedup: bool = True
+    """Drop a document whose text, after normalisation, stood before."""
+    near_dedup: NearDedupConfig | None = None
+    """Drop near copies of earlier documents; absent: keep them."""
+    decontaminate: bool = True
+    """Drop documents that share a run of `decontaminate_ngram` words with the prompts of `evaluate:`."""
+    decontaminate_ngram: int = Field(default=13, ge=5)
+    """Words of such a run; prompts with fewer words are not looked for."""
+    mixing_temperature: float = Field(default=1.0, gt=0)
+    """Sources are mixed in proportion to (their characters) ** (1 / this), times their weights: 1 as they
+    come, above 1 small sources are repeated and large ones thinned, to the same total.
+    """
     heldout_frac: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of the documents held out for perplexity, chosen by content hash."""
+    tokenizer: Path | None = Field(default=None, json_schema_extra=EXECUTION)
+    """Directory of a tokenizer to take; absent: one is trained. Identified by its content; unused with
+    `model.path`.
+    """
     vocab_size: int = Field(default=512, ge=300)
-    """Entries of the byte-level BPE tokenizer, special tokens included; unused with `model.path`."""
+    """Entries of the byte-level BPE tokenizer that is trained, special tokens included."""
+    vocab_multiple: int = Field(default=64, ge=1)
+    """The vocabulary is filled up to a multiple of this with reserved tokens: matrix products are faster."""
+    tokenizer_sample_chars: int = Field(default=100_000_000, ge=1000)
+    """Characters of training text, chosen by content hash, that the tokenizer is trained on at most."""
+    packing: Literal["concat", "best_fit", "bucket"] = "concat"
+    """How documents fill rows of context_length tokens: cut where a row ends; whole where they fit, with
+    padding; or cut into powers of two, equal lengths together (dataset decomposition). In none does a token
+    attend to another document.
+    """
     shard_tokens: int = Field(default=1_000_000, ge=1024)
     """Tokens per shard file."""
+    block_mb: float = Field(default=16.0, gt=0, json_schema_extra=EXECUTION)
+    """Megabytes of input that are worked on at once by each worker: what bounds memory."""
+    ray_data_mb: float = Field(default=1024.0, ge=0, json_schema_extra=EXECUTION)
+    """Input larger than this is prepared on Ray Data, by all CPUs; on a joined cluster every input is."""
 
 
 class HealthConfig(Section):
@@ -206,6 +288,10 @@ class SFTConfig(TrainingConfig):
     """Conversations per optimizer step."""
     micro_batch_size: int = Field(default=16, ge=1)
     """Conversations per forward."""
+    batch_tokens: int | None = Field(default=None, ge=16)
+    """Token slots per optimizer step instead of batch_size: conversations are packed best-fit into rows of
+    model.context_length slots, and a step takes batch_tokens // context_length rows, one per forward.
+    """
 
 
 class RewardConfig(TrainingConfig):

@@ -222,8 +222,8 @@ class _SourceReader(Iterator[Any]):
 
     def _parse(self, row: dict[str, Any]) -> Record:
         if self.schema is None:
-            self.schema = detect(self._stage, row, self._source.columns)
-        cells = self.schema.cells(row, self._source.columns)
+            self.schema = detect(self._stage, row, self._source.column_of)
+        cells = self.schema.cells(row, self._source.column_of)
         record = self.schema.parse(cells)
         if not self.columns_seen:
             columns = {field: cells.column(field) for field in self.schema.aliases}
@@ -246,7 +246,7 @@ class _SourceReader(Iterator[Any]):
                 f"{shown(source.path)}: format {source.format} does not feed {self._stage}; use {usable}"
             )
         fields = fields_of(possible if schema is None else [schema])
-        unknown = next((field for field in source.columns if field not in fields), None)
+        unknown = next((field for field in source.column_of if field not in fields), None)
         if unknown is not None:
             raise DataError(
                 f"{shown(source.path)}: columns: no field '{unknown}'; fields are {', '.join(fields)}"
