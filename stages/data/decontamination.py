@@ -1,0 +1,96 @@
+"""Decontamination: which documents hold a run of words of the texts that a model is evaluated on.
+
+    evaluation texts --words--> every run of n words --hash--> table
+    document         --words--> every run of n words --hash--> in the table? --same words?--> the shared run
+
+Legend: W words of a block of documents, E runs of the evaluation texts.
+
+Words are those of `words.normalised_words`: case, punctuation and line ends make no difference. A hash says
+only where to look; the words themselves decide.
+Owns the search. Does not own which texts are looked for, nor what happens to a document that shares a run
+(prepare).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.data.words import blocks_of, hash_words, ngrams, normalised_words
+
+_SLOTS_PER_RUN = 32
+"""Slots of the table per run: one run in so many of clean text is looked up for nothing."""
+
+
+class Contamination:
+    """The runs of `ngram` words of some texts, to be looked for in documents.
+
+    Example: with ngram=3, Contamination(["One, two three four."]) has the runs `one two three` and
+    `two three four`; shared_run("... TWO three\\nfour!") is "two three four".
+    """
+
+    def __init__(self, texts: Sequence[str], ngram: int = 13) -> None:
+        self._ngram = ngram
+        words_of_texts = [normalised_words(text) for text in texts]
+        long = [text for text, words in zip(texts, words_of_texts, strict=True) if len(words) >= ngram]
+        self.num_too_short = len(texts) - len(long)
+        """Texts with fewer words than a run: they are not looked for."""
+        self._words = [word for words in words_of_texts if len(words) >= ngram for word in words]
+        hashes_E, starts_E, _ = _runs(long, ngram)
+        order = np.argsort(hashes_E, kind="stable")
+        self._hashes_E, self._starts_E = hashes_E[order], starts_E[order]
+        num_slots = 1 << max(16, (_SLOTS_PER_RUN * len(hashes_E)).bit_length())
+        self._slot_mask = np.uint64(num_slots - 1)
+        self._occupied = np.zeros(num_slots, bool)
+        self._occupied[hashes_E & self._slot_mask] = True
+
+    def shared_run(self, text: str) -> str | None:
+        """The first run of words that the text shares, as lower-cased words with spaces between; or None."""
+        return self.shared_runs([text])[0]
+
+    def shared_runs(self, texts: Sequence[str]) -> list[str | None]:
+        """`shared_run` of each text, many at once."""
+        return [run for block in blocks_of(texts) for run in self._of_block(block)]
+
+    def _of_block(self, texts: Sequence[str]) -> list[str | None]:
+        found: list[str | None] = [None] * len(texts)
+        hashes, starts, documents = _runs(texts, self._ngram)
+        (likely,) = np.nonzero(self._occupied[hashes & self._slot_mask])
+        for document, group in _grouped(documents[likely], likely):
+            words = normalised_words(texts[document])
+            first = int(np.searchsorted(documents, document))  # the document's first run starts at its word 0
+            places = (starts[group] - starts[first]).tolist()
+            found[document] = self._first_shared(words, places, hashes[group])
+        return found
+
+    def _first_shared(self, words: list[str], places: list[int], hashes: NDArray[np.uint64]) -> str | None:
+        """The first of the runs at the given places of a document that really stands in a text."""
+        ranks = np.searchsorted(self._hashes_E, hashes).tolist()
+        for place, rank in zip(places, ranks, strict=True):
+            run = words[place : place + self._ngram]
+            if rank < len(self._starts_E) and run == self._run_at(int(self._starts_E[rank])):
+                return " ".join(run)
+        return None
+
+    def _run_at(self, start: int) -> list[str]:
+        return self._words[start : start + self._ngram]
+
+
+def _runs(
+    texts: Sequence[str], ngram: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
+    """Every run of `ngram` words inside a text: its hash, its first word among all words, its text."""
+    words = hash_words(texts)
+    hashes_W = ngrams(words, ngram)
+    (starts,) = np.nonzero(np.arange(len(hashes_W)) + ngram <= words.ends_W)
+    texts_W = np.repeat(np.arange(len(texts)), words.lengths_D)
+    return hashes_W[starts], starts, texts_W[starts]
+
+
+def _grouped(
+    documents: NDArray[np.int64], values: NDArray[np.int64]
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """The values of each document; both are in document order."""
+    starts = np.flatnonzero(np.diff(documents, prepend=-1))
+    for start, group in zip(starts, np.split(values, starts[1:]), strict=False):
+        yield int(documents[start]), group
