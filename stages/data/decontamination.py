@@ -12,6 +12,7 @@ Owns the search. Does not own which texts are looked for, nor what happens to a 
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,5 +93,5 @@ def _grouped(
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """The values of each document; both are in document order."""
     starts = np.flatnonzero(np.diff(documents, prepend=-1))
-    for start, group in zip(starts, np.split(values, starts[1:]), strict=False):
-        yield int(documents[start]), group
+    for start, end in pairwise([*starts, len(documents)]):
+        yield int(documents[start]), values[start:end]

@@ -14,6 +14,7 @@ Owns signatures, bands and the decision. Does not own where keys and texts are k
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,7 +156,7 @@ def _by_document(
     """Each document that shares a bucket, in order, with its buckets."""
     order = np.argsort(documents_M, kind="stable")
     starts = np.flatnonzero(np.diff(documents_M[order], prepend=-1))
-    for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+    for start, end in pairwise([*starts, len(order)]):
         yield int(documents_M[order[start]]), buckets_M[order[start:end]].tolist()
 
 

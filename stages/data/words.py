@@ -28,7 +28,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses no
 HASHED_WORDS = 1 << 17
 """Distinct words whose hash is remembered (about 30 MB)."""
 BLOCK_CHARS = 2_000_000
-"""Characters of documents whose words are held at once: bounds memory, and arrays that fit caches sort faster."""
+"""Characters of documents whose words are held at once: bounds memory, and small arrays sort faster."""
 
 
 def normalised_words(text: str) -> list[str]:
