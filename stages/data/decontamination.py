@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from stages.data.words import blocks_of, hash_words, ngrams, normalised_words
 
-_SLOTS_PER_RUN = 32
-"""Slots of the table per run: one run in so many of clean text is looked up for nothing."""
+_SLOTS_PER_RUN = 8
+"""Slots of the first table per run: at most one run in so many of clean text is searched for in vain."""
 
 
 class Contamination:
@@ -56,25 +56,32 @@ class Contamination:
     def _of_block(self, texts: Sequence[str]) -> list[str | None]:
         found: list[str | None] = [None] * len(texts)
         hashes, starts, documents = _runs(texts, self._ngram)
-        (likely,) = np.nonzero(self._occupied[hashes & self._slot_mask])
-        for document, group in _grouped(documents[likely], likely):
-            words = normalised_words(texts[document])
+        hits, ranks = self._hits(hashes)
+        for document, rows in _grouped(documents[hits]):
             first = int(np.searchsorted(documents, document))  # the document's first run starts at its word 0
-            places = (starts[group] - starts[first]).tolist()
-            found[document] = self._first_shared(words, places, hashes[group])
+            places = starts[hits[rows]] - starts[first]
+            words = normalised_words(texts[document])
+            found[document] = self._first_shared(words, places, self._starts_E[ranks[rows]])
         return found
 
-    def _first_shared(self, words: list[str], places: list[int], hashes: NDArray[np.uint64]) -> str | None:
-        """The first of the runs at the given places of a document that really stands in a text."""
-        ranks = np.searchsorted(self._hashes_E, hashes).tolist()
-        for place, rank in zip(places, ranks, strict=True):
+    def _hits(self, hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of the hashes are those of runs that are looked for, and which runs: row, rank."""
+        if not len(self._hashes_E):
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        (likely,) = np.nonzero(self._occupied[hashes & self._slot_mask])
+        ranks = np.searchsorted(self._hashes_E, hashes[likely])
+        equal = self._hashes_E[np.minimum(ranks, len(self._hashes_E) - 1)] == hashes[likely]
+        return likely[equal], ranks[equal]
+
+    def _first_shared(
+        self, words: list[str], places: NDArray[np.int64], starts: NDArray[np.int64]
+    ) -> str | None:
+        """The first run of a document, of those at `places`, that is word for word the one at its start."""
+        for place, start in zip(places.tolist(), starts.tolist(), strict=True):
             run = words[place : place + self._ngram]
-            if rank < len(self._starts_E) and run == self._run_at(int(self._starts_E[rank])):
+            if run == self._words[start : start + self._ngram]:
                 return " ".join(run)
         return None
-
-    def _run_at(self, start: int) -> list[str]:
-        return self._words[start : start + self._ngram]
 
 
 def _runs(
@@ -88,10 +95,8 @@ def _runs(
     return hashes_W[starts], starts, texts_W[starts]
 
 
-def _grouped(
-    documents: NDArray[np.int64], values: NDArray[np.int64]
-) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """The values of each document; both are in document order."""
+def _grouped(documents: NDArray[np.int64]) -> Iterator[tuple[int, slice]]:
+    """Each document of a list in document order, and its rows of that list."""
     starts = np.flatnonzero(np.diff(documents, prepend=-1))
     for start, end in pairwise([*starts, len(documents)]):
-        yield int(documents[start]), values[start:end]
+        yield int(documents[start]), slice(start, end)

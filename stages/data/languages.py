@@ -14,7 +14,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from stages.errors import DataError
 
-LANGUAGE_CHARS = 2000
+LANGUAGE_CHARS = 1000
 """Characters from the start of a document that decide: the probability hardly moves after a few hundred."""
 UNDETERMINED = "und"
 """ISO 639-2 for a text whose language cannot be told."""
