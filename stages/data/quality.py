@@ -6,10 +6,11 @@
 Legend: D documents of a block, W words of all of them end to end, V distinct words.
 
 Rules and thresholds are those of datatrove 0.10 (FineWeb was made with it), also where it differs from the
-papers. Words here are what `words_and_marks` finds: runs of letters, digits and underscores, with apostrophes
-inside (`don't`), and every punctuation mark as a word of its own, but for dots or hyphens in a row, which are
-one. That is close to the word tokenisers of datatrove, without their exceptions per language. The rules are
-made for English prose: their stop words are English.
+papers. Words here are what `words_and_marks` finds: runs of letters, digits and underscores, held together by
+an apostrophe, full stop, slash or hyphen inside or by a comma before digits (don't, U.S, and/or, well-known,
+1,000.5), and every other mark as a word of its own, but for dots or hyphens in a row, which are one. That is
+how NLTK's tokeniser, which FineWeb was made with, splits most text. The rules are made for English prose:
+their stop words are English.
 Owns the rules. Does not own which sets are used, nor counting what was dropped (prepare).
 """
 
@@ -30,7 +31,7 @@ Ints = NDArray[np.int64]
 Broken = dict[str, Bools]
 """Rule, in the order of the set -> (D,): the documents that break it."""
 
-_WORD_OR_MARK = re.compile(r"\w+(?:['\u2019]\w+)*|\.{2,}|-{2,}|[^\w\s]")
+_WORD_OR_MARK = re.compile(r"\w+(?:['\u2019./-]\w+|,\d+)*|\.{2,}|-{2,}|[^\w\s]")
 
 # Rae et al. 2021 (Gopher), table A1 and section A.1.1.
 MIN_WORDS, MAX_WORDS = 50, 100_000
