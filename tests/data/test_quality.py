@@ -64,7 +64,7 @@ def repeated_phrase(rng: random.Random, lines: list[str]) -> list[str]:
 
 
 FEATURES: dict[str, Callable[[random.Random, list[str]], list[str]]] = {
-    "bullets": lambda rng, lines: some(rng, lines, lambda line: rng.choice(["- ", " \u2022 "]) + line),
+    "bullets": lambda rng, lines: [rng.choice(["- ", " \u2022 "]) + line for line in lines],
     "ellipsis ends": lambda rng, lines: some(
         rng, lines, lambda line: unended(line) + rng.choice(["...", "\u2026 "])
     ),
@@ -320,8 +320,8 @@ def broken_rule(text: str, *rules: QualityRules) -> str | None:
 
 
 def test_fifty_words_are_enough_for_gopher_and_forty_nine_are_not():
-    assert broken_rule("Of the cat " * 16 + "sleep now", "gopher_quality") is None  # 16 * 3 + 2 words
-    assert broken_rule("Of the cat " * 16 + "sleep", "gopher_quality") == "gopher_quality: too few words"
+    assert broken_rule("Of the boat " * 16 + "sleep now", "gopher_quality") is None  # 16 * 3 + 2 words
+    assert broken_rule("Of the boat " * 16 + "sleep", "gopher_quality") == "gopher_quality: too few words"
 
 
 def test_the_top_bigram_counts_its_characters_every_time_it_occurs():
