@@ -258,6 +258,7 @@ def test_c4_keeps_the_same_lines_and_drops_the_same_documents_as_datatrove(same_
 
 NAMES = {
     "gopher_short_doc": "too few words",
+    "gopher_long_doc": "too many words",
     "gopher_below_avg_threshold": "mean word length too low",
     "gopher_above_avg_threshold": "mean word length too high",
     "gopher_too_many_hashes": "hash marks",
@@ -320,8 +321,8 @@ def broken_rule(text: str, *rules: QualityRules) -> str | None:
 
 
 def test_fifty_words_are_enough_for_gopher_and_forty_nine_are_not():
-    assert broken_rule("Of the boat " * 16 + "sleep now", "gopher_quality") is None  # 16 * 3 + 2 words
-    assert broken_rule("Of the boat " * 16 + "sleep", "gopher_quality") == "gopher_quality: too few words"
+    assert broken_rule("of the boat " * 16 + "sleep now", "gopher_quality") is None  # 16 * 3 + 2 words
+    assert broken_rule("of the boat " * 16 + "sleep", "gopher_quality") == "gopher_quality: too few words"
 
 
 def test_the_top_bigram_counts_its_characters_every_time_it_occurs():
