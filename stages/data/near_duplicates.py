@@ -141,9 +141,12 @@ def _shared_buckets(
         keys = keys_of_band(band)
         num_documents = len(keys)
         order = np.argsort(keys, kind="stable")
-        same = keys[order[1:]] == keys[order[:-1]]  # as the one before it
-        shared = np.concatenate([same, [False]]) | np.concatenate([[False], same])
-        first = shared & ~np.concatenate([[False], same])
+        as_before = np.zeros(num_documents, np.bool_)
+        as_before[1:] = keys[order[1:]] == keys[order[:-1]]
+        first = ~as_before
+        first[:-1] &= as_before[1:]  # of a bucket of several
+        first[-1:] = False
+        shared = first | as_before
         documents.append(order[shared])
         buckets.append(num_buckets + np.cumsum(first)[shared] - 1)
         num_buckets += int(np.count_nonzero(first))
