@@ -153,20 +153,25 @@ class ExperimentConfig(Section):
                 )
             elif getattr(self.resources, stage).num_gpus not in (0, 1):
                 yield f"resources.{stage}.num_gpus: several workers have one GPU each, or none; set 1 or 0"
-            elif isinstance(section, SFTConfig) and section.batch_tokens is not None:
-                rows = section.batch_tokens // self.model.context_length
-                if rows % num_workers:
-                    yield (
-                        f"{key}: sft.batch_tokens {section.batch_tokens} are {rows} rows of "
-                        f"model.context_length {self.model.context_length}, which cannot be shared out evenly "
-                        f"between {num_workers} workers; use a multiple of "
-                        f"{num_workers * self.model.context_length}"
-                    )
-            elif stage != "ppo" and section.batch_size % num_workers:  # ppo shares out packs, evenly or not
+            else:
+                yield from self._uneven_shares(stage, section, num_workers)
+
+    def _uneven_shares(self, stage: str, section: TrainingConfig, num_workers: int) -> Iterator[str]:
+        key = f"resources.{stage}.num_workers"
+        if isinstance(section, SFTConfig) and section.batch_tokens is not None:
+            context = self.model.context_length
+            rows = section.batch_tokens // context
+            if rows % num_workers:
                 yield (
-                    f"{key}: {stage}.batch_size {section.batch_size} cannot be shared out evenly between "
-                    f"{num_workers} workers; use a multiple of {num_workers}"
+                    f"{key}: sft.batch_tokens {section.batch_tokens} is {rows} rows of "
+                    f"model.context_length {context}, which cannot be shared out evenly between "
+                    f"{num_workers} workers; use a multiple of {num_workers * context}"
                 )
+        elif stage != "ppo" and section.batch_size % num_workers:  # ppo shares out packs, evenly or not
+            yield (
+                f"{key}: {stage}.batch_size {section.batch_size} cannot be shared out evenly between "
+                f"{num_workers} workers; use a multiple of {num_workers}"
+            )
 
     def _transport_problems(self) -> Iterator[str]:
         if self.resources.address is not None and self.pipeline.executor == "inline":

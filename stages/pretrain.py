@@ -1,6 +1,6 @@
 """Recipe: causal language modelling on prepare's shards, from scratch or continued from `model.path`.
 
-    token shards --rows of segments--> model --cross-entropy on targets--> AdamW, warm-up + cosine --> base model
+    token shards --rows of segments--> model --cross-entropy on targets--> AdamW --> base model
 
 Segments of a row (documents or parts of them) do not see each other, whatever the packing; positions restart
 with each. What is a target is for the shards to say. The loss is the mean over the targets of the step.
