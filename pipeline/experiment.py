@@ -123,6 +123,11 @@ class ExperimentConfig(Section):
             yield "model.revision: has no meaning without model.path; set that, or remove this"
         if self.prepare is not None and self.prepare.min_chars > self.prepare.max_chars:
             yield "prepare.min_chars: above prepare.max_chars, so no document fits; lower it"
+        if self.sft is not None and self.sft.batch_tokens is not None and self.sft.batch_tokens < context:
+            yield (
+                f"sft.batch_tokens: {self.sft.batch_tokens} do not hold one row of model.context_length "
+                f"{context}; use {context} or more"
+            )
         if self.ppo is not None and self.ppo.precision == "bf16" and self.rollout.engine == "hf":
             yield "rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"
         if self.rollout.num_engines > 1 and self.pipeline.executor == "inline":
@@ -148,11 +153,25 @@ class ExperimentConfig(Section):
                 )
             elif getattr(self.resources, stage).num_gpus not in (0, 1):
                 yield f"resources.{stage}.num_gpus: several workers have one GPU each, or none; set 1 or 0"
-            elif stage != "ppo" and section.batch_size % num_workers:  # ppo shares out packs, evenly or not
+            else:
+                yield from self._uneven_shares(stage, section, num_workers)
+
+    def _uneven_shares(self, stage: str, section: TrainingConfig, num_workers: int) -> Iterator[str]:
+        key = f"resources.{stage}.num_workers"
+        if isinstance(section, SFTConfig) and section.batch_tokens is not None:
+            context = self.model.context_length
+            rows = section.batch_tokens // context
+            if rows % num_workers:
                 yield (
-                    f"{key}: {stage}.batch_size {section.batch_size} cannot be shared out evenly between "
-                    f"{num_workers} workers; use a multiple of {num_workers}"
+                    f"{key}: sft.batch_tokens {section.batch_tokens} is {rows} rows of "
+                    f"model.context_length {context}, which cannot be shared out evenly between "
+                    f"{num_workers} workers; use a multiple of {num_workers * context}"
                 )
+        elif stage != "ppo" and section.batch_size % num_workers:  # ppo shares out packs, evenly or not
+            yield (
+                f"{key}: {stage}.batch_size {section.batch_size} cannot be shared out evenly between "
+                f"{num_workers} workers; use a multiple of {num_workers}"
+            )
 
     def _transport_problems(self) -> Iterator[str]:
         if self.resources.address is not None and self.pipeline.executor == "inline":

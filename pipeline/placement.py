@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from rollout.config import EngineConfig
 from stages.bundles import StageBundles, bundles_of, rollout_of
-from stages.config import ModelConfig, PPOConfig, TrainingConfig
+from stages.config import ModelConfig, PPOConfig, SFTConfig, TrainingConfig
 from stages.runtime import StageResources
 
 GIB = 2**30
@@ -175,6 +175,8 @@ def _logits(config: ExperimentConfig, stage: str) -> int:
         return 0
     if isinstance(section, PPOConfig):
         return section.pack_size * section.max_response_tokens
+    if isinstance(section, SFTConfig) and section.batch_tokens is not None:
+        return config.model.context_length  # a row per forward
     return int(section.micro_batch_size) * config.model.context_length
 
 

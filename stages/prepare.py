@@ -72,6 +72,7 @@ def run(
         out_dir,
         _encoded(chat, train),
         _encoded(chat, heldout),
+        packing=config.packing,
         separator_id=chat.separator_id,
         vocab_size=chat.vocab_size,
         context_length=settings.model.context_length,
@@ -94,9 +95,11 @@ def run(
         "chars_train": num_chars,
         "tokens_train": counts.tokens_train,
         "tokens_dropped": counts.tokens_dropped,
+        "tokens_repeated": counts.tokens_repeated,
         "tokens_heldout": counts.tokens_heldout,
-        "chars_per_token": num_chars / max(1, counts.tokens_train + counts.tokens_dropped - len(train) - 1),
+        "chars_per_token": num_chars / max(1, counts.tokens_text),
         "rows": counts.rows,
+        "packing_utilisation": counts.utilisation,
         "vocab_size": chat.vocab_size,
     }
     examples = {rule: dropped.examples for rule, dropped in corpus.dropped.items()}

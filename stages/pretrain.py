@@ -1,12 +1,12 @@
 """Recipe: causal language modelling on prepare's shards, from scratch or continued from `model.path`.
 
-    token shards --rows of context_length--> model --cross-entropy--> AdamW, warm-up + cosine --> base model
+    token shards --rows of segments--> model --cross-entropy on targets--> AdamW --> base model
 
-Documents follow one another in a row, separated by the end-of-text token; every token but the first of a row
-is a target.
+Segments of a row (documents or parts of them) do not see each other, whatever the packing; positions restart
+with each. What is a target is for the shards to say. The loss is the mean over the targets of the step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from stages.config import PretrainSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.shards import TokenShards, heldout_sequences
-from stages.objectives.losses import causal_lm_loss_sum, target_mask
+from stages.data.packing import PackedRow, packed_row
+from stages.data.shards import TokenRow, TokenShards, heldout_sequences
+from stages.objectives.losses import causal_lm_loss_sum
 from stages.runtime import Runtime
 from stages.training import ranks
 from stages.training.distributed import Worker, launch, place
@@ -34,19 +35,20 @@ from stages.training.models import (
 )
 from stages.training.optimize import Optimizer
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """A micro-batch of whole rows."""
+    """A micro-batch: the segments of some rows end to end."""
 
-    input_ids_RN: Tensor
-    num_targets: int  # of the whole optimizer step
+    row: PackedRow
+    is_target_1N: Tensor  # bool, the tokens to predict, each from the one before
+    num_targets: int  # of the whole optimizer step, all ranks together
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids_RN.numel()
+        return self.row.num_tokens
 
 
 def run(
@@ -80,20 +82,12 @@ def train(
     optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
 
     # 3. Train.
-    def batch_of(step: int) -> list[Rows]:
-        mine = rank_share(order.indices(step), worker.rank, worker.world_size)
-        ids_BN = torch.from_numpy(np.stack([shards.row(index) for index in mine])).to(worker.device)
-        num_targets = config.batch_size * (ids_BN.shape[1] - 1)
-        return [
-            Rows(input_ids_RN=rows, num_targets=num_targets) for rows in ids_BN.split(config.micro_batch_size)
-        ]
-
     result = fit(
         optimizer,
         config,
         max_steps=max_steps,
         runtime=worker.runtime,
-        batch_of=batch_of,
+        batch_of=lambda step: _micro_batches(shards, order.indices(step), config.micro_batch_size, worker),
         loss_of=lambda rows: _loss(model, rows),
     )
 
@@ -125,13 +119,32 @@ def _initial_model(settings: PretrainSettings, inputs: Mapping[str, Path], chat:
     )
 
 
-def _loss(model: CausalLM, rows: Rows) -> Tensor:
-    """This micro-batch's share of the mean cross-entropy of the step, nats per token."""
-    ids_RN = rows.input_ids_RN
-    every_N = torch.arange(ids_RN.shape[1], device=ids_RN.device)
-    logits_RNV = model({"input_ids": ids_RN, "use_cache": False}, every_N)
-    targets_RN = target_mask(
-        loss_mask_BS=torch.ones_like(ids_RN, dtype=torch.bool), position_ids_BS=every_N.expand_as(ids_RN)
+def _micro_batches(
+    shards: TokenShards, indices: Sequence[int], micro_batch_size: int, worker: Worker
+) -> list[Rows]:
+    """This rank's share of the rows of a step, `micro_batch_size` to a forward."""
+    num_targets = sum(shards.num_targets(index) for index in indices)
+    mine = rank_share(indices, worker.rank, worker.world_size)
+    rows = [shards.row(index) for index in mine]
+    return [
+        _end_to_end(rows[start : start + micro_batch_size], num_targets, worker.device)
+        for start in range(0, len(rows), micro_batch_size)
+    ]
+
+
+def _end_to_end(rows: Sequence[TokenRow], num_targets: int, device: torch.device) -> Rows:
+    ids_N = torch.from_numpy(np.concatenate([row.ids for row in rows]))
+    is_target_N = torch.from_numpy(np.concatenate([row.is_target for row in rows]))
+    return Rows(
+        row=packed_row(ids_N, [length for row in rows for length in row.lengths]).to(device),
+        is_target_1N=is_target_N[None].to(device),
+        num_targets=num_targets,
     )
-    loss = causal_lm_loss_sum(logits_BSV=logits_RNV, input_ids_BS=ids_RN, target_mask_BS=targets_RN)
+
+
+def _loss(model: CausalLM, rows: Rows) -> Tensor:
+    """This micro-batch's share of the mean cross-entropy of the step, nats per target."""
+    ids_1N = rows.row.input_ids_1N
+    logits_1NV = model(rows.row.model_inputs(), torch.arange(ids_1N.shape[1], device=ids_1N.device))
+    loss = causal_lm_loss_sum(logits_BSV=logits_1NV, input_ids_BS=ids_1N, target_mask_BS=rows.is_target_1N)
     return loss / rows.num_targets

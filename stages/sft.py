@@ -2,10 +2,13 @@
 
     conversations --chat template--> ids + mask --pack--> model --cross-entropy on the mask--> AdamW
 
-Packed sequences do not see each other; the end-of-turn token is trained once per assistant turn.
+A step is batch_size conversations, packed into rows of micro_batch_size of them; or, with batch_tokens, rows
+of context_length slots, into which all conversations are packed best-fit once, before the first step. Either
+way nothing is padded: an empty slot does not go through the model. Packed sequences do not see each other;
+the end-of-turn token is trained once per assistant turn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from torch import Tensor
 from stages.config import SFTSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, Rendered, truncate
-from stages.data.packing import PackedRow, pack, plan_packs
+from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.readers import read_conversations
 from stages.errors import DataError
 from stages.objectives.logprobs import token_logprobs
@@ -66,9 +69,7 @@ def train(
     # 1. Data: conversations as ids with a mask of what is trained.
     chat = ChatTokenizer.load(base_model(inputs), settings.model.chat_template)
     examples, num_dropped = _examples(settings, chat)
-    order = BatchOrder(
-        num_rows=len(examples), batch_size=config.batch_size, seed=stage_seed(settings.seed, "sft", "order")
-    )
+    batches = _batches(examples, settings, worker)
 
     # 2. Model and optimizer.
     model = load_causal_lm(base_model(inputs))
@@ -76,7 +77,7 @@ def train(
     if config.gradient_checkpointing:
         model.inner.gradient_checkpointing_enable()
     place(model, worker, precision=config.precision, trained=True)
-    max_steps = num_steps(config, order)
+    max_steps = num_steps(config, batches.order)
     optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
 
     # 3. Train.
@@ -85,9 +86,7 @@ def train(
         config,
         max_steps=max_steps,
         runtime=worker.runtime,
-        batch_of=lambda step: _micro_batches(
-            [examples[index] for index in order.indices(step)], config.micro_batch_size, worker
-        ),
+        batch_of=batches.of_step,
         loss_of=lambda conversations: _loss(model, conversations),
     )
 
@@ -106,6 +105,7 @@ def train(
         **result.metrics(),
         "conversations": float(len(examples)),
         "conversations_dropped": float(num_dropped),
+        **batches.metrics,
     }
 
 
@@ -125,6 +125,43 @@ def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered
     return kept, rows.num_skipped + len(cut) - len(kept)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batches:
+    """What the steps train on."""
+
+    order: BatchOrder  # of the conversations, or of the rows they were packed into
+    of_step: Callable[[int], list[Conversations]]  # this rank's share of a step
+    metrics: Mapping[str, float]  # of the packing, where rows have a fixed size that it could fill or not
+
+
+def _batches(examples: Sequence[Rendered], settings: SFTSettings, worker: Worker) -> Batches:
+    config, context_length = settings.sft, settings.model.context_length
+    seed = stage_seed(settings.seed, "sft", "order")
+    if config.batch_tokens is None:
+        order = BatchOrder(num_rows=len(examples), batch_size=config.batch_size, seed=seed)
+        return Batches(
+            order=order,
+            of_step=lambda step: _micro_batches(
+                [examples[index] for index in order.indices(step)], config.micro_batch_size, worker
+            ),
+            metrics={},
+        )
+    lengths = [len(example.ids) for example in examples]
+    plan = best_fit(lengths, context_length)
+    rows_per_step = config.batch_tokens // context_length
+    order = BatchOrder(num_rows=len(plan.packs), batch_size=rows_per_step, seed=seed)
+    return Batches(
+        order=order,
+        of_step=lambda step: _row_batches(
+            [[examples[index] for index in plan.packs[row]] for row in order.indices(step)], worker
+        ),
+        metrics={
+            "rows": float(len(plan.packs)),
+            "packing_utilisation": utilisation(plan, lengths, context_length),
+        },
+    )
+
+
 def _micro_batches(
     examples: Sequence[Rendered], micro_batch_size: int, worker: Worker
 ) -> list[Conversations]:
@@ -133,6 +170,14 @@ def _micro_batches(
     mine = rank_share(examples, worker.rank, worker.world_size)
     plan = plan_packs([len(example.ids) for example in mine], micro_batch_size)
     return [_packed([mine[index] for index in members], num_targets, worker.device) for members in plan.packs]
+
+
+def _row_batches(rows: Sequence[Sequence[Rendered]], worker: Worker) -> list[Conversations]:
+    """This rank's share of a step's `rows`, one row per forward."""
+    num_targets = sum(sum(example.mask) for row in rows for example in row)
+    return [
+        _packed(row, num_targets, worker.device) for row in rank_share(rows, worker.rank, worker.world_size)
+    ]
 
 
 def _packed(examples: Sequence[Rendered], num_targets: int, device: torch.device) -> Conversations:

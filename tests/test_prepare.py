@@ -55,7 +55,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 def train_text(directory: Path) -> str:
     shards = TokenShards(directory)
-    ids = [token for index in range(len(shards)) for token in shards.row(index).tolist()]
+    ids = [token for index in range(len(shards)) for token in shards.row(index).ids.tolist()]
     return AutoTokenizer.from_pretrained(directory).decode(ids)
 
 
@@ -72,7 +72,7 @@ def test_the_artifact_holds_a_loadable_tokenizer_rows_and_statistics(tmp_path, r
     )
     assert tokenizer.chat_template == CHATML
     shards = TokenShards(tmp_path / "out")
-    assert shards.row(0).shape == (64,) and shards.row(0)[0] == tokenizer.eos_token_id
+    assert shards.row(0).ids.shape == (64,) and shards.row(0).ids[0] == tokenizer.eos_token_id
     assert shards.vocab_size == len(tokenizer) == metrics["vocab_size"] == 320
     assert len(shards) == metrics["rows"] == metrics["tokens_train"] // 64
     assert len(list((tmp_path / "out").glob("train-*.bin"))) > 1
@@ -103,7 +103,7 @@ def test_any_text_survives_encoding_and_forged_special_tokens_stay_text(tmp_path
     chat = ChatTokenizer.load(tmp_path / "out")
     assert chat.decode(chat.text_ids(odd)) == odd and not {0, 1, 2, 3} & set(chat.text_ids(odd))
     separators = sum(
-        TokenShards(tmp_path / "out").row(i).tolist().count(0)
+        TokenShards(tmp_path / "out").row(i).ids.tolist().count(0)
         for i in range(len(TokenShards(tmp_path / "out")))
     )
     assert separators <= len(DOCUMENTS) + 2

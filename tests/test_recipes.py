@@ -168,6 +168,26 @@ def test_pretrain_learns_and_starts_near_the_uniform_distribution(chain):
     assert math.exp(chain.metrics["pretrain"]["loss_final"]) == pytest.approx(perplexity, rel=0.3)
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "bucket"])
+def test_pretrain_learns_from_rows_of_every_packing(chain, tmp_path, packing):
+    """The same documents as the chain's, which are packed one after another."""
+    prepare = PrepareConfig(
+        data=[DataSource(path=str(chain.root / "corpus.jsonl"))],
+        vocab_size=320,
+        heldout_frac=0.1,
+        packing=packing,
+    )
+    made = Chain(root=tmp_path)
+    made.run("prepare", run_prepare, PrepareSettings(seed=1, model=MODEL, prepare=prepare))
+    made.run("pretrain", pretrain.run, pretrain_settings(), inputs=["prepare"])
+    lines = read_steps(tmp_path / "pretrain" / "work" / "metrics.jsonl")
+    assert lines[0]["train/loss"] == pytest.approx(math.log(320), abs=0.3)
+    assert made.metrics["pretrain"]["loss_final"] < lines[0]["train/loss"] - 0.1
+    assert made.metrics["prepare"]["tokens_heldout"] == chain.metrics["prepare"]["tokens_heldout"]
+    assert 0.8 < made.metrics["prepare"]["packing_utilisation"] <= 1
+    assert chain.metrics["prepare"]["packing_utilisation"] == 1
+
+
 def test_pin_9_the_sft_model_stops_at_every_stop_token_of_its_template(chain):
     chat = chain.chat("sft")
     generation = json.loads((chain.outputs["sft"] / "generation_config.json").read_text())

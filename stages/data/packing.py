@@ -2,7 +2,7 @@
 
     lengths --plan_packs--> PackPlan --pack--> PackedRow --model--> per-token values --split--> per sequence
 
-Legend: N tokens of one packed row, S sequences in it.
+Legend: N tokens of one packed row, S sequences in it. Who shares a row is planned in pack_plans.
 
 The forward is always `model(**row.model_inputs())`: position ids that restart per sequence,
 attention_mask=None and use_cache=False, on which transformers builds the block-diagonal mask itself (with a
@@ -12,10 +12,24 @@ never from comparing ids with a pad id.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stages.data.pack_plans import PackPlan, best_fit, plan_packs, utilisation
+
+__all__ = [
+    "PackPlan",
+    "PackedRow",
+    "best_fit",
+    "pack",
+    "packed_row",
+    "plan_packs",
+    "split",
+    "utilisation",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +81,21 @@ class PackedRow:
 
 def pack(sequences: Sequence[Sequence[int]]) -> PackedRow:
     """Lay non-empty sequences of token ids end to end in one row."""
-    lengths = tuple(len(sequence) for sequence in sequences)
+    ids = [int(token) for sequence in sequences for token in sequence]
+    return packed_row(torch.tensor(ids, dtype=torch.int64), [len(sequence) for sequence in sequences])
+
+
+def packed_row(ids_N: Tensor, lengths: Sequence[int]) -> PackedRow:
+    """The row of `ids_N` (int64), in which sequences of these lengths lie end to end already."""
     assert lengths and min(lengths) > 0, "a pack holds at least one sequence, and no empty one"
-    starts = tuple(sum(lengths[:index]) for index in range(len(lengths)))
+    assert len(ids_N) == sum(lengths), f"{len(ids_N)} ids for {sum(lengths)} tokens"
+    starts = tuple(accumulate(lengths, initial=0))[:-1]
+    starts_N = torch.tensor(starts).repeat_interleave(torch.tensor(lengths))
     return PackedRow(
-        input_ids_1N=torch.tensor(
-            [[int(token) for sequence in sequences for token in sequence]], dtype=torch.int64
-        ),
-        position_ids_1N=torch.cat([torch.arange(length) for length in lengths])[None],
+        input_ids_1N=ids_N[None],
+        position_ids_1N=(torch.arange(len(ids_N)) - starts_N)[None],
         starts=starts,
-        lengths=lengths,
+        lengths=tuple(lengths),
     )
 
 
@@ -84,27 +103,3 @@ def split(values_N: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """Per-token values (N, ...) as views of the given lengths."""
     assert values_N.shape[0] == sum(lengths), f"{values_N.shape[0]} values for {sum(lengths)} tokens"
     return list(torch.split(values_N, list(lengths)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackPlan:
-    """Who shares a row: each pack is a tuple of sequence indices; every index is in exactly one pack."""
-
-    packs: tuple[tuple[int, ...], ...]
-
-
-def plan_packs(lengths: Sequence[int], micro_batch_size: int) -> PackPlan:
-    """ceil(S / micro_batch_size) packs of at most micro_batch_size sequences, token counts about equal.
-
-    Longest first into the pack with the fewest tokens that has room; ties by index, so deterministic.
-    """
-    num_packs = -(-len(lengths) // micro_batch_size)
-    packs: list[list[int]] = [[] for _ in range(num_packs)]
-    tokens = [0] * num_packs
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        target = min(
-            (p for p in range(num_packs) if len(packs[p]) < micro_batch_size), key=lambda p: (tokens[p], p)
-        )
-        packs[target].append(index)
-        tokens[target] += lengths[index]
-    return PackPlan(packs=tuple(tuple(sorted(members)) for members in packs))

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from stages.config import ModelConfig
 from stages.errors import ModelError
 from stages.training import ranks
-from stages.training.packed_attention import register_packed_attention
+from stages.training.packed_attention import no_unread_mask, register_packed_attention
 
 Precision = Literal["fp32", "bf16"]
 NORMALISER_FILE = "score_normaliser.json"
@@ -47,10 +47,11 @@ class CausalLM(nn.Module):
     def forward(self, inputs: Mapping[str, Any], positions_K: Tensor) -> Tensor:
         """Logits [R, K, V] at the positions `positions_K` of each row; logits elsewhere are never computed.
 
-        `inputs`: `PackedRow.model_inputs()`, or `input_ids` [R, N] of whole rows with `use_cache=False`.
+        `inputs`: `PackedRow.model_inputs()`, or `input_ids` [R, N] of unpacked rows with `use_cache=False`.
         """
         assert inputs["use_cache"] is False
-        return self.inner(**inputs, logits_to_keep=positions_K).logits
+        with no_unread_mask(inputs):
+            return self.inner(**inputs, logits_to_keep=positions_K).logits
 
 
 class TokenScorer(nn.Module):
@@ -69,7 +70,8 @@ class TokenScorer(nn.Module):
         """
         assert inputs["use_cache"] is False
         body: Any = self.inner.base_model
-        output = body(**inputs)
+        with no_unread_mask(inputs):
+            output = body(**inputs)
         scores_K = self.head(output.last_hidden_state[0, positions_K]).squeeze(-1).float()
         return scores_K if self.bias is None else scores_K + self.bias.float()
 

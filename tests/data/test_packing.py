@@ -1,11 +1,15 @@
 """Packing: one row holds many sequences, and none of them notices."""
 
+from itertools import combinations
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.data.packing import PackedRow, pack, plan_packs, split
+from stages.data.packing import PackedRow, best_fit, pack, packed_row, plan_packs, split, utilisation
 
 SEQUENCES = [
     [5, 6, 7, 8, 9, 10, 11],
@@ -121,6 +125,14 @@ def test_a_pack_is_ids_end_to_end_with_positions_that_restart():
     assert [part.shape for part in split(torch.zeros(5, 2), row.lengths)] == [(3, 2), (2, 2)]
 
 
+def test_a_row_that_lies_end_to_end_already_is_that_pack():
+    made = packed_row(torch.tensor([7, 8, 9, 5, 6]), [3, 2])
+    expected = pack([[7, 8, 9], [5, 6]])
+    assert torch.equal(made.input_ids_1N, expected.input_ids_1N)
+    assert torch.equal(made.position_ids_1N, expected.position_ids_1N)
+    assert (made.starts, made.lengths) == (expected.starts, expected.lengths)
+
+
 @pytest.mark.parametrize(
     ("lengths", "micro_batch_size"), [([3, 1, 4, 1, 5, 9, 2, 6], 3), ([1], 4), ([2] * 9, 2), ([], 3)]
 )
@@ -136,3 +148,72 @@ def test_a_pack_plan_balances_token_counts():
     lengths = [100, 1, 99, 2, 98, 3, 97, 4]
     totals = [sum(lengths[index] for index in members) for members in plan_packs(lengths, 4).packs]
     assert max(totals) - min(totals) <= 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "packs"),
+    [
+        ([3, 5, 2, 4], 7, [(1, 2), (0, 3)]),
+        ([4, 4, 4], 4, [(0,), (1,), (2,)]),
+        ([6, 5, 3, 2], 10, [(0, 2), (1, 3)]),  # 3 goes to the 6: it leaves 1, the 5 would leave 2
+        ([1] * 5, 3, [(0, 1, 2), (3, 4)]),
+        ([], 8, []),
+    ],
+)
+def test_best_fit_by_hand(lengths, capacity, packs):
+    assert list(best_fit(lengths, capacity).packs) == packs
+
+
+@st.composite
+def lengths_and_capacity(draw, max_size: int) -> tuple[list[int], int]:
+    capacity = draw(st.integers(1, 300))
+    return draw(st.lists(st.integers(1, capacity), min_size=1, max_size=max_size)), capacity
+
+
+@given(lengths_and_capacity(max_size=120))
+def test_best_fit_holds_every_sequence_once_and_no_two_of_its_packs_could_be_one(given_lengths):
+    """The latter bounds the packs: all but one are more than half full, counted in pairs."""
+    lengths, capacity = given_lengths
+    plan = best_fit(lengths, capacity)
+    assert sorted(index for members in plan.packs for index in members) == list(range(len(lengths)))
+    totals = [sum(lengths[index] for index in members) for members in plan.packs]
+    assert max(totals) <= capacity
+    assert all(a + b > capacity for a, b in combinations(totals, 2))
+    assert len(totals) <= 2 * sum(lengths) / capacity + 1
+    assert utilisation(plan, lengths, capacity) == pytest.approx(sum(lengths) / (len(totals) * capacity))
+    assert plan == best_fit(tuple(lengths), capacity), "a function of its arguments"
+
+
+def fewest_packs(lengths: list[int], capacity: int) -> int:
+    """By trying everything."""
+
+    def place(rest: list[int], free: list[int], best: int) -> int:
+        if len(free) >= best:
+            return best
+        if not rest:
+            return len(free)
+        for pack_index, room in enumerate(free):
+            if room >= rest[0]:
+                changed = [*free[:pack_index], room - rest[0], *free[pack_index + 1 :]]
+                best = place(rest[1:], changed, best)
+        return place(rest[1:], [*free, capacity - rest[0]], best)
+
+    return place(sorted(lengths, reverse=True), [], len(lengths) + 1)
+
+
+@given(lengths_and_capacity(max_size=7))
+def test_best_fit_decreasing_needs_eleven_ninths_of_the_fewest_packs_at_most(given_lengths):
+    """Johnson 1973; the constant by Dosa 2007."""
+    lengths, capacity = given_lengths
+    assert len(best_fit(lengths, capacity).packs) <= 11 / 9 * fewest_packs(lengths, capacity) + 6 / 9
+
+
+def test_best_fit_fills_rows_where_one_after_the_other_would_not():
+    lengths = [1 + 37 * index % 100 for index in range(1000)]
+    in_order = [0]
+    for length in lengths:
+        if in_order[-1] + length > 128:
+            in_order.append(0)
+        in_order[-1] += length
+    plan = best_fit(lengths, 128)
+    assert utilisation(plan, lengths, 128) > 0.99 > 0.8 > sum(lengths) / (len(in_order) * 128)

@@ -153,6 +153,11 @@ IN_FILES = [
      "demo.yaml:7: resources.sft.num_workers: sft.batch_size 32 cannot be shared out evenly between 3 "
      "workers; "
      "use a multiple of 3"),
+    (NAME + SFT + "  batch_tokens: 2560\nresources:\n  sft:\n    num_workers: 4\n",
+     "demo.yaml:8: resources.sft.num_workers: sft.batch_tokens 2560 is 10 rows of model.context_length 256, "
+     "which cannot be shared out evenly between 4 workers; use a multiple of 1024"),
+    (NAME + SFT + "  batch_tokens: 200\n",
+     "demo.yaml:5: sft.batch_tokens: 200 do not hold one row of model.context_length 256; use 256 or more"),
     (NAME + SFT + "pipeline: {executor: inline}\nresources:\n  sft:\n    num_workers: 2\n",
      "demo.yaml:8: resources.sft.num_workers: pipeline.executor inline runs each stage in one process; "
      "set 1, or "
