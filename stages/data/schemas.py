@@ -48,7 +48,7 @@ class Schema:
     required: tuple[str, ...]  # fields that must be there
     aliases: Aliases  # every field -> the columns looked for, in order
     parse: Callable[[Cells], tuple[Record, ...]]
-    fits: Callable[[Cells], bool] | None = None  # detected only if this holds, besides the columns
+    fits: Callable[[Cells], bool] | None = None  # where this fails, any other schema is nearer
 
     def cells(self, row: Mapping[str, Any], columns: Mapping[str, str], min_margin: float = 0.0) -> Cells:
         """The row through this schema's fields. Raises RowError for a configured field it does not have."""
@@ -61,19 +61,20 @@ class Schema:
         return Cells(row, columns, self.aliases, min_margin)
 
     def distance(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[float, ...]:
-        """How far the row is from this schema: configured fields it does not have, then the share and the
-        number of what it requires and the row lacks; 0 throughout: the row is of this schema.
+        """How far the row is from this schema, smallest first; 0 throughout: the row is of this schema.
+
+        A schema that does not fit comes last; then count the configured fields it does not have, then the
+        share and the number of what it requires and the row lacks.
         """
         configured = {field: column for field, column in columns.items() if field in self.aliases}
         cells = Cells(row, configured, self.aliases)
         missing = sum(cells.column(field) is None for field in self.required)
-        if self.fits is not None and (missing or not self.fits(cells)):
-            missing += 1
-        return len(columns) - len(configured), missing / len(self.required), missing
+        is_unfit = self.fits is not None and not self.fits(cells)
+        return is_unfit, len(columns) - len(configured), missing / len(self.required), missing
 
 
 def _transcript_in(field: str) -> Callable[[Cells], bool]:
-    return lambda cells: is_transcript(cells.required(field)[1])
+    return lambda cells: cells.column(field) is not None and is_transcript(cells.required(field)[1])
 
 
 _SYSTEM = {"system": ASKED["system"]}
@@ -147,15 +148,20 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
 
 
 def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
-    """Rows of one of `inner` with a boolean `label`; `keep` turns their reader into that of labelled rows."""
+    """Rows of one of `inner` with a boolean `label`, or one that the config names; `keep` turns their reader
+    into that of labelled rows.
+    """
 
     def without_label(cells: Cells) -> tuple[Schema, dict[str, str]]:
         columns = {field: column for field, column in cells.columns.items() if field != "label"}
         return _nearest(inner, cells.row, columns), columns
 
     def fits(cells: Cells) -> bool:
+        if cells.column("label") is None:
+            return False
         schema, columns = without_label(cells)
-        return isinstance(cells.required("label")[1], bool) and not any(schema.distance(cells.row, columns))
+        is_label = cells.is_renamed("label") or isinstance(cells.required("label")[1], bool)
+        return is_label and not any(schema.distance(cells.row, columns))
 
     def parse(cells: Cells) -> tuple[Record, ...]:
         schema, columns = without_label(cells)
@@ -229,7 +235,7 @@ SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
             required=("prompt", "responses"),
             aliases={**ASKED, **ranked.RATED},
             parse=ranked.ranked,
-            fits=ranked.holds_several,
+            fits=ranked.holds_responses,
         ),
         Schema(
             format="tree",

@@ -37,7 +37,7 @@ def asked(cells: Cells, field: str) -> Messages:
 def used_by(cells: Cells, field: str) -> tuple[str, ...]:
     """The fields that `asked` makes the question of."""
     column, value = cells.required(field)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or is_open_transcript(value):
         return field, "system"
     joined = ("input",) if _input_of(cells, column) is not None else ()
     return field, "system", *joined, *(("history",) if _has_history(cells) else ())
@@ -46,16 +46,15 @@ def used_by(cells: Cells, field: str) -> tuple[str, ...]:
 def _question(cells: Cells, column: str, value: str) -> Message:
     text = filled(as_text(value, column), column, "prompt")
     extra = _input_of(cells, column)
-    below = "" if extra is None else as_text(extra[1], extra[0])
+    below = "" if extra is None or extra[1] is None else as_text(extra[1], extra[0])
     return Message(role="user", content=f"{text}\n\n{below}" if below.strip() else text)
 
 
 def _input_of(cells: Cells, column: str) -> tuple[str, object] | None:
     """(column, value) of the `input` that goes with the prompt: an instruction's, or one the config names."""
     if cells.is_renamed("input"):
-        return cells.optional("input")
-    found = cells.first_of(ASKED["input"]) if column == "instruction" else None
-    return None if found is None or found[1] is None else found
+        return cells.required("input")
+    return cells.first_of(ASKED["input"]) if column == "instruction" else None
 
 
 def _has_history(cells: Cells) -> bool:

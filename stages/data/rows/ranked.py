@@ -6,8 +6,8 @@ Owns the shapes of rated data and which response of two is preferred. Does not o
 trees of replies (trees). Light import.
 
 Shapes: texts with a parallel list of `scores` (higher is better) or `ranks` (lower is better), or objects
-that hold text and score (UltraFeedback, Nectar). Scores win over ranks where a row has both. A response without a
-score (null) is in no pair, and neither are two equal ones, whatever their scores.
+that hold text and score (UltraFeedback, Nectar). Scores win over ranks where a row has both. A response
+without a score (null) is in no pair, and neither are two equal ones, whatever their scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,14 +41,9 @@ class Rated:
     merit: float | None  # higher is better: the score, or minus the rank; None: not rated
 
 
-def holds_several(cells: Cells) -> bool:
-    """Whether the row has a list of responses and somewhere their scores or ranks."""
-    found = cells.optional("responses")
-    if found is None or not isinstance(found[1], list) or not found[1]:
-        return False
-    first = found[1][0]
-    inside = isinstance(first, Mapping) and any(key in first for key in (*_SCORE_KEYS, *_RANK_KEYS))
-    return inside or any(cells.column(field) is not None for field in ("scores", "ranks"))
+def holds_responses(cells: Cells) -> bool:
+    """Whether the row has several responses, rated or not."""
+    return cells.column("responses") is not None
 
 
 def ranked(cells: Cells) -> tuple[Pair, ...]:

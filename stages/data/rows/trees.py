@@ -35,8 +35,10 @@ class _Reply:
 
 def holds_tree(cells: Cells) -> bool:
     """Whether the prompt is a turn with replies."""
-    found = cells.optional("prompt")
-    return found is not None and isinstance(found[1], Mapping) and "replies" in found[1]
+    if cells.column("prompt") is None:
+        return False
+    prompt = cells.required("prompt")[1]
+    return isinstance(prompt, Mapping) and "replies" in prompt
 
 
 def tree_conversation(cells: Cells) -> tuple[Conversation, ...]:

@@ -6,9 +6,9 @@ Owns key names, role names, content parts, and what no chat template can take. D
 message stands in (conversations, preferences, prompts). Light import.
 
 A message may hold role/content (OpenAI, TRL) or from/value (ShareGPT), wherever it stands. Content is text,
-or a list of `{type: text, text: …}` parts, which are joined as they are. Tool calls and parts that are no text
-are refused: only text is trained, and leaving them out would change what the turn says. Two turns of one role
-in a row stay as they are: templates take them. A system message stands first or not at all.
+or a list of `{type: text, text: …}` parts, which are joined as they are. Tool calls and parts that are no
+text are refused: only text is trained, and leaving them out would change what the turn says. Two turns of one
+role in a row stay as they are: templates take them. A system message stands first or not at all.
 """
 
 from collections.abc import Mapping
