@@ -51,6 +51,7 @@ class Rows(Generic[R]):
 
     records: list[R]
     num_skipped: int  # malformed rows left out under on_bad_row: skip
+    num_filtered: int  # sound rows that give no record: labelled false, all responses tied
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +81,17 @@ def read_prompts(sources: Sequence[DataSource], *, seed: int) -> Rows[Prompt]:
 def read(sources: Sequence[DataSource], stage: StageName, *, seed: int) -> Rows[Any]:
     """The records that `stage` takes: the functions above by stage name, and documents for prepare."""
     records: list[Any] = []
-    num_skipped = 0
+    num_skipped = num_filtered = 0
     for index, source in enumerate(sources):
         if source.weight == 0:
             continue
         rows = read_source(source, stage)
         records += weighted(rows.records, source.weight, stage_seed(seed, "weight", index))
         num_skipped += rows.num_skipped
+        num_filtered += rows.num_filtered
     if not records:
         raise DataError(f"{', '.join(shown(source.path) for source in sources) or stage}: no rows")
-    return Rows(records=records, num_skipped=num_skipped)
+    return Rows(records=records, num_skipped=num_skipped, num_filtered=num_filtered)
 
 
 def read_source(source: DataSource, stage: StageName) -> Rows[Any]:
@@ -104,7 +106,7 @@ def read_source(source: DataSource, stage: StageName) -> Rows[Any]:
         raise DataError(
             f"{shown(source.path)}: no rows in part: {source.part} of {len(records)}; raise heldout_frac"
         )
-    return Rows(records=kept, num_skipped=reader.num_skipped)
+    return Rows(records=kept, num_skipped=reader.num_skipped, num_filtered=reader.num_filtered)
 
 
 def _in_part(record: Record, source: DataSource) -> bool:
@@ -188,7 +190,7 @@ class _SourceReader(Iterator[Any]):
         self._source, self._stage = source, stage
         self.schema: Schema | None = self._stated_schema()
         self.columns_seen: dict[str, str] = {}
-        self.num_rows = self.num_skipped = 0
+        self.num_rows = self.num_skipped = self.num_filtered = 0
         self._first_problem = ""
         self._files = files_of(source.path)
         self._records = self._read()
@@ -214,21 +216,22 @@ class _SourceReader(Iterator[Any]):
                 try:
                     if raw.columns is None:
                         raise RowError(raw.problem)
-                    record = self._parse(raw.columns)
+                    records = self._parse(raw.columns)
                 except RowError as error:
                     self._bad(f"{shown(path)}:{raw.line}: {error}")
                     continue
-                yield record
+                self.num_filtered += not records
+                yield from records
 
-    def _parse(self, row: dict[str, Any]) -> Record:
+    def _parse(self, row: dict[str, Any]) -> tuple[Record, ...]:
         if self.schema is None:
             self.schema = detect(self._stage, row, self._source.column_of)
-        cells = self.schema.cells(row, self._source.column_of)
-        record = self.schema.parse(cells)
+        cells = self.schema.cells(row, self._source.column_of, self._source.min_margin)
+        records = self.schema.parse(cells)
         if not self.columns_seen:
             columns = {field: cells.column(field) for field in self.schema.aliases}
             self.columns_seen = {field: column for field, column in columns.items() if column is not None}
-        return record
+        return records
 
     def _bad(self, problem: str) -> None:
         if self._source.on_bad_row == "error":

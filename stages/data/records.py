@@ -60,9 +60,12 @@ class Prompt:
     ]  # the row's further columns, for rule rewards and scoring functions (`answer`, ...)
 
 
-def split_key(record: Document | Conversation | Pair | Prompt) -> str:
+Record = Document | Conversation | Pair | Prompt
+
+
+def split_key(record: Record) -> str:
     """The text by which a record is held out or not: a document itself, else what the user asks first, so
-    that pair, conversation and prompt of one row fall on the same side.
+    that pair, conversation and prompt of one row (or tree) fall on the same side.
     """
     if isinstance(record, Document):
         return record.text

@@ -194,8 +194,10 @@ def test_the_schema_depends_on_the_stage_and_can_be_stated(tmp_path):
     )
     assert stated.columns == {"prompt": "prompt", "completion": "chosen"}
     assert stated.records == [Conversation(messages=(user("p"), assistant("c")))]
-    assert "format preference does not feed sft; use messages" in failure(path, "sft", format="preference")
-    assert "columns: no field 'chosn'; fields are chosen, rejected, prompt, input" in failure(
+    assert "format preference does not feed sft; use labelled or tree or messages" in failure(
+        path, "sft", format="preference"
+    )
+    assert "columns: no field 'chosn'; fields are chosen, rejected, conversations" in failure(
         path, "reward", columns={"chosn": "x"}
     )
 

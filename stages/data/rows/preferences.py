@@ -1,0 +1,126 @@
+"""Preferences: rows of reward -> Pair: one prompt, a chosen and a rejected continuation.
+
+    chosen, rejected (+ prompt | conversations) --common beginning to the prompt--> Pair
+
+Owns where the prompt ends and the two sides begin. Does not own questions (prompts), turns (turns), or which
+of several responses is better (ranked, trees). Light import.
+"""
+
+from typing import Any, NoReturn
+
+from stages.data.records import Message, Messages, Pair
+from stages.data.rows.cells import Cells, RowError, as_text, filled
+from stages.data.rows.conversations import check_unanswered
+from stages.data.rows.prompts import asked
+from stages.data.rows.transcripts import turns_of
+from stages.data.rows.turns import as_messages, listed_messages, with_system
+
+SIDES = {"chosen": ("chosen",), "rejected": ("rejected",)}
+
+
+def preference(cells: Cells) -> tuple[Pair, ...]:
+    """`chosen` and `rejected` as text or messages; the prompt has its own column, or both begin with it."""
+    chosen_column, chosen = cells.required("chosen")
+    column, rejected = cells.required("rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise RowError(f"{column}: one of chosen and rejected is text, the other messages")
+    if isinstance(chosen, str) and cells.optional("prompt") is None:
+        return (_pair_of_texts(cells),)
+    sides = as_messages(chosen, chosen_column, "assistant"), as_messages(rejected, column, "assistant")
+    if cells.optional("prompt") is None:
+        return (pair_of_messages((), with_system(cells, sides[0]), with_system(cells, sides[1]), cells),)
+    prompt = asked(cells, "prompt")
+    check_unanswered(prompt, cells.required("prompt")[0])
+    return (_after_prompt(prompt, *sides, cells),)
+
+
+def sharegpt_preference(cells: Cells) -> tuple[Pair, ...]:
+    """`conversations` up to the question, `chosen` and `rejected` as `{from, value}` or text."""
+    column, prompt = listed_messages(cells, "conversations")
+    check_unanswered(prompt, column)
+    chosen, rejected = (as_messages(value, name, "assistant") for name, value in map(cells.required, SIDES))
+    return (_after_prompt(prompt, chosen, rejected, cells),)
+
+
+def hh_pair(cells: Cells) -> tuple[Pair, ...]:
+    """Two transcripts that part somewhere."""
+    chosen, rejected = (turns_of(cells.text(field), cells.required(field)[0]) for field in SIDES)
+    return (pair_of_messages((), chosen, rejected, cells),)
+
+
+def label_is_no_pair(cells: Cells) -> NoReturn:
+    """A labelled answer has no other answer beside it."""
+    column, _ = cells.required("label")
+    raise RowError(f"{column}: one labelled answer is no pair of answers; use this source for sft or ppo")
+
+
+def _after_prompt(prompt: Messages, chosen: Messages, rejected: Messages, cells: Cells) -> Pair:
+    """A prompt that both sides repeat, after a system message or without, is taken once."""
+    for start in (0, 1):
+        until = start + len(prompt)
+        before = chosen[:start]
+        is_repeated = chosen[start:until] == prompt == rejected[start:until] and before == rejected[:start]
+        if is_repeated and all(message.role == "system" for message in before):
+            return pair_of_messages(before + prompt, chosen[until:], rejected[until:], cells)
+    return pair_of_messages(prompt, chosen, rejected, cells)
+
+
+def _pair_of_texts(cells: Cells) -> Pair:
+    """No prompt column: the shared beginning is the prompt, back to its last line break, or else its last
+    space: two answers may begin with the same words.
+    """
+    (column, chosen), (other, rejected) = map(cells.required, SIDES)
+    for name, side in ((column, chosen), (other, rejected)):
+        filled(as_text(side, name), name, "response")
+    if chosen == rejected:
+        raise RowError(f"{other}: the same as {column}; remove the row, or set on_bad_row: skip")
+    shared = _common_prefix(chosen, rejected)
+    breaks = [shared.rfind("\n") + 1, max(shared.rfind(space) for space in " \t") + 1]
+    cut = next(
+        (at for at in breaks if shared[:at].strip() and chosen[at:].strip() and rejected[at:].strip()), 0
+    )
+    if not cut:
+        raise RowError(
+            f"{column}: shares no beginning with {other}, so there is no prompt - set columns: {{prompt: …}}"
+        )
+    prompt = with_system(cells, (Message(role="user", content=shared[:cut].rstrip()),))
+    return pair_of_messages(prompt, _said(chosen[cut:]), _said(rejected[cut:]), cells)
+
+
+def _said(text: str) -> Messages:
+    return (Message(role="assistant", content=text),)
+
+
+def pair_of_messages(prompt: Messages, chosen: Messages, rejected: Messages, cells: Cells) -> Pair:
+    """The longest common beginning of the two sides belongs to the prompt. Raises RowError."""
+    names = {field: cells.column(field) or field for field in SIDES}
+    if chosen == rejected:
+        raise RowError(
+            f"{names['rejected']}: the same as {names['chosen']}; remove the row, or set on_bad_row: skip"
+        )
+    shared = len(_common_prefix(chosen, rejected))
+    prompt = prompt + chosen[:shared]
+    for field, side in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
+        _check_side(side, names[field])
+    if not prompt:
+        raise RowError(
+            f"{names['chosen']}: shares no beginning with {names['rejected']}, so there is no prompt "
+            "- set columns: {prompt: …}"
+        )
+    if prompt[0].role == "assistant":
+        raise RowError(f"{names['chosen']}: starts with the assistant: no prompt")
+    return Pair(prompt=prompt, chosen=chosen[shared:], rejected=rejected[shared:], row=cells.row)
+
+
+def _check_side(side: Messages, name: str) -> None:
+    if not side:
+        raise RowError(f"{name}: empty response: it is a beginning of the other one")
+    if side[0].role != "assistant" or side[-1].role != "assistant":
+        raise RowError(f"{name}: after the shared prompt comes no answer of the assistant, up to the end")
+
+
+def _common_prefix(one: Any, other: Any) -> Any:
+    length = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+    return one[:length]

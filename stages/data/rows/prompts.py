@@ -1,0 +1,107 @@
+"""Prompts: what a row asks, and what a policy is to answer.
+
+    prompt | question | instruction (+ input) (+ history) (+ system) --asked--> Messages --> Prompt
+
+Owns how the parts of a question are joined, the same for every stage, so that `split_key` is too. Does not
+own answers (conversations, preferences). Light import.
+"""
+
+from stages.data.records import Message, Messages, Prompt
+from stages.data.rows.cells import Cells, RowError, as_text, described, filled
+from stages.data.rows.transcripts import first_turn_of, is_open_transcript, open_turns_of
+from stages.data.rows.turns import as_messages, listed_messages, with_system
+
+ASKED = {
+    "prompt": ("prompt", "question", "instruction"),
+    "input": ("input", "context"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+}
+"""Fields of a question -> the columns looked for."""
+
+
+def asked(cells: Cells, field: str) -> Messages:
+    """What the row asks: system, history and the prompt in `field`, with its input below it.
+
+    An instruction is joined with its `input` by a blank line. A text that is a transcript up to an open
+    `Assistant:` is taken apart into its turns. Raises RowError.
+    """
+    column, value = cells.required(field)
+    if is_open_transcript(value):
+        return with_system(cells, open_turns_of(as_text(value, column), column))
+    if isinstance(value, str):
+        return with_system(cells, (*_history(cells), _question(cells, column, value)))
+    return with_system(cells, as_messages(value, column, "user"))
+
+
+def used_by(cells: Cells, field: str) -> tuple[str, ...]:
+    """The fields that `asked` makes the question of."""
+    column, value = cells.required(field)
+    if not isinstance(value, str) or is_open_transcript(value):
+        return field, "system"
+    joined = ("input",) if _input_of(cells, column) is not None else ()
+    return field, "system", *joined, *(("history",) if _has_history(cells) else ())
+
+
+def _question(cells: Cells, column: str, value: str) -> Message:
+    text = filled(as_text(value, column), column, "prompt")
+    extra = _input_of(cells, column)
+    below = "" if extra is None or extra[1] is None else as_text(extra[1], extra[0])
+    return Message(role="user", content=f"{text}\n\n{below}" if below.strip() else text)
+
+
+def _input_of(cells: Cells, column: str) -> tuple[str, object] | None:
+    """(column, value) of the `input` that goes with the prompt: an instruction's, or one the config names."""
+    if cells.is_renamed("input"):
+        return cells.required("input")
+    return cells.first_of(ASKED["input"]) if column == "instruction" else None
+
+
+def _has_history(cells: Cells) -> bool:
+    """A `history` that is no list is a column like any other, unless the config names it."""
+    found = cells.optional("history")
+    return found is not None and (isinstance(found[1], list) or cells.is_renamed("history"))
+
+
+def _history(cells: Cells) -> Messages:
+    """`[[question, answer], …]` -> the turns before the question."""
+    if not _has_history(cells):
+        return ()
+    column, rounds = cells.required("history")
+    if not isinstance(rounds, list):
+        raise RowError(f"{column}: expected a list of [question, answer], got {described(rounds)}")
+    turns: list[Message] = []
+    for index, exchange in enumerate(rounds):
+        name = f"{column}[{index}]"
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise RowError(f"{name}: expected [question, answer], got {described(exchange)}")
+        question, answer = (as_text(said, f"{name}[{place}]") for place, said in enumerate(exchange))
+        turns.append(Message(role="user", content=filled(question, f"{name}[0]", "prompt")))
+        turns.append(Message(role="assistant", content=filled(answer, f"{name}[1]", "response")))
+    return tuple(turns)
+
+
+def prompt(cells: Cells) -> tuple[Prompt, ...]:
+    """`prompt` as text or messages; messages up to the last one that is not the assistant's."""
+    column, _ = cells.required("prompt")
+    return (_prompt(asked(cells, "prompt"), column, cells, *used_by(cells, "prompt")),)
+
+
+def conversation_prompt(cells: Cells) -> tuple[Prompt, ...]:
+    """`conversations`, likewise."""
+    column, messages = listed_messages(cells, "conversations")
+    return (_prompt(messages, column, cells, "conversations", "system"),)
+
+
+def hh_prompt(cells: Cells) -> tuple[Prompt, ...]:
+    """The first turn of the person: a policy answers it afresh. What was answered then does not matter."""
+    column, _ = cells.required("chosen")
+    messages = first_turn_of(cells.text("chosen"), column)
+    return (Prompt(messages=messages, row=cells.rest("chosen", "rejected")),)
+
+
+def _prompt(messages: Messages, column: str, cells: Cells, *used: str) -> Prompt:
+    last = max((index for index, message in enumerate(messages) if message.role != "assistant"), default=None)
+    if last is None or all(message.role == "system" for message in messages[: last + 1]):
+        raise RowError(f"{column}: empty prompt: no message to answer")
+    return Prompt(messages=messages[: last + 1], row=cells.rest(*used))

@@ -1,0 +1,691 @@
+"""Schemas: hand-written rows of every format give exact records in every stage; bad ones one exact line."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.config import DataFormat, DataSource
+from stages.data import readers
+from stages.data.records import Conversation, Document, Message, Pair, Prompt, split_key
+from stages.data.schemas import SCHEMAS, Record, RowError, StageName, detect, fields_of, named
+from stages.errors import DataError
+
+Row = dict[str, Any]
+
+
+def user(text: str) -> Message:
+    return Message(role="user", content=text)
+
+
+def assistant(text: str) -> Message:
+    return Message(role="assistant", content=text)
+
+
+def system(text: str) -> Message:
+    return Message(role="system", content=text)
+
+
+def say(role: str, content: Any) -> Row:
+    return {"role": role, "content": content}
+
+
+def told(sender: str, value: Any) -> Row:
+    return {"from": sender, "value": value}
+
+
+def parsed(stage: StageName, row: Row, min_margin: float = 0.0, **columns: str) -> tuple[Record, ...]:
+    schema = detect(stage, row, columns)
+    return schema.parse(schema.cells(row, columns, min_margin))
+
+
+def talk(*messages: Message) -> tuple[Conversation, ...]:
+    return (Conversation(messages=messages),)
+
+
+def problem(stage: StageName, row: Row, **columns: str) -> str:
+    with pytest.raises(RowError) as caught:
+        parsed(stage, row, **columns)
+    return str(caught.value)
+
+
+def preferred(row: Row, **columns: str) -> list[tuple[Any, Any, Any]]:
+    pairs = parsed("reward", row, **columns)
+    assert all(isinstance(pair, Pair) and pair.row is row for pair in pairs)
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs if isinstance(pair, Pair)]
+
+
+GOOD_OR_BAD = [((user("q"),), (assistant("good"),), (assistant("bad"),))]
+
+
+# Conversations
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"messages": [say("user", "q"), say("assistant", "a")]}, "messages"),
+        ({"messages": [told("human", "q"), told("gpt", "a")]}, "messages"),
+        ({"messages": [say("user", [{"type": "text", "text": "q"}]), say("assistant", "a")]}, "messages"),
+        ({"messages": [{**say("user", "q"), **told(None, None)}, {**say(None, None), **told("gpt", "a")}]},
+         "messages"),
+        ({"messages": [say("user", "q"), {**say("assistant", "a"), "tool_calls": None}], "tools": []},
+         "messages"),
+        ({"conversations": [told("human", "q"), told("gpt", "a")]}, "sharegpt"),
+        ({"conversations": [told("user", "q"), told("chatgpt", "a")], "system": "", "tools": "[]"},
+         "sharegpt"),
+        ({"conversations": [say("user", "q"), say("assistant", "a")]}, "sharegpt"),
+        ({"conversation": [say("user", "q"), say("assistant", "a")]}, "sharegpt"),
+        ({"conversations": [told("human", "q")], "chosen": told("gpt", "a"), "rejected": told("gpt", "b")},
+         "sharegpt"),
+        ({"prompt": "q", "completion": "a"}, "prompt_completion"),
+        ({"question": "q", "answer": "a"}, "prompt_completion"),
+        ({"question": "q", "response": "a", "system_prompt": None}, "prompt_completion"),
+        ({"prompt": [say("user", "q")], "completion": [say("assistant", "a")]}, "prompt_completion"),
+        ({"prompt": "q", "completion": say("assistant", "a")}, "prompt_completion"),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "response": "a"}, "prompt_completion"),
+        ({"instruction": "q", "output": "a"}, "instruction"),
+        ({"instruction": "q", "input": " ", "output": "a", "history": [], "system": None}, "instruction"),
+        ({"instruction": "q", "context": "", "response": "a", "category": "qa"}, "instruction"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+         "hh_transcript"),
+        ({"messages": [say("user", "q"), say("assistant", "a")], "label": True}, "labelled"),
+        ({"prompt": "q", "completion": "a", "label": True}, "labelled"),
+        ({"instruction": "q", "output": "a", "kto_tag": True}, "labelled"),
+        ({"prompt": {"text": "q", "role": "prompter", "replies": [{"text": "a", "role": "assistant"}]}},
+         "tree"),
+    ],
+    ids=lambda value: json.dumps(value)[:60],
+)  # fmt: skip
+def test_every_sft_schema_is_detected_and_gives_the_same_conversation(row, format):
+    assert detect("sft", row, {}).format == format
+    assert parsed("sft", row) == talk(user("q"), assistant("a"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("human", user), ("user", user), ("prompter", user)]
+    + [(name, assistant) for name in ("gpt", "assistant", "chatgpt", "bing", "bard", "model", "chat")]
+    + [("function_call", assistant), ("system", system), ("developer", system)]
+    + [
+        (name, lambda text: Message(role="tool", content=text))
+        for name in ("tool", "observation", "function", "function_response")
+    ],
+)
+def test_every_name_of_a_role_is_that_role(name, message):
+    turns = [told("human", "q"), told(name, "x"), told("gpt", "a")]
+    ordered = turns[1:2] + turns[:1] + turns[2:] if message is system else turns
+    (conversation,) = parsed("sft", {"conversations": ordered})
+    assert message("x") in conversation.messages
+
+
+def test_content_parts_are_joined_as_they_are():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    row = {"messages": [say("user", parts), say("assistant", "a")]}
+    assert parsed("sft", row) == talk(user("one two"), assistant("a"))
+
+
+def test_two_turns_of_one_role_in_a_row_stay_apart():
+    row = {"messages": [say("user", "q"), say("user", "q2"), say("assistant", "a")]}
+    assert parsed("sft", row) == talk(user("q"), user("q2"), assistant("a"))
+
+
+def test_alpaca_takes_system_history_and_input_in_their_order():
+    row = {
+        "instruction": "Add.",
+        "input": "1 2",
+        "output": "3",
+        "system": "Be brief.",
+        "history": [["q1", "a1"], ["q2", "a2"]],
+    }
+    before = (
+        system("Be brief."),
+        *(user("q1"), assistant("a1"), user("q2"), assistant("a2")),
+        user("Add.\n\n1 2"),
+    )
+    assert parsed("sft", row) == talk(*before, assistant("3"))
+    assert parsed("ppo", row) == (Prompt(messages=before, row={"output": "3"}),)
+    pair = {**row, "chosen": "3", "rejected": "4"}
+    assert preferred(pair) == [(before, (assistant("3"),), (assistant("4"),))]
+
+
+def test_a_history_that_is_no_list_is_a_column_like_any_other():
+    assert parsed("ppo", {"prompt": "q", "history": "of Rome"}) == (
+        Prompt(messages=(user("q"),), row={"history": "of Rome"}),
+    )
+    row = {"history": "q", "answer": "a"}
+    assert parsed("sft", row, prompt="history") == talk(user("q"), assistant("a"))
+
+
+def test_a_system_column_goes_first_unless_the_messages_bring_their_own():
+    row = {"conversations": [told("human", "q"), told("gpt", "a")], "system": "S"}
+    assert parsed("sft", row) == talk(system("S"), user("q"), assistant("a"))
+    own = {**row, "conversations": [told("system", "own"), *row["conversations"]]}
+    assert parsed("sft", own) == talk(system("own"), user("q"), assistant("a"))
+    orca = {"system": "S", "question": "q", "chosen": "good", "rejected": "bad"}
+    assert preferred(orca)[0][0] == (system("S"), user("q"))
+    implicit = {"system": "S", "chosen": "q\ngood", "rejected": "q\nbad"}
+    assert preferred(implicit)[0][0] == (system("S"), user("q"))
+
+
+def test_a_false_label_filters_the_row_and_other_words_for_it_need_the_format_stated():
+    row = {"prompt": "q", "completion": "a", "label": False}
+    assert parsed("sft", row) == ()
+    assert detect("sft", {**row, "label": 0}, {}).format == "prompt_completion"
+    for label, kept in [("False", 0), (" true", 1), (1, 1), ("0", 0)]:
+        schema = named("sft", "labelled")
+        assert schema is not None
+        assert len(schema.parse(schema.cells({**row, "label": label}, {}))) == kept
+    renamed = {"prompt": "q", "completion": "a", "is_good": True}
+    assert parsed("sft", renamed, label="is_good") == talk(user("q"), assistant("a"))
+
+
+def test_documents_are_the_text_as_it_stands():
+    assert parsed("prepare", {"text": " x\n", "id": 1}) == (Document(text=" x\n"),)
+    assert parsed("prepare", {"meta": {"body": "x"}}, text="meta.body") == (Document(text="x"),)
+
+
+# Preferences
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference"),
+        ({"question": "q", "chosen": "good", "rejected": "bad"}, "preference"),
+        ({"instruction": "q", "input": "", "output": "x", "chosen": "good", "rejected": "bad"}, "preference"),
+        ({"prompt": "q", "chosen": [say("assistant", "good")], "rejected": [say("assistant", "bad")]},
+         "preference"),
+        ({"prompt": "q", "chosen": told("gpt", "good"), "rejected": told("gpt", "bad")}, "preference"),
+        ({"prompt": None, "chosen": [say("user", "q"), say("assistant", "good")],
+          "rejected": [say("user", "q"), say("assistant", "bad")]}, "preference"),
+        ({"prompt": "q", "chosen": [say("user", "q"), say("assistant", "good")],
+          "rejected": [say("user", "q"), say("assistant", "bad")], "messages": "unread"}, "preference"),
+        ({"messages": [say("user", "q")], "chosen": say("assistant", "good"),
+          "rejected": say("assistant", "bad")}, "preference"),
+        ({"chosen": "q\ngood", "rejected": "q\nbad"}, "preference"),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "good", "rejected": "bad"}, "preference"),
+        ({"conversations": [told("human", "q")], "chosen": told("gpt", "good"),
+          "rejected": told("gpt", "bad")}, "sharegpt"),
+        ({"conversations": [say("user", "q")], "chosen": "good", "rejected": "bad"}, "sharegpt"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+         "hh_transcript"),
+        ({"prompt": "q", "responses": ["bad", "good"], "scores": [1, 2.5]}, "ranked"),
+        ({"prompt": "q", "responses": ["good", "bad"], "ranks": [0, 1]}, "ranked"),
+        ({"prompt": "q", "responses": ["bad", "good"], "scores": [1, 2], "ranks": [0, 1]}, "ranked"),
+        ({"prompt": "q", "generations": ["bad", "good"], "ratings": [1, 2]}, "ranked"),
+        ({"instruction": "q", "completions": [{"response": "bad", "overall_score": 3.0},
+                                              {"response": "good", "overall_score": 7.5}]}, "ranked"),
+        ({"question": "q", "responses": [{"text": "good", "rating": 5}, {"text": "bad", "rating": 1}]},
+         "ranked"),
+        ({"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": [{"answer": "bad", "rank": 2.0},
+                                                             {"answer": "good", "rank": 1.0}]}, "ranked"),
+        ({"prompt": [say("user", "q")], "scores": [2, 1],
+          "responses": [[say("assistant", "good")], say("assistant", "bad")]}, "ranked"),
+        ({"prompt": {"text": "q", "role": "prompter", "replies": [
+            {"text": "bad", "role": "assistant", "rank": 1}, {"text": "good", "role": "assistant", "rank": 0}
+        ]}}, "tree"),
+    ],
+    ids=lambda value: json.dumps(value)[:60],
+)  # fmt: skip
+def test_every_preference_schema_is_detected_and_gives_the_same_pair(row, format):
+    assert detect("reward", row, {}).format == format
+    assert preferred(row) == GOOD_OR_BAD
+
+
+def test_a_repeated_prompt_is_found_behind_a_system_message():
+    sides = {
+        side: [say("system", "S"), say("user", "q"), say("assistant", text)]
+        for side, text in (("chosen", "good"), ("rejected", "bad"))
+    }
+    assert preferred({"prompt": "q", **sides}) == [((system("S"), user("q")), *GOOD_OR_BAD[0][1:])]
+
+
+def test_k_responses_give_every_pair_whose_margin_is_large_enough():
+    row = {"prompt": "q", "responses": ["a", "b", "c", "d"], "scores": [1, 3, 3, 6]}
+
+    def order(min_margin: float) -> list[str]:
+        pairs = parsed("reward", row, min_margin)
+        return [f"{pair.chosen[0].content}>{pair.rejected[0].content}" for pair in pairs]
+
+    assert order(0) == ["b>a", "c>a", "d>a", "d>b", "d>c"]  # b and c are tied
+    assert order(2) == ["d>a", "d>b", "d>c"]  # a margin of 2 does not exceed 2
+    assert order(5) == []
+    ranks = {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]}
+    assert len(parsed("reward", ranks, 1)) == 1
+
+
+def test_equal_and_unrated_responses_are_in_no_pair():
+    row = {"prompt": "q", "responses": ["a", "a", "b"], "scores": [1, 2, None]}
+    assert parsed("reward", row) == ()
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("stage", ["ppo", "evaluate"])
+@pytest.mark.parametrize(
+    ("row", "further"),
+    [
+        ({"prompt": "q", "answer": "4", "level": 2}, {"answer": "4", "level": 2}),
+        ({"question": "q", "answer": "#### 4"}, {"answer": "#### 4"}),
+        ({"instruction": "q", "input": None, "output": "y"}, {"output": "y"}),
+        ({"messages": [say("user", "q"), say("assistant", "a")], "label": True}, {"label": True}),
+        ({"conversations": [told("human", "q"), told("gpt", "a")], "system": None, "id": 1}, {"id": 1}),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: z\n\nAssistant: b", "rejected": "", "id": 1},
+         {"id": 1}),
+        ({"prompt": {"text": "q", "role": "prompter", "replies": []}, "tree_state": "ready"},
+         {"tree_state": "ready"}),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]},
+         {"responses": ["a", "b"], "scores": [1, 2]}),
+    ],
+    ids=lambda value: json.dumps(value)[:60],
+)  # fmt: skip
+def test_every_schema_gives_a_policy_the_same_prompt_and_the_further_columns(stage, row, further):
+    assert parsed(stage, row) == (Prompt(messages=(user("q"),), row=further),)
+
+
+def test_labelled_can_be_stated_for_ppo_and_keeps_its_label():
+    schema = named("ppo", "labelled")
+    assert schema is not None
+    row = {"messages": [say("user", "q"), say("assistant", "a")], "label": False}
+    assert schema.parse(schema.cells(row, {})) == (Prompt(messages=(user("q"),), row={"label": False}),)
+
+
+# Trees
+
+
+def turn(text: str, *replies: Row, **fields: Any) -> Row:
+    role = "prompter" if text.startswith("q") else "assistant"
+    return {"text": text, "role": role, "replies": list(replies), **fields}
+
+
+TREE = {
+    "message_tree_id": "t",
+    "prompt": turn(
+        "q1",
+        turn("a-second", turn("q-unread", turn("a-below second")), rank=1),
+        turn(
+            "a-best",
+            turn("q-unanswered"),
+            turn("q2", turn("a3-unranked"), turn("a3-low", rank=5), turn("a3-high", rank=2)),
+            rank=0,
+        ),
+        turn("a-unranked"),
+        turn("a-deleted", rank=-1, deleted=True),
+        turn("a-failed", rank=-1, review_result=False),
+        turn("a-unreviewed", rank=3, review_result=None, deleted=None),
+    ),
+}
+
+
+def test_sft_follows_the_best_ranked_replies_of_a_tree_to_the_last_answer():
+    assert parsed("sft", TREE) == talk(user("q1"), assistant("a-best"), user("q2"), assistant("a3-high"))
+    assert parsed("sft", {"prompt": turn("q1", turn("q2"))}) == ()
+    assert parsed("sft", {"prompt": turn("q1", turn("a"), deleted=True)}) == ()
+
+
+def test_reward_pairs_ranked_siblings_with_the_conversation_so_far():
+    pairs = [
+        (*(message.content for message in prompt), chosen[0].content, rejected[0].content)
+        for prompt, chosen, rejected in preferred(TREE)
+    ]
+    assert pairs == [
+        ("q1", "a-best", "a-second"),
+        ("q1", "a-second", "a-unreviewed"),
+        ("q1", "a-best", "a-unreviewed"),
+        ("q1", "a-best", "q2", "a3-high", "a3-low"),
+    ]
+    assert len(parsed("reward", TREE, 2)) == 2  # best over unreviewed, high over low: margins of 3
+    assert parsed("reward", {"prompt": turn("q1", turn("a"))}) == ()
+
+
+def test_a_tree_of_five_thousand_turns_is_read():
+    tree = turn("a")
+    for depth in range(5000):
+        tree = turn("a" if depth % 2 else "q", tree)
+    (conversation,) = parsed("sft", {"prompt": turn("q", tree)})
+    assert len(conversation.messages) == 5002
+
+
+# One row, one side of the split
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "c", "chosen": "a", "rejected": "b"},
+        {"instruction": "q", "input": "x", "output": "o", "chosen": "a", "rejected": "b", "system": "S",
+         "history": [["first", "answer"]]},
+        {"conversations": [told("system", "S"), told("human", "q"), told("gpt", "a"), told("human", "r")],
+         "chosen": told("gpt", "a"), "rejected": told("gpt", "b")},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: s",
+         "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        TREE,
+    ],
+    ids=lambda row: "+".join(row),
+)  # fmt: skip
+def test_conversation_pair_and_prompt_of_one_row_share_their_split_key(row):
+    keys = {split_key(record) for stage in ("sft", "reward", "ppo") for record in parsed(stage, row)}
+    assert len(keys) == 1
+
+
+# Detection, renaming, paths
+
+
+def test_the_same_columns_are_another_schema_for_another_stage():
+    polite = {"instruction": "q", "input": "", "output": "o", "chosen": "c", "rejected": "r"}
+    stages: tuple[StageName, ...] = ("sft", "reward", "ppo")
+    assert [detect(s, polite, {}).format for s in stages] == ["instruction", "preference", "prompt"]
+    sharegpt = {"conversations": [], "chosen": {}, "rejected": {}}
+    assert [detect(s, sharegpt, {}).format for s in stages] == ["sharegpt"] * 3
+    gsm8k = {"question": "q", "answer": "a"}
+    assert [detect(s, gsm8k, {}).format for s in stages] == ["prompt_completion", "preference", "prompt"]
+
+
+def test_a_configured_field_decides_between_schemas_that_both_fit():
+    row = {"messages": [say("user", "q"), say("assistant", "a")], "ask": "p", "gold": "c"}
+    assert parsed("sft", row, prompt="ask", completion="gold") == talk(user("p"), assistant("c"))
+    assert problem("sft", row, prompt="ask", messages="messages") == (
+        "columns: format messages has no field 'prompt'; fields are messages, system - or set format"
+    )
+
+
+def test_a_path_reaches_into_objects_and_lists():
+    row = {"instruction": "q", "instances": [{"input": "x", "output": "a"}, {"output": "last"}]}
+    columns = {"input": "instances.0.input", "output": "instances.0.output"}
+    assert parsed("sft", row, **columns) == talk(user("q\n\nx"), assistant("a"))
+    assert parsed("sft", row, output="instances.-1.output") == talk(user("q"), assistant("last"))
+    (prompt,) = parsed("ppo", row, input="instances.0.input")
+    assert prompt.messages == (user("q\n\nx"),)
+    assert prompt.row == {"instances": row["instances"]}
+
+
+def test_a_column_whose_own_name_has_a_dot_wins_over_the_path():
+    row = {"prompt": "q", "a.b": "column", "a": {"b": "path"}}
+    assert parsed("sft", row, completion="a.b") == talk(user("q"), assistant("column"))
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("instances.0.answer", "instances.0 has no 'answer'; its keys are output"),
+        ("instances.2.output", "instances has 1 items, none at 2"),
+        ("instances.output", "instances is a list: 'output' is no index, such as instances.0"),
+        ("instances.0.output.text", "instances.0.output is text, so it has no 'text'"),
+        ("cases.0.output", "missing; columns are prompt, instances"),
+        ("completion", "missing; columns are prompt, instances"),
+    ],
+)
+def test_a_path_that_breaks_is_named_with_the_part_that_is_missing(path, line):
+    row = {"prompt": "q", "instances": [{"output": "a"}]}
+    assert problem("sft", row, completion=path) == f"{path}: {line} - set columns: {{completion: …}}"
+
+
+def test_an_optional_field_that_the_config_names_must_be_there():
+    row = {"instruction": "q", "output": "a"}
+    assert problem("sft", row, input="contxt") == (
+        "contxt: missing; columns are instruction, output - set columns: {input: …}"
+    )
+    assert parsed("sft", {**row, "contxt": None}, input="contxt") == talk(user("q"), assistant("a"))
+
+
+# Errors, with file and line
+
+
+def failure(tmp_path, stage: StageName, row: Row, **fields: Any) -> str:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        readers.read([DataSource(path=str(path), **fields)], stage, seed=0)
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+EMPTY = "; remove the row, or set on_bad_row: skip"
+SAME = "the same as chosen" + EMPTY
+TWO = {"prompt": "q", "responses": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "line"),
+    [
+        # missing columns: the nearest schema's
+        ("sft", {"text": "x"}, "messages: missing; columns are text - set columns: {messages: …}"),
+        ("sft", {"prompt": "x"}, "completion: missing; columns are prompt - set columns: {completion: …}"),
+        ("sft", {"instruction": "x"}, "output: missing; columns are instruction - set columns: {output: …}"),
+        ("reward", {"prompt": "x", "rejected": "y"},
+         "chosen: missing; columns are prompt, rejected - set columns: {chosen: …}"),
+        ("reward", {"a": 1}, "chosen: missing; columns are a - set columns: {chosen: …}"),
+        ("reward", {"conversations": [], "rejected": {}},
+         "conversations: no messages"),
+        ("reward", {"conversations": [told("human", "q")], "rejected": "x"},
+         "chosen: missing; columns are conversations, rejected - set columns: {chosen: …}"),
+        ("ppo", {}, "prompt: missing; columns are none - set columns: {prompt: …}"),
+        ("ppo", {"a\nb": 1}, "prompt: missing; columns are a\\nb - set columns: {prompt: …}"),
+        ("ppo", {str(n): n for n in range(22)},
+         "prompt: missing; columns are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, "
+         "… 2 more - set columns: {prompt: …}"),
+        # wrong types and empty texts
+        ("sft", {"prompt": "x", "completion": 7}, "completion: expected text, got number 7"),
+        ("sft", {"prompt": True, "completion": "x"}, "prompt: expected text, got true"),
+        ("sft", {"messages": "x"}, "messages: expected a list of messages, got text"),
+        ("sft", {"conversations": {}}, "conversations: expected a list of messages, got object"),
+        ("sft", {"prompt": "", "completion": "x"}, f"prompt: empty prompt{EMPTY}"),
+        ("sft", {"prompt": "x", "completion": "\n"}, f"completion: empty response{EMPTY}"),
+        ("sft", {"prompt": "x\udc00", "completion": "y"},
+         "prompt: half a surrogate pair (\\udc00) at character 2; it is no text"),
+        ("sft", {"instruction": "x", "input": 3, "output": "y"}, "input: expected text, got number 3"),
+        ("sft", {"instruction": "x", "system": 3, "output": "y"}, "system: expected text, got number 3"),
+        ("sft", {"instruction": "x", "history": [["q"]], "output": "y"},
+         "history[0]: expected [question, answer], got list"),
+        ("sft", {"instruction": "x", "history": [["q", "a"], ["q", ""]], "output": "y"},
+         f"history[1][1]: empty response{EMPTY}"),
+        ("sft", {"instruction": "x", "history": [["q", None]], "output": "y"},
+         "history[0][1]: expected text, got null"),
+        # turns
+        ("sft", {"conversations": [told("human", "q"), told("gpt", "")]},
+         f"conversations[1].value: empty response{EMPTY}"),
+        ("sft", {"conversations": [told("human", " "), told("gpt", "a")]},
+         f"conversations[0].value: empty prompt{EMPTY}"),
+        ("sft", {"conversations": [told("gpt", "a"), told("human", "q")]},
+         "conversations[0]: starts with the assistant: no prompt"),
+        ("ppo", {"conversations": [told("gpt", "a"), told("human", "q")]},
+         "conversations[0]: starts with the assistant: no prompt"),
+        ("sft", {"conversations": [told("narrator", "q")]},
+         "conversations[0].from: unknown role 'narrator'; use system, user, assistant, tool"),
+        ("sft", {"messages": [say("x\n" * 20, "q")]},
+         "messages[0].role: unknown role 'x\\nx\\nx\\nx\\nx\\nx\\nx\\nx\\nx\\nx\\n…'; "
+         "use system, user, assistant, tool"),
+        ("sft", {"conversations": [{"from": "human"}]}, "conversations[0].value: missing; keys are from"),
+        ("sft", {"conversations": [{"role": "user"}]}, "conversations[0].content: missing; keys are role"),
+        ("sft", {"conversations": [{}]}, "conversations[0].role: missing; keys are none"),
+        ("sft", {"conversations": ["hello"]},
+         "conversations[0]: expected a message {role, content}, got text"),
+        ("sft", {"messages": [say("user", "q"), say("system", "S"), say("assistant", "a")]},
+         "messages[1]: a system message after the first message; templates take it first only"),
+        ("sft", {"prompt": "q", "completion": [say("system", "S"), say("assistant", "a")]},
+         "completion[0]: a system message after the first message; templates take it first only"),
+        ("sft", {"messages": [say("user", "q"), say("assistant", None)]},
+         "messages[1].content: expected text, got null"),
+        ("sft", {"messages": [say("user", "q"), {**say("assistant", None), "tool_calls": [{}]}]},
+         "messages[1].tool_calls: tool calls are not read; write the call into content as text"),
+        ("sft", {"messages": [say("user", [{"type": "text", "text": "q"}, {"type": "image"}])]},
+         "messages[0].content[1].type: only text parts are read, not image"),
+        ("sft", {"messages": [say("user", [{"type": "text"}])]},
+         "messages[0].content[0].text: missing; keys are type"),
+        ("sft", {"messages": [say("user", ["q"])]},
+         "messages[0].content[0]: expected a part {type: text, text: …}, got text"),
+        ("sft", {"messages": [say("user", [])]}, f"messages[0].content: empty prompt{EMPTY}"),
+        ("sft", {"messages": [say("user", "q")]}, "messages: no assistant message, so nothing to train on"),
+        ("sft", {"prompt": "q", "completion": [say("user", "r")]},
+         "completion: does not end with the assistant"),
+        ("sft", {"conversations": [told("human", "q"), told("gpt", "a")], "chosen": "b"},
+         "conversations: ends with the assistant, so nothing is asked that an answer could follow"),
+        ("sft", {"conversations": [told("human", "q"), told("gpt", "a")], "tools": "[{\"name\": \"f\"}]"},
+         f"tools: descriptions of tools are not put into the prompt{EMPTY}"),
+        ("ppo", {"prompt": "<image>What?", "images": ["a.png"]}, f"images: images are not read{EMPTY}"),
+        ("ppo", {"prompt": [say("system", "S")]}, "prompt: empty prompt: no message to answer"),
+        ("ppo", {"messages": []}, "messages: no messages"),
+        # preferences
+        ("reward", {"prompt": "q", "chosen": "a", "rejected": "a"}, f"rejected: {SAME}"),
+        ("reward", {"chosen": "q a", "rejected": "q a"}, f"rejected: {SAME}"),
+        ("reward", {"conversations": [told("human", "q")], "chosen": told("gpt", "a"),
+                    "rejected": say("assistant", [{"type": "text", "text": "a"}])}, f"rejected: {SAME}"),
+        ("reward", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:  a "},
+         f"rejected: {SAME}"),
+        ("reward", {"prompt": "q", "chosen": "", "rejected": "a"}, f"chosen: empty response{EMPTY}"),
+        ("reward", {"chosen": "q", "rejected": " "}, f"rejected: empty response{EMPTY}"),
+        ("reward", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:"},
+         f"rejected: empty response{EMPTY}"),
+        ("reward", {"prompt": "q", "chosen": "a", "rejected": say("assistant", "b")},
+         "rejected: one of chosen and rejected is text, the other messages"),
+        ("reward", {"chosen": "abc", "rejected": "xyz"},
+         "chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}"),
+        ("reward", {"chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]},
+         "chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}"),
+        ("reward", {"chosen": [say("assistant", "h"), say("user", "q"), say("assistant", "a")],
+                    "rejected": [say("assistant", "h"), say("user", "q"), say("assistant", "b")]},
+         "chosen: starts with the assistant: no prompt"),
+        ("reward", {"prompt": [say("user", "q"), say("assistant", "a")], "chosen": "b", "rejected": "c"},
+         "prompt: ends with the assistant, so nothing is asked that an answer could follow"),
+        ("reward", {"chosen": [say("user", "q"), say("assistant", "a")], "rejected": [say("user", "q")]},
+         "rejected: empty response: it is a beginning of the other one"),
+        ("reward", {"chosen": [say("user", "q"), say("assistant", "a")],
+                    "rejected": [say("user", "q"), say("user", "r")]},
+         "rejected: after the shared prompt comes no answer of the assistant, up to the end"),
+        ("reward", {"messages": [say("user", "q"), say("assistant", "a")], "label": True},
+         "label: one labelled answer is no pair of answers; use this source for sft or ppo"),
+        # ranked
+        ("reward", {**TWO, "scores": [1]}, "scores: 1 numbers for 2 responses in responses"),
+        ("reward", {**TWO, "scores": 1}, "scores: expected a list of numbers, got number 1"),
+        ("reward", {**TWO, "ranks": [1, "2"]}, "ranks[1]: expected a number, got text"),
+        ("reward", {**TWO, "scores": [1, float("nan")]},
+         "scores[1]: expected a number that is finite, got number nan"),
+        ("reward", {**TWO, "scores": [1, 10**400]},
+         "scores[1]: expected a number that is finite, got number too long to show"),
+        ("reward", TWO, "responses[0]: no score or rank for it - set columns: {scores: …} or {ranks: …}"),
+        ("reward", {"prompt": "q", "responses": [{"text": "a", "rank": 1}, {"text": "b"}]},
+         "responses[1].score: missing; keys are text - set columns: {scores: …}"),
+        ("reward", {"prompt": "q", "responses": [{"rank": 1}, {"rank": 2}]},
+         "responses[0].response: missing; keys are rank"),
+        ("reward", {"prompt": "q", "completions": [{"response": "", "rank": 1}, {"text": "b", "rank": 2}]},
+         f"completions[0].response: empty response{EMPTY}"),
+        ("reward", {"prompt": "q", "responses": ["a"], "scores": [1]},
+         "responses: 1 responses; a pair needs two"),
+        ("reward", {"prompt": "q", "responses": "a", "scores": [1]},
+         "responses: expected a list of responses, got text"),
+        # trees
+        ("sft", {"prompt": turn("q", {"role": "assistant"})},
+         "prompt.replies[0].text: missing; keys are role"),
+        ("sft", {"prompt": turn("q", turn("a", 7))},
+         "prompt.replies[0].replies[0]: expected a turn {text, role, replies}, got number 7"),
+        ("sft", {"prompt": turn("a")}, "prompt.role: starts with the assistant: no prompt"),
+        ("sft", {"prompt": {**turn("q"), "replies": 1}},
+         "prompt.replies: expected a list of turns, got number 1"),
+        ("reward", {"prompt": turn("q", turn("a", rank="best"))},
+         "prompt.replies[0].rank: expected a whole number, got text"),
+        ("reward", {"prompt": turn("q", turn("a", deleted="no"))},
+         "prompt.replies[0].deleted: expected true or false, got text"),
+        ("ppo", {"prompt": turn("q", {**turn("a"), "text": " "})},
+         f"prompt.replies[0].text: empty response{EMPTY}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_every_bad_row_is_named_in_one_line(tmp_path, stage, row, line):
+    assert failure(tmp_path, stage, row) == f"a.jsonl:1: {line}"
+
+
+def test_a_stated_format_is_not_guessed_around(tmp_path):
+    row = {"prompt": "q", "completion": "a", "label": 2}
+    assert failure(tmp_path, "sft", row, format="labelled") == (
+        "a.jsonl:1: label: expected true or false, got number 2"
+    )
+    assert failure(tmp_path, "sft", row, format="tree") == (
+        "a.jsonl:1: prompt: expected a turn {text, role, replies}, got text"
+    )
+    assert failure(tmp_path, "sft", row, columns={"label": "label"}) == (
+        "a.jsonl:1: label: expected true or false, got number 2"
+    )
+
+
+# Through the readers
+
+
+def test_filtered_rows_are_counted_beside_skipped_ones_and_the_margin_comes_from_the_source(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rated = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 2, 9]}
+    tied = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}
+    empty = {"prompt": "", "responses": ["a", "b"], "scores": [1, 2]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (rated, tied, empty)))
+    source = DataSource(path=str(path), on_bad_row="skip")
+    rows = readers.read_pairs([source], seed=0)
+    assert (len(rows.records), rows.num_filtered, rows.num_skipped) == (3, 1, 1)
+    rows = readers.read_pairs([source.model_copy(update={"min_margin": 1.0})], seed=0)
+    assert [pair.chosen for pair in rows.records] == [(assistant("c"),)] * 2
+    with pytest.raises(DataError, match=r"a\.jsonl: no rows$"):
+        readers.read_pairs([source.model_copy(update={"min_margin": 8.0})], seed=0)
+
+
+# Anything at all
+
+EVERY_SCHEMA = [schema for schemas in SCHEMAS.values() for schema in schemas]
+NAMES = sorted({alias for schema in EVERY_SCHEMA for names in schema.aliases.values() for alias in names})
+KEYS = ["role", "content", "from", "value", "type", "text", "replies", "rank", "score", "response", "deleted"]
+WORDS = ["q", "", " ", "user", "human", "gpt", "assistant", "system", "prompter", "text", "\ud800", "a\nb",
+         "\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant:", "q a", "q b"]  # fmt: skip
+LEAVES = st.sampled_from(WORDS) | st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400)
+TURNS = st.builds(told, st.sampled_from(WORDS), LEAVES) | st.builds(
+    say,
+    st.sampled_from(["user", "assistant", "system", "tool", "prompter"]),
+    st.sampled_from(["q", "a", "b"]),
+)
+VALUES = st.recursive(
+    LEAVES | TURNS | st.lists(TURNS, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=12,
+)
+ROWS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=6)
+PATHS = st.sampled_from([*NAMES, "prompt.text", "messages.0.content", "responses.-1", "a..b"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(row=ROWS, columns=st.dictionaries(st.sampled_from(NAMES), PATHS, max_size=2), data=st.data())
+@pytest.mark.parametrize("stage", get_args(StageName))
+def test_any_row_gives_sound_records_or_one_line(
+    stage: StageName, row: Row, columns: Mapping[str, str], data
+):
+    usable = {field: column for field, column in columns.items() if field in fields_of(SCHEMAS[stage])}
+    guessed = detect(stage, row, usable)
+    stated = data.draw(st.sampled_from([guessed, *SCHEMAS[stage]]))
+    try:
+        found = stated.parse(stated.cells(row, usable))
+    except RowError as error:
+        line = str(error)
+        assert line and all(sign.isprintable() for sign in line)
+        return
+    for record in found:
+        assert_sound(record)
+
+
+def assert_sound(record: Record) -> None:
+    split_key(record).encode()
+    match record:
+        case Document():
+            return
+        case Conversation(messages=messages):
+            assert messages[-1].role == "assistant" != messages[0].role
+        case Prompt(messages=messages):
+            assert messages[-1].role != "assistant"
+        case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
+            assert chosen != rejected and prompt[0].role != "assistant"
+            assert {side[at].role for side in (chosen, rejected) for at in (0, -1)} == {"assistant"}
+            messages = (*prompt, *chosen, *rejected)
+    assert all(message.content.encode() or message.role in ("system", "tool") for message in messages)
+    assert "system" not in {message.role for message in messages[1:]}
+
+
+def test_every_format_of_the_config_feeds_a_stage():
+    assert {schema.format for schema in EVERY_SCHEMA} == set(get_args(DataFormat))
