@@ -305,6 +305,10 @@ def _prompt(cells: Cells) -> Prompt:
     return Prompt(messages=messages[: last + 1], row=cells.rest("prompt", *joined))
 
 
+def _one(parse: Callable[[Cells], Record]) -> Callable[[Cells], tuple[Record, ...]]:
+    return lambda cells: (parse(cells),)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schema:
     """One row format, as one stage reads it."""
@@ -312,7 +316,7 @@ class Schema:
     format: DataFormat
     required: tuple[str, ...]  # fields that must be there
     aliases: Mapping[str, tuple[str, ...]]  # every field -> the columns looked for, in order
-    parse: Callable[[Cells], Record]
+    parse: Callable[[Cells], tuple[Record, ...]]
     transcript_in: str | None = None  # detected only if this field holds a transcript
 
     def cells(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> Cells:
@@ -337,37 +341,44 @@ _PROMPT = (
     Schema(
         format="prompt",
         required=("prompt",),
-        parse=_prompt,
+        parse=_one(_prompt),
         aliases={**_ASKED, "prompt": (*_ASKED["prompt"], "messages")},
     ),
     Schema(
-        format="hh_transcript", required=("chosen",), aliases=_SIDES, parse=_hh_prompt, transcript_in="chosen"
+        format="hh_transcript",
+        required=("chosen",),
+        aliases=_SIDES,
+        parse=_one(_hh_prompt),
+        transcript_in="chosen",
     ),
 )
 
 SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
-    "prepare": (Schema(format="text", required=("text",), aliases={"text": ("text",)}, parse=_text),),
+    "prepare": (Schema(format="text", required=("text",), aliases={"text": ("text",)}, parse=_one(_text)),),
     "sft": (
         Schema(
-            format="messages", required=("messages",), aliases={"messages": ("messages",)}, parse=_messages
+            format="messages",
+            required=("messages",),
+            aliases={"messages": ("messages",)},
+            parse=_one(_messages),
         ),
         Schema(
             format="prompt_completion",
             required=("prompt", "completion"),
-            parse=_prompt_completion,
+            parse=_one(_prompt_completion),
             aliases={"prompt": ("prompt", "question"), "completion": ("completion", "response", "answer")},
         ),
         Schema(
             format="instruction",
             required=("instruction", "output"),
-            parse=_instruction,
+            parse=_one(_instruction),
             aliases={"instruction": ("instruction",), "input": ("input",), "output": ("output",)},
         ),
         Schema(
             format="hh_transcript",
             required=("chosen",),
             aliases=_SIDES,
-            parse=_hh_conversation,
+            parse=_one(_hh_conversation),
             transcript_in="chosen",
         ),
     ),
@@ -376,14 +387,14 @@ SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
             format="hh_transcript",
             required=("chosen", "rejected"),
             aliases=_SIDES,
-            parse=_hh_pair,
+            parse=_one(_hh_pair),
             transcript_in="chosen",
         ),
         Schema(
             format="preference",
             required=("chosen", "rejected"),
             aliases={**_ASKED, **_SIDES},
-            parse=_preference,
+            parse=_one(_preference),
         ),
     ),
     "ppo": _PROMPT,
