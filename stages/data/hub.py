@@ -48,6 +48,7 @@ def _asked_commit(path: str, revision: str | None) -> str:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,  # of the http library it was built with
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -70,7 +71,7 @@ def _asked_commit(path: str, revision: str | None) -> str:
             f"cannot reach the hub for {path}: it answered {error.response.status_code}; try again later, or "
             "give a local path"
         ) from error
-    except OSError as error:  # what the connection says; also that HF_HUB_OFFLINE is set
+    except (HTTPError, OSError, ValueError) as error:  # no connection, HF_HUB_OFFLINE, a page instead of JSON
         raise _offline(path) from error
     if commit is None:
         raise DataError(f"{path}: the hub names no commit for it; set revision:")
@@ -114,10 +115,12 @@ def hub_rows(source: DataSource) -> Iterator[RawRow]:
 def _loaded(source: DataSource, commit: str) -> Any:
     """The `datasets.Dataset` of the source's subset and split at `commit`, from the hub or the cache."""
     import datasets
+    import huggingface_hub
     from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     try:
         builder = _builder(source, commit)
         _check_split(builder, source)
@@ -149,7 +152,7 @@ def _builder(source: DataSource, commit: str) -> Any:
 
 
 def _check_split(builder: Any, source: DataSource) -> None:
-    names = list(builder.config.data_files) if builder.config.data_files else list(builder.info.splits)
-    wanted = re.split(r"[\[+]", source.split)[0]
+    names = [str(name) for name in builder.config.data_files]
+    wanted = re.split(r"[\[+]", source.split)[0]  # of train[:10%] or train+test
     if wanted not in names:
         raise DataError(f"{source.path}: split: no split '{source.split}'; splits are {', '.join(names)}")

@@ -3,8 +3,8 @@
     FileSplit --opened--> lines --by kind--> RawRow        parquet, hub --record batches--> RawRow
 
 Owns what a row is in each kind of file: csv and tsv cells, documents of a txt file, rows of Arrow tables
-(JSON is json_rows'). Does not own files (files) or what a row means (schemas). Light import: pyarrow only when
-used.
+(JSON is json_rows'). Does not own files (files) or what a row means (schemas). Light import: pyarrow only
+when used.
 
 A .csv file is as RFC 4180 says: cells with commas, quotes or line ends stand in quotes. In a .tsv file a
 quote is a sign like any other: the datasets distributed so (GLUE's) have quotes in their text and quote
@@ -293,7 +293,7 @@ def _lacks_footer(path: Path) -> bool:
 
 
 def batch_rows(batch: "pyarrow.RecordBatch", first_row: int) -> Iterator[RawRow]:
-    """The rows of a record batch in plain Python values: numbers, text, lists, objects, as JSON holds them."""
+    """The rows of a record batch as JSON would hold them: numbers, text, lists, objects."""
     try:
         rows = _plain_rows(batch)
     except (ValueError, OverflowError):
