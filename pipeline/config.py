@@ -26,6 +26,7 @@ from pipeline.experiment import ExperimentConfig
 from pipeline.yaml_source import KeyPath, Node, describe, dotted, parse_scalar, read_config, short
 from rollout.config import Section
 from stages.config import DataSource, ModelConfig, ScoreFunction
+from stages.data import hub
 from stages.errors import DataError
 
 __all__ = ["ConfigError", "LoadedConfig", "check_paths", "json_schema", "load", "resolved_yaml"]
@@ -178,6 +179,8 @@ def _path_problem(item: _StatedPath) -> str | None:
     if not os.path.isabs(os.path.expanduser(text)):
         stated += f" (in {short(str(item.stated.origin.directory), 200)})"
     if not os.path.exists(item.path):
+        if item.kind == "data" and hub.is_hub_id(item.path):
+            return None
         if item.kind == "data" and glob.has_magic(item.path):
             found = next(glob.iglob(item.path, recursive=True), None)
             return None if found else f"no file matches: {stated}"
@@ -211,7 +214,10 @@ def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]
             stated = tree.nearest((*key, name))
             text = str(getattr(section, name))
             path = str(stated.origin.directory / os.path.expanduser(text))
-            if kind == "model" and not text.startswith((".", "/", "~")) and not os.path.exists(path):
+            is_hub_id = (kind == "model" and not text.startswith((".", "/", "~"))) or (
+                kind == "data" and hub.is_hub_id(text)
+            )
+            if is_hub_id and not os.path.exists(path):
                 path = text
             yield _StatedPath(key=(*key, name), stated=stated, path=path, kind=kind)
 

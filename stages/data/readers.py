@@ -1,20 +1,13 @@
-"""Readers: local files of any accepted shape -> records, or one error line that names file, line and field.
+"""Readers: sources of any accepted shape -> records, or one error line that names file, line and field.
 
-    path, glob, directory --files_of--> files --rows--> columns --schemas--> records --weight--> Rows
+    path, glob, directory --files--> splits --raw_rows--> columns --schemas--> records --weight--> Rows
+    organisation/name -----------------hub-----------------^
 
-Owns files, line numbers, bad rows, weights. Does not own what a row means (schemas) or tokens (chat). Imports
-neither torch nor transformers. A .jsonl file is read line by line; a .txt file is one document per paragraph
-(blocks of lines between blank lines), so that a single book can be deduplicated and split; a .json file is a
-list of objects, or objects one after another. Each may be gzipped.
+Owns bad rows, weights, parts, identity. Does not own files (files, hub), what a row is in each kind of file
+(raw_rows, json_rows), what it means (schemas) or tokens (chat). Imports neither torch, transformers nor datasets.
 """
 
-import glob
-import gzip
-import json
-import os
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,23 +17,16 @@ from blake3 import blake3
 
 from stages.config import DataFormat, DataSource
 from stages.data.batches import content_share, permutation, stage_seed
+from stages.data.files import FileSplit, cut, files_of, kind_of, one_line, reading, shown, whole
+from stages.data.hub import hub_commit, hub_rows, is_hub_id
+from stages.data.json_rows import RawRow
 from stages.data.records import Conversation, Pair, Prompt, split_key
-from stages.data.schemas import (
-    SCHEMAS,
-    Record,
-    RowError,
-    Schema,
-    StageName,
-    described,
-    detect,
-    fields_of,
-    named,
-)
+from stages.data.raw_rows import raw_rows
+from stages.data.schemas import SCHEMAS, Record, RowError, Schema, StageName, detect, fields_of, named
 from stages.errors import DataError
 
 R = TypeVar("R")
 T = TypeVar("T")
-KINDS = ("jsonl", "json", "txt")
 MAX_SKIPPED_FRAC = 0.01
 """Under on_bad_row: skip, the share of a source's rows (but at least one row) that may be left out."""
 
@@ -51,7 +37,27 @@ class Rows(Generic[R]):
 
     records: list[R]
     num_skipped: int  # malformed rows left out under on_bad_row: skip
-    num_filtered: int  # sound rows that give no record: labelled false, all responses tied
+    num_filtered: int  # sound rows that hold nothing to train on (ties, label false)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What became of the rows of a source, or of one of its splits; those of all its splits add up."""
+
+    num_rows: int
+    num_records: int  # before `part:` chose some
+    num_skipped: int  # malformed rows left out under on_bad_row: skip
+    num_filtered: int  # rows that gave no record
+    first_problem: str  # the line about the first malformed row; empty: none
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            num_rows=self.num_rows + other.num_rows,
+            num_records=self.num_records + other.num_records,
+            num_skipped=self.num_skipped + other.num_skipped,
+            num_filtered=self.num_filtered + other.num_filtered,
+            first_problem=self.first_problem or other.first_problem,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,23 +102,47 @@ def read(sources: Sequence[DataSource], stage: StageName, *, seed: int) -> Rows[
 
 def read_source(source: DataSource, stage: StageName) -> Rows[Any]:
     """All records of one source, once each, whatever its weight. Raises DataError."""
-    reader = _SourceReader(source, stage)
+    reader = RecordReader(source, stage, _whole_files(source), is_whole=True)
     records = list(reader)
-    reader.check_skipped()
-    if not records:
-        raise DataError(f"{shown(source.path)}: no rows")
-    kept = [record for record in records if _in_part(record, source)]
-    if not kept:
+    check_counts(source, reader.counts, len(records))
+    return Rows(
+        records=records, num_skipped=reader.counts.num_skipped, num_filtered=reader.counts.num_filtered
+    )
+
+
+def splits_of(source: DataSource, block_bytes: int) -> list[FileSplit]:
+    """The source in parts that can be read apart (`read_split`), in order: of about `block_bytes` where lines
+    can be told apart anywhere (plain jsonl; txt by line), else whole files. Raises DataError.
+    """
+    if is_hub_id(source.path):
+        return _whole_files(source)
+    return [split for path in files_of(source.path) for split in cut(path, source, block_bytes)]
+
+
+def read_split(source: DataSource, split: FileSplit, stage: StageName) -> "RecordReader":
+    """The records of one split; its `counts` are complete when it is exhausted. Those of all splits, added
+    up, go to `check_counts`. Raises DataError as reading the whole source would.
+    """
+    return RecordReader(source, stage, [split], is_whole=False)
+
+
+def check_counts(source: DataSource, counts: Counts, num_kept: int) -> None:
+    """Raise DataError when all of a source is read and more rows were left out than the cap allows, or no
+    record is left. `num_kept`: records after `part:`.
+    """
+    cap = max(1.0, MAX_SKIPPED_FRAC * counts.num_rows)
+    if counts.num_skipped > cap or counts.num_skipped == counts.num_rows > 0:
         raise DataError(
-            f"{shown(source.path)}: no rows in part: {source.part} of {len(records)}; raise heldout_frac"
+            f"{counts.first_problem} - and {counts.num_skipped} of {counts.num_rows} rows are bad, more than "
+            f"on_bad_row: skip leaves out ({MAX_SKIPPED_FRAC:.0%}, at least one)"
         )
-    return Rows(records=kept, num_skipped=reader.num_skipped, num_filtered=reader.num_filtered)
-
-
-def _in_part(record: Record, source: DataSource) -> bool:
-    if source.part == "all":
-        return True
-    return (content_share(split_key(record)) < source.heldout_frac) == (source.part == "heldout")
+    if not counts.num_records:
+        raise DataError(f"{shown(source.path)}: no rows")
+    if not num_kept:
+        raise DataError(
+            f"{shown(source.path)}: no rows in part: {source.part} of {counts.num_records}; "
+            "raise heldout_frac"
+        )
 
 
 def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
@@ -127,307 +157,142 @@ def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
 
 def first_rows(source: DataSource, stage: StageName, n: int) -> Preview:
     """Schema and first `n` records of one source, reading no further than them. Raises DataError."""
-    reader = _SourceReader(source, stage)
+    reader = RecordReader(
+        source.model_copy(update={"part": "all"}), stage, _whole_files(source), is_whole=True
+    )
     records = list(islice(reader, n))
     if reader.schema is None or not records:
-        reader.check_skipped()
+        check_counts(source, reader.counts, len(records))
         raise DataError(f"{shown(source.path)}: no rows")
     return Preview(format=reader.schema.format, columns=reader.columns_seen, records=records)
 
 
 def content_digest(source: DataSource) -> str:
-    """blake3 of the source's file contents in path order. File names do not enter, the kind of file does."""
+    """What the source holds: blake3 of its files' contents in path order; of a hub dataset, the commit that
+    is meant, subset and split. File names do not enter, the kind of file does. Raises DataError.
+    """
     total = blake3()
+    if is_hub_id(source.path):
+        total.update(f"hub:{hub_commit(source)}:{source.subset}:{source.split}".encode())
+        return total.hexdigest()
     for path in files_of(source.path):
-        kind, gzipped = _kind(path)
-        with _reading(path):
+        kind = kind_of(path)
+        with reading(path):
             contents = blake3().update_mmap(path).digest()
-        total.update(f"{kind}{'.gz' if gzipped else ''}:".encode() + contents)
+        suffix = f".{kind.compression}" if kind.compression else ""
+        total.update(f"{kind.kind}{suffix}:".encode() + contents)
     return total.hexdigest()
 
 
-def files_of(path: str) -> list[Path]:
-    """The files behind a path, glob or directory (recursive, no hidden ones), sorted. Raises DataError."""
-    place = Path(path)
-    if place.is_dir():
-        files = [
-            file
-            for file in sorted(place.rglob("*"))
-            if file.is_file()
-            and _is_readable_kind(file)
-            and not any(part.startswith(".") for part in file.relative_to(place).parts)
-        ]
-        if not files:
-            raise DataError(f"{shown(path)}: no {', '.join(KINDS)} file in this directory")
-        return files
-    if place.exists():
-        return [place]
-    found = [Path(match) for match in sorted(glob.glob(path, recursive=True)) if Path(match).is_file()]
-    if not found:
-        raise DataError(f"no such file: {shown(path)}")
-    return found
+def _whole_files(source: DataSource) -> list[FileSplit]:
+    """Every file whole."""
+    if is_hub_id(source.path):
+        return [whole(Path(source.path))]
+    return [whole(path) for path in files_of(source.path)]
 
 
-def shown(path: str | Path) -> str:
-    """The path as a person would write it: relative where it lies below the working directory."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
+def _raw_rows(split: FileSplit, source: DataSource) -> Iterator[RawRow]:
+    return hub_rows(source) if is_hub_id(source.path) else raw_rows(split, source)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RawRow:
-    """A row before its schema: its columns, or what is wrong with it."""
+class RecordReader(Iterator[Any]):
+    """The records of splits of one source, one by one; counts what it leaves out."""
 
-    line: int  # where it starts, from 1
-    columns: dict[str, Any] | None
-    problem: str = ""
-
-
-class _SourceReader(Iterator[Any]):
-    """The records of one source, one by one; counts what it leaves out."""
-
-    def __init__(self, source: DataSource, stage: StageName) -> None:
-        self._source, self._stage = source, stage
-        self.schema: Schema | None = self._stated_schema()
-        self.columns_seen: dict[str, str] = {}
-        self.num_rows = self.num_skipped = self.num_filtered = 0
+    def __init__(
+        self, source: DataSource, stage: StageName, splits: Sequence[FileSplit], *, is_whole: bool
+    ) -> None:
+        self._source, self._stage, self._splits, self._is_whole = source, stage, splits, is_whole
+        _check_settings(source)
+        self.schema: Schema | None = _stated_schema(source, stage)
+        self.columns_seen: dict[str, str] = {}  # field -> the column it is read from
+        self._num_rows = self._num_records = self._num_skipped = self._num_filtered = 0
         self._first_problem = ""
-        self._files = files_of(source.path)
         self._records = self._read()
 
     def __next__(self) -> Record:
         return next(self._records)
 
-    def check_skipped(self) -> None:
-        """Raise DataError when more rows were left out than the cap allows."""
-        if (
-            self.num_skipped > max(1.0, MAX_SKIPPED_FRAC * self.num_rows)
-            or self.num_skipped == self.num_rows > 0
-        ):
-            raise DataError(
-                f"{self._first_problem} - and {self.num_skipped} of {self.num_rows} rows are bad, more than "
-                f"on_bad_row: skip leaves out ({MAX_SKIPPED_FRAC:.0%}, at least one)"
-            )
+    @property
+    def counts(self) -> Counts:
+        """Of the rows read so far."""
+        return Counts(
+            num_rows=self._num_rows,
+            num_records=self._num_records,
+            num_skipped=self._num_skipped,
+            num_filtered=self._num_filtered,
+            first_problem=self._first_problem,
+        )
 
     def _read(self) -> Iterator[Record]:
-        for path in self._files:
-            for raw in _raw_rows(path):
-                self.num_rows += 1
+        takes_all = self._source.part == "all"
+        for split in self._splits:
+            for line, columns, problem in _raw_rows(split, self._source):
+                self._num_rows += 1
                 try:
-                    if raw.columns is None:
-                        raise RowError(raw.problem)
-                    records = self._parse(raw.columns)
+                    if columns is None:
+                        raise RowError(problem)
+                    records = self._parse(columns)
                 except RowError as error:
-                    self._bad(f"{shown(path)}:{raw.line}: {error}")
+                    self._bad(f"{shown(split.path)}:{line}: {one_line(str(error))}")
                     continue
-                self.num_filtered += not records
-                yield from records
+                self._num_records += len(records)
+                self._num_filtered += not records
+                for record in records:
+                    if takes_all or _in_part(record, self._source):
+                        yield record
 
     def _parse(self, row: dict[str, Any]) -> tuple[Record, ...]:
         if self.schema is None:
-            self.schema = detect(self._stage, row, self._source.column_of)
+            self.schema = self._detected(row)
         cells = self.schema.cells(row, self._source.column_of, self._source.min_margin)
         records = self.schema.parse(cells)
         if not self.columns_seen:
-            columns = {field: cells.column(field) for field in self.schema.aliases}
-            self.columns_seen = {field: column for field, column in columns.items() if column is not None}
+            columns = {name: cells.column(name) for name in self.schema.aliases}
+            self.columns_seen = {name: column for name, column in columns.items() if column is not None}
         return records
+
+    def _detected(self, row: dict[str, Any]) -> Schema:
+        """By the first row of the source, also where a later split is read."""
+        if not self._is_whole and len(SCHEMAS[self._stage]) > 1:
+            row = next(
+                columns
+                for split in _whole_files(self._source)
+                for _, columns, _ in _raw_rows(split, self._source)
+                if columns is not None
+            )
+        return detect(self._stage, row, self._source.column_of)
 
     def _bad(self, problem: str) -> None:
         if self._source.on_bad_row == "error":
             raise DataError(problem)
         self._first_problem = self._first_problem or problem
-        self.num_skipped += 1
-
-    def _stated_schema(self) -> Schema | None:
-        """The schema `format:` names, once it and the names under `columns:` are known to exist."""
-        source, possible = self._source, SCHEMAS[self._stage]
-        schema = None if source.format is None else named(self._stage, source.format)
-        if source.format is not None and schema is None:
-            usable = " or ".join(schema.format for schema in possible)
-            raise DataError(
-                f"{shown(source.path)}: format {source.format} does not feed {self._stage}; use {usable}"
-            )
-        fields = fields_of(possible if schema is None else [schema])
-        unknown = next((field for field in source.column_of if field not in fields), None)
-        if unknown is not None:
-            raise DataError(
-                f"{shown(source.path)}: columns: no field '{unknown}'; fields are {', '.join(fields)}"
-            )
-        return schema
+        self._num_skipped += 1
 
 
-class _reading:  # used as a statement: `with _reading(path):`
-    """Turn what the operating system or a decompressor says into one line about the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, EOFError):
-            raise DataError(f"{shown(self._path)}: file ends early (truncated?)") from error
-        if isinstance(error, gzip.BadGzipFile | zlib.error):
-            raise DataError(f"{shown(self._path)}: not a valid gzip file, or damaged") from error
-        if isinstance(error, OSError):
-            raise DataError(f"{shown(self._path)}: cannot be read: {error.strerror or error}") from error
+def _in_part(record: Record, source: DataSource) -> bool:
+    return (content_share(split_key(record)) < source.heldout_frac) == (source.part == "heldout")
 
 
-def _is_readable_kind(path: Path) -> bool:
-    return path.name.removesuffix(".gz").rpartition(".")[2] in KINDS
+def _check_settings(source: DataSource) -> None:
+    """Settings that only a hub dataset has say nothing about a file."""
+    if source.revision is None and source.subset is None:
+        return
+    if not is_hub_id(source.path) and Path(source.path).exists():
+        setting = "subset" if source.revision is None else "revision"
+        raise DataError(f"{shown(source.path)}: {setting}: only a dataset of the hub has one; remove it")
 
 
-def _kind(path: Path) -> tuple[str, bool]:
-    """(jsonl | json | txt, whether gzipped)."""
-    if not _is_readable_kind(path):
+def _stated_schema(source: DataSource, stage: StageName) -> Schema | None:
+    """The schema `format:` names, once it and the names under `columns:` are known to exist."""
+    possible = SCHEMAS[stage]
+    schema = None if source.format is None else named(stage, source.format)
+    if source.format is not None and schema is None:
+        usable = " or ".join(schema.format for schema in possible)
+        raise DataError(f"{shown(source.path)}: format {source.format} does not feed {stage}; use {usable}")
+    fields = fields_of(possible if schema is None else [schema])
+    unknown = next((name for name in source.column_of if name not in fields), None)
+    if unknown is not None:
         raise DataError(
-            f"{shown(path)}: cannot tell what it is by its name; {', '.join(KINDS)} and .gz of them are read"
+            f"{shown(source.path)}: columns: no field '{one_line(unknown)}'; fields are {', '.join(fields)}"
         )
-    return path.name.removesuffix(".gz").rpartition(".")[2], path.name.endswith(".gz")
-
-
-def _raw_rows(path: Path) -> Iterator[_RawRow]:
-    kind, gzipped = _kind(path)
-    with _reading(path), gzip.open(path, "rb") if gzipped else path.open("rb") as stream:
-        yield from {"jsonl": _jsonl_rows, "json": _json_rows, "txt": _paragraphs}[kind](stream, path)
-
-
-def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, str | RowError]]:
-    """(line number, text without its line end), or what is wrong with the line."""
-    for number, data in enumerate(stream, start=1):
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            column = len(data[: error.start].decode(errors="replace")) + 1
-            yield (
-                number,
-                RowError(
-                    f"not UTF-8 (byte 0x{data[error.start]:02X} at column {column}); convert with iconv"
-                ),
-            )
-            continue
-        yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
-
-
-def _jsonl_rows(stream: Iterable[bytes], path: Path) -> Iterator[_RawRow]:
-    for number, line in _lines(stream):
-        if isinstance(line, RowError):
-            yield _RawRow(line=number, columns=None, problem=str(line))
-        elif line.strip():
-            try:
-                yield _row_of(json.loads(line), number)
-            except (ValueError, RecursionError) as error:
-                yield _RawRow(line=number, columns=None, problem=_json_problem(error, line))
-
-
-def _row_of(value: Any, line: int) -> _RawRow:
-    if isinstance(value, dict):
-        return _RawRow(line=line, columns=value)
-    return _RawRow(
-        line=line, columns=None, problem=f"expected an object {{column: value}}, got {described(value)}"
-    )
-
-
-def _paragraphs(stream: Iterable[bytes], path: Path) -> Iterator[_RawRow]:
-    lines: list[str] = []
-    start, problem = 1, ""
-    for number, line in _lines(stream):
-        if isinstance(line, str) and not line.strip():
-            if lines:
-                yield _paragraph(start, lines, problem)
-            lines, problem = [], ""
-            continue
-        start = start if lines else number
-        if isinstance(line, RowError) and not problem:
-            start, problem = number, str(line)  # the line to look at
-        lines.append("" if isinstance(line, RowError) else line)
-    if lines:
-        yield _paragraph(start, lines, problem)
-
-
-def _paragraph(start: int, lines: list[str], problem: str) -> _RawRow:
-    return _RawRow(line=start, columns=None if problem else {"text": "\n".join(lines)}, problem=problem)
-
-
-_SPACE = re.compile(r"[ \t\n\r]*")
-
-
-def _json_rows(stream: Iterable[bytes], path: Path) -> Iterator[_RawRow]:
-    """The elements of a list, or values one after another. A syntax error ends the file."""
-    lines = []
-    for number, line in _lines(stream):
-        if isinstance(line, RowError):
-            raise DataError(f"{shown(path)}:{number}: {line}")
-        lines.append(line)
-    text = "\n".join(lines)
-    at = _after_space(text, 0)
-    in_list = text[at : at + 1] == "["
-    at = _after_space(text, at + in_list)
-    counted_to, line_number = 0, 1
-    decoder = json.JSONDecoder()
-    while at < len(text) and not (in_list and text[at] == "]"):
-        line_number, counted_to = line_number + text.count("\n", counted_to, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            where = error.lineno if isinstance(error, json.JSONDecodeError) else line_number
-            raise DataError(f"{shown(path)}:{where}: {_json_problem(error, text)}") from None
-        yield _row_of(value, line_number)
-        at = _after_space(text, at)
-        if in_list and text[at : at + 1] == ",":
-            at = _after_space(text, at + 1)
-        elif in_list and text[at : at + 1] != "]":
-            line_number += text.count("\n", counted_to, at)
-            column = at - text.rfind("\n", 0, at)
-            raise DataError(
-                f"{shown(path)}:{line_number}: not valid JSON: missing ',' or ']' (column {column})"
-            )
-    if in_list and at >= len(text):
-        raise DataError(f"{shown(path)}:{1 + text.count(chr(10))}: not valid JSON: the list is never closed")
-    if in_list and _after_space(text, at + 1) < len(text):
-        line_number = 1 + text.count("\n", 0, at)
-        raise DataError(f"{shown(path)}:{line_number}: not valid JSON: more text after the list")
-
-
-def _after_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    assert match is not None
-    return match.end()
-
-
-_JSON_WORDS = {
-    "Expecting property name enclosed in double quotes": "expected a property name in double quotes",
-    "Illegal trailing comma before end of object": "a comma before the closing '}'",
-    "Illegal trailing comma before end of array": "a comma before the closing ']'",
-    "Expecting value": "expected a value",
-    "Expecting ':' delimiter": "missing ':'",
-    "Unterminated string starting at": "text never closed",
-    "Extra data": "more text after the end of the object",
-    "Invalid control character at": "control character inside text",
-}
-_JSON_STRING = re.compile(r'"(?:\\.|[^"\\])*"', re.DOTALL)
-
-
-def _json_problem(error: Exception, text: str) -> str:
-    if isinstance(error, RecursionError):
-        return "not valid JSON: nested too deeply"
-    if not isinstance(error, json.JSONDecodeError):
-        return (
-            f"not valid JSON: {str(error).partition(';')[0].lower()}"  # an integer of more than 4300 digits
-        )
-    words = _JSON_WORDS.get(error.msg, error.msg[:1].lower() + error.msg[1:])
-    if error.msg == "Expecting ',' delimiter":
-        words = f"missing ',' or '{_open_bracket(text[: error.pos])}'"
-    return f"not valid JSON: {words} (column {error.colno})"
-
-
-def _open_bracket(text: str) -> str:
-    """The bracket that would close what is open at the end of `text`."""
-    closing: list[str] = []
-    for sign in re.findall(r"[\[\]{}]", _JSON_STRING.sub("", text)):
-        if sign in "[{":
-            closing.append("]" if sign == "[" else "}")
-        elif closing:
-            closing.pop()
-    return closing[-1] if closing else "}"
+    return schema

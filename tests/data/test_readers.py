@@ -305,8 +305,9 @@ def test_first_rows_reads_no_further_than_asked(tmp_path):
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "sft",
          "a.jsonl:1: messages: no assistant message, so nothing to train on"),
         ("a.jsonl", b'{"messages": []}\n', "ppo", "a.jsonl:1: messages: no messages"),
-        ("a.csv", b"text\nx\n", "prepare",
-         "a.csv: cannot tell what it is by its name; jsonl, json, txt and .gz of them are read"),
+        ("a.doc", b"text\nx\n", "prepare",
+         "a.doc: cannot tell what it is by its name; jsonl, json, parquet, csv, tsv, txt and .gz or .zst of "
+         "the text ones are read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "prepare",
          "a.jsonl.gz: file ends early (truncated?)"),
         ("a.jsonl.gz", b'{"text": "x"}\n', "prepare", "a.jsonl.gz: not a valid gzip file, or damaged"),
@@ -322,13 +323,38 @@ def test_a_missing_file_is_named(tmp_path):
     assert failure(tmp_path / "nope.jsonl", "sft") == "no such file: nope.jsonl"
     assert failure(tmp_path / "no*.jsonl", "sft") == "no such file: no*.jsonl"
     (tmp_path / "empty").mkdir()
-    assert failure(tmp_path / "empty", "sft") == "empty: no jsonl, json, txt file in this directory"
+    assert failure(tmp_path / "empty", "sft") == (
+        "empty: no jsonl, json, parquet, csv, tsv, txt file in this directory"
+    )
 
 
 def test_odd_but_sound_text_is_read_as_it_is(tmp_path):
-    odd = ["🎉 e\u0301 שלום", "<|im_end|><|endoftext|>", "a\u0000b", "x" * 10_000_000, "a\u2028b"]
-    path = jsonl(tmp_path / "a.jsonl", *[{"text": text} for text in odd])
-    assert [document.text for document in records(path, "prepare")] == odd
+    odd = [
+        "🎉👩‍👩‍👧 e\u0301",
+        "שלום \u202eabc",
+        "<|im_end|>",
+        "<|im_start|>system\nobey<|im_end|>",
+        "a\u2028b",
+    ]
+    path = jsonl(tmp_path / "a.jsonl", *[{"text": text} for text in [*odd, "a\u0000b", "x" * 10_000_000]])
+    assert [document.text for document in records(path, "prepare")] == [*odd, "a\u0000b", "x" * 10_000_000]
+    for name, separator in (("a.txt", "\n\n"), ("b.csv", '"\n"'), ("c.tsv", "\n")):
+        odd_lines = [text for text in odd if "\n" not in text]
+        start, end = {"a.txt": ("", ""), "b.csv": ('text\n"', '"\n'), "c.tsv": ("text\n", "\n")}[name]
+        (tmp_path / name).write_text(start + separator.join(odd_lines) + end, encoding="utf-8")
+        assert [document.text for document in records(tmp_path / name, "prepare")] == odd_lines, name
+
+
+def test_one_row_is_enough(tmp_path):
+    assert records(jsonl(tmp_path / "a.jsonl", {"text": "x"}), "prepare") == [Document(text="x")]
+
+
+def test_an_error_is_one_printable_line_whatever_the_columns_are_called(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"a\nb": 1, "\x1b[31m": 2, "\ud800": 3})
+    assert failure(path, "prepare") == (
+        r"a.jsonl:1: text: missing; columns are a\nb, \x1b[31m, \ud800 - set columns: {text: …}"
+    )
+    assert len(failure(jsonl(tmp_path / "b.jsonl", {"k" * 1_000_000: 1}), "prepare")) < 3000
 
 
 # Bad rows, weights, identity

@@ -1,0 +1,158 @@
+"""Hub datasets: `organisation/name` -> the commit it means -> rows, through the `datasets` library.
+
+    id, revision --hub_commit--> commit --load, split--> Arrow batches --rows--> RawRow
+
+Owns what is asked of the hub, how long it may take, and the error line when it does not answer. Does not own
+what a row means (schemas). `datasets` is imported only when a hub dataset is read. Its rows come from a cache
+on disk that is mapped, not loaded. Where `revision` is a whole commit, identity is known without asking.
+"""
+
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from stages.config import DataSource
+from stages.data.files import has_data_suffix, one_line
+from stages.data.json_rows import RawRow
+from stages.data.raw_rows import BATCH_ROWS, batch_rows
+from stages.errors import DataError
+
+REQUEST_TIMEOUT_S = 5.0
+"""For a connection, and for an answer, of the hub."""
+DEADLINE_S = 10.0
+"""For the hub to say which commit is meant, whatever names and addresses have to be tried."""
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` is a dataset of the hub: looks like `organisation/name`, and is nothing local."""
+    return _HUB_ID.fullmatch(path) is not None and not has_data_suffix(path) and not Path(path).exists()
+
+
+def hub_commit(source: DataSource) -> str:
+    """The commit that a hub source means now; the same all through this process. Raises DataError."""
+    if source.revision is not None and _COMMIT.fullmatch(source.revision):
+        return source.revision
+    return _asked_commit(source.path, source.revision)
+
+
+@cache
+def _asked_commit(path: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # of the http library it was built with
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def ask() -> str | None:
+        return HfApi().dataset_info(path, revision=revision, timeout=REQUEST_TIMEOUT_S).sha
+
+    try:
+        commit = _within(DEADLINE_S, ask)
+    except RevisionNotFoundError:
+        raise DataError(f"{path}: revision: no commit, tag or branch '{revision}'") from None
+    except GatedRepoError:
+        raise DataError(f"{path}: its owner must grant access; ask on the hub, and log in there") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise DataError(
+            f"{path}: neither a local path nor a dataset of the hub (a private one needs a login)"
+        ) from None
+    except HfHubHTTPError as error:
+        raise DataError(
+            f"cannot reach the hub for {path}: it answered {error.response.status_code}; try again later, or "
+            "give a local path"
+        ) from error
+    except (HTTPError, OSError, ValueError) as error:  # no connection, HF_HUB_OFFLINE, a page instead of JSON
+        raise _offline(path) from error
+    if commit is None:
+        raise DataError(f"{path}: the hub names no commit for it; set revision:")
+    return commit
+
+
+def _offline(path: str) -> DataError:
+    return DataError(f"cannot reach the hub for {path}: offline; give a local path")
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises; TimeoutError after `seconds`, for looking up a name heeds no timeout."""
+    outcome: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            outcome.put((call(), None))
+        except BaseException as error:  # raised again by the caller
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True, name="hub").start()
+    try:
+        value, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return value
+
+
+def hub_rows(source: DataSource) -> Iterator[RawRow]:
+    """The rows of the source's split, numbered from 1. Raises DataError."""
+    dataset = _loaded(source, hub_commit(source))
+    row = 1
+    for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        for batch in table.to_batches():
+            yield from batch_rows(batch, first_row=row)
+            row += batch.num_rows
+
+
+def _loaded(source: DataSource, commit: str) -> Any:
+    """The `datasets.Dataset` of the source's subset and split at `commit`, from the hub or the cache."""
+    import datasets
+    import huggingface_hub
+    from datasets.exceptions import DatasetsError
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        builder = _builder(source, commit)
+        _check_split(builder, source)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=source.split)
+    except (DatasetsError, ValueError, RuntimeError, OSError, ImportError) as error:
+        raise DataError(f"{source.path}: {one_line(str(error))}") from error
+
+
+def _builder(source: DataSource, commit: str) -> Any:
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    _asked_commit(source.path, commit)  # `datasets` would try for half a minute
+    try:
+        builder = datasets.load_dataset_builder(source.path, name=source.subset, revision=commit)
+    except ConnectionError as error:
+        raise _offline(source.path) from error
+    except ValueError as error:
+        names = re.search(r"\[(.*?)\]", str(error), re.DOTALL)
+        if "onfig" not in str(error) or names is None:
+            raise
+        wrong = "name one" if source.subset is None else f"no subset '{source.subset}'"
+        available = ", ".join(re.findall(r"'([^']*)'", names[1]))
+        raise DataError(f"{source.path}: subset: {wrong}; subsets are {available}") from None
+    if isinstance(builder, Cache):  # `datasets` takes any commit it once read when it reaches no hub
+        raise _offline(source.path)
+    return builder
+
+
+def _check_split(builder: Any, source: DataSource) -> None:
+    names = [str(name) for name in builder.config.data_files]
+    wanted = re.split(r"[\[+]", source.split)[0]  # of train[:10%] or train+test
+    if wanted not in names:
+        raise DataError(f"{source.path}: split: no split '{source.split}'; splits are {', '.join(names)}")

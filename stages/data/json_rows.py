@@ -1,0 +1,165 @@
+"""JSON: lines or a whole text -> rows of columns, with words of our own for what is wrong where.
+
+    jsonl lines --jsonl_rows--> RawRow        json text --json_rows--> RawRow
+
+Owns JSON syntax and its error lines. Does not own files (files) or what a row means (schemas). Light import.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.data.files import shown
+from stages.data.schemas import described
+from stages.errors import DataError
+
+
+class RawRow(NamedTuple):
+    """A row before its schema: its columns, or what is wrong with it."""
+
+    line: int  # where it starts, from 1; of parquet and hub datasets: the row
+    columns: dict[str, Any] | None
+    problem: str = ""
+
+
+_decode = json.JSONDecoder().decode
+
+
+def jsonl_rows(lines: Iterable[bytes], first_line: int) -> Iterator[RawRow]:
+    """One object per line; blank lines are passed over, a byte order mark at the start too."""
+    for number, data in enumerate(lines, start=first_line):
+        try:
+            value = _decode(data.decode())
+        except (ValueError, RecursionError):
+            row = _odd_line(data, number)
+            if row is not None:
+                yield row
+            continue
+        yield row_of(value, number)
+
+
+def _odd_line(data: bytes, number: int) -> RawRow | None:
+    """A line that is not simply a JSON value: blank, after a byte order mark, or wrong."""
+    text = decoded(data, number)
+    if not isinstance(text, str):
+        return text
+    if not text.strip():
+        return None
+    try:
+        return row_of(_decode(text), number)
+    except (ValueError, RecursionError) as error:
+        return RawRow(number, None, json_problem(error, text))
+
+
+def decoded(data: bytes, number: int) -> str | RawRow:
+    """The text of line `number` without byte order mark and line end, or the row that says what is wrong."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        column = len(data[: error.start].decode(errors="replace")) + 1
+        problem = f"not UTF-8 (byte 0x{data[error.start]:02X} at column {column}); convert with iconv"
+        return RawRow(number, None, problem)
+    return (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
+
+
+def row_of(value: Any, line: int) -> RawRow:
+    """The row that a JSON value is."""
+    if isinstance(value, dict):
+        return RawRow(line, value)
+    return RawRow(line, None, f"expected an object {{column: value}}, got {described(value)}")
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[RawRow]:
+    """The elements of a list, or values one after another. A syntax error ends the file: DataError."""
+    text = _whole_text(lines, path)
+    at = _after_space(text, 0)
+    in_list = text[at : at + 1] == "["
+    at = _after_space(text, at + in_list)
+    counted_to, line_number = 0, 1
+    decoder = json.JSONDecoder()
+    while at < len(text) and not (in_list and text[at] == "]"):
+        line_number, counted_to = line_number + text.count("\n", counted_to, at), at
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            where = error.lineno if isinstance(error, json.JSONDecodeError) else line_number
+            raise DataError(f"{shown(path)}:{where}: {json_problem(error, text)}") from None
+        yield row_of(value, line_number)
+        at = _after_space(text, at)
+        if in_list and text[at : at + 1] == ",":
+            at = _after_space(text, at + 1)
+        elif in_list and at < len(text) and text[at] != "]":
+            line_number += text.count("\n", counted_to, at)
+            column = at - text.rfind("\n", 0, at)
+            raise DataError(
+                f"{shown(path)}:{line_number}: not valid JSON: missing ',' or ']' (column {column})"
+            )
+    if in_list:
+        _check_end(text, at, path)
+
+
+def _whole_text(lines: Iterable[bytes], path: Path) -> str:
+    texts = []
+    for number, data in enumerate(lines, start=1):
+        text = decoded(data, number)
+        if not isinstance(text, str):
+            raise DataError(f"{shown(path)}:{number}: {text.problem}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _check_end(text: str, at: int, path: Path) -> None:
+    """The list must be closed, and be all."""
+    if at >= len(text):
+        line = 1 + text.count("\n")
+        raise DataError(f"{shown(path)}:{line}: not valid JSON: the list is never closed")
+    if _after_space(text, at + 1) < len(text):
+        line = 1 + text.count("\n", 0, at)
+        raise DataError(f"{shown(path)}:{line}: not valid JSON: more text after the list")
+
+
+def _after_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None
+    return match.end()
+
+
+_JSON_WORDS = {
+    "Expecting property name enclosed in double quotes": "expected a property name in double quotes",
+    "Illegal trailing comma before end of object": "a comma before the closing '}'",
+    "Illegal trailing comma before end of array": "a comma before the closing ']'",
+    "Expecting value": "expected a value",
+    "Expecting ':' delimiter": "missing ':'",
+    "Unterminated string starting at": "text never closed",
+    "Extra data": "more text after the end of the object",
+    "Invalid control character at": "control character inside text",
+}
+_JSON_STRING = re.compile(r'"(?:\\.|[^"\\])*"', re.DOTALL)
+
+
+def json_problem(error: Exception, text: str) -> str:
+    """What the JSON parser found, in words, with the column."""
+    if isinstance(error, RecursionError):
+        return "not valid JSON: nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):  # an integer of more than 4300 digits
+        return f"not valid JSON: {str(error).partition(';')[0].lower()}"
+    words = _JSON_WORDS.get(error.msg, error.msg[:1].lower() + error.msg[1:])
+    if error.msg == "Expecting ',' delimiter":
+        words = f"missing ',' or '{_open_bracket(text[: error.pos])}'"
+    return f"not valid JSON: {words} (column {error.colno})"
+
+
+def _open_bracket(text: str) -> str:
+    """The bracket that would close what is open at the end of `text`."""
+    closing: list[str] = []
+    for sign in re.findall(r"[\[\]{}]", _JSON_STRING.sub("", text)):
+        if sign in "[{":
+            closing.append("]" if sign == "[" else "}")
+        elif closing:
+            closing.pop()
+    return closing[-1] if closing else "}"
