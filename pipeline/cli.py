@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
 from pipeline import changes, dag, doctor, executor, placement, supervisor
@@ -30,18 +31,16 @@ from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
+from pipeline.preview import previews
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
 from pipeline.yaml_source import short
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
-from stages.data import readers
 from stages.data.durable import disk_problems
 
 INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130
-NUM_ROWS_CHECKED = 2
-ROW_CHARS = 160
 MAX_LINE_CHARS = 2000
 """Of an error: it may quote a file, a template or a library, and goes to a terminal."""
 
@@ -136,20 +135,18 @@ for _stage in dag.STAGES:
 
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Check CONFIG and the first rows of its datasets; show what a run would do. Starts nothing."""
+    """Check CONFIG and every row of its datasets; show them, and what a run would do. Starts nothing."""
     loaded = configs.load(config, overrides or [])
     configs.check_paths(loaded)
     typer.echo(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
-    for stage in dag.configured(loaded.config):
-        for key, source in dag.data_sources(loaded.config, stage):
-            preview = readers.first_rows(source, stage, NUM_ROWS_CHECKED)  # type: ignore[arg-type]  # a stage with data
-            typer.echo(f"\n{key}: {source.path} ({preview.format})")
-            for record in preview.records:
-                typer.echo(f"  {_shortened(record)}")
+    at_hand = model_at_hand(loaded.config.model.path, loaded.config.model.revision)
+    console = Console(soft_wrap=True)
+    for block in previews(loaded.config, model_at_hand=at_hand):
+        console.print(block)
     typer.echo("\nplan (memory without activations):")
     for line in placement.plan(loaded.config, dag.configured(loaded.config)):
         typer.echo(f"  {line}")
-    if not model_at_hand(loaded.config.model.path, loaded.config.model.revision):
+    if not at_hand:
         typer.echo(f"\nstages (all would run; {loaded.config.model.path} has to be fetched first):")
         for stage in dag.configured(loaded.config):
             needs = ", ".join(dag.needs(loaded.config, stage)) or "nothing"
@@ -304,11 +301,6 @@ def _steps(config: Any, stage: str) -> str:
     if "max_steps" in fields and section.max_steps is not None:
         return f"{section.max_steps} steps"
     return f"{section.num_epochs:g} epochs of its data" if "num_epochs" in fields else ""
-
-
-def _shortened(record: Any) -> str:
-    text = " ".join(str(record).split())
-    return text if len(text) <= ROW_CHARS else f"{text[:ROW_CHARS]}…"
 
 
 if __name__ == "__main__":

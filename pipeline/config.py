@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from pipeline.yaml_source import KeyPath, Node, describe, dotted, parse_scalar, read_config, short
 from rollout.config import Section
-from stages.config import DataSource, ModelConfig, ScoreFunction
+from stages.config import DataSource, ModelConfig, PrepareConfig, ScoreFunction
 from stages.data import hub
 from stages.errors import DataError
 
@@ -155,12 +155,15 @@ def _bool_as_number(node: Node, value: Any, path: KeyPath = ()) -> KeyPath | Non
 # --- paths
 
 
+PathKind = Literal["data", "file", "directory", "model"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _StatedPath:
     key: KeyPath
     stated: Node
     path: str  # absolute, or a hub id
-    kind: Literal["data", "file", "model"]
+    kind: PathKind
 
 
 def check_paths(loaded: LoadedConfig, sections: Collection[str] | None = None) -> None:
@@ -187,8 +190,8 @@ def _path_problem(item: _StatedPath) -> str | None:
         if item.kind == "model":
             is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", item.path)
             return None if is_hub_id else f"no such directory: {stated}"
-        return f"no such file: {stated}"
-    if item.kind == "model" and not os.path.isdir(item.path):
+        return f"no such {'directory' if item.kind == 'directory' else 'file'}: {stated}"
+    if item.kind in ("model", "directory") and not os.path.isdir(item.path):
         return f"not a directory: {stated}"
     if item.kind == "file" and not os.path.isfile(item.path):
         return f"not a file: {stated}"
@@ -198,12 +201,14 @@ def _path_problem(item: _StatedPath) -> str | None:
 def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]:
     """Every path the config states, made absolute by the place that states it."""
     for key, section in _sections(config, ()):
-        kinds: dict[str, Literal["data", "file", "model"]]
+        kinds: dict[str, PathKind]
         match section:
             case DataSource():
                 kinds = {"path": "data"}
             case ScoreFunction():
                 kinds = {"path": "file"}
+            case PrepareConfig():
+                kinds = {"tokenizer": "directory"}
             case ModelConfig():
                 kinds = {"path": "model", "chat_template": "file", "architecture": "file"}
             case _:

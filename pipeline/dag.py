@@ -28,6 +28,7 @@ from stages.config import (
     EvaluateSettings,
     ModelConfig,
     PPOSettings,
+    PrepareConfig,
     PrepareSettings,
     PretrainSettings,
     RewardSettings,
@@ -41,6 +42,13 @@ from stages.errors import DataError
 SCHEMA_VERSION = 2
 """Of artifacts and fingerprints: a bump makes every artifact of an older version unknown."""
 FINGERPRINT_CHARS = 16
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What makes a tokenizer; the first is always there."""
 MODEL = "model"
 """Input key of the directory that `model.path` names; every other input key is the name of a stage."""
 
@@ -180,10 +188,13 @@ def settings_for(config: ExperimentConfig, stage: str) -> StageSettings:
 
 
 def data_sources(config: ExperimentConfig, stage: str) -> Iterator[tuple[str, DataSource]]:
-    """Dotted key and source of every dataset of a stage, e.g. ("sft.data.0", ...)."""
+    """Dotted key and source of every dataset that a stage reads, e.g. ("sft.data.0", ...).
+
+    The first part of the key is the stage by whose schemas it is read: prepare reads evaluate's prompts too.
+    """
     for key, section in _sections(settings_for(config, stage)):
         if isinstance(section, DataSource):
-            yield key, section
+            yield key.replace("evaluation_prompts.", "evaluate.prompts."), section
 
 
 def directory_name(stage: str, fingerprint: str) -> str:
@@ -255,6 +266,10 @@ def _contents(settings: StageSettings) -> Iterator[tuple[str, str]]:
                 yield key, content_digest(section)
             case ScoreFunction():
                 yield f"{key}.path", _file_digest(f"{key}.path", section.path)
+            case PrepareConfig(tokenizer=Path() as directory):
+                for name in TOKENIZER_FILES:
+                    if name == TOKENIZER_FILES[0] or (directory / name).is_file():
+                        yield f"{key}.tokenizer.{name}", _file_digest(f"{key}.tokenizer", directory / name)
             case ModelConfig(chat_template=Path() as template):
                 yield f"{key}.chat_template", _file_digest(f"{key}.chat_template", template)
 

@@ -92,6 +92,7 @@ class StageJob:
     side_by_side: int  # stages that may run at the same time: their threads share the cores
     replace: bool
     stop_file: Path
+    joined_cluster: bool
 
     @property
     def num_threads(self) -> int:
@@ -183,10 +184,12 @@ def validate_data(planned: PlannedRun) -> None:
 
     Raises DataError.
     """
+    seen: set[str] = set()
     for stage in planned.to_run:
-        sources = [source for _, source in dag.data_sources(planned.config, stage)]
-        if sources:
-            readers.read(sources, stage, seed=planned.config.seed)  # type: ignore[arg-type]  # stages with data
+        for key, source in dag.data_sources(planned.config, stage):
+            if key not in seen and source.weight > 0:
+                seen.add(key)
+                readers.validate(source, key.partition(".")[0])  # type: ignore[arg-type]  # a stage with data
     evaluate = planned.config.evaluate
     if "evaluate" in planned.to_run and evaluate is not None and evaluate.score is not None:
         load_judge(evaluate.score)
@@ -367,6 +370,7 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
         side_by_side=dag.side_by_side(config, planned.to_run),
         replace=stage in planned.replaced,
         stop_file=planned.store.stop_file(config.name),
+        joined_cluster=config.resources.address is not None,
     )
 
 
@@ -590,6 +594,7 @@ def _run_recipe(job: StageJob, store: Store) -> None:
         collective_timeout_s=job.collective_timeout_s,
         num_threads=job.num_threads,
         stop_file=job.stop_file,
+        joined_cluster=job.joined_cluster,
     )
     metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
     if not (work / METRICS).exists():  # a stage of one step

@@ -138,19 +138,27 @@ class ExperimentConfig(Section):
             yield from self._gpu_problems(stage)
         yield from self._not_supported_yet()
 
+    @property
+    def evaluation_prompts(self) -> list[DataSource]:
+        """What prepare keeps out of the training text."""
+        wanted = self.prepare is not None and self.prepare.decontaminate
+        return self.evaluate.prompts if wanted and self.evaluate is not None else []
+
     def _workers_do_not_fit(self) -> Iterator[str]:
         for stage in STAGE_FIELDS:
             num_workers, section = getattr(self.resources, stage).num_workers, getattr(self, stage)
             if num_workers == 1 or section is None:
                 continue
             key = f"resources.{stage}.num_workers"
-            if not isinstance(section, TrainingConfig):
+            if stage == "evaluate":
                 yield f"{key}: {stage} does not train, it runs in one process; set 1"
             elif self.pipeline.executor == "inline":
                 yield (
                     f"{key}: pipeline.executor inline runs each stage in one process; set 1, or "
                     "pipeline.executor ray"
                 )
+            elif not isinstance(section, TrainingConfig):
+                continue
             elif getattr(self.resources, stage).num_gpus not in (0, 1):
                 yield f"resources.{stage}.num_gpus: several workers have one GPU each, or none; set 1 or 0"
             else:

@@ -122,6 +122,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _sequence(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _as_number(value: Any) -> float | None:
     """`value` as a double; None if it is no number, or one too large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -326,8 +330,27 @@ def _data(stages: Sequence[_Stage]) -> Html | None:
                 if _as_number(value) is not None
             ]
             if rows:
-                return table(["prepare", ""], rows, class_="numbers")
+                return join(_filter_steps(statistics), table(["prepare", ""], rows, class_="numbers"))
     return None
+
+
+def _filter_steps(statistics: Mapping[str, Any]) -> Html:
+    """What each step of prepare kept and dropped, by which rules, and the documents it shows for it."""
+    steps = [_mapping(step) for step in _sequence(statistics.get("steps"))]
+    rows, shown = [], []
+    for step in steps:
+        name = _as_text(step.get("step")).replace("_", " ")
+        rules = _mapping(step.get("rules"))
+        by_rule = ", ".join(f"{rule}: {number(count)}" for rule, count in rules.items())
+        rows.append([name, number(step.get("kept")), number(step.get("dropped")), by_rule])
+        examples = [_mapping(example) for example in _sequence(step.get("examples"))]
+        if examples:
+            cells = [[_as_text(example.get("rule")), _as_text(example.get("text"))] for example in examples]
+            summary = el("summary", f"dropped by {name}: the first {len(examples)}")
+            shown.append(el("details", summary, table(["rule", "document"], cells, class_="samples")))
+    if not rows:
+        return join()
+    return join(table(["step", "kept", "dropped", "by rule"], rows, class_="numbers"), *shown)
 
 
 def _figures(stages: Sequence[_Stage]) -> Html | None:

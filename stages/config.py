@@ -307,6 +307,8 @@ class RewardConfig(TrainingConfig):
     """Pairs per optimizer step."""
     micro_batch_size: int = Field(default=16, ge=1)
     """Pairs per forward."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """Pairs longer than model.context_length: left out and counted, or the start of the prompt is cut."""
     heldout_frac: float = Field(default=0.1, gt=0, lt=0.9)
     """Share of the pairs held out for accuracy, chosen by content hash of the prompt."""
     group_column: str | None = None
@@ -502,6 +504,8 @@ class PrepareSettings(StageSettings):
     """What the prepare recipe may read."""
 
     prepare: PrepareConfig
+    evaluation_prompts: list[DataSource]
+    """Prompts of `evaluate:` that documents are compared with; none where that is switched off."""
 
     def identity(self) -> dict[str, Any]:
         """Of `model:` only what this recipe reads; a given model and a template are identified by their

@@ -23,6 +23,7 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
+from stages.data.fitting import fit_prompt
 from stages.data.readers import read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
@@ -122,7 +123,7 @@ def _fitting(prompts: Sequence[Prompt], chat: ChatTokenizer, settings: EvaluateS
     kept = [
         prompt
         for prompt in prompts
-        if len(chat.prompt_ids(prompt.messages)) <= longest
+        if fit_prompt(chat, prompt, longest).example is not None
         and len(_continuation(prompt, chat, config)) <= longest
     ]
     if not kept:

@@ -23,6 +23,7 @@ from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
 from stages.data.experience import Judgement, RolloutPack, assemble, pack_rollouts
+from stages.data.fitting import fit_prompt
 from stages.data.journal import Journal, JournalEntry
 from stages.data.readers import read_prompts
 from stages.errors import DataError, Interrupted, ModelError
@@ -334,15 +335,15 @@ def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[tuple[in
     """Prompt ids in file order, and how many rows were left out: malformed, or no room to respond."""
     config = settings.ppo
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
-    rendered = [chat.prompt_ids(prompt.messages) for prompt in rows.records]
     longest = settings.model.context_length - config.max_response_tokens
-    kept = tuple(ids for ids in rendered if len(ids) <= longest)
+    fitted = [fit_prompt(chat, prompt, longest) for prompt in rows.records]
+    kept = tuple(one.example for one in fitted if one.example is not None)
     if not kept:
         raise DataError(
-            f"ppo.data: none of {len(rendered)} prompts has at most {longest} tokens "
+            f"ppo.data: none of {len(fitted)} prompts has at most {longest} tokens "
             "(model.context_length - ppo.max_response_tokens)"
         )
-    return kept, rows.num_skipped + len(rendered) - len(kept)
+    return kept, rows.num_skipped + len(fitted) - len(kept)
 
 
 def _controller(config: PPOConfig) -> KlController:

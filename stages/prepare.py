@@ -1,38 +1,49 @@
 """prepare: documents in; tokenizer, packed token shards and statistics out.
 
-    read -> normalise -> exact dedup -> length filter -> split by hash -> tokenizer -> pack -> shards
+    split -> filter (block by block) -> select (all) -> tokenizer -> encode (block by block) -> pack -> shards
 
-Everything is a function of the documents' contents and the settings: the same input gives the same bytes.
-Owns the order of these steps and the statistics; does not own the formats (readers) or the layout of the
-shards (shards).
+Everything is a function of the documents' contents and the settings: the same input gives the same bytes,
+whatever the size and number of blocks and whoever works on them - this process, or Ray Data's workers. A
+killed run takes up the blocks that were whole. Owns the order of these steps, the workers and the statistics;
+does not own the formats (readers), the work on a block (corpus) or the layout of the shards (shards).
 """
 
 import json
-import math
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from blake3 import blake3
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
-from stages.config import PrepareConfig, PrepareSettings
-from stages.data.batches import content_share, stage_seed
-from stages.data.chat import CHATML, END_OF_TEXT, PAD, SPECIAL_TOKENS, ChatTokenizer, read_template
-from stages.data.readers import read_source, weighted
-from stages.data.shards import write_shards
-from stages.errors import DataError
+from rollout.errors import GO_ON, EnvironmentProblem
+from stages.config import DataSource, PrepareConfig, PrepareSettings
+from stages.data.chat import CHATML, ChatTokenizer, read_template
+from stages.data.corpus import (
+    STEPS,
+    BlockReport,
+    Corpus,
+    Dropped,
+    Filter,
+    Selection,
+    documents,
+    encode_block,
+    filter_block,
+    select,
+    tokenizer_sample,
+)
+from stages.data.files import FileSplit
+from stages.data.languages import check_languages
+from stages.data.readers import NO_ROWS, Counts, check_counts, read_source, splits_of
+from stages.data.records import Prompt
+from stages.data.shards import ShardCounts, token_dtype, write_shards
+from stages.data.vocabulary import train_tokenizer
+from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 
-RECIPE_VERSION = 1
-
-NUM_EXAMPLES = 5
-"""Dropped documents shown per rule."""
-EXAMPLE_CHARS = 200
-ENCODE_BATCH = 1024
-"""Documents tokenised at once."""
+RECIPE_VERSION = 2
 
 
 def run(
@@ -40,174 +51,303 @@ def run(
 ) -> Mapping[str, float]:
     """Write tokenizer, shards, index.json and statistics.json to out_dir; return the counts.
 
-    `inputs` may hold `model`: its tokenizer is taken instead of training one. Raises DataError, ModelError.
+    `inputs` may hold `model`: its tokenizer is taken instead of training one. Raises DataError, ModelError,
+    Interrupted.
     """
     config = settings.prepare
+    check_languages(config.languages)
+    blocks = _blocks(config)
+    texts = evaluation_texts(settings.evaluation_prompts)
+    directory = runtime.work_dir / f"blocks-{_digest(settings, inputs, blocks, texts)}"
+    directory.mkdir(parents=True, exist_ok=True)
+    work = _Workers(runtime=runtime, on_ray_data=_is_large(blocks, config) or runtime.joined_cluster)
 
-    # 1. Read, normalise, drop repetitions and wrong lengths. Weights act later: their repetitions are wanted.
-    corpus = _read(config)
+    # 1. Every document by itself: normal form, length, language, quality, overlap with evaluation prompts.
+    given = {"directory": directory, "config": config, "blocks": blocks, "evaluation_texts": texts}
+    reports = [BlockReport.from_json(row["report"]) for row in work.map(_FilterWorker, given, len(blocks))]
+    counts = _counts(blocks, reports, config)
 
-    # 2. Hold out by content hash: a document stays on its side when others come or go.
-    train_by_source, heldout = _split(corpus.kept, config.heldout_frac)
-    train = [
-        text
-        for index, (source, texts) in enumerate(zip(config.data, train_by_source, strict=True))
-        for text in weighted(texts, source.weight, stage_seed(settings.seed, "prepare", "weight", index))
-    ]
-    if not train:
-        raise DataError("prepare.data: no document is left to train on; lower min_chars or add documents")
+    # 2. All documents together: duplicates, the held-out share (by content hash: a document stays on its side
+    #    when others come or go), and the mixture of sources.
+    corpus = Corpus(directory, [report.num_kept for report in reports], [block.source for block in blocks])
+    selection = select(corpus, config, settings.seed)
+    if not len(selection.train):
+        raise DataError(
+            f"prepare.data: no document is left to train on (dropped: "
+            f"{_in_words(_dropped(reports, selection))}); add documents or set milder rules"
+        )
 
-    # 3. The model's tokenizer, or one trained on the training text.
-    template = settings.model.chat_template
-    if "model" in inputs:
-        chat = ChatTokenizer.load(inputs["model"], template)
-    else:
-        source = CHATML if template is None else read_template(template)
-        chat = ChatTokenizer(train_tokenizer(train, config.vocab_size), template=source)
+    # 3. The model's tokenizer, one that was given, or one trained on a sample of the training text.
+    chat = _tokenizer(settings, inputs, corpus, selection)
     out_dir.mkdir(parents=True, exist_ok=True)
     chat.save(out_dir)
 
-    # 4. Token ids, packed to rows.
-    counts = write_shards(
+    # 4. Token ids of every block, then rows.
+    wanted = np.zeros(len(corpus), bool)
+    wanted[selection.train] = wanted[selection.heldout] = True
+    given = {"corpus": corpus, "wanted": wanted, "tokenizer": out_dir, "model": settings.model}
+    for _ in work.map(_EncodeWorker, given, len(blocks)):
+        pass
+    dtype = token_dtype(chat.vocab_size)
+    shards = write_shards(
         out_dir,
-        _encoded(chat, train),
-        _encoded(chat, heldout),
-        packing=config.packing,
+        documents(corpus, selection.train, dtype),
+        documents(corpus, selection.heldout, dtype),
         separator_id=chat.separator_id,
         vocab_size=chat.vocab_size,
         context_length=settings.model.context_length,
         shard_tokens=config.shard_tokens,
+        packing=config.packing,
     )
-    if not counts.rows:
+    if not shards.rows:
         raise DataError(
-            f"prepare.data: {counts.tokens_dropped} training tokens do not fill one row of "
+            f"prepare.data: {shards.tokens_dropped} training tokens do not fill one row of "
             f"model.context_length {settings.model.context_length}; add documents or shorten the context"
         )
 
     # 5. Statistics.
-    num_chars = sum(len(text) for text in train)
-    metrics = {
-        "documents": corpus.num_read,
-        "documents_kept": sum(len(texts) for texts in corpus.kept),
-        "documents_heldout": len(heldout),
-        **{f"dropped_{rule}": dropped.count for rule, dropped in corpus.dropped.items()},
-        "rows_skipped": corpus.num_skipped,
-        "chars_train": num_chars,
-        "tokens_train": counts.tokens_train,
-        "tokens_dropped": counts.tokens_dropped,
-        "tokens_repeated": counts.tokens_repeated,
-        "tokens_heldout": counts.tokens_heldout,
-        "chars_per_token": num_chars / max(1, counts.tokens_text),
-        "rows": counts.rows,
-        "packing_utilisation": counts.utilisation,
-        "vocab_size": chat.vocab_size,
-    }
-    examples = {rule: dropped.examples for rule, dropped in corpus.dropped.items()}
-    statistics = json.dumps({**metrics, "dropped_examples": examples}, indent=1, ensure_ascii=False)
-    (out_dir / "statistics.json").write_text(statistics + "\n", encoding="utf-8")
+    metrics = _metrics(reports, counts, selection, corpus, shards, chat)
+    statistics = {**metrics, "steps": _steps(reports, selection)}
+    text = json.dumps(statistics, indent=1, ensure_ascii=False)
+    (out_dir / "statistics.json").write_text(text + "\n", encoding="utf-8")
     return {name: float(value) for name, value in metrics.items()}
 
 
-@dataclass(slots=True, kw_only=True)
-class _Dropped:
-    """What one rule left out."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """A part of the input that one worker reads at a time."""
 
-    count: int = 0
-    examples: list[str] = field(default_factory=list)  # the first few, shortened
+    source: int  # index in prepare.data
+    split: FileSplit
 
-    def add(self, text: str) -> None:
-        self.count += 1
-        if len(self.examples) < NUM_EXAMPLES:
-            self.examples.append(text[:EXAMPLE_CHARS])
+
+def _blocks(config: PrepareConfig) -> list[_Block]:
+    """The input in order, sources of weight 0 left out."""
+    block_bytes = int(config.block_mb * 1e6)
+    return [
+        _Block(source=index, split=split)
+        for index, source in enumerate(config.data)
+        if source.weight > 0
+        for split in splits_of(source, block_bytes)
+    ]
+
+
+def _digest(
+    settings: PrepareSettings, inputs: Mapping[str, Path], blocks: Sequence[_Block], texts: Sequence[str]
+) -> str:
+    """Of all that decides the blocks on disk: those of other settings or other files are not taken up."""
+    files = {path: path.stat() for path in {block.split.path: None for block in blocks} if path.exists()}
+    parts = [
+        settings.model_dump_json(),
+        repr(sorted(inputs.items())),
+        repr(blocks),
+        repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files.items()]),
+        repr(texts),
+    ]
+    return blake3("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _is_large(blocks: Sequence[_Block], config: PrepareConfig) -> bool:
+    sizes = [block.split.num_bytes for block in blocks]
+    return sum(sizes) > config.ray_data_mb * 1e6
+
+
+def evaluation_texts(sources: Sequence[DataSource]) -> list[str]:
+    """What must not stand in the training text: evaluation prompts, and the texts in their other columns."""
+    texts: list[str] = []
+    for source in sources:
+        for prompt in read_source(source, "evaluate").records:
+            assert isinstance(prompt, Prompt)
+            texts += [message.content for message in prompt.messages if message.role != "system"]
+            texts += [value for value in prompt.row.values() if isinstance(value, str)]
+    return texts
+
+
+class _FilterWorker:
+    """Filters blocks by their number; one in every process that takes part."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: PrepareConfig,
+        blocks: Sequence[_Block],
+        evaluation_texts: Sequence[str],
+    ) -> None:
+        self._directory, self._config, self._blocks = directory, config, blocks
+        self._keeps = Filter(config, evaluation_texts)
+
+    def __call__(self, row: Mapping[str, int]) -> dict[str, Any]:
+        number = row["number"]
+        block = self._blocks[number]
+        source = self._config.data[block.source]
+        report = filter_block(self._directory, number, block.split, source, self._config, self._keeps)
+        return {"report": report.to_json()}
+
+
+class _EncodeWorker:
+    """Tokenises blocks by their number."""
+
+    def __init__(self, corpus: Corpus, wanted: np.ndarray, tokenizer: Path, model: Any) -> None:
+        self._corpus, self._wanted = corpus, wanted
+        self._chat = ChatTokenizer.load(tokenizer, model.chat_template)
+        self._dtype = token_dtype(self._chat.vocab_size)
+
+    def __call__(self, row: Mapping[str, int]) -> dict[str, Any]:
+        number, starts = row["number"], self._corpus.starts
+        wanted = self._wanted[starts[number] : starts[number + 1]]
+        encode = partial(self._chat.documents_ids, dtype=self._dtype)
+        encode_block(self._corpus, number, wanted, encode, self._dtype)
+        return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Corpus:
-    """The documents that passed every rule, per source, and what did not."""
+class _Workers:
+    """Who works on the blocks."""
 
-    kept: list[list[str]]
-    dropped: dict[str, _Dropped]  # rule -> what it left out
-    num_read: int
-    num_skipped: int  # malformed rows
+    runtime: Runtime
+    on_ray_data: bool
 
-
-def _read(config: PrepareConfig) -> _Corpus:
-    dropped = {rule: _Dropped() for rule in ("too_short", "too_long", "duplicate")}
-    kept: list[list[str]] = []
-    seen: set[bytes] = set()
-    num_read = num_skipped = 0
-    for source in config.data:
-        kept.append([])
-        if source.weight == 0:
-            continue
-        rows = read_source(source, "prepare")
-        num_read += len(rows.records)
-        num_skipped += rows.num_skipped
-        for document in rows.records:
-            text = normalise(document.text, config.unicode_form)
-            rule = _broken_rule(text, seen, config)
-            if rule is None:
-                kept[-1].append(text)
-            else:
-                dropped[rule].add(text)
-    return _Corpus(kept=kept, dropped=dropped, num_read=num_read, num_skipped=num_skipped)
+    def map(self, work: Callable[..., Any], given: Mapping[str, Any], num: int) -> Iterator[dict[str, Any]]:
+        """`work(**given)({"number": n})` for n below `num`, in order. Raises DataError, Interrupted."""
+        numbers = [{"number": number} for number in range(num)]
+        spread = self.on_ray_data or self.runtime.resources.num_workers > 1
+        if spread and self.runtime.executor == "ray":
+            answers = _on_ray_data(work, given, numbers, self.runtime)
+        else:
+            answers = map(work(**given), numbers)
+        for answer in answers:
+            yield answer
+            if self.runtime.stop_requested():
+                raise Interrupted(f"prepare: stopped between two blocks, state saved; {GO_ON}")
 
 
-def normalise(text: str, unicode_form: str | None) -> str:
-    """Line ends to `\\n`, the Unicode normal form, no white space around the document."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-    return text if unicode_form is None else unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+def _on_ray_data(
+    work: Callable[..., Any], given: Mapping[str, Any], numbers: list[dict[str, int]], runtime: Runtime
+) -> Iterator[dict[str, Any]]:
+    """The same through Ray Data: one process per CPU, or `resources.prepare.num_workers` of them."""
+    import ray
+    import ray.data
 
-
-def _broken_rule(text: str, seen: set[bytes], config: PrepareConfig) -> str | None:
-    if len(text) < config.min_chars:
-        return "too_short"
-    if len(text) > config.max_chars:
-        return "too_long"
-    digest = _hash(text)
-    if digest in seen:
-        return "duplicate"
-    seen.add(digest)
-    return None
-
-
-def _hash(text: str) -> bytes:
-    return blake3(text.encode()).digest(16)
-
-
-def _split(kept: Sequence[Sequence[str]], heldout_frac: float) -> tuple[list[list[str]], list[str]]:
-    """Training documents per source, and the held-out ones: hash below heldout_frac, or the lowest."""
-
-    lowest = min((content_share(text) for texts in kept for text in texts), default=0.0)
-    first = max(heldout_frac, math.nextafter(lowest, 1))
-    train = [[text for text in texts if content_share(text) >= first] for texts in kept]
-    return train, [text for texts in kept for text in texts if content_share(text) < first]
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text comes back as it was; digits stand alone; the special tokens have ids 0, 1, 2,
-    3.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    try:  # Ray Data itself waits for ever
+        ray.get(ray.remote(num_cpus=1)(_nothing).remote(), timeout=runtime.placement_timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise EnvironmentProblem(
+            f"prepare: no CPU to place a worker within {runtime.placement_timeout_s:g} s; free one, or raise "
+            "resources.placement_timeout_s"
+        ) from None
+    num_workers = runtime.resources.num_workers
+    if num_workers == 1:
+        num_workers = max(1, int(ray.cluster_resources()["CPU"]))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    rows = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(
+        _Reported,  # type: ignore[arg-type]  # a class: one instance per worker
+        fn_constructor_kwargs={"work": work, "given": dict(given)},
+        concurrency=min(num_workers, len(numbers)),
+        num_cpus=1,
+        runtime_env={"env_vars": {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}},
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-    )
+    for row in rows.iter_rows():
+        if row["problem"]:
+            raise DataError(row["problem"])
+        yield json.loads(row["answer"])
 
 
-def _encoded(chat: ChatTokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    for start in range(0, len(texts), ENCODE_BATCH):
-        yield from chat.documents_ids(texts[start : start + ENCODE_BATCH])
+def _nothing() -> None: ...
+
+
+class _Reported:
+    """A worker whose answers and bad data travel as text: Ray Data wraps exceptions beyond recognition."""
+
+    def __init__(self, work: Callable[..., Any], given: Mapping[str, Any]) -> None:
+        self._work = work(**given)
+
+    def __call__(self, row: Mapping[str, int]) -> dict[str, str]:
+        try:
+            return {"answer": json.dumps(self._work(row)), "problem": ""}
+        except DataError as error:
+            return {"answer": "", "problem": str(error)}
+
+
+def _counts(blocks: Sequence[_Block], reports: Sequence[BlockReport], config: PrepareConfig) -> Counts:
+    """Of all rows. Raises DataError where a source had no document, or too many bad rows."""
+    total = NO_ROWS
+    for index, source in enumerate(config.data):
+        own = [report for block, report in zip(blocks, reports, strict=True) if block.source == index]
+        counts = sum((report.counts for report in own), NO_ROWS)
+        if source.weight > 0:
+            check_counts(source, counts, sum(report.num_documents for report in own))
+        total += counts
+    return total
+
+
+def _tokenizer(
+    settings: PrepareSettings, inputs: Mapping[str, Path], corpus: Corpus, selection: Selection
+) -> ChatTokenizer:
+    config, template = settings.prepare, settings.model.chat_template
+    if "model" in inputs:
+        return ChatTokenizer.load(inputs["model"], template)
+    if config.tokenizer is not None:
+        return ChatTokenizer.load(config.tokenizer, template)
+    sample = tokenizer_sample(corpus, selection.train, config.tokenizer_sample_chars)
+    trained = train_tokenizer(sample, config.vocab_size, config.vocab_multiple)
+    return ChatTokenizer(trained, template=CHATML if template is None else read_template(template))
+
+
+def _dropped(reports: Sequence[BlockReport], selection: Selection) -> dict[str, Dropped]:
+    """Step -> what it left out, over all blocks."""
+    total = {step: Dropped() for step in STEPS}
+    for part in (*(report.dropped for report in reports), selection.dropped):
+        for step, dropped in part.items():
+            total[step].extend(dropped)
+    return total
+
+
+def _in_words(dropped: Mapping[str, Dropped]) -> str:
+    return ", ".join(f"{step} {one.total}" for step, one in dropped.items() if one.total) or "none"
+
+
+def _steps(reports: Sequence[BlockReport], selection: Selection) -> list[dict[str, Any]]:
+    """Per step: how many documents stayed and were dropped, by which rules, and a few that were dropped."""
+    left = sum(report.num_documents for report in reports)
+    steps = []
+    for step, dropped in _dropped(reports, selection).items():
+        left -= dropped.total
+        rules = dict(sorted(dropped.counts.items()))
+        examples = [{"rule": rule, "text": text} for rule, text in dropped.examples]
+        steps.append(
+            {"step": step, "kept": left, "dropped": dropped.total, "rules": rules, "examples": examples}
+        )
+    return steps
+
+
+def _metrics(
+    reports: Sequence[BlockReport],
+    counts: Counts,
+    selection: Selection,
+    corpus: Corpus,
+    shards: ShardCounts,
+    chat: ChatTokenizer,
+) -> dict[str, float]:
+    dropped = _dropped(reports, selection)
+    lengths = dropped.pop("length").counts
+    num_chars = int(corpus.chars[selection.train].sum())
+    return {
+        "documents": sum(report.num_documents for report in reports),
+        "documents_kept": selection.num_kept,
+        "documents_heldout": len(selection.heldout),
+        **{f"dropped_{rule}": lengths.get(rule, 0) for rule in ("too_short", "too_long")},
+        **{f"dropped_{step}": one.total for step, one in dropped.items()},
+        "rows_skipped": counts.num_skipped,
+        "rows_filtered": counts.num_filtered,
+        "chars_train": num_chars,
+        "tokens_train": shards.tokens_train,
+        "tokens_dropped": shards.tokens_dropped,
+        "tokens_repeated": shards.tokens_repeated,
+        "tokens_heldout": shards.tokens_heldout,
+        "chars_per_token": num_chars / max(1, shards.tokens_text),
+        "packing_utilisation": shards.utilisation,
+        "rows": shards.rows,
+        "vocab_size": chat.vocab_size,
+    }

@@ -18,7 +18,8 @@ from rollout.api import RolloutRequest, Sampling
 from stages.bundles import rollout_of
 from stages.config import RewardSettings
 from stages.data.batches import BatchOrder, content_share, rank_share, stage_seed
-from stages.data.chat import ChatTokenizer, PairIds, truncate_pair
+from stages.data.chat import ChatTokenizer, PairIds
+from stages.data.fitting import fit_pair
 from stages.data.packing import plan_packs
 from stages.data.readers import read_pairs
 from stages.data.records import Pair, split_key
@@ -163,21 +164,21 @@ def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
     heldout: list[Example] = []
     num_dropped = rows.num_skipped
     for pair in rows.records:
-        ids = chat.render_pair(pair.prompt, pair.chosen, pair.rejected)
-        fitting = truncate_pair(ids.prompt, ids.chosen, ids.rejected, settings.model.context_length)
-        if fitting is None:
+        fitted = fit_pair(chat, pair, settings.model.context_length, config.too_long)
+        if fitted.example is None:
             num_dropped += 1
             continue
         example = Example(
-            ids=fitting,
-            has_whole_prompt=len(fitting.prompt) == len(ids.prompt),
+            ids=fitted.example,
+            has_whole_prompt=fitted.rule is None,
             group=_group(pair, config.group_column),
         )
         (heldout if content_share(split_key(pair)) < config.heldout_frac else train).append(example)
     for name, part in (("training", train), ("held-out", heldout)):
         if not part:
             raise DataError(
-                f"reward.data: no {name} pair left of {len(rows.records)}; add pairs or change heldout_frac"
+                f"reward.data: no {name} pair left of {len(rows.records)}, {num_dropped} of them left out as "
+                "too long or malformed; add pairs, raise model.context_length, or change heldout_frac"
             )
     return Examples(train=train, heldout=heldout, num_dropped=num_dropped)
 

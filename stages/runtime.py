@@ -45,6 +45,7 @@ class Runtime:
     collective_timeout_s: float  # deadline for workers to meet: rank 0 may generate or write meanwhile
     num_threads: int  # cores this stage may compute with: fewer where stages run side by side
     stop_file: Path  # exists once the run was asked to stop: leave at the next step boundary, state saved
+    joined_cluster: bool = False  # Ray was running already (resources.address)
     group: Any = None  # on Ray, once the stage is placed: the placement group of its workers and engines
 
     def stop_requested(self) -> bool:

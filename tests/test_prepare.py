@@ -14,7 +14,7 @@ from stages.config import DataSource, ModelConfig, PrepareConfig, PrepareSetting
 from stages.data.chat import CHATML, ChatTokenizer
 from stages.data.records import Message
 from stages.data.shards import TokenShards, heldout_sequences
-from stages.errors import DataError
+from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 
 NOUNS = ["cat", "dog", "house", "tree", "river", "teacher", "window", "garden"]
@@ -38,12 +38,17 @@ def corpus(path: Path, texts: list[str]) -> Path:
 
 
 def settings(
-    *paths: Path, weight: float = 1.0, model: dict[str, Any] | None = None, **config: Any
+    *paths: Path,
+    weight: float = 1.0,
+    model: dict[str, Any] | None = None,
+    evaluation: tuple[Path, ...] = (),
+    **config: Any,
 ) -> PrepareSettings:
     sources = [DataSource(path=str(path), weight=weight) for path in paths]
     config = {"vocab_size": 320, "heldout_frac": 0.1, "shard_tokens": 1024, **config}
     return PrepareSettings(
         seed=0,
+        evaluation_prompts=[DataSource(path=str(path)) for path in evaluation],
         model=ModelConfig(context_length=64, **model or {}),
         prepare=PrepareConfig(data=sources, **config),
     )
@@ -51,6 +56,10 @@ def settings(
 
 def digests(directory: Path) -> dict[str, str]:
     return {path.name: blake3(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def statistics(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "statistics.json").read_text())
 
 
 def train_text(directory: Path) -> str:
@@ -129,9 +138,16 @@ def test_repetitions_and_wrong_lengths_are_dropped_counted_and_shown(tmp_path, r
         1,
     )
     assert metrics["documents_kept"] == len(DOCUMENTS) + 1
-    examples = json.loads((tmp_path / "out" / "statistics.json").read_text())["dropped_examples"]
-    assert examples["too_short"] == ["x", ""] and examples["too_long"] == ["y" * 200]
-    assert examples["duplicate"] == [DOCUMENTS[0], DOCUMENTS[1], "caf\u00e9 au lait, please"]
+    steps = {step["step"]: step for step in statistics(tmp_path / "out")["steps"]}
+    shown = [(example["rule"], example["text"]) for example in steps["length"]["examples"]]
+    assert shown == [("too_short", "x"), ("too_short", ""), ("too_long", "y" * 200)]
+    assert steps["length"]["rules"] == {"too_long": 1, "too_short": 2} and steps["length"]["dropped"] == 3
+    assert [example["text"] for example in steps["duplicate"]["examples"]] == [
+        DOCUMENTS[0],
+        DOCUMENTS[1],
+        "caf\u00e9 au lait, please",
+    ]
+    assert steps["duplicate"]["kept"] == metrics["documents_kept"]
 
 
 def test_held_out_documents_are_chosen_by_their_content(tmp_path, runtime):
@@ -192,3 +208,111 @@ def test_too_little_data_is_one_line_that_says_what_to_do(tmp_path, runtime, tex
     with pytest.raises(DataError, match=words) as caught:
         prepare.run(settings(corpus(tmp_path / "a.jsonl", texts), **config), {}, tmp_path / "out", runtime)
     assert "\n" not in str(caught.value) and ";" in str(caught.value)
+
+
+EVERY_STEP: dict[str, Any] = {
+    "min_chars": 20,
+    "languages": ["en"],
+    "min_language_score": 0.2,
+    "quality": ["gopher_repetition"],
+    "near_dedup": {"jaccard": 0.7, "ngram": 2},
+}
+
+
+def varied() -> list[str]:
+    """Documents of which every step has something to drop."""
+    spoiled = ["too short", "der Hund und die Katze sitzen zusammen im Garten und schlafen", DOCUMENTS[0]]
+    repeated = "\n".join(["the same line again and again in a document"] * 12)
+    long = " ".join(f"{DOCUMENTS[number]}" for number in range(30))
+    leaked = "He wrote: what do you call the place where the two rivers of that old country meet? It is old."
+    return [*DOCUMENTS, *spoiled, repeated, long, f"{long} And that is all.", leaked]
+
+
+def evaluation(path: Path) -> Path:
+    question = "What do you call the place where the two rivers of that old country meet"
+    path.write_text(json.dumps({"prompt": question, "answer": "A confluence"}) + "\n")
+    return path
+
+
+def test_every_step_counts_what_it_drops_and_shows_some_of_it(tmp_path, runtime):
+    path = corpus(tmp_path / "a.jsonl", varied())
+    chosen = settings(path, evaluation=(evaluation(tmp_path / "e.jsonl"),), **EVERY_STEP)
+    metrics = prepare.run(chosen, {}, tmp_path / "out", runtime)
+    steps = {step["step"]: step for step in statistics(tmp_path / "out")["steps"]}
+    assert list(steps) == ["length", "language", "quality", "contamination", "duplicate", "near_duplicate"]
+    for name, step in steps.items():
+        assert step["dropped"] > 0 and 0 < len(step["examples"]) <= 5, name
+        assert sum(step["rules"].values()) == step["dropped"], name
+    kept = metrics["documents"]
+    for step in steps.values():
+        kept -= step["dropped"]
+        assert step["kept"] == kept
+    assert kept == metrics["documents_kept"]
+    assert "confluence" not in train_text(tmp_path / "out")
+    assert "two rivers" in steps["contamination"]["examples"][0]["text"]
+
+
+def test_the_bytes_depend_on_neither_the_size_of_blocks_nor_the_number_of_workers(
+    tmp_path, start_ray, monkeypatch
+):
+    path = corpus(tmp_path / "a.jsonl", varied())
+    given = {"evaluation": (evaluation(tmp_path / "e.jsonl"),), **EVERY_STEP}
+    inline = runtime_in(tmp_path / "inline", "prepare")
+    prepare.run(settings(path, **given), {}, tmp_path / "whole", inline)
+    whole = digests(tmp_path / "whole")
+    prepare.run(settings(path, block_mb=0.002, **given), {}, tmp_path / "small", inline)
+    assert digests(tmp_path / "small") == whole
+    start_ray()
+    for num_workers in (1, 2):
+        spread = runtime_in(tmp_path / f"ray-{num_workers}", "prepare", num_workers=num_workers)
+        chosen = settings(path, block_mb=0.002, ray_data_mb=0, **given)
+        prepare.run(chosen, {}, tmp_path / f"by-{num_workers}", spread)
+        assert digests(tmp_path / f"by-{num_workers}") == whole
+
+
+def test_ray_datas_workers_report_bad_data_as_one_line(tmp_path, start_ray):
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    path.write_text(path.read_text() + '{"text": 7}\n')
+    start_ray()
+    with pytest.raises(DataError, match=r"a\.jsonl:257: text: expected text, got number 7") as caught:
+        prepare.run(
+            settings(path, block_mb=0.002, ray_data_mb=0),
+            {},
+            tmp_path / "out",
+            runtime_in(tmp_path / "ray", "prepare", num_workers=1),
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stopped_run_ends_between_two_blocks_and_goes_on_to_the_same_bytes(tmp_path, runtime):
+    path = corpus(tmp_path / "a.jsonl", varied())
+    chosen = settings(path, block_mb=0.002, **EVERY_STEP)
+    prepare.run(chosen, {}, tmp_path / "whole", runtime_in(tmp_path / "undisturbed", "prepare"))
+    runtime.stop_file.touch()
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="run the same command to go on"):
+            prepare.run(chosen, {}, tmp_path / "out", runtime)
+    runtime.stop_file.unlink()
+    prepare.run(chosen, {}, tmp_path / "out", runtime)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_directory_of_a_tokenizer_is_taken(tmp_path, runtime, tied_model_dir):
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    prepare.run(settings(path, tokenizer=tied_model_dir), {}, tmp_path / "out", runtime)
+    given, taken = (AutoTokenizer.from_pretrained(d) for d in (tied_model_dir, tmp_path / "out"))
+    assert taken.get_vocab() == given.get_vocab()
+
+
+def test_an_unknown_language_is_named_with_the_known_ones(tmp_path, runtime):
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    with pytest.raises(DataError, match="english"):
+        prepare.run(settings(path, languages=["english"]), {}, tmp_path / "out", runtime)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "bucket"])
+def test_every_packing_fills_rows_and_says_how_well(tmp_path, runtime, packing):
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    metrics = prepare.run(settings(path, packing=packing), {}, tmp_path / "out", runtime)
+    assert metrics["rows"] == len(TokenShards(tmp_path / "out")) > 10
+    assert 0.8 < metrics["packing_utilisation"] <= 1

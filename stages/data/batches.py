@@ -41,6 +41,15 @@ def permutation(num_rows: int, seed: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=seed).random_raw(num_rows), kind="stable")
 
 
+def repeats(num_rows: int, weight: float, seed: int) -> np.ndarray:
+    """int64: the rows a weight takes: each floor(weight) times, then a seeded choice of round(fraction *
+    num_rows) of them once more. The choice is made once: the same rows in every epoch.
+    """
+    whole, fraction = divmod(weight, 1)
+    chosen = np.sort(permutation(num_rows, seed)[: round(fraction * num_rows)])
+    return np.concatenate([np.tile(np.arange(num_rows), int(whole)), chosen])
+
+
 @lru_cache(maxsize=8)
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(num_rows, stage_seed(seed, "epoch", epoch))

@@ -47,6 +47,13 @@ class FileSplit:
     end: int | None  # byte after its last line; None: the file cannot be cut, this is all of it
     first_line: int  # number of its first line in the file, from 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes to read; of a hub dataset 0: how large it is, is known once it was fetched."""
+        if self.end is not None:
+            return self.end - self.start
+        return self.path.stat().st_size if self.path.exists() else 0
+
 
 def one_line(text: str | Path) -> str:
     """`text` as an error line may hold it: signs that do not print (line ends, escapes, half surrogate pairs)

@@ -4,7 +4,8 @@
     organisation/name -----------------hub-----------------^
 
 Owns bad rows, weights, parts, identity. Does not own files (files, hub), what a row is in each kind of file
-(raw_rows, json_rows), what it means (schemas) or tokens (chat). Imports neither torch, transformers nor datasets.
+(raw_rows, json_rows), what it means (schemas) or tokens (chat). Imports neither torch, transformers nor
+datasets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,13 @@ from typing import Any, Generic, TypeVar
 from blake3 import blake3
 
 from stages.config import DataFormat, DataSource
-from stages.data.batches import content_share, permutation, stage_seed
+from stages.data.batches import content_share, repeats, stage_seed
+from stages.data.durable import file_digest
 from stages.data.files import FileSplit, cut, files_of, kind_of, one_line, reading, shown, whole
 from stages.data.hub import hub_commit, hub_rows, is_hub_id
 from stages.data.json_rows import RawRow
-from stages.data.records import Conversation, Pair, Prompt, split_key
 from stages.data.raw_rows import raw_rows
+from stages.data.records import Conversation, Pair, Prompt, split_key
 from stages.data.schemas import SCHEMAS, Record, RowError, Schema, StageName, detect, fields_of, named
 from stages.errors import DataError
 
@@ -58,6 +60,9 @@ class Counts:
             num_filtered=self.num_filtered + other.num_filtered,
             first_problem=self.first_problem or other.first_problem,
         )
+
+
+NO_ROWS = Counts(num_rows=0, num_records=0, num_skipped=0, num_filtered=0, first_problem="")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,12 +107,24 @@ def read(sources: Sequence[DataSource], stage: StageName, *, seed: int) -> Rows[
 
 def read_source(source: DataSource, stage: StageName) -> Rows[Any]:
     """All records of one source, once each, whatever its weight. Raises DataError."""
-    reader = RecordReader(source, stage, _whole_files(source), is_whole=True)
+    reader = read_whole(source, stage)
     records = list(reader)
     check_counts(source, reader.counts, len(records))
     return Rows(
         records=records, num_skipped=reader.counts.num_skipped, num_filtered=reader.counts.num_filtered
     )
+
+
+def validate(source: DataSource, stage: StageName) -> None:
+    """Read all of one source and keep nothing. Raises DataError."""
+    reader = read_whole(source, stage)
+    num_records = sum(1 for _ in reader)
+    check_counts(source, reader.counts, num_records)
+
+
+def read_whole(source: DataSource, stage: StageName) -> "RecordReader":
+    """The records of one source, one by one; `check_counts` is the caller's, at the end. Raises DataError."""
+    return RecordReader(source, stage, _whole_files(source), is_whole=True)
 
 
 def splits_of(source: DataSource, block_bytes: int) -> list[FileSplit]:
@@ -150,9 +167,7 @@ def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
 
     The choice is made once: the same rows in every epoch.
     """
-    whole, fraction = divmod(weight, 1)
-    chosen = sorted(int(i) for i in permutation(len(records), seed)[: round(fraction * len(records))])
-    return [*records] * int(whole) + [records[i] for i in chosen]
+    return [records[index] for index in repeats(len(records), weight, seed).tolist()]
 
 
 def first_rows(source: DataSource, stage: StageName, n: int) -> Preview:
@@ -178,7 +193,7 @@ def content_digest(source: DataSource) -> str:
     for path in files_of(source.path):
         kind = kind_of(path)
         with reading(path):
-            contents = blake3().update_mmap(path).digest()
+            contents = bytes.fromhex(file_digest(path))
         suffix = f".{kind.compression}" if kind.compression else ""
         total.update(f"{kind.kind}{suffix}:".encode() + contents)
     return total.hexdigest()

@@ -48,6 +48,7 @@ from stages.data.durable import file_digest
 from stages.data.pack_plans import best_fit
 from stages.errors import DataError
 
+TokenIds = Sequence[int] | np.ndarray
 Packing = Literal["concat", "best_fit", "bucket"]
 
 FORMAT = 2
@@ -101,10 +102,15 @@ _Packer = Callable[[Iterable[np.ndarray], int, Counter[str]], Iterator[_Row]]
 """(documents with their separators, context_length, counts of tokens dropped and repeated) -> rows."""
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned integer that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
 def write_shards(
     directory: Path,
-    documents: Iterable[Sequence[int]],
-    heldout: Iterable[Sequence[int]],
+    documents: Iterable[TokenIds],
+    heldout: Iterable[TokenIds],
     *,
     packing: Packing,
     separator_id: int,
@@ -118,7 +124,7 @@ def write_shards(
     chunk length, however many they are, and the bytes are a function of the arguments. Shards hold whole
     rows, shard_tokens slots at most (but one row at least).
     """
-    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    dtype = token_dtype(vocab_size)
     counts: Counter[str] = Counter()
     rows = _PACKERS[packing](
         _separated(documents, separator_id, dtype, counts, closed=packing != "concat"),
@@ -201,7 +207,7 @@ def _power_below(number: int) -> int:
 
 
 def _separated(
-    documents: Iterable[Sequence[int]],
+    documents: Iterable[TokenIds],
     separator_id: int,
     dtype: np.dtype,
     counts: Counter[str],
@@ -211,9 +217,16 @@ def _separated(
     """`separator, ids` of every document, and a separator behind each (`closed`) or behind the last alone."""
     for ids in documents:
         counts["text"] += len(ids)
-        yield np.array([separator_id, *ids, separator_id] if closed else [separator_id, *ids], dtype)
+        yield _between(ids, separator_id, dtype)[: None if closed else -1]
     if not closed:
         yield np.array([separator_id], dtype)
+
+
+def _between(ids: TokenIds, separator_id: int, dtype: np.dtype) -> np.ndarray:
+    """`separator, ids, separator`."""
+    document = np.full(len(ids) + 2, separator_id, dtype)
+    document[1:-1] = ids
+    return document
 
 
 def _concat_rows(
@@ -373,13 +386,13 @@ class _TrainFiles:
 
 
 def _write_heldout(
-    directory: Path, heldout: Iterable[Sequence[int]], separator_id: int, dtype: np.dtype
+    directory: Path, heldout: Iterable[TokenIds], separator_id: int, dtype: np.dtype
 ) -> tuple[dict[str, Any], int, int]:
     """Entries of the two files, tokens, documents."""
     ids_file, lengths_file = _WrittenFile(directory / HELDOUT), _WrittenFile(directory / HELDOUT_LENGTHS)
     tokens = documents = 0
     for ids in heldout:
-        document = np.array([separator_id, *ids, separator_id], dtype)
+        document = _between(ids, separator_id, dtype)
         ids_file.write(document)
         lengths_file.write(np.array([len(document)], DOCUMENT_LENGTH_DTYPE))
         tokens, documents = tokens + len(document), documents + 1

@@ -52,7 +52,7 @@ def _mask_where_it_is_read(*arguments: Any, local_size: int | None = None, **opt
     """transformers' mask interface; local_size: of a sliding window."""
     if _has_lengths.get() and local_size is None:
         return None
-    return sdpa_mask(*arguments, local_size=local_size, **options)
+    return sdpa_mask(*arguments, local_size=local_size, **options)  # type: ignore[misc]  # mypy: may be among *arguments
 
 
 def packed_attention(

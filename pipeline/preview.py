@@ -1,0 +1,89 @@
+"""What `rlhf check` shows of every dataset: its schema, its figures, and one example with its loss mask.
+
+Owns: the words and colours. Does not own: the figures (stages.data.overview), which load a tokenizer and so
+are imported where they are computed.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from pipeline import dag
+from pipeline.experiment import ExperimentConfig
+
+if TYPE_CHECKING:
+    from stages.data.chat import ChatTokenizer
+    from stages.data.overview import Limits, Overview
+
+TRAINED, CONTEXT = "bold green", "dim"
+MARKS = "\u27e6", "\u27e7"
+"""Around what is trained, so that the mask is seen without colours too."""
+
+
+def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]:
+    """One block of text per dataset of the configured stages. Raises DataError, ModelError."""
+    from stages.data.overview import overview
+
+    chat, origin = _chat(config, model_at_hand)
+    yield Text.assemble(
+        f"lengths: {origin}; example: ", _marked("trained", True), " ", _marked("not trained", False)
+    )
+    for stage in dag.configured(config):
+        for key, source in dag.data_sources(config, stage):
+            if key.startswith(f"{stage}."):  # prepare reads evaluate's prompts too
+                found = overview(source, stage, chat, _limits(config, stage))  # type: ignore[arg-type]  # stages with data
+                lines = "".join(f"  {line}\n" for line in _figures(found))
+                example = (_marked(span.text, span.trained) for span in found.example)
+                yield Text.assemble(f"\n{key}: {source.path}\n{lines}", *example)
+
+
+def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer | None, str]":
+    """The tokenizer that the stages will have, or one like it, and where it is from."""
+    from stages.data.chat import ChatTokenizer
+    from stages.data.overview import first_texts, tokenizer_for
+
+    template, prepare = config.model.chat_template, config.prepare
+    if config.model.path is not None:
+        if not model_at_hand:
+            return None, f"in characters, for {config.model.path} has to be fetched first"
+        chat = ChatTokenizer.load(config.model.path, template, revision=config.model.revision)
+        return chat, f"in tokens of {config.model.path}"
+    if prepare is None:
+        return None, "in characters, for the config names no model"
+    if prepare.tokenizer is not None:
+        return ChatTokenizer.load(prepare.tokenizer, template), f"in tokens of {prepare.tokenizer}"
+    texts = [text for source in prepare.data if source.weight > 0 for text in first_texts(source)]
+    return tokenizer_for(
+        texts, prepare, template
+    ), "in tokens like prepare's, trained on the start of its data"
+
+
+def _limits(config: ExperimentConfig, stage: str) -> "Limits":
+    from stages.data.overview import Limits
+
+    section = getattr(config, stage)
+    return Limits(
+        context_length=config.model.context_length,
+        max_response_tokens=section.max_response_tokens if stage in ("ppo", "evaluate") else 0,
+        pairs_too_long="drop" if config.reward is None else config.reward.too_long,
+        prepare=config.prepare,
+    )
+
+
+def _figures(found: "Overview") -> Iterator[str]:
+    renamed = [f"{field} from {column}" for field, column in found.columns.items() if field != column]
+    yield f"format {found.format}" + (f" ({', '.join(renamed)})" if renamed else "")
+    left_out = {"malformed and skipped": found.num_skipped, "without a record": found.num_filtered}
+    yield f"{found.num_rows} rows, {found.num_records} records" + "".join(
+        f", {count} rows {what}" for what, count in left_out.items() if count
+    )
+    of = "" if found.num_sampled == found.num_records else f" of the first {found.num_sampled}"
+    yield f"{found.unit}{of}: median {found.median}, p95 {found.p95}, longest {found.max}"
+    for rule, count in sorted(found.rules.items()):
+        yield f"{count}{of} {'is' if count == 1 else 'are'} affected: {rule}"
+
+
+def _marked(text: str, trained: bool) -> Text:
+    opening, closing = MARKS if trained else ("", "")
+    return Text(f"{opening}{text}{closing}", style=TRAINED if trained else CONTEXT)

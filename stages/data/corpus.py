@@ -1,0 +1,501 @@
+"""The corpus on its way through prepare, block by block on disk.
+
+    FileSplit --filter_block--> 00007.text + .npz + .filtered.json   (documents that passed, and what did not)
+    all blocks --select--> Selection                                 (duplicates out, held-out share, order)
+    block + tokenizer --encode_block--> 00007.tokens + .encoded.json
+    Selection + tokens --documents--> ids in the order in which they are packed
+
+A block is filtered and encoded by a function of its own input alone, in whatever process; its record is
+written last, so a killed run finds what is whole and makes the rest. Between the two stands the only part
+that sees all documents, with some 200 bytes for each. Owns: files and order of this work. Does not own: the
+rules (languages, quality, near_duplicates, decontamination), rows (readers), layout of the result (shards).
+"""
+
+import json
+import math
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from blake3 import blake3
+
+from stages.config import DataSource, PrepareConfig
+from stages.data import near_duplicates
+from stages.data.batches import repeats, stage_seed
+from stages.data.decontamination import Contamination
+from stages.data.durable import file_digest, sync, write_whole
+from stages.data.files import FileSplit
+from stages.data.languages import identify
+from stages.data.quality import judge
+from stages.data.readers import Counts, read_split
+
+NUM_EXAMPLES = 5
+"""Dropped documents shown per step."""
+EXAMPLE_CHARS = 200
+CHARS_AT_ONCE = 2**21
+"""Characters filtered or tokenised at once: bounds memory where one file is one block."""
+MINHASH_SEED = 0
+"""Fixed: near copies do not depend on the run's seed."""
+T = TypeVar("T")
+STEPS = ("length", "language", "quality", "contamination", "duplicate", "near_duplicate")
+
+
+@dataclass(slots=True)
+class Dropped:
+    """What one step left out: how many by which rule, and the first few, shortened."""
+
+    counts: Counter[str] = field(default_factory=Counter)  # rule -> documents
+    examples: list[list[str]] = field(default_factory=list)  # [rule, start of the document]
+
+    def add(self, rule: str, text: str) -> None:
+        """Count one document."""
+        self.counts[rule] += 1
+        if len(self.examples) < NUM_EXAMPLES:
+            self.examples.append([rule, text[:EXAMPLE_CHARS]])
+
+    def extend(self, other: "Dropped") -> None:
+        """Count what a later block left out."""
+        self.counts += other.counts
+        self.examples = [*self.examples, *other.examples][:NUM_EXAMPLES]
+
+    @property
+    def total(self) -> int:
+        """Documents, by whatever rule."""
+        return self.counts.total()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockReport:
+    """What became of one block: the content of its `.filtered.json`."""
+
+    counts: Counts  # of rows and records, before `part:` chose some
+    num_documents: int  # read
+    num_kept: int
+    dropped: Mapping[str, Dropped]  # step -> what it left out
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        dropped = {
+            step: {"counts": dict(one.counts), "examples": one.examples} for step, one in self.dropped.items()
+        }
+        return {
+            "counts": asdict(self.counts),
+            "num_documents": self.num_documents,
+            "num_kept": self.num_kept,
+            "dropped": dropped,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "BlockReport":
+        """The inverse of `to_json`."""
+        dropped = {
+            step: Dropped(counts=Counter(one["counts"]), examples=one["examples"])
+            for step, one in value["dropped"].items()
+        }
+        return cls(
+            counts=Counts(**value["counts"]),
+            num_documents=value["num_documents"],
+            num_kept=value["num_kept"],
+            dropped=dropped,
+        )
+
+
+def normalise(text: str, unicode_form: str | None) -> str:
+    """Line ends to `\\n`, the Unicode normal form, no white space around the document."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return text if unicode_form is None else unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+
+
+class Filter:
+    """The steps that look at one document at a time, in their order."""
+
+    def __init__(self, config: PrepareConfig, evaluation_texts: Sequence[str]) -> None:
+        self._config = config
+        self._contamination = (
+            Contamination(evaluation_texts, config.decontaminate_ngram) if evaluation_texts else None
+        )
+
+    def __call__(self, texts: Sequence[str], dropped: Mapping[str, Dropped]) -> list[str]:
+        """The documents that stay, as they stay (normalised, without the lines a rule removed).
+
+        A step gives for each text (the text it leaves or shows, the rule it breaks or None).
+        """
+        kept = [normalise(text, self._config.unicode_form) for text in texts]
+        for step, broken_rules in (
+            ("length", self._lengths),
+            ("language", self._languages),
+            ("quality", self._quality),
+            ("contamination", self._contaminated),
+        ):
+            verdicts = broken_rules(kept)
+            for shown, rule in verdicts:
+                if rule is not None:
+                    dropped[step].add(rule, shown)
+            kept = [text for text, rule in verdicts if rule is None]
+        return kept
+
+    def _lengths(self, texts: Sequence[str]) -> list[tuple[str, str | None]]:
+        def rule(text: str) -> str | None:
+            if len(text) < self._config.min_chars:
+                return "too_short"
+            return "too_long" if len(text) > self._config.max_chars else None
+
+        return [(text, rule(text)) for text in texts]
+
+    def _languages(self, texts: Sequence[str]) -> list[tuple[str, str | None]]:
+        wanted, config = set(self._config.languages), self._config
+        if not wanted:
+            return [(text, None) for text in texts]
+
+        def rule(language: str, score: float) -> str | None:
+            if language not in wanted:
+                return language
+            return f"{language}, uncertain" if score < config.min_language_score else None
+
+        return [(text, rule(*found)) for text, found in zip(texts, identify(texts), strict=True)]
+
+    def _quality(self, texts: Sequence[str]) -> list[tuple[str, str | None]]:
+        if not self._config.quality:
+            return [(text, None) for text in texts]
+        return [(verdict.text, verdict.broken) for verdict in judge(texts, self._config.quality)]
+
+    def _contaminated(self, texts: Sequence[str]) -> list[tuple[str, str | None]]:
+        if self._contamination is None:
+            return [(text, None) for text in texts]
+        rule = f"{self._config.decontaminate_ngram} words in common"
+        return [
+            (text, None) if run is None else (f"[{run}] in: {text}", rule)
+            for text, run in zip(texts, self._contamination.shared_runs(texts), strict=True)
+        ]
+
+
+def filter_block(
+    directory: Path, number: int, split: FileSplit, source: DataSource, config: PrepareConfig, keeps: Filter
+) -> BlockReport:
+    """Read one split, keep what passes, write it to `directory`. What is whole there already is taken.
+
+    Raises DataError.
+    """
+    record = directory / f"{number:06d}.filtered.json"
+    if (found := _whole(record)) is not None:
+        return BlockReport.from_json(found["report"])
+    reader = read_split(source, split, "prepare")
+    dropped = {step: Dropped() for step in STEPS}
+    lengths: list[int] = []
+    digests: list[bytes] = []
+    chars: list[int] = []
+    bands: list[np.ndarray] = []
+    num_documents = 0
+    text_file = directory / f"{number:06d}.text"
+    with text_file.open("wb") as stream:
+        for batch in _batches((document.text for document in reader), len):
+            num_documents += len(batch)
+            kept = keeps(batch, dropped)
+            encoded = [text.encode() for text in kept]
+            stream.writelines(encoded)
+            lengths += map(len, encoded)
+            chars += map(len, kept)
+            digests += [blake3(data).digest(16) for data in encoded]
+            bands.append(_band_keys(kept, config))
+    arrays_file = directory / f"{number:06d}.npz"
+    np.savez(
+        arrays_file,
+        ends=np.cumsum(np.array(lengths, np.int64), dtype=np.int64),
+        chars=np.array(chars, np.int64),
+        digests=np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2),
+        bands=np.concatenate([*bands, _band_keys([], config)]),
+    )
+    report = BlockReport(
+        counts=reader.counts,
+        num_documents=num_documents,
+        num_kept=len(lengths),
+        dropped=dropped,
+    )
+    _write_record(record, [text_file, arrays_file], {"report": report.to_json()})
+    return report
+
+
+def _band_keys(texts: Sequence[str], config: PrepareConfig) -> np.ndarray:
+    """uint64 (documents, bands); no band where near duplicates are not looked for."""
+    near = config.near_dedup
+    if near is None:
+        return np.zeros((len(texts), 0), np.uint64)
+    found = near_duplicates.signatures(texts, ngram=near.ngram, num_perm=near.num_perm, seed=MINHASH_SEED)
+    return near_duplicates.band_keys(found, near_duplicates.lsh_bands(near.num_perm, near.jaccard))
+
+
+def _batches(items: Iterator[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Consecutive items, some CHARS_AT_ONCE together."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= CHARS_AT_ONCE:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def _write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any]) -> None:
+    """The record of files that are whole: their digests and what is known of them."""
+    for file in files:
+        sync(file)
+    digests = {file.name: file_digest(file) for file in files}
+    write_whole(record, json.dumps({**content, "digests": digests}).encode())
+
+
+def _whole(record: Path) -> dict[str, Any] | None:
+    """The content of a record whose files are as they were written; else None."""
+    try:
+        content = json.loads(record.read_bytes())
+        whole = all(
+            file_digest(record.with_name(name)) == digest for name, digest in content["digests"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # never written, or damaged: it is made again
+        return None
+    return content if whole else None
+
+
+class Corpus:
+    """The filtered blocks as one list of documents: document d of `len(corpus)` is `text(d)`."""
+
+    def __init__(self, directory: Path, sizes: Sequence[int], sources: Sequence[int]) -> None:
+        """`sizes`: documents of every block; `sources`: index of the source each block is of."""
+        self.directory = directory
+        self.starts = np.cumsum([0, *sizes], dtype=np.int64)  # first document of each block, and the end
+        self._sources = np.array(sources, np.int64)
+
+    def __len__(self) -> int:
+        """Documents."""
+        return int(self.starts[-1])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, the empty ones too."""
+        return len(self.starts) - 1
+
+    @cached_property
+    def source_of(self) -> np.ndarray:
+        """int64 (D,): index of the source of every document."""
+        return np.repeat(self._sources, np.diff(self.starts))
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """uint64 (D, 2): the first 16 bytes of the blake3 of every text."""
+        return self._column("digests")
+
+    @cached_property
+    def chars(self) -> np.ndarray:
+        """int64 (D,): characters of every text."""
+        return self._column("chars")
+
+    @property
+    def shares(self) -> np.ndarray:
+        """float64 (D,): `content_share` of every text."""
+        return self.digests[:, 0] / 2.0**64
+
+    def band(self, index: int) -> np.ndarray:
+        """uint64 (D,): one LSH band's key of every document; a key is read from the disk each time."""
+        blocks = [self._arrays(number)["bands"][:, index] for number in range(self.num_blocks)]
+        return np.concatenate(blocks)
+
+    def text(self, document: int) -> str:
+        """The text of one document, read from the disk."""
+        number = int(np.searchsorted(self.starts, document, side="right")) - 1
+        ends = self._ends(number)
+        at = document - int(self.starts[number])
+        start = int(ends[at - 1]) if at else 0
+        return os.pread(self._file(number), int(ends[at]) - start, start).decode()
+
+    def texts(self, block: int) -> Iterator[str]:
+        """The texts of one block, in order, read as they are asked for."""
+        start = 0
+        with (self.directory / f"{block:06d}.text").open("rb") as stream:
+            for end in self._ends(block).tolist():
+                yield stream.read(end - start).decode()
+                start = end
+
+    def close(self) -> None:
+        """Close the files that `text` opened."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.concatenate([self._arrays(number)[name] for number in range(self.num_blocks)])
+
+    def _arrays(self, block: int) -> Mapping[str, np.ndarray]:
+        return np.load(self.directory / f"{block:06d}.npz")
+
+    def _ends(self, block: int) -> np.ndarray:
+        if block not in self._ends_of:
+            self._ends_of[block] = self._arrays(block)["ends"]
+        return self._ends_of[block]
+
+    def _file(self, block: int) -> int:
+        if block not in self._files:
+            self._files[block] = os.open(self.directory / f"{block:06d}.text", os.O_RDONLY)
+        return self._files[block]
+
+    @cached_property
+    def _ends_of(self) -> dict[int, np.ndarray]:
+        return {}
+
+    @cached_property
+    def _files(self) -> dict[int, int]:
+        return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What all documents together decide."""
+
+    train: np.ndarray  # int64: documents in the order of the training text, repeated by weight
+    heldout: np.ndarray  # int64: documents held out, in file order
+    num_kept: int  # documents that are no duplicate
+    dropped: Mapping[str, Dropped]  # duplicate, near_duplicate
+
+
+def select(corpus: Corpus, config: PrepareConfig, seed: int) -> Selection:
+    """Drop duplicates, hold out by content hash, mix the sources.
+
+    Whether a document is held out does not depend on others, except that one always is: the lowest hash.
+    """
+    dropped = {"duplicate": Dropped(), "near_duplicate": Dropped()}
+    kept = np.ones(len(corpus), bool)
+    if config.exact_dedup:
+        kept = _first_occurrences(corpus.digests)
+        _record_dropped(corpus, np.flatnonzero(~kept), "same text", dropped["duplicate"])
+    if config.near_dedup is not None:
+        near = _near_duplicates(corpus, np.flatnonzero(kept), config)
+        kept[near] = False
+        _record_dropped(corpus, near, "similar text", dropped["near_duplicate"])
+    shares = corpus.shares
+    lowest = float(shares[kept].min()) if kept.any() else 0.0
+    is_heldout = kept & (shares < max(config.heldout_frac, math.nextafter(lowest, 1)))
+    return Selection(
+        train=_mixed(corpus, kept & ~is_heldout, config, seed),
+        heldout=np.flatnonzero(is_heldout),
+        num_kept=int(kept.sum()),
+        dropped=dropped,
+    )
+
+
+def _first_occurrences(digests: np.ndarray) -> np.ndarray:
+    """bool (D,): whether no document before has the same digest."""
+    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
+    ordered = digests[order]
+    first = np.ones(len(digests), bool)
+    first[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return first
+
+
+def _near_duplicates(corpus: Corpus, unique: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """The documents among `unique` that are a near copy of an earlier one that stays."""
+    near = config.near_dedup
+    assert near is not None
+    num_bands, _ = near_duplicates.lsh_bands(near.num_perm, near.jaccard)
+    original = near_duplicates.near_duplicates(
+        lambda band: corpus.band(band)[unique],
+        num_bands,
+        lambda at: near_duplicates.shingles(corpus.text(int(unique[at])), near.ngram),
+        near.jaccard,
+    )
+    corpus.close()
+    return unique[original >= 0]
+
+
+def _record_dropped(corpus: Corpus, documents: np.ndarray, rule: str, dropped: Dropped) -> None:
+    for document in documents[:NUM_EXAMPLES].tolist():
+        dropped.add(rule, corpus.text(document))
+    if len(documents) > NUM_EXAMPLES:
+        dropped.counts[rule] = len(documents)
+    corpus.close()
+
+
+def _mixed(corpus: Corpus, is_train: np.ndarray, config: PrepareConfig, seed: int) -> np.ndarray:
+    """Documents of the training text: source after source, each as often as its weight says."""
+    sources = range(len(config.data))
+    members = [np.flatnonzero(is_train & (corpus.source_of == source)) for source in sources]
+    chars = np.array([corpus.chars[documents].sum() for documents in members], np.float64)
+    weights = mixing_weights(chars, [source.weight for source in config.data], config.mixing_temperature)
+    mixed = [
+        documents[repeats(len(documents), weight, stage_seed(seed, "prepare", "weight", source))]
+        for source, (documents, weight) in enumerate(zip(members, weights, strict=True))
+    ]
+    return np.concatenate(mixed)
+
+
+def mixing_weights(chars: np.ndarray, weights: Sequence[float], temperature: float) -> list[float]:
+    """How often each source's documents are taken.
+
+    Shares of the mixture go with chars ** (1 / temperature), so that the whole stays as long as it was; the
+    configured weights multiply that (Conneau and Lample 2019, with alpha = 1 / temperature).
+    """
+    scaled = np.where(chars > 0, np.maximum(chars, 1.0) ** (1 / temperature), 0.0)
+    total, wanted = chars.sum(), scaled.sum()
+    return [
+        weight * float(total * scale / wanted / size) if size else weight
+        for weight, scale, size in zip(weights, scaled, chars, strict=True)
+    ]
+
+
+def tokenizer_sample(corpus: Corpus, train: np.ndarray, max_chars: int) -> Iterator[str]:
+    """Training documents whose content hashes are lowest, max_chars together at most (but one document), in
+    the order and as often as they are trained on.
+    """
+    times = np.bincount(train, minlength=len(corpus))
+    present = np.flatnonzero(times)
+    by_hash = present[np.argsort(corpus.digests[present, 0], kind="stable")]
+    fits = np.cumsum(corpus.chars[by_hash] * times[by_hash]) <= max_chars
+    fits[:1] = True
+    chosen = np.zeros(len(corpus), bool)
+    chosen[by_hash[fits]] = True
+    for document in train[chosen[train]].tolist():
+        yield corpus.text(document)
+    corpus.close()
+
+
+def encode_block(
+    corpus: Corpus,
+    block: int,
+    wanted: np.ndarray,
+    encode: Callable[[list[str]], list[np.ndarray]],
+    dtype: np.dtype,
+) -> None:
+    """Tokenise the `wanted` documents (bool, of this block) to disk. What is whole there already is taken."""
+    record = corpus.directory / f"{block:06d}.encoded.json"
+    if _whole(record) is not None:
+        return
+    lengths = np.zeros(len(wanted), np.int64)
+    tokens_file = corpus.directory / f"{block:06d}.tokens"
+    with tokens_file.open("wb") as stream:
+        texts = ((at, text) for at, text in enumerate(corpus.texts(block)) if wanted[at])
+        for batch in _batches(texts, lambda item: len(item[1])):
+            for (at, _), ids in zip(batch, encode([text for _, text in batch]), strict=True):
+                lengths[at] = len(ids)
+                stream.write(ids.astype(dtype, copy=False).tobytes())
+    lengths_file = corpus.directory / f"{block:06d}.lengths"
+    lengths_file.write_bytes(lengths.tobytes())
+    _write_record(record, [tokens_file, lengths_file], {})
+
+
+def documents(corpus: Corpus, which: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Token ids of the documents `which` (in runs of rising numbers), a block in memory at a time."""
+    block_of = np.searchsorted(corpus.starts, which, side="right") - 1
+    edges = np.flatnonzero(np.diff(block_of, prepend=-1, append=-1))
+    for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        block = int(block_of[first])
+        tokens = np.fromfile(corpus.directory / f"{block:06d}.tokens", dtype)
+        lengths = np.fromfile(corpus.directory / f"{block:06d}.lengths", np.int64)
+        ends = np.cumsum(lengths)
+        for at in (which[first:end] - corpus.starts[block]).tolist():
+            yield tokens[ends[at] - lengths[at] : ends[at]]

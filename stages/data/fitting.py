@@ -1,0 +1,69 @@
+"""Fitting: a record -> the token ids a stage trains on, or the rule by which it is cut or left out.
+
+    Conversation | Pair | Prompt --chat template--> ids --context_length--> Fitted
+
+One policy per stage, for the recipes and for `rlhf check` alike: sft cuts the end of what is too long; reward
+leaves such pairs out (or cuts the prompt's start, `reward.too_long: truncate`); ppo and evaluate leave out
+prompts without room for a response. Owns: that policy. Does not own: rendering (chat), reading (readers).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from stages.data.chat import ChatTokenizer, PairIds, Rendered, truncate, truncate_pair
+from stages.data.records import Conversation, Pair, Prompt
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted(Generic[E]):
+    """What became of one record."""
+
+    example: E | None  # None: left out
+    num_tokens: int  # before anything was cut; of a pair: prompt and longer response
+    rule: str | None  # what was done to it; None: nothing
+
+
+def fit_conversation(
+    chat: ChatTokenizer, conversation: Conversation, context_length: int
+) -> Fitted[Rendered]:
+    """Keep the first context_length tokens."""
+    whole = chat.render(conversation.messages)
+    cut = truncate(whole, context_length)
+    rule = None
+    if cut is None:
+        rule = "no trained token within model.context_length"
+    elif len(whole.ids) > context_length:
+        rule = "cut to model.context_length"
+    return Fitted(example=cut, num_tokens=len(whole.ids), rule=rule)
+
+
+def fit_pair(
+    chat: ChatTokenizer, pair: Pair, context_length: int, too_long: Literal["drop", "truncate"]
+) -> Fitted[PairIds]:
+    """Leave out what is too long, or cut the prompt's start, the same for both responses."""
+    whole = chat.render_pair(pair.prompt, pair.chosen, pair.rejected)
+    num_tokens = len(whole.prompt) + max(len(whole.chosen), len(whole.rejected))
+    if num_tokens <= context_length and whole.chosen != whole.rejected:
+        return Fitted(example=whole, num_tokens=num_tokens, rule=None)
+    if too_long == "drop" and num_tokens > context_length:
+        return Fitted(example=None, num_tokens=num_tokens, rule="longer than model.context_length")
+    cut = truncate_pair(whole.prompt, whole.chosen, whole.rejected, context_length)
+    rule = "no difference left within model.context_length" if cut is None else "prompt's start cut"
+    return Fitted(example=cut, num_tokens=num_tokens, rule=rule)
+
+
+def fit_prompt(chat: ChatTokenizer, prompt: Prompt, max_prompt_tokens: int) -> Fitted[tuple[int, ...]]:
+    """Leave out what leaves no room for a response."""
+    ids = chat.prompt_ids(prompt.messages)
+    if len(ids) <= max_prompt_tokens:
+        return Fitted(example=ids, num_tokens=len(ids), rule=None)
+    return Fitted(example=None, num_tokens=len(ids), rule="no room left for a response")
+
+
+def rules_applied(fitted: Iterable[Fitted[E]]) -> Counter[str]:
+    """How many records each rule cut or left out."""
+    return Counter(one.rule for one in fitted if one.rule is not None)

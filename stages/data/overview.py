@@ -1,0 +1,190 @@
+"""Overview of one dataset, as its stage will see it: for a look before a run, without running anything.
+
+    DataSource --readers--> records --fitting | filter--> lengths, rules that cut or drop, an example's mask
+
+Reads every row (so that a bad one is found), keeps what is needed of the first SAMPLE_CHARS characters.
+Owns: these figures. Does not own: how they are shown (pipeline.preview), or any rule.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from stages.config import DataFormat, DataSource, PrepareConfig
+from stages.data.chat import CHATML, ChatTokenizer, Rendered, read_template
+from stages.data.corpus import STEPS, Dropped, Filter
+from stages.data.fitting import Fitted, fit_conversation, fit_pair, fit_prompt, rules_applied
+from stages.data.readers import check_counts, read_whole
+from stages.data.records import Conversation, Document, Pair, Prompt
+from stages.data.schemas import Record, StageName
+from stages.data.vocabulary import train_tokenizer
+
+SAMPLE_CHARS = 10_000_000
+"""Of the records whose lengths and rules are counted."""
+EXAMPLE_CHARS = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a stage allows a record to be."""
+
+    context_length: int  # tokens
+    max_response_tokens: int  # that a prompt has to leave room for; 0 where nothing is generated
+    pairs_too_long: Any  # "drop" or "truncate"
+    prepare: PrepareConfig | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of the example, decoded: all of it trained, or none."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """One dataset in figures."""
+
+    format: DataFormat
+    columns: dict[str, str]  # field -> the column it is read from
+    num_rows: int
+    num_records: int
+    num_skipped: int  # malformed, under on_bad_row: skip
+    num_filtered: int  # rows without a record
+    num_sampled: int  # records that the figures below are of
+    unit: Literal["tokens", "characters"]  # characters where no tokenizer is known yet
+    median: int
+    p95: int
+    max: int
+    rules: Counter[str]  # rule -> records it cuts or leaves out
+    example: tuple[Span, ...]  # the first one; nothing is trained in it where no tokenizer is known
+
+
+def overview(source: DataSource, stage: StageName, chat: ChatTokenizer | None, limits: Limits) -> Overview:
+    """Read the whole of `source` as `stage` would. Raises DataError."""
+    reader = read_whole(source, stage)
+    sample, num_records = _sample(reader)
+    check_counts(source, reader.counts, num_records)
+    assert reader.schema is not None, "a source with a record has a schema"
+    if chat is None:
+        lengths, rules = [_chars(record) for record in sample], Counter[str]()
+        example = [Span(text=_shortened(str(sample[0])), trained=False)]
+    else:
+        lengths, rules = _figures(sample, chat, limits)
+        example = list(_example(sample[0], chat, limits))
+    median, p95 = np.percentile(lengths, [50, 95], method="higher")
+    return Overview(
+        format=reader.schema.format,
+        columns=reader.columns_seen,
+        num_rows=reader.counts.num_rows,
+        num_records=num_records,
+        num_skipped=reader.counts.num_skipped,
+        num_filtered=reader.counts.num_filtered,
+        num_sampled=len(sample),
+        unit="characters" if chat is None else "tokens",
+        median=int(median),
+        p95=int(p95),
+        max=max(lengths),
+        rules=rules,
+        example=tuple(example),
+    )
+
+
+def tokenizer_for(texts: Sequence[str], config: PrepareConfig, template: Path | None) -> ChatTokenizer:
+    """What prepare's tokenizer will be like: trained on these texts."""
+    trained = train_tokenizer(texts, config.vocab_size, config.vocab_multiple)
+    return ChatTokenizer(trained, template=CHATML if template is None else read_template(template))
+
+
+def first_texts(source: DataSource) -> list[str]:
+    """The first SAMPLE_CHARS characters of a source of documents."""
+    return [document.text for document in _sample(read_whole(source, "prepare"))[0]]
+
+
+def _sample(records: Iterator[Record]) -> tuple[list[Any], int]:
+    """The first records, SAMPLE_CHARS together, and the number of all."""
+    sample: list[Record] = []
+    chars = num_records = 0
+    for record in records:
+        num_records += 1
+        if chars < SAMPLE_CHARS:
+            sample.append(record)
+            chars += _chars(record)
+    return sample, num_records
+
+
+def _chars(record: Record) -> int:
+    match record:
+        case Document(text=text):
+            return len(text)
+        case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
+            return sum(len(message.content) for message in (*prompt, *chosen, *rejected))
+    return sum(len(message.content) for message in record.messages)
+
+
+def _figures(sample: list[Any], chat: ChatTokenizer, limits: Limits) -> tuple[list[int], Counter[str]]:
+    """Lengths in tokens, and how many records each rule cuts or leaves out."""
+    if isinstance(sample[0], Document):
+        texts = [document.text for document in sample]
+        return [len(ids) for ids in chat.documents_ids(texts, np.dtype(np.uint32))], _dropped(texts, limits)
+    fitted = [_fitted(record, chat, limits) for record in sample]
+    return [one.num_tokens for one in fitted], rules_applied(fitted)
+
+
+def _dropped(texts: list[str], limits: Limits) -> Counter[str]:
+    """What the steps that look at one document at a time would leave out."""
+    assert limits.prepare is not None, "documents are read by prepare alone"
+    dropped = {step: Dropped() for step in STEPS}
+    Filter(limits.prepare, ())(texts, dropped)
+    return Counter(
+        {f"{step}: {rule}": count for step, one in dropped.items() for rule, count in one.counts.items()}
+    )
+
+
+def _fitted(record: Record, chat: ChatTokenizer, limits: Limits) -> Fitted[Any]:
+    match record:
+        case Conversation():
+            return fit_conversation(chat, record, limits.context_length)
+        case Pair():
+            return fit_pair(chat, record, limits.context_length, limits.pairs_too_long)
+        case Prompt():
+            return fit_prompt(chat, record, limits.context_length - limits.max_response_tokens)
+    raise AssertionError("documents are not fitted")
+
+
+def _example(record: Record, chat: ChatTokenizer, limits: Limits) -> Iterator[Span]:
+    """The record decoded from its ids, special tokens visible, by what is trained of it."""
+    match record:
+        case Document(text=text):
+            yield Span(text=_shortened(text), trained=True)
+        case Conversation(messages=messages):
+            yield from _spans(chat.render(messages), chat)
+        case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
+            yield Span(text="chosen: ", trained=False)
+            yield from _spans(chat.render((*prompt, *chosen)), chat)
+            yield Span(text="\nrejected: ", trained=False)
+            yield from _spans(chat.render((*prompt, *rejected)), chat)
+        case Prompt(messages=messages):
+            yield Span(text=_decoded(chat.prompt_ids(messages), chat), trained=False)
+
+
+def _spans(rendered: Rendered, chat: ChatTokenizer) -> Iterator[Span]:
+    for trained, run in groupby(zip(rendered.ids, rendered.mask, strict=True), key=lambda pair: pair[1]):
+        yield Span(text=_decoded([token for token, _ in run], chat), trained=trained)
+
+
+def _decoded(ids: Sequence[int], chat: ChatTokenizer) -> str:
+    text = str(
+        chat.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
+    return _shortened(text)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= EXAMPLE_CHARS else f"{text[:EXAMPLE_CHARS]}\u2026"

@@ -1,0 +1,46 @@
+"""The vocabulary: a byte-level BPE tokenizer trained on text.
+
+Owns: how it is trained, and its size. Does not own: the special tokens and what they mean (chat), the sample
+(corpus).
+"""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from stages.data.chat import END_OF_TEXT, PAD, SPECIAL_TOKENS
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, multiple: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text comes back as it was; digits stand alone; the special tokens have ids 0 to 3.
+
+    Both the entries asked for and those there are in the end are rounded up to a `multiple`, the latter with
+    reserved special tokens, so that tokenizer and output layer agree on every id.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=rounded_up(vocab_size, multiple),
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    size = tokenizer.get_vocab_size()
+    reserved = rounded_up(size, multiple) - size
+    tokenizer.add_special_tokens([f"<|reserved_{number}|>" for number in range(reserved)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    """The lowest multiple that is not below `number`."""
+    return -(-number // multiple) * multiple

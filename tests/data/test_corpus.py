@@ -1,0 +1,137 @@
+"""The corpus on its way through prepare: blocks on disk, what all documents decide, and the mixture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.config import DataSource, PrepareConfig
+from stages.data import corpus as corpora
+from stages.data.batches import content_share
+from stages.data.corpus import Corpus, Filter, documents, encode_block, filter_block, mixing_weights, select
+from stages.data.readers import splits_of
+
+TEXTS = [f"document {number} about {'cats' if number % 2 else 'dogs'}" for number in range(40)]
+
+
+def written(path: Path, texts: list[str]) -> DataSource:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return DataSource(path=str(path))
+
+
+def made(directory: Path, sources: list[DataSource], *, block_bytes: int = 300, **settings: Any):
+    """(config, corpus) of the sources, filtered into blocks."""
+    config = PrepareConfig(data=sources, **settings)
+    directory.mkdir()
+    parts = [(at, split) for at, source in enumerate(sources) for split in splits_of(source, block_bytes)]
+    keeps = Filter(config, ())
+    reports = [
+        filter_block(directory, number, split, sources[at], config, keeps)
+        for number, (at, split) in enumerate(parts)
+    ]
+    return config, Corpus(directory, [report.num_kept for report in reports], [at for at, _ in parts])
+
+
+def test_a_corpus_gives_back_every_document_by_number_and_by_block(tmp_path):
+    _, corpus = made(tmp_path / "blocks", [written(tmp_path / "a.jsonl", ["héllo", "", "日本 🎉", *TEXTS])])
+    kept = ["héllo", "日本 🎉", *TEXTS]  # the empty one is too short
+    assert corpus.num_blocks > 3 and len(corpus) == len(kept)
+    assert [corpus.text(number) for number in range(len(kept))] == kept
+    assert [text for block in range(corpus.num_blocks) for text in corpus.texts(block)] == kept
+    assert corpus.chars.tolist() == [len(text) for text in kept]
+    assert corpus.shares.tolist() == pytest.approx([content_share(text) for text in kept], abs=1e-15)
+
+
+def test_the_first_of_equal_documents_stays_whatever_block_it_is_in(tmp_path):
+    texts = [*TEXTS, TEXTS[3], "new", TEXTS[0]]
+    config, corpus = made(tmp_path / "blocks", [written(tmp_path / "a.jsonl", texts)], heldout_frac=1e-9)
+    selection = select(corpus, config, 0)
+    kept = sorted([*selection.train.tolist(), *selection.heldout.tolist()])
+    assert kept == [*range(40), 41] and selection.num_kept == 41
+    assert selection.dropped["duplicate"].examples == [["same text", TEXTS[3]], ["same text", TEXTS[0]]]
+    config, corpus = made(tmp_path / "all", [written(tmp_path / "a.jsonl", texts)], exact_dedup=False)
+    assert select(corpus, config, 0).num_kept == 43
+
+
+def test_a_near_copy_is_dropped_and_counted(tmp_path):
+    words = [f"word{number}" for number in range(60)]
+    texts = [" ".join(words), *TEXTS, " ".join([*words, "more"])]
+    source = written(tmp_path / "a.jsonl", texts)
+    config, corpus = made(tmp_path / "blocks", [source], near_dedup={"jaccard": 0.8}, heldout_frac=1e-9)
+    selection = select(corpus, config, 0)
+    assert selection.dropped["near_duplicate"].total == 1 and selection.num_kept == 41
+    assert selection.dropped["near_duplicate"].examples[0][1].startswith("word0 word1")
+
+
+def test_whole_blocks_are_taken_up_and_damaged_ones_made_again(tmp_path, monkeypatch):
+    source = written(tmp_path / "a.jsonl", TEXTS)
+    config = PrepareConfig(data=[source])
+    splits = splits_of(source, 10**9)
+    (tmp_path / "blocks").mkdir()
+    first = filter_block(tmp_path / "blocks", 0, splits[0], source, config, Filter(config, ()))
+
+    def never(texts, dropped):
+        raise AssertionError("filtered again")
+
+    assert filter_block(tmp_path / "blocks", 0, splits[0], source, config, never) == first  # type: ignore[arg-type]
+    damaged = tmp_path / "blocks" / "000000.text"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"X")
+    with pytest.raises(AssertionError, match="filtered again"):
+        filter_block(tmp_path / "blocks", 0, splits[0], source, config, never)  # type: ignore[arg-type]
+
+
+def test_tokens_come_back_in_the_order_asked_for_and_only_of_wanted_documents(tmp_path):
+    _, corpus = made(tmp_path / "blocks", [written(tmp_path / "a.jsonl", TEXTS)])
+    wanted = np.arange(len(corpus)) % 3 == 0
+    dtype = np.dtype("<u2")
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in texts]
+
+    for block in range(corpus.num_blocks):
+        encode_block(corpus, block, wanted[corpus.starts[block] : corpus.starts[block + 1]], encode, dtype)
+    which = np.array([0, 3, 39, 0, 6])
+    found = [bytes(ids.astype(np.uint8)).decode() for ids in documents(corpus, which, dtype)]
+    assert found == [TEXTS[number] for number in which]
+    sizes = [
+        (tmp_path / "blocks" / f"{block:06d}.tokens").stat().st_size for block in range(corpus.num_blocks)
+    ]
+    assert sum(sizes) == 2 * sum(len(TEXTS[number]) for number in np.flatnonzero(wanted))
+
+
+def test_temperature_one_mixes_sources_as_they_come_and_a_higher_one_evens_them_out():
+    chars = np.array([900.0, 100.0])
+    assert mixing_weights(chars, [1, 1], 1.0) == pytest.approx([1, 1])
+    even = mixing_weights(chars, [1, 1], 1e9)
+    assert [weight * size for weight, size in zip(even, chars, strict=True)] == pytest.approx(
+        [500, 500], rel=1e-4
+    )
+    half = mixing_weights(chars, [1, 1], 2.0)  # shares 30 : 10
+    assert [weight * size for weight, size in zip(half, chars, strict=True)] == pytest.approx([750, 250])
+    assert mixing_weights(chars, [1, 2], 2.0) == pytest.approx([half[0], 2 * half[1]])
+    assert mixing_weights(np.array([10.0, 0.0]), [1, 1], 2.0) == pytest.approx([1, 1])
+
+
+def test_sources_are_mixed_by_weight_and_temperature(tmp_path):
+    sources = [written(tmp_path / "a.jsonl", TEXTS[:36]), written(tmp_path / "b.jsonl", TEXTS[36:])]
+    config, corpus = made(tmp_path / "one", sources, heldout_frac=1e-9, mixing_temperature=1e6)
+    train = select(corpus, config, 0).train
+    small, large = (train >= 36).sum(), (train < 36).sum()
+    assert abs(int(small) - int(large)) <= 3 and abs(len(train) - 39) <= 2
+    assert set(train[train >= 36].tolist()) | set(select(corpus, config, 0).heldout) >= {36, 37, 38, 39}
+    np.testing.assert_array_equal(train, select(corpus, config, 0).train)
+
+
+def test_the_tokenizer_sample_is_chosen_by_content_and_keeps_the_order(tmp_path):
+    _, corpus = made(tmp_path / "blocks", [written(tmp_path / "a.jsonl", TEXTS)])
+    train = np.array([*range(40), 5, 6])
+    assert list(corpora.tokenizer_sample(corpus, train, 10**9)) == [*TEXTS, TEXTS[5], TEXTS[6]]
+    few = list(corpora.tokenizer_sample(corpus, train, 100))
+    assert 0 < sum(map(len, few)) <= 100 and [text for text in TEXTS if text in few] == few
+    assert len(list(corpora.tokenizer_sample(corpus, train, 1))) in (1, 2)
+    _, again = made(tmp_path / "reversed", [written(tmp_path / "b.jsonl", TEXTS[::-1])])
+    assert set(corpora.tokenizer_sample(again, np.arange(40), 100)) == set(
+        corpora.tokenizer_sample(corpus, np.arange(40), 100)
+    )

@@ -1,0 +1,81 @@
+"""Fitting: what is too long is cut or left out by each stage's own rule, and counted."""
+
+from functools import cache
+
+import pytest
+
+from stages.data.chat import CHATML, ChatTokenizer
+from stages.data.fitting import fit_conversation, fit_pair, fit_prompt, rules_applied
+from stages.data.records import Conversation, Message, Pair, Prompt
+from stages.data.vocabulary import rounded_up, train_tokenizer
+
+
+@cache
+def chat() -> ChatTokenizer:
+    """Bytes only: a character of these tests is a token."""
+    return ChatTokenizer(train_tokenizer([], 300, 1), template=CHATML)
+
+
+def messages(*contents: str) -> tuple[Message, ...]:
+    return tuple(
+        Message(role="assistant" if index % 2 else "user", content=content)
+        for index, content in enumerate(contents)
+    )
+
+
+def test_a_conversation_is_cut_at_the_end_and_left_out_without_a_trained_token():
+    conversation = Conversation(messages=messages("question", "answer"))
+    whole = fit_conversation(chat(), conversation, 1000)
+    assert whole.rule is None and whole.example is not None and len(whole.example.ids) == whole.num_tokens
+    cut = fit_conversation(chat(), conversation, whole.num_tokens - 3)
+    assert cut.rule == "cut to model.context_length" and cut.num_tokens == whole.num_tokens
+    assert cut.example is not None and cut.example.ids == whole.example.ids[:-3]
+    none = fit_conversation(chat(), conversation, 5)
+    assert none.example is None and none.rule == "no trained token within model.context_length"
+
+
+def test_a_pair_that_is_too_long_is_left_out_or_loses_its_prompts_start():
+    prompt, chosen, rejected = messages("a long question"), messages("", "yes")[1:], messages("", "no")[1:]
+    pair = Pair(prompt=prompt, chosen=chosen, rejected=rejected, row={})
+    whole = fit_pair(chat(), pair, 1000, "drop")
+    assert whole.rule is None and whole.example is not None
+    dropped = fit_pair(chat(), pair, whole.num_tokens - 1, "drop")
+    assert (dropped.example, dropped.rule) == (None, "longer than model.context_length")
+    cut = fit_pair(chat(), pair, whole.num_tokens - 1, "truncate")
+    assert cut.example is not None and cut.example.prompt == whole.example.prompt[1:]
+    assert cut.example.chosen == whole.example.chosen and cut.rule == "prompt's start cut"
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_a_pair_without_difference_is_left_out_by_either_policy(too_long):
+    side = messages("", "same")[1:]
+    fitted = fit_pair(chat(), Pair(prompt=messages("q"), chosen=side, rejected=side, row={}), 1000, too_long)
+    assert fitted.example is None and "no difference" in str(fitted.rule)
+
+
+def test_a_prompt_without_room_for_a_response_is_left_out():
+    prompt = Prompt(messages=messages("question"), row={})
+    whole = fit_prompt(chat(), prompt, 1000)
+    assert fit_prompt(chat(), prompt, whole.num_tokens) == whole and whole.rule is None
+    assert fit_prompt(chat(), prompt, whole.num_tokens - 1).example is None
+
+
+def test_rules_are_counted():
+    prompts = [Prompt(messages=messages("q" * length), row={}) for length in (1, 2, 30, 40)]
+    fitted = [fit_prompt(chat(), prompt, 25) for prompt in prompts]
+    assert rules_applied(fitted) == {"no room left for a response": 2}
+
+
+def test_a_vocabulary_is_filled_up_to_its_multiple_with_reserved_tokens():
+    assert [rounded_up(n, 64) for n in (1, 64, 65)] == [64, 64, 128]
+    tokenizer = train_tokenizer(["a cat and a dog"], 512, 64)
+    reserved = [token for token in tokenizer.get_vocab() if token.startswith("<|reserved_")]
+    assert (
+        len(tokenizer) == 320
+        and reserved
+        and set(reserved) <= set(tokenizer.all_special_tokens) | set(reserved)
+    )
+    forged = ChatTokenizer(tokenizer, template=CHATML).text_ids("<|reserved_0|>")
+    assert tokenizer.convert_tokens_to_ids("<|reserved_0|>") not in forged, (
+        "text never becomes a special token"
+    )
