@@ -214,7 +214,7 @@ EVERY_STEP: dict[str, Any] = {
     "min_chars": 20,
     "languages": ["en"],
     "min_language_score": 0.2,
-    "quality": ["gopher_repetition"],
+    "quality": ["fineweb"],
     "near_dedup": {"jaccard": 0.7, "ngram": 2},
 }
 

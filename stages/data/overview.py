@@ -74,7 +74,7 @@ def overview(source: DataSource, stage: StageName, chat: ChatTokenizer | None, l
     assert reader.schema is not None, "a source with a record has a schema"
     if chat is None:
         lengths, rules = [_chars(record) for record in sample], Counter[str]()
-        example = [Span(text=_shortened(str(sample[0])), trained=False)]
+        example = [Span(text=_shortened("\n".join(_turns(sample[0]))), trained=False)]
     else:
         lengths, rules = _figures(sample, chat, limits)
         example = list(_example(sample[0], chat, limits))
@@ -126,6 +126,18 @@ def _chars(record: Record) -> int:
         case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
             return sum(len(message.content) for message in (*prompt, *chosen, *rejected))
     return sum(len(message.content) for message in record.messages)
+
+
+def _turns(record: Record) -> Iterator[str]:
+    """The record in words, where no tokenizer can render it."""
+    match record:
+        case Document(text=text):
+            yield text
+        case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
+            for title, messages in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+                yield f"{title}: " + " / ".join(f"{message.role}: {message.content}" for message in messages)
+        case Conversation(messages=messages) | Prompt(messages=messages):
+            yield from (f"{message.role}: {message.content}" for message in messages)
 
 
 def _figures(sample: list[Any], chat: ChatTokenizer, limits: Limits) -> tuple[list[int], Counter[str]]:
