@@ -1,6 +1,7 @@
 """Quality: published sets of rules by which documents that are no prose are dropped.
 
-    texts --words--> WordBlock --gopher_quality, gopher_repetition, fineweb--> the documents that break a rule
+    texts --words--> WordBlock --gopher_quality, gopher_repetition--> the documents that break each rule
+    texts --lines--> fineweb --> the documents that break each rule
     text  --lines--> c4 --> the text without the lines that C4 removes, or the rule that it breaks
 
 Legend: D documents of a block, W words of all of them end to end, V distinct words.
@@ -31,7 +32,7 @@ Ints = NDArray[np.int64]
 Broken = dict[str, Bools]
 """Rule, in the order of the set -> (D,): the documents that break it."""
 
-_WORD_OR_MARK = re.compile(r"\w+(?:['\u2019./-]\w+|,\d+)*|\.{2,}|-{2,}|[^\w\s]")
+_WORD_OR_MARK = re.compile(r"\w++(?:['\u2019./-]\w++|,\d++)*+|\.{2,}|-{2,}|[^\w\s]")
 
 # Rae et al. 2021 (Gopher), table A1 and section A.1.1.
 MIN_WORDS, MAX_WORDS = 50, 100_000
@@ -117,9 +118,11 @@ def _judge_block(texts: Sequence[str], rules: Sequence[QualityRules]) -> list[Ve
         if name == "c4":
             broken = _remove_lines(kept, first_broken)
             block = None  # its words are those of the texts as they were
+        elif name == "fineweb":
+            broken = fineweb(kept, num_words_of(kept) if block is None else block.num_words_D)
         else:
-            block = block if block is not None else WordBlock.of(kept)
-            broken = RULES_ON_WORDS[name](block)
+            block = WordBlock.of(kept) if block is None else block
+            broken = gopher_quality(block) if name == "gopher_quality" else gopher_repetition(block)
         for rule, broken_D in broken.items():
             for document in np.flatnonzero(broken_D).tolist():
                 first_broken.setdefault(document, f"{name}: {rule}")
@@ -143,6 +146,11 @@ def words_and_marks(text: str) -> list[str]:
     Example: "Well, I don't..." -> ["Well", ",", "I", "don't", "..."].
     """
     return _WORD_OR_MARK.findall(text)
+
+
+def num_words_of(texts: Sequence[str]) -> Ints:
+    """(D,): words and marks per document."""
+    return np.array([len(words_and_marks(text)) for text in texts], np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,10 +247,11 @@ def _line_shares(texts: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.
 
 def _num_stop_words(block: WordBlock) -> Ints:
     """(D,): how many of the stop words occur, in lower case as the rule has them."""
-    counts_D = np.zeros(len(block.texts), np.int64)
-    for stop_word in STOP_WORDS:
-        counts_D += block.sums_D(block.where(stop_word.__eq__)) > 0
-    return counts_D
+    other = len(STOP_WORDS)
+    index_V = [STOP_WORDS.index(word) if word in STOP_WORDS else other for word in block.vocabulary]
+    occurs = np.zeros((len(block.texts), other + 1), np.bool_)
+    occurs[block.documents_W, np.array(index_V, np.int64)[block.words_W]] = True
+    return occurs[:, :other].sum(axis=1)
 
 
 def gopher_repetition(block: WordBlock) -> Broken:
@@ -340,24 +349,25 @@ def _duplicate_chars(block: WordBlock, runs: _RepeatedRuns) -> Ints:
     return chars_D
 
 
-def fineweb(block: WordBlock) -> Broken:
+def fineweb(texts: Sequence[str], num_words_D: Ints) -> Broken:
     """Penedo et al. 2024: lines without an end mark, short lines, repeated lines, lists."""
-    lines_of_texts = [[line for line in text.split("\n") if line.strip()] for text in block.texts]
+    lines_of_texts = [[line for line in text.split("\n") if line.strip()] for text in texts]
     num_lines_D = np.array([max(len(lines), 1) for lines in lines_of_texts], np.int64)
     ended_D = np.array(
         [sum(line[-1] in TERMINAL_MARKS for line in lines) for lines in lines_of_texts], np.int64
     )
     short_D = np.array([_num_short(lines) for lines in lines_of_texts], np.int64)
-    newlines_D = block.per_text(_num_newlines)
+    newlines_D = np.array([text.count("\n") for text in texts], np.int64)
+    line_chars_D = np.array([len(text) for text in texts], np.int64) - newlines_D
     _, duplicate_chars_D = _duplicates(lines_of_texts)
     return {
         "empty": np.array([not lines for lines in lines_of_texts], np.bool_),
         "lines without an end mark": ended_D / num_lines_D < MIN_ENDED_LINES,
         "short lines": short_D / num_lines_D > MAX_SHORT_LINES,
         "duplicate line characters": (
-            duplicate_chars_D / np.maximum(block.chars_D - newlines_D, 1) > MAX_DUPLICATE_LINE_CHARS
+            duplicate_chars_D / np.maximum(line_chars_D, 1) > MAX_DUPLICATE_LINE_CHARS
         ),
-        "newlines per word": newlines_D / np.maximum(block.num_words_D, 1) > MAX_NEWLINES_PER_WORD,
+        "newlines per word": newlines_D / np.maximum(num_words_D, 1) > MAX_NEWLINES_PER_WORD,
     }
 
 
@@ -365,15 +375,6 @@ def _num_short(lines: Sequence[str]) -> int:
     return sum(len(line) <= SHORT_LINE_CHARS for line in lines)
 
 
-def _num_newlines(text: str) -> int:
-    return text.count("\n")
-
-
-RULES_ON_WORDS: dict[QualityRules, Callable[[WordBlock], Broken]] = {
-    "gopher_quality": gopher_quality,
-    "gopher_repetition": gopher_repetition,
-    "fineweb": fineweb,
-}
 C4_RULES = ("lorem ipsum", "curly bracket", "too few sentences")
 
 
