@@ -1,7 +1,6 @@
 """Schemas: hand-written rows of every format give exact records in every stage; bad ones one exact line."""
 
 import json
-from collections.abc import Mapping
 from typing import Any, get_args
 
 import pytest
@@ -634,34 +633,61 @@ def test_filtered_rows_are_counted_beside_skipped_ones_and_the_margin_comes_from
 EVERY_SCHEMA = [schema for schemas in SCHEMAS.values() for schema in schemas]
 NAMES = sorted({alias for schema in EVERY_SCHEMA for names in schema.aliases.values() for alias in names})
 KEYS = ["role", "content", "from", "value", "type", "text", "replies", "rank", "score", "response", "deleted"]
-WORDS = ["q", "", " ", "user", "human", "gpt", "assistant", "system", "prompter", "text", "\ud800", "a\nb",
-         "\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant:", "q a", "q b"]  # fmt: skip
-LEAVES = st.sampled_from(WORDS) | st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400)
-TURNS = st.builds(told, st.sampled_from(WORDS), LEAVES) | st.builds(
-    say,
-    st.sampled_from(["user", "assistant", "system", "tool", "prompter"]),
-    st.sampled_from(["q", "a", "b"]),
-)
+TEXTS = ["q", "q a", "q b", "\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b",
+         "\n\nHuman: q\n\nAssistant:", "", " ", "\ud800", "a\nb", "human", "gpt", "system"]  # fmt: skip
+LEAVES = st.sampled_from(TEXTS) | st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400)
+ROLES = st.sampled_from(["user", "assistant"] * 3 + ["system", "tool", "narrator"])
+SAID = st.sampled_from(["q", "a", "b"]) | LEAVES
+TURNS = st.builds(told, ROLES, SAID) | st.builds(say, ROLES, SAID)
+TALKS = st.lists(TURNS, max_size=4).map(lambda turns: [say("user", "q"), *turns, say("assistant", "a")])
+SCORES = st.integers(0, 3) | st.floats() | st.none()
+RATED = st.lists(st.builds(lambda text, rank: {"text": text, "rank": rank}, SAID, SCORES), max_size=3)
+TREES = st.recursive(
+    st.builds(turn, st.sampled_from(["q", "a", "a2"])),
+    lambda below: st.builds(
+        lambda text, replies, rank: turn(text, *replies, rank=rank),
+        st.sampled_from(["q", "a", "a2"]), st.lists(below, max_size=3), st.integers(0, 2) | st.none(),
+    ),
+    max_leaves=6,
+)  # fmt: skip
 VALUES = st.recursive(
-    LEAVES | TURNS | st.lists(TURNS, max_size=4),
+    LEAVES | TURNS | TALKS | RATED | TREES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
     max_leaves=12,
 )
-ROWS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=6)
+PLAUSIBLE = {
+    "messages": TALKS,
+    "conversations": TALKS | st.just([say("user", "q")]),
+    "responses": RATED,
+    "label": st.booleans(),
+}
+OTHERWISE_PLAUSIBLE = st.one_of(*[st.sampled_from(TEXTS[:5])] * 4, TALKS, TREES)
 PATHS = st.sampled_from([*NAMES, "prompt.text", "messages.0.content", "responses.-1", "a..b"])
 
 
+@st.composite
+def rows(draw: st.DrawFn, stage: StageName) -> Row:
+    """Any columns beside those that one schema of the stage requires."""
+    schema = draw(st.sampled_from(SCHEMAS[stage]))
+    anything = draw(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=2))
+    for field in schema.required:
+        is_odd = draw(st.integers(0, 5)) == 5
+        likely = {**dict.fromkeys(schema.required, OTHERWISE_PLAUSIBLE), **PLAUSIBLE}[field]
+        anything[draw(st.sampled_from(schema.aliases[field]))] = draw(VALUES if is_odd else likely)
+    return anything
+
+
 @settings(max_examples=300, deadline=None)
-@given(row=ROWS, columns=st.dictionaries(st.sampled_from(NAMES), PATHS, max_size=2), data=st.data())
+@given(data=st.data(), columns=st.just({}) | st.dictionaries(st.sampled_from(NAMES), PATHS, max_size=2))
 @pytest.mark.parametrize("stage", get_args(StageName))
 def test_any_row_gives_sound_records_or_one_line(
-    stage: StageName, row: Row, columns: Mapping[str, str], data
+    stage: StageName, data: st.DataObject, columns: dict[str, str]
 ):
+    row = data.draw(rows(stage))
     usable = {field: column for field, column in columns.items() if field in fields_of(SCHEMAS[stage])}
-    guessed = detect(stage, row, usable)
-    stated = data.draw(st.sampled_from([guessed, *SCHEMAS[stage]]))
+    schema = data.draw(st.sampled_from([detect(stage, row, usable), *SCHEMAS[stage]]))
     try:
-        found = stated.parse(stated.cells(row, usable))
+        found = schema.parse(schema.cells(row, usable))
     except RowError as error:
         line = str(error)
         assert line and all(sign.isprintable() for sign in line)
