@@ -26,7 +26,7 @@ from stages.data.shards import write_shards
 from stages.errors import DataError
 from stages.runtime import Runtime
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 NUM_EXAMPLES = 5
 """Dropped documents shown per rule."""
