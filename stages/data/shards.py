@@ -126,28 +126,18 @@ def write_shards(
     """
     dtype = token_dtype(vocab_size)
     counts: Counter[str] = Counter()
-    rows = _PACKERS[packing](
-        _separated(documents, separator_id, dtype, counts, closed=packing != "concat"),
-        context_length,
-        counts,
-    )
-    with _TrainFiles(
+    separated = _separated(documents, separator_id, dtype, counts, closed=packing != "concat")
+    train = _TrainFiles(
         directory,
+        slots_per_row=context_length,
         rows_per_shard=max(1, shard_tokens // context_length),
-        context_length=context_length,
         dtype=dtype,
         padding_id=separator_id,
-    ) as train:
-        for row in rows:
+    )
+    with train:
+        for row in _PACKERS[packing](separated, context_length, counts):
             train.add(row)
-    heldout_files, tokens_heldout, documents_heldout = _write_heldout(directory, heldout, separator_id, dtype)
-    slots = train.rows * context_length
-    totals = {
-        "rows": train.rows,
-        "tokens": train.tokens,
-        "slots": slots,
-        "utilisation": train.tokens / slots if slots else 0.0,
-    }
+    heldout_entry = _write_heldout(directory, heldout, separator_id, dtype)
     index = {
         "format": FORMAT,
         "packing": packing,
@@ -155,10 +145,13 @@ def write_shards(
         "context_length": context_length,
         "vocab_size": vocab_size,
         "separator_id": separator_id,
-        **totals,
+        "rows": train.rows,
+        "tokens": train.tokens,
+        "slots": train.slots,
+        "utilisation": train.utilisation,
         "shards": train.shards,
         "segments": train.segments,
-        "heldout": {"tokens": tokens_heldout, "documents": documents_heldout, **heldout_files},
+        "heldout": heldout_entry,
     }
     (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return ShardCounts(
@@ -167,8 +160,8 @@ def write_shards(
         tokens_text=counts["text"],
         tokens_dropped=counts["dropped"],
         tokens_repeated=counts["repeated"],
-        tokens_heldout=tokens_heldout,
-        utilisation=totals["utilisation"],
+        tokens_heldout=heldout_entry["tokens"],
+        utilisation=train.utilisation,
     )
 
 
@@ -335,18 +328,28 @@ class _TrainFiles:
     """Shards and segments while they are written; afterwards `shards` and `segments` hold their entries."""
 
     def __init__(
-        self, directory: Path, *, rows_per_shard: int, context_length: int, dtype: np.dtype, padding_id: int
+        self, directory: Path, *, slots_per_row: int, rows_per_shard: int, dtype: np.dtype, padding_id: int
     ) -> None:
         self.rows = self.tokens = 0
         self.shards: list[dict[str, Any]] = []
         self.segments: dict[str, Any] = {}
         self._directory = directory
         self._rows_per_shard = rows_per_shard
-        self._padding = np.full(context_length, padding_id, dtype)
+        self._padding = np.full(slots_per_row, padding_id, dtype)
         self._shard: _WrittenFile | None = None
-        self._shard_tokens = 0
-        self._length_dtype = np.dtype("<u2" if context_length < 2**16 else "<u4")
+        self._shard_rows = self._shard_tokens = 0
+        self._length_dtype = np.dtype("<u2" if slots_per_row < 2**16 else "<u4")
         self._num_segments = 0
+
+    @property
+    def slots(self) -> int:
+        """Of all rows."""
+        return self.rows * len(self._padding)
+
+    @property
+    def utilisation(self) -> float:
+        """Tokens per slot; 0 without a row."""
+        return self.tokens / self.slots if self.rows else 0.0
 
     def __enter__(self) -> "_TrainFiles":
         self._lengths = _WrittenFile(self._directory / SEGMENT_LENGTHS)
@@ -364,31 +367,28 @@ class _TrainFiles:
 
     def add(self, row: _Row) -> None:
         if self._shard is None:
-            name = f"train-{len(self.shards):05d}.bin"
-            self._shard = _WrittenFile(self._directory / name)
+            self._shard = _WrittenFile(self._directory / f"train-{len(self.shards):05d}.bin")
         self._shard.write(row.ids)
         self._shard.write(self._padding[len(row.ids) :])
         self._lengths.write(np.array(row.lengths, self._length_dtype))
         self._num_segments += len(row.lengths)
         self._offsets.write(np.array([self._num_segments], OFFSET_DTYPE))
-        self.rows += 1
-        self.tokens += len(row.ids)
-        self._shard_tokens += len(row.ids)
-        if self.rows % self._rows_per_shard == 0:
+        self.rows, self._shard_rows = self.rows + 1, self._shard_rows + 1
+        self.tokens, self._shard_tokens = self.tokens + len(row.ids), self._shard_tokens + len(row.ids)
+        if self._shard_rows == self._rows_per_shard:
             self._close_shard()
 
     def _close_shard(self) -> None:
         if self._shard is None:
             return
-        rows = self.rows - sum(shard["rows"] for shard in self.shards)
-        self.shards.append({**self._shard.close(), "rows": rows, "tokens": self._shard_tokens})
-        self._shard, self._shard_tokens = None, 0
+        self.shards.append({**self._shard.close(), "rows": self._shard_rows, "tokens": self._shard_tokens})
+        self._shard, self._shard_rows, self._shard_tokens = None, 0, 0
 
 
 def _write_heldout(
     directory: Path, heldout: Iterable[TokenIds], separator_id: int, dtype: np.dtype
-) -> tuple[dict[str, Any], int, int]:
-    """Entries of the two files, tokens, documents."""
+) -> dict[str, Any]:
+    """The index's entry of the held-out documents."""
     ids_file, lengths_file = _WrittenFile(directory / HELDOUT), _WrittenFile(directory / HELDOUT_LENGTHS)
     tokens = documents = 0
     for ids in heldout:
@@ -396,7 +396,12 @@ def _write_heldout(
         ids_file.write(document)
         lengths_file.write(np.array([len(document)], DOCUMENT_LENGTH_DTYPE))
         tokens, documents = tokens + len(document), documents + 1
-    return {"ids": ids_file.close(), "lengths": lengths_file.close()}, tokens, documents
+    return {
+        "tokens": tokens,
+        "documents": documents,
+        "ids": ids_file.close(),
+        "lengths": lengths_file.close(),
+    }
 
 
 # Reading

@@ -48,11 +48,11 @@ def no_unread_mask(inputs: Mapping[str, Any]) -> Iterator[None]:
         _has_lengths.reset(token)
 
 
-def _mask_where_it_is_read(*arguments: Any, local_size: int | None = None, **options: Any) -> Tensor | None:
-    """transformers' mask interface; local_size: of a sliding window."""
-    if _has_lengths.get() and local_size is None:
+def _mask_where_it_is_read(**options: Any) -> Tensor | None:
+    """transformers' mask interface; `local_size` is there for a sliding window."""
+    if _has_lengths.get() and options.get("local_size") is None:
         return None
-    return sdpa_mask(*arguments, local_size=local_size, **options)  # type: ignore[misc]  # mypy: may be among *arguments
+    return sdpa_mask(**options)
 
 
 def packed_attention(

@@ -139,6 +139,17 @@ def test_one_fp32_worker_gathers_nothing_and_a_cpu_engine_has_its_configured_cac
     assert memory["engine"].parts["keys and values"] == config.rollout.kv_cache_mib * 2**20
 
 
+def test_sft_by_tokens_has_the_logits_of_one_row_at_a_time(chain: Chain):
+    """Of 256 positions, where 16 conversations (the micro-batch) have those of 16 times as many."""
+    by_number, by_tokens = (
+        memory_of(config, "sft", architecture_of(config))["worker"].parts[
+            "largest logits and their gradients"
+        ]
+        for config in (chain.config(), chain.config("sft.batch_tokens=2560"))
+    )
+    assert by_number == 16 * by_tokens > 0
+
+
 @pytest.mark.parametrize("name", ["llama_hh_cluster", "qwen_gsm8k_gpu"])
 def test_the_plan_of_a_gpu_config_needs_neither_network_nor_weights(name, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
