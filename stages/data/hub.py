@@ -7,6 +7,7 @@ what a row means (schemas). `datasets` is imported only when a hub dataset is re
 on disk that is mapped, not loaded. Where `revision` is a whole commit, identity is known without asking.
 """
 
+import logging
 import queue
 import re
 import threading
@@ -119,15 +120,15 @@ def _loaded(source: DataSource, commit: str) -> Any:
     from datasets.exceptions import DatasetsError
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
+    for logger in (datasets.logging, huggingface_hub.logging):  # what they log is in the error they raise
+        logger.set_verbosity(logging.CRITICAL)
     try:
         builder = _builder(source, commit)
         _check_split(builder, source)
         builder.download_and_prepare()
         return builder.as_dataset(split=source.split)
     except (DatasetsError, ValueError, RuntimeError, OSError, ImportError) as error:
-        raise DataError(f"{source.path}: {one_line(str(error))}") from error
+        raise DataError(f"{source.path}: {one_line(str(error.__cause__ or error))}") from error
 
 
 def _builder(source: DataSource, commit: str) -> Any:

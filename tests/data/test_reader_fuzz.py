@@ -1,0 +1,182 @@
+"""Whatever stands in a file of whatever kind: records, or a DataError of one printable line. Nothing else."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stages.config import DataSource
+from stages.data import readers
+from stages.data.schemas import StageName
+from stages.errors import DataError
+
+STAGES: tuple[StageName, ...] = get_args(StageName)
+TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
+NAMES = [f"a.{kind}{suffix}" for kind in TEXT_KINDS for suffix in ("", ".gz", ".zst")] + ["a.parquet"]
+FUZZ = settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+TURN = "\n\nHuman: q\n\nAssistant: "
+ROWS: list[dict[str, Any]] = [
+    {"text": "one", "prompt": "q", "completion": "a", "chosen": "good", "rejected": "bad", "label": True},
+    {"text": "2\n", "prompt": "p", "completion": "é", "chosen": "good", "rejected": 'b,"ad', "label": False},
+]  # fmt: skip
+COLUMNS = [
+    "text", "messages", "conversations", "prompt", "question", "completion", "response", "answer",
+    "instruction", "input", "output", "chosen", "rejected", "label", "responses", "scores", "score", "rank",
+    "ranks", "replies", "role", "content", "from", "value",
+]  # fmt: skip
+
+
+def zstd(data: bytes) -> bytes:
+    out = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(out, "zstd") as stream:
+        stream.write(data)
+    return out.getvalue().to_pybytes()
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, "gz": gzip.compress, "zst": zstd}
+
+
+def sound_file(name: str) -> bytes:
+    """A small file that loads, of the kind its name says."""
+    _, kind, *compression = name.split(".")
+    if kind == "parquet":
+        out = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), out)
+        return out.getvalue().to_pybytes()
+    if kind == "tsv":
+        text = "\n".join("\t".join(json.dumps(value) for value in row.values()) for row in ROWS)
+        text = "\t".join(ROWS[0]) + "\n" + text
+    elif kind == "csv":
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows(ROWS)
+        text = table.getvalue()
+    else:
+        lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+        text = {"jsonl": "\n".join(lines), "json": f"[{','.join(lines)}]", "txt": "\n\n".join(lines)}[kind]
+    return PACK["".join(compression)](text.encode())
+
+
+@st.composite
+def mutated(draw: st.DrawFn, data: bytes) -> bytes:
+    """`data` with a few bytes flipped, cut out, put in or doubled."""
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        length = draw(st.integers(0, 40))
+        match draw(st.sampled_from(["flip", "cut", "insert", "delete", "double"])):
+            case "flip" if at < len(data):
+                data = data[:at] + bytes([data[at] ^ draw(st.integers(1, 255))]) + data[at + 1 :]
+            case "cut":
+                data = data[:at]
+            case "insert":
+                data = data[:at] + draw(st.binary(min_size=1, max_size=20)) + data[at:]
+            case "delete":
+                data = data[:at] + data[at + length :]
+            case "double":
+                data = data[: at + length] + data[at:]
+    return data
+
+
+def json_values() -> st.SearchStrategy[Any]:
+    """Any JSON value, lone surrogates, NaN and columns that schemas look for included."""
+    text = st.text(st.characters(), max_size=20) | st.sampled_from(
+        [TURN + "a", TURN, "user", "assistant", ""]
+    )
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | text
+    keys = st.sampled_from(COLUMNS) | text
+    return st.recursive(
+        leaves,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=5),
+        max_leaves=15,
+    )
+
+
+def assert_records_or_one_line(path: Path, stage: StageName, **more: Any) -> None:
+    source = DataSource(path=str(path), **more)
+    try:
+        rows = readers.read([source], stage, seed=0)
+    except DataError as error:
+        assert str(error).isprintable() and path.name in str(error)
+    else:
+        assert rows.records
+        splits = readers.splits_of(source, 16)
+        in_splits = [record for split in splits for record in readers.read_split(source, split, stage)]
+        assert repr(in_splits) == repr(rows.records), "NaN included"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_that_is_mutated_loads(tmp_path, name):
+    (tmp_path / name).write_bytes(sound_file(name))
+    assert len(readers.read([DataSource(path=str(tmp_path / name))], "prepare", seed=0).records) >= 2
+
+
+@FUZZ
+@given(
+    data=st.binary(max_size=200),
+    name=st.sampled_from(NAMES),
+    stage=st.sampled_from(STAGES),
+    pack=st.booleans(),
+    bad=st.sampled_from(["error", "skip"]),
+)
+def test_any_bytes_in_any_kind_of_file(tmp_path, data, name, stage, pack, bad):
+    compression = name.split(".")[2] if name.count(".") == 2 else ""
+    (tmp_path / name).write_bytes(PACK[compression](data) if pack else data)
+    assert_records_or_one_line(tmp_path / name, stage, on_bad_row=bad)
+
+
+@settings(FUZZ, max_examples=400)
+@given(data=st.data(), name=st.sampled_from(NAMES), stage=st.sampled_from(STAGES))
+def test_any_mutation_of_a_sound_file(tmp_path, data, name, stage):
+    (tmp_path / name).write_bytes(data.draw(mutated(sound_file(name))))
+    document = data.draw(st.sampled_from(["file", "paragraph", "line"]))
+    bad = data.draw(st.sampled_from(["error", "skip"]))
+    assert_records_or_one_line(tmp_path / name, stage, document=document, on_bad_row=bad)
+
+
+@settings(FUZZ, max_examples=300)
+@given(data=st.data())
+def test_any_mutation_of_a_parquet_file(tmp_path, data):
+    (tmp_path / "a.parquet").write_bytes(data.draw(mutated(PARQUET)))
+    assert_records_or_one_line(tmp_path / "a.parquet", data.draw(st.sampled_from(STAGES)))
+
+
+PARQUET = sound_file("a.parquet")
+
+
+@settings(FUZZ, max_examples=300)
+@given(
+    values=st.lists(json_values(), max_size=4),
+    stage=st.sampled_from(STAGES),
+    kind=st.sampled_from(["jsonl", "json"]),
+)
+def test_any_json_values(tmp_path, values, stage, kind):
+    lines = [json.dumps(value) for value in values]
+    text = "\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]"
+    (tmp_path / f"a.{kind}").write_text(text)
+    assert_records_or_one_line(tmp_path / f"a.{kind}", stage)
+
+
+@FUZZ
+@given(
+    lines=st.lists(st.text(st.sampled_from('a,"\t\r\n\0\ufeff é\u2028'), max_size=12), max_size=6),
+    kind=st.sampled_from(["csv", "tsv", "txt"]),
+    header=st.sampled_from([[], ["text"], ["text", "b"]]),
+)
+def test_any_lines_of_a_table(tmp_path, lines, kind, header):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes("\n".join([*(["text,b"] if not header else []), *lines]).encode())
+    assert_records_or_one_line(path, "prepare", columns=header)
