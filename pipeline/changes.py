@@ -75,6 +75,8 @@ def identity_of(config: ExperimentConfig) -> dict[str, Any]:
     identity: dict[str, Any] = {}
     for stage in dag.configured(config):
         for section, value in dag.settings_for(config, stage).identity().items():
+            if section == "evaluation_prompts":
+                continue  # those of `evaluate:`, which prepare reads too
             if isinstance(value, dict):
                 value = identity.get(section, {}) | value  # prepare reads a part of `model:`, others all
             identity[section] = value
