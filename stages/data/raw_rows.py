@@ -248,7 +248,8 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     with reading(path), _parquet_faults(path):
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20)
+        # otherwise a row group is held whole, and one may be the whole file
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     with file:
         _check_names(file.schema_arrow.names, path)
         batches = file.iter_batches(batch_size=BATCH_ROWS)

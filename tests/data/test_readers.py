@@ -13,7 +13,7 @@ from stages.config import DataSource
 from stages.data import readers
 from stages.data.readers import read
 from stages.data.records import Conversation, Document, Message, split_key
-from stages.data.schemas import StageName
+from stages.data.schemas import SCHEMAS, Cells, Schema, StageName
 from stages.errors import DataError
 
 HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Name a colour.\n\nAssistant:"
@@ -373,6 +373,19 @@ def test_skipped_rows_are_counted_and_capped_at_one_percent_or_one_row(tmp_path)
         "rows are bad, more than on_bad_row: skip leaves out (1%, at least one)"
     )
     assert "1 of 1 rows are bad" in failure(jsonl(tmp_path / "one.jsonl", bad), "sft", on_bad_row="skip")
+
+
+def test_a_row_may_give_no_record_or_several_and_those_without_are_counted(tmp_path, monkeypatch):
+    def words(cells: Cells) -> tuple[Document, ...]:
+        return tuple(Document(text=word) for word in cells.text("text").split())
+
+    schema = Schema(format="text", required=("text",), aliases={"text": ("text",)}, parse=words)
+    monkeypatch.setitem(SCHEMAS, "prepare", (schema,))
+    path = jsonl(tmp_path / "a.jsonl", *[{"text": text} for text in ("one two", "", "three", " ")])
+    rows = readers.read([source(path), source(path)], "prepare", seed=0)
+    assert [record.text for record in rows.records] == ["one", "two", "three"] * 2
+    assert (rows.num_filtered, rows.num_skipped) == (4, 0)
+    assert failure(jsonl(tmp_path / "b.jsonl", {"text": ""}), "prepare") == "b.jsonl: no rows"
 
 
 def test_weights_repeat_rows_and_take_a_seeded_share(tmp_path):

@@ -153,6 +153,16 @@ def test_check_paths_names_the_first_file_that_is_not_there(write, tmp_path):
     check_paths(loaded)
 
 
+def test_a_hub_id_of_a_dataset_stays_as_it_is(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load(write(MINIMAL, "configs/demo.yaml"), ["sft.data.0.path=org/name"])
+    assert loaded.config.sft.data[0].path == "org/name"
+    check_paths(loaded, ["sft"])
+    write("{}", "configs/org/name/a.jsonl")
+    loaded = load(write(MINIMAL, "configs/demo.yaml"), ["sft.data.0.path=configs/org/name"])
+    assert loaded.config.sft.data[0].path == f"{tmp_path}/configs/org/name", "what lies here comes first"
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
