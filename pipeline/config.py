@@ -19,6 +19,7 @@ from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from pipeline.config_fields import explained, section_of
 from pipeline.errors import ConfigError
@@ -28,6 +29,8 @@ from rollout.config import Section
 from stages.config import DataSource, ModelConfig, PrepareConfig, ScoreFunction
 from stages.data import hub
 from stages.errors import DataError
+
+UNION_BRANCHES = ("dict[str,str]", "list[str]")
 
 __all__ = ["ConfigError", "LoadedConfig", "check_paths", "json_schema", "load", "resolved_yaml"]
 
@@ -106,7 +109,7 @@ def _validate(tree: Node) -> tuple[ExperimentConfig, Node]:
     try:
         config = ExperimentConfig.model_validate(tree.plain())
     except ValidationError as invalid:
-        errors = invalid.errors(include_url=False)
+        errors = [_without_branches(error) for error in invalid.errors(include_url=False)]
         as_text = tree
         for error in errors:
             if error["type"] in ("string_type", "path_type"):
@@ -119,6 +122,11 @@ def _validate(tree: Node) -> tuple[ExperimentConfig, Node]:
         node = tree.nearest(path)
         raise ConfigError(f"{node.origin.label}: {dotted(path)}: must be a number, not {describe(node)}")
     return config, tree
+
+
+def _without_branches(error: ErrorDetails) -> ErrorDetails:
+    """pydantic's error, its place without the names of a union's branches (`columns` is a map or a list)."""
+    return {**error, "loc": tuple(key for key in error["loc"] if key not in UNION_BRANCHES)}
 
 
 def _with_text(node: Node, path: KeyPath) -> Node:

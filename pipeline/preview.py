@@ -76,7 +76,7 @@ def _figures(found: "Overview") -> Iterator[str]:
     yield f"format {found.format}" + (f" ({', '.join(renamed)})" if renamed else "")
     left_out = {"malformed and skipped": found.num_skipped, "without a record": found.num_filtered}
     yield f"{found.num_rows} rows, {found.num_records} records" + "".join(
-        f", {count} rows {what}" for what, count in left_out.items() if count
+        f"; rows {what}: {count}" for what, count in left_out.items() if count
     )
     of = "" if found.num_sampled == found.num_records else f" of the first {found.num_sampled}"
     yield f"{found.unit}{of}: median {found.median}, p95 {found.p95}, longest {found.max}"

@@ -78,7 +78,7 @@ def overview(source: DataSource, stage: StageName, chat: ChatTokenizer | None, l
     else:
         lengths, rules = _figures(sample, chat, limits)
         example = list(_example(sample[0], chat, limits))
-    median, p95 = np.percentile(lengths, [50, 95], method="higher")
+    median, p95 = np.percentile(lengths, [50, 95])
     return Overview(
         format=reader.schema.format,
         columns=reader.columns_seen,

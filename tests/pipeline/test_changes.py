@@ -79,7 +79,10 @@ def test_many_changes_are_counted_after_the_fifth(chain: Chain):
 def test_a_change_reaches_the_stages_after_it_and_no_other(chain: Chain):
     now = chain.config("reward.lr=0.5")
     assert changes.reached(chain.config(), now) == {"reward", "ppo", "evaluate"}
-    assert changes.reached(chain.config("evaluate=null"), chain.config()) == {"evaluate"}
+    apart = "prepare.decontaminate=false"
+    assert changes.reached(chain.config("evaluate=null", apart), chain.config(apart)) == {"evaluate"}
+    everything = changes.reached(chain.config("evaluate=null"), chain.config())
+    assert everything > {"prepare", "evaluate"}, "what is evaluated on is kept out of the training text"
 
 
 def test_a_hostile_value_stays_on_one_printable_line(chain: Chain):

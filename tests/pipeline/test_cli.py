@@ -160,7 +160,7 @@ def test_check_shows_rows_and_what_would_be_skipped_and_starts_nothing(
     chain.calls()
     code, stdout, _ = rlhf(capsys, "check", "demo.yaml", "ppo.max_steps=7")
     assert code == 0
-    assert "sft.data.0: " in stdout and "one and one 1" in stdout
+    assert "sft.data.0: " in stdout and "\u27e6two " in stdout
     actions = dict(re.findall(r"^  (\w+) +(skip|run) ", stdout, re.M))
     assert actions == dict.fromkeys(["prepare", "pretrain", "sft"], "skip") | dict.fromkeys(
         ["reward", "ppo", "evaluate"], "run"

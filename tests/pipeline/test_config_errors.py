@@ -162,8 +162,8 @@ IN_FILES = [
      "demo.yaml:8: resources.sft.num_workers: pipeline.executor inline runs each stage in one process; "
      "set 1, or "
      "pipeline.executor ray"),
-    (NAME + "prepare:\n  data: [{path: a}]\nresources:\n  prepare:\n    num_workers: 2\n",
-     "demo.yaml:6: resources.prepare.num_workers: prepare does not train, it runs in one process; set 1"),
+    (NAME + "evaluate:\n  prompts: [{path: a}]\nresources:\n  evaluate:\n    num_workers: 2\n",
+     "demo.yaml:6: resources.evaluate.num_workers: evaluate does not train, it runs in one process; set 1"),
     (NAME + "ppo:\n  data: [{path: p}]\n  precision: bf16\nrollout:\n  engine: hf\n",
      "demo.yaml:6: rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"),
     (NAME + SFT + "resources:\n  address: head:6379\npipeline: {executor: inline}\n",

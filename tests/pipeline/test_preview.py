@@ -1,0 +1,96 @@
+"""`rlhf check` on datasets: what it found, in tokens, and the first example with its loss mask."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+from pipeline import config as configs
+from pipeline.preview import CONTEXT, MARKS, TRAINED, previews
+from stages.errors import DataError
+
+CONFIG = """
+name: look
+model: {context_length: 48}
+prepare: {data: [{path: text.jsonl}], vocab_size: 300, min_chars: 5}
+pretrain: {max_steps: 1}
+sft: {data: [{path: sft.jsonl, on_bad_row: skip}]}
+reward: {data: [{path: pairs.jsonl}]}
+ppo: {data: [{path: sft.jsonl, on_bad_row: skip, format: prompt, columns: {prompt: question}}], max_response_tokens: 10}
+"""
+OPENING, CLOSING = MARKS
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def jsonl(name: str, *rows: object) -> None:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    jsonl("text.jsonl", *({"text": text} for text in ("a cat and a dog", "x", "another text")))
+    jsonl(
+        "sft.jsonl",
+        {"question": "Hi", "answer": "Ho"},
+        {"question": "Hi", "answer": "o" * 60},
+        {"question": 7},
+    )
+    jsonl("pairs.jsonl", *({"prompt": "q", "chosen": "y" * n, "rejected": "n"} for n in (1, 50)))
+    (tmp_path / "look.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(*overrides: str) -> dict[str, str]:
+    """Key of the dataset -> what is shown of it."""
+    loaded = configs.load(Path("look.yaml"), overrides)
+    shown = [block.plain.strip() for block in previews(loaded.config, model_at_hand=False)]
+    return {block.partition(":")[0]: block for block in shown}
+
+
+def test_every_dataset_shows_schema_rows_lengths_and_rules(directory: Path):
+    shown = blocks()
+    assert list(shown) == ["lengths", "prepare.data.0", "sft.data.0", "reward.data.0", "ppo.data.0"]
+    assert "tokens like prepare's" in shown["lengths"]
+    assert "format text\n  3 rows, 3 records\n" in shown["prepare.data.0"]
+    assert "1 is affected: length: too_short" in shown["prepare.data.0"]
+    assert "format prompt_completion (prompt from question, completion from answer)" in shown["sft.data.0"]
+    assert "3 rows, 2 records; rows malformed and skipped: 1" in shown["sft.data.0"]
+    assert "1 is affected: cut to model.context_length" in shown["sft.data.0"]
+    assert "1 is affected: longer than model.context_length" in shown["reward.data.0"]
+    lengths = next(line for line in shown["sft.data.0"].splitlines() if "median" in line)
+    numbers = [int(word.strip(",")) for word in lengths.split() if word.strip(",").isdigit()]
+    assert numbers[0] <= numbers[1] <= numbers[2] and numbers[2] > 48
+
+
+def test_the_first_example_is_marked_where_it_is_trained(directory: Path):
+    shown = blocks()
+    assert shown["sft.data.0"].endswith(f"<|im_start|>assistant\n{OPENING}Ho<|im_end|>{CLOSING}")
+    assert f"{OPENING}y<|im_end|>{CLOSING}" in shown["reward.data.0"]
+    assert f"{OPENING}n<|im_end|>{CLOSING}" in shown["reward.data.0"]
+    assert OPENING not in shown["ppo.data.0"]
+
+
+def test_the_mask_has_colours(directory: Path):
+    config = configs.load(Path("look.yaml"), []).config
+    block = next(b for b in previews(config, model_at_hand=False) if b.plain.startswith("\nsft.data.0"))
+    styled = {block.plain[span.start : span.end]: span.style for span in block.spans}
+    assert styled[f"{OPENING}Ho<|im_end|>{CLOSING}"] == TRAINED
+    assert all(style == CONTEXT for text, style in styled.items() if OPENING not in text)
+
+
+def test_without_a_tokenizer_lengths_are_in_characters(directory: Path):
+    shown = blocks("prepare=null")
+    assert "characters, for the config names no model" in shown["lengths"]
+    assert "characters: median 33" in shown["sft.data.0"] and "user: Hi\nassistant: Ho" in shown["sft.data.0"]
+
+
+def test_a_bad_row_after_the_sample_is_found_too(directory: Path):
+    with pytest.raises(DataError, match=r"sft\.jsonl:3: "):
+        blocks("sft.data.0.on_bad_row=error")
+
+
+def test_check_prints_it_all(directory: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "look.yaml"])
+    assert not ended.value.code
+    assert f"{OPENING}Ho<|im_end|>{CLOSING}" in capsys.readouterr().out
