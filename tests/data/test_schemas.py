@@ -655,13 +655,17 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
     max_leaves=12,
 )
+TEXT = st.text(max_size=9)
+SIDES = TEXT.map("q {}".format) | TEXT.map("\n\nHuman: q\n\nAssistant: {}.".format) | TALKS
 PLAUSIBLE = {
     "messages": TALKS,
     "conversations": TALKS | st.just([say("user", "q")]),
     "responses": RATED,
+    "chosen": SIDES,
+    "rejected": SIDES,
     "label": st.booleans(),
 }
-OTHERWISE_PLAUSIBLE = st.one_of(*[st.sampled_from(TEXTS[:5])] * 4, TALKS, TREES)
+OTHERWISE_PLAUSIBLE = TEXT | st.sampled_from(TEXTS[:5]) | TREES
 PATHS = st.sampled_from([*NAMES, "prompt.text", "messages.0.content", "responses.-1", "a..b"])
 
 
