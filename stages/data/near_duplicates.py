@@ -119,8 +119,9 @@ def near_duplicates(
 
     A document is compared with the kept members of its buckets alone, so that n copies of one text cost n
     comparisons; and of those with the ones alone whose fingerprints allow the similarity, so that n documents
-    of one template, none a copy, cost n^2 / 2 looks at 64 bytes. Memory: the keys of one band, per document
-    that shares a key 72 bytes and 16 to 24 for each bucket that it shares, and CACHED_BYTES of shingles.
+    of one template, none a copy, cost n^2 / 2 looks at 64 bytes. Memory: the keys of one band; of documents
+    that share a key 72 bytes each, 24 for each bucket that they are in and about 200 for each such bucket; and
+    CACHED_BYTES of shingles.
     """
     num_documents, documents_M, buckets_M = _shared_buckets(keys_of_band, num_bands)
     documents_S = np.unique(documents_M)
