@@ -120,7 +120,7 @@ def near_duplicates(
     A document is compared with the kept members of its buckets alone, so that n copies of one text cost n
     comparisons; and of those with the ones alone whose fingerprints allow the similarity, so that n documents
     of one template, none a copy, cost n^2 / 2 looks at 64 bytes. Memory: the keys of one band; of documents
-    that share a key 72 bytes each, 24 for each bucket that they are in and about 200 for each such bucket; and
+    that share a key 72 bytes each, 24 for each bucket that one is in, about 200 for each such bucket; and
     CACHED_BYTES of shingles.
     """
     num_documents, documents_M, buckets_M = _shared_buckets(keys_of_band, num_bands)
