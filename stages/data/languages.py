@@ -15,7 +15,9 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from stages.errors import DataError
 
 LANGUAGE_CHARS = 1000
-"""Characters from the start of a document that decide: the probability hardly moves after a few hundred."""
+"""Characters from the start of a document that decide (0.4 ms): web texts get the same language from 2000 of
+them, but not all from 500.
+"""
 UNDETERMINED = "und"
 """ISO 639-2 for a text whose language cannot be told."""
 

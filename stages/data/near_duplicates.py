@@ -4,7 +4,8 @@
                                                                    |
                                         shingles_of(document) <----+  only for documents that share a key
 
-Legend: D documents, P hash functions (num_perm), B bands of R rows each, M memberships in shared buckets.
+Legend: D documents, P hash functions (num_perm), B bands of R rows each, M memberships in shared buckets, S
+documents that share a bucket.
 
 A shingle is a run of `ngram` words (`words.normalised_words`); a document with fewer words is one shingle,
 one without any word has none and is never a copy. Everything is a function of the documents in their order:
@@ -12,8 +13,9 @@ not of how they were cut into blocks.
 Owns signatures, bands and the decision. Does not own where keys and texts are kept (prepare).
 """
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +29,7 @@ MIN_RECALL = 0.95
 CACHED_BYTES = 256 * 2**20
 """Shingle sets that are kept in memory for the next comparisons."""
 COMPARED_AT_ONCE = 64
+FINGERPRINT_BITS = 512
 
 Shingles = NDArray[np.uint64]
 """A document's shingles: sorted hashes, each once."""
@@ -115,20 +118,29 @@ def near_duplicates(
     (D,); `shingles_of(d)` is called for documents that share a key only.
 
     A document is compared with the kept members of its buckets alone, so that n copies of one text cost n
-    comparisons. Memory: the keys of one band, 16 bytes per membership in a bucket that is shared, and
+    comparisons; and of those with the ones alone whose fingerprints allow the similarity, so that n documents
+    of one template, none a copy, cost n^2 / 2 looks at 64 bytes. Memory: the keys of one band; of documents
+    that share a key 72 bytes each, 24 for each bucket that one is in, about 200 for each such bucket; and
     CACHED_BYTES of shingles.
     """
     num_documents, documents_M, buckets_M = _shared_buckets(keys_of_band, num_bands)
+    documents_S = np.unique(documents_M)
     originals = np.full(num_documents, NO_ORIGINAL, np.int64)
-    kept_in: dict[int, list[int]] = {}
-    compared = _Comparison(shingles_of, num_documents, jaccard)
-    for document, buckets in _by_document(documents_M, buckets_M):
-        candidates = sorted({other for bucket in buckets for other in kept_in.setdefault(bucket, [])})
-        originals[document] = compared.first_similar(document, candidates)
-        if originals[document] == NO_ORIGINAL and compared.may_be_copied(document):
+    kept_in: dict[int, array[int]] = {}
+    comparison = _Comparison(shingles_of, documents_S, jaccard)
+    for rank, buckets in enumerate(_by_document(documents_M, buckets_M)):
+        original = comparison.first_similar(rank, _members(kept_in[b] for b in buckets if b in kept_in))
+        if original != NO_ORIGINAL:
+            originals[documents_S[rank]] = documents_S[original]
+        elif comparison.may_be_copied(rank):
             for bucket in buckets:
-                kept_in[bucket].append(document)
+                kept_in.setdefault(bucket, array("q")).append(rank)
     return originals
+
+
+def _members(kept_ranks: Iterable["array[int]"]) -> NDArray[np.int64]:
+    """The ranks in any of the buckets, in order, each once."""
+    return np.unique(np.concatenate([np.empty(0, np.int64), *map(np.asarray, kept_ranks)]))
 
 
 def _shared_buckets(
@@ -153,32 +165,37 @@ def _shared_buckets(
     return num_documents, np.concatenate(documents), np.concatenate(buckets)
 
 
-def _by_document(
-    documents_M: NDArray[np.int64], buckets_M: NDArray[np.int64]
-) -> Iterator[tuple[int, list[int]]]:
-    """Each document that shares a bucket, in order, with its buckets."""
+def _by_document(documents_M: NDArray[np.int64], buckets_M: NDArray[np.int64]) -> Iterator[list[int]]:
+    """The buckets of each document that shares one, in document order."""
     order = np.argsort(documents_M, kind="stable")
     starts = np.flatnonzero(np.diff(documents_M[order], prepend=-1))
     for start, end in pairwise([*starts, len(order)]):
-        yield int(documents_M[order[start]]), buckets_M[order[start:end]].tolist()
+        yield buckets_M[order[start:end]].tolist()
 
 
 class _Comparison:
-    """True Jaccard similarities, with the shingle sets used last held in memory."""
+    """True Jaccard similarities of documents by their rank among the S that share a bucket.
 
-    def __init__(self, shingles_of: Callable[[int], Shingles], num_documents: int, jaccard: float) -> None:
+    The shingle sets used last are held in memory; sizes and fingerprints of all that were asked for.
+    """
+
+    def __init__(
+        self, shingles_of: Callable[[int], Shingles], documents_S: NDArray[np.int64], jaccard: float
+    ) -> None:
         self._shingles_of = shingles_of
+        self._documents_S = documents_S
         self._jaccard = jaccard
         self._cache: OrderedDict[int, Shingles] = OrderedDict()
         self._cached_bytes = 0
-        self._sizes_D = np.full(num_documents, -1, np.int64)  # -1: not asked for yet
+        self._sizes_S = np.full(len(documents_S), -1, np.int64)  # -1: not asked for yet
+        self._fingerprints_S = np.zeros((len(documents_S), FINGERPRINT_BITS // 64), np.uint64)
 
-    def first_similar(self, document: int, candidates: Sequence[int]) -> int:
+    def first_similar(self, rank: int, candidates: NDArray[np.int64]) -> int:
         """The first candidate (they are in order) that is similar enough, or NO_ORIGINAL."""
-        if not candidates:
+        if not len(candidates):
             return NO_ORIGINAL
-        mine = self._shingles(document)
-        possible = self._of_possible_size(len(mine), np.array(candidates))
+        mine = self._shingles(rank)
+        possible = self._possible(rank, candidates)
         for start in range(0, len(possible), COMPARED_AT_ONCE):
             some = possible[start : start + COMPARED_AT_ONCE]
             similar = jaccards(mine, [self._shingles(other) for other in some.tolist()]) >= self._jaccard
@@ -186,32 +203,51 @@ class _Comparison:
                 return int(some[similar.argmax()])
         return NO_ORIGINAL
 
-    def may_be_copied(self, document: int) -> bool:
+    def may_be_copied(self, rank: int) -> bool:
         """Whether later documents have to be compared with this one: those without words are equal to none.
 
         True where it is not known yet: to ask would load documents that nothing is compared with.
         """
-        return bool(self._sizes_D[document] != 0)
+        return bool(self._sizes_S[rank] != 0)
 
-    def _of_possible_size(self, size: int, candidates: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those whose number of shingles allows the similarity: it is at most the smaller by the larger."""
-        for other in candidates[self._sizes_D[candidates] < 0].tolist():
+    def _possible(self, rank: int, candidates: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The candidates whose sizes and fingerprints allow the similarity."""
+        for other in candidates[self._sizes_S[candidates] < 0].tolist():
             self._shingles(other)
-        sizes = self._sizes_D[candidates]
-        larger = np.maximum(np.maximum(sizes, size), 1)
-        return candidates[np.minimum(sizes, size) / larger >= self._jaccard]
+        size, sizes = self._sizes_S[rank], self._sizes_S[candidates]
+        most = most_shared(size, self._fingerprints_S[rank], sizes, self._fingerprints_S[candidates])
+        return candidates[most / np.maximum(size + sizes - most, 1) >= self._jaccard]
 
-    def _shingles(self, document: int) -> Shingles:
-        if document in self._cache:
-            self._cache.move_to_end(document)
-            return self._cache[document]
-        loaded = self._shingles_of(document)
-        self._sizes_D[document] = len(loaded)
-        self._cache[document] = loaded
+    def _shingles(self, rank: int) -> Shingles:
+        if rank in self._cache:
+            self._cache.move_to_end(rank)
+            return self._cache[rank]
+        loaded = self._shingles_of(int(self._documents_S[rank]))
+        self._sizes_S[rank], self._fingerprints_S[rank] = len(loaded), fingerprint(loaded)
+        self._cache[rank] = loaded
         self._cached_bytes += loaded.nbytes
         while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return loaded
+
+
+def fingerprint(one: Shingles) -> NDArray[np.uint64]:
+    """uint64 (FINGERPRINT_BITS / 64,): every shingle flips one bit, chosen by its hash."""
+    flips = np.bincount((one % np.uint64(FINGERPRINT_BITS)).astype(np.int64), minlength=FINGERPRINT_BITS)
+    return np.packbits(flips & 1).view(np.uint64)
+
+
+def most_shared(
+    size: int, mine: NDArray[np.uint64], sizes_K: NDArray[np.int64], fingerprints_K: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """(K,): how many shingles a set can share at most with each of K others, by sizes and fingerprints.
+
+    A shingle that only one of two sets has flips one bit that the other's does not: fingerprints that differ
+    in n bits are of sets that differ in n shingles at least, so that 2 * shared <= size + other size - n
+    (the bitmap filter of Sandes et al. 2017, with parities).
+    """
+    differing_K = np.bitwise_count(fingerprints_K ^ mine).sum(axis=1, dtype=np.int64)
+    return np.minimum((size + sizes_K - differing_K) // 2, np.minimum(size, sizes_K))
 
 
 def jaccards(one: Shingles, others: Sequence[Shingles]) -> NDArray[np.float64]:

@@ -13,8 +13,10 @@ from stages.data.near_duplicates import (
     MIN_RECALL,
     Shingles,
     band_keys,
+    fingerprint,
     jaccards,
     lsh_bands,
+    most_shared,
     near_duplicates,
     shingles,
     signatures,
@@ -79,6 +81,25 @@ def test_jaccard_is_shared_over_all_shingles():
     found = jaccards(one, [np.array(other, np.uint64) for other in others])
     assert found.tolist() == [1, 2 / 6, 0, 0, 1 / 4, 4 / 6]
     assert jaccards(np.empty(0, np.uint64), [one, np.empty(0, np.uint64)]).tolist() == [0, 0]
+
+
+def test_fingerprints_never_promise_less_than_is_shared():
+    rng = np.random.default_rng(4)
+    for size in (0, 1, 30, 500, 3000):
+        one = np.unique(rng.integers(0, 2**63, size).astype(np.uint64))
+        others = [
+            np.union1d(one[: int(share * size)], rng.integers(0, 2**63, extra).astype(np.uint64))
+            for share in (0, 0.5, 0.9, 1)
+            for extra in (0, 3, 100, 2000)
+        ]
+        sizes = np.array([len(other) for other in others])
+        most = most_shared(
+            len(one), fingerprint(one), sizes, np.array([fingerprint(other) for other in others])
+        )
+        shared = np.array([len(np.intersect1d(one, other)) for other in others])
+        assert (most >= shared).all()
+        assert most[12] == shared[12] == size  # the same set
+        assert size != 500 or most[9] < 500  # 450 of 500 shared: known to be fewer than all
 
 
 def test_shingles_are_the_distinct_runs_of_words_sorted():
