@@ -36,6 +36,7 @@ from stages.config import (
     SFTSettings,
     StageSettings,
 )
+from stages.data.hub import hub_commit, is_hub_id
 from stages.data.readers import content_digest
 from stages.errors import DataError
 
@@ -176,7 +177,7 @@ def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, s
     nodes: dict[str, Node] = {}
     for stage in selection.stages:
         inputs = {key: known[key] for key in needs(config, stage)}
-        nodes[stage] = node = _node(STAGES[stage], settings_for(config, stage), inputs)
+        nodes[stage] = node = _node(STAGES[stage], _pinned(settings_for(config, stage)), inputs)
         known[stage] = node.fingerprint
     return nodes
 
@@ -256,6 +257,25 @@ def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str]) -> N
 def _digest(identity: Mapping[str, Any]) -> str:
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return blake3.blake3(canonical.encode()).hexdigest()[:FINGERPRINT_CHARS]
+
+
+def _pinned(value: Any) -> Any:
+    """`value` with the commit that each hub dataset means now, so that every process reads the same rows."""
+    match value:
+        case DataSource():
+            return (
+                value.model_copy(update={"revision": hub_commit(value)}) if is_hub_id(value.path) else value
+            )
+        case Section():
+            fields = {name: getattr(value, name) for name in type(value).model_fields}
+            pinned = {name: _pinned(item) for name, item in fields.items()}
+            changed = {name: item for name, item in pinned.items() if item is not fields[name]}
+            return value.model_copy(update=changed) if changed else value
+        case list():
+            pinned_items = [_pinned(item) for item in value]
+            unchanged = all(new is old for new, old in zip(pinned_items, value, strict=True))
+            return value if unchanged else pinned_items
+    return value
 
 
 def _contents(settings: StageSettings) -> Iterator[tuple[str, str]]:

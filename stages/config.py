@@ -504,7 +504,7 @@ class PrepareSettings(StageSettings):
     """What the prepare recipe may read."""
 
     prepare: PrepareConfig
-    evaluation_prompts: list[DataSource]
+    evaluation_prompts: list[DataSource] = Field(default_factory=list)
     """Prompts of `evaluate:` that documents are compared with; none where that is switched off."""
 
     def identity(self) -> dict[str, Any]:

@@ -183,13 +183,13 @@ def first_rows(source: DataSource, stage: StageName, n: int) -> Preview:
 
 
 def content_digest(source: DataSource) -> str:
-    """What the source holds: blake3 of its files' contents in path order; of a hub dataset, the commit that
-    is meant, subset and split. File names do not enter, the kind of file does. Raises DataError.
+    """What the source holds: blake3 of its files' contents in path order; of a hub dataset, in plain, the
+    commit that is meant, subset and split. File names do not enter, the kind of file does. Raises DataError.
     """
-    total = blake3()
     if is_hub_id(source.path):
-        total.update(f"hub:{hub_commit(source)}:{source.subset}:{source.split}".encode())
-        return total.hexdigest()
+        subset = "" if source.subset is None else f" {source.subset}"
+        return f"hub {hub_commit(source)}{subset} {source.split}"
+    total = blake3()
     for path in files_of(source.path):
         kind = kind_of(path)
         with reading(path):
