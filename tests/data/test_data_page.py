@@ -1,6 +1,7 @@
 """docs/data.md: every example, table and error line of the page is what the readers do.
 
-An example is an entry under `data:`; the comments below it are its file, those after `->` its format and records.
+An example is an entry under `data:`; the comments below it are its file, what follows `->` in them is its
+format and a record.
 """
 
 import gzip
@@ -61,10 +62,9 @@ def examples() -> Iterator[Example]:
         for line in block.splitlines():
             at += line.startswith("    - ")
             if at >= 0 and line.lstrip().startswith("#"):
-                text = line.lstrip().removeprefix("#").removeprefix(" ")
-                example = entries[at]
-                target = example.records if text.startswith(ARROW) else example.lines
-                target.append(text.removeprefix(ARROW))
+                text, arrow, record = line.lstrip().removeprefix("# ").partition(ARROW)
+                entries[at].lines.extend([text.rstrip()] if text else [])
+                entries[at].records.extend([record] if arrow else [])
         assert at == len(entries) - 1
         yield from entries
 
@@ -164,9 +164,7 @@ def test_the_table_of_columns_is_that_of_the_readers():
     schemas = [schema for schemas in SCHEMAS.values() for schema in schemas]
     for fields, columns in table("field"):
         names = code(fields)
-        known = {
-            column for schema in schemas for name in names for column in schema.aliases.get(name, ())
-        }
+        known = {column for schema in schemas for name in names for column in schema.aliases.get(name, ())}
         assert known == {*code(columns.replace("`[question, answer]`", ""))}, fields
     named = {name for fields, _ in table("field") for name in code(fields)}
     others = {name for schema in schemas for name in schema.aliases} - named
@@ -251,7 +249,11 @@ def test_check_prints_what_the_page_shows(mine, tmp_path, capsys):
     assert not ended.value.code
     shown = capsys.readouterr().out.partition("\nplan")[0].replace(str(tmp_path), "/data")
     (block,) = (block for block in fenced("") if "lengths: " in block)
-    assert [line.rstrip() for line in shown.splitlines()] == block.splitlines()
+    parts = shown.split("\n\n")
+    assert len(parts) == 5, "a line on the lengths, and four datasets"
+    lengths, *datasets = block.strip().split("\n\n")
+    assert parts[0].endswith(f"\n{lengths}")
+    assert datasets and {*datasets} <= {part.strip() for part in parts[1:]}
 
 
 def test_prepare_records_what_the_page_shows(mine, tmp_path):
