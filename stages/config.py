@@ -64,6 +64,8 @@ class DataSource(Section):
     """Share of the rows that part: heldout means."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row does: end the run, or be left out and counted."""
+    max_skipped_frac: float = Field(default=0.01, ge=0, le=1, json_schema_extra=EXECUTION)
+    """Under on_bad_row: skip, the share of the rows (but at least one row) that may be left out."""
 
     @property
     def column_of(self) -> dict[str, str]:

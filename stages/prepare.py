@@ -314,7 +314,7 @@ def _steps(reports: Sequence[BlockReport], selection: Selection) -> list[dict[st
     steps = []
     for step, dropped in _dropped(reports, selection).items():
         left -= dropped.total
-        rules = dict(sorted(dropped.counts.items()))
+        rules = dict(sorted(dropped.counts.items(), key=lambda item: (-item[1], item[0])))
         examples = [{"rule": rule, "text": text} for rule, text in dropped.examples]
         steps.append(
             {"step": step, "kept": left, "dropped": dropped.total, "rules": rules, "examples": examples}

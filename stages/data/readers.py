@@ -29,8 +29,6 @@ from stages.errors import DataError
 
 R = TypeVar("R")
 T = TypeVar("T")
-MAX_SKIPPED_FRAC = 0.01
-"""Under on_bad_row: skip, the share of a source's rows (but at least one row) that may be left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +145,11 @@ def check_counts(source: DataSource, counts: Counts, num_kept: int) -> None:
     """Raise DataError when all of a source is read and more rows were left out than the cap allows, or no
     record is left. `num_kept`: records after `part:`.
     """
-    cap = max(1.0, MAX_SKIPPED_FRAC * counts.num_rows)
+    cap = max(1.0, source.max_skipped_frac * counts.num_rows)
     if counts.num_skipped > cap or counts.num_skipped == counts.num_rows > 0:
         raise DataError(
             f"{counts.first_problem} - and {counts.num_skipped} of {counts.num_rows} rows are bad, more than "
-            f"on_bad_row: skip leaves out ({MAX_SKIPPED_FRAC:.0%}, at least one)"
+            f"max_skipped_frac allows ({source.max_skipped_frac:.0%}, at least one)"
         )
     if not counts.num_records:
         raise DataError(f"{shown(source.path)}: no rows")

@@ -370,7 +370,7 @@ def test_skipped_rows_are_counted_and_capped_at_one_percent_or_one_row(tmp_path)
     over = jsonl(tmp_path / "over.jsonl", *[good] * 150, bad, bad)
     assert failure(over, "sft", on_bad_row="skip") == (
         "over.jsonl:151: completion: empty response; remove the row, or set on_bad_row: skip - and 2 of 152 "
-        "rows are bad, more than on_bad_row: skip leaves out (1%, at least one)"
+        "rows are bad, more than max_skipped_frac allows (1%, at least one)"
     )
     assert "1 of 1 rows are bad" in failure(jsonl(tmp_path / "one.jsonl", bad), "sft", on_bad_row="skip")
 
