@@ -10,13 +10,12 @@ datasets.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
-from stages.config import DataFormat, DataSource
+from stages.config import DataSource
 from stages.data.batches import content_share, repeats, stage_seed
 from stages.data.durable import file_digest
 from stages.data.files import FileSplit, cut, files_of, kind_of, one_line, reading, shown, whole
@@ -61,15 +60,6 @@ class Counts:
 
 
 NO_ROWS = Counts(num_rows=0, num_records=0, num_skipped=0, num_filtered=0, first_problem="")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preview:
-    """The start of one source, for `rlhf check`: the schema as given or detected, and its first records."""
-
-    format: DataFormat
-    columns: dict[str, str]  # field -> the column it is read from
-    records: list[Any]  # Document, Conversation, Pair or Prompt
 
 
 def read_conversations(sources: Sequence[DataSource], *, seed: int) -> Rows[Conversation]:
@@ -166,18 +156,6 @@ def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
     The choice is made once: the same rows in every epoch.
     """
     return [records[index] for index in repeats(len(records), weight, seed).tolist()]
-
-
-def first_rows(source: DataSource, stage: StageName, n: int) -> Preview:
-    """Schema and first `n` records of one source, reading no further than them. Raises DataError."""
-    reader = RecordReader(
-        source.model_copy(update={"part": "all"}), stage, _whole_files(source), is_whole=True
-    )
-    records = list(islice(reader, n))
-    if reader.schema is None or not records:
-        check_counts(source, reader.counts, len(records))
-        raise DataError(f"{shown(source.path)}: no rows")
-    return Preview(format=reader.schema.format, columns=reader.columns_seen, records=records)
 
 
 def content_digest(source: DataSource) -> str:
