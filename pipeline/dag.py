@@ -189,12 +189,12 @@ def settings_for(config: ExperimentConfig, stage: str) -> StageSettings:
 
 
 def data_sources(config: ExperimentConfig, stage: str) -> Iterator[tuple[str, DataSource]]:
-    """Dotted key and source of every dataset that a stage reads, e.g. ("sft.data.0", ...).
+    """Dotted key and source of every dataset that a stage reads (none of weight 0), e.g. ("sft.data.0", ...).
 
     The first part of the key is the stage by whose schemas it is read: prepare reads evaluate's prompts too.
     """
     for key, section in _sections(settings_for(config, stage)):
-        if isinstance(section, DataSource):
+        if isinstance(section, DataSource) and section.weight > 0:
             yield key.replace("evaluation_prompts.", "evaluate.prompts."), section
 
 
@@ -263,9 +263,8 @@ def _pinned(value: Any) -> Any:
     """`value` with the commit that each hub dataset means now, so that every process reads the same rows."""
     match value:
         case DataSource():
-            return (
-                value.model_copy(update={"revision": hub_commit(value)}) if is_hub_id(value.path) else value
-            )
+            is_read = value.weight > 0 and is_hub_id(value.path)
+            return value.model_copy(update={"revision": hub_commit(value)}) if is_read else value
         case Section():
             fields = {name: getattr(value, name) for name in type(value).model_fields}
             pinned = {name: _pinned(item) for name, item in fields.items()}
@@ -283,7 +282,8 @@ def _contents(settings: StageSettings) -> Iterator[tuple[str, str]]:
     for key, section in _sections(settings):
         match section:
             case DataSource():
-                yield key, content_digest(section)
+                if section.weight > 0:
+                    yield key, content_digest(section)
             case ScoreFunction():
                 yield f"{key}.path", _file_digest(f"{key}.path", section.path)
             case PrepareConfig(tokenizer=Path() as directory):
