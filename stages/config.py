@@ -283,7 +283,7 @@ class SFTConfig(TrainingConfig):
     """`sft:` - supervised fine-tuning on assistant tokens only."""
 
     data: list[DataSource] = Field(min_length=1)
-    """Conversations, in any format that feeds sft (docs/data.md)."""
+    """Conversations: messages, prompt + completion, or instruction/input/output."""
     lr: float = Field(default=1e-3, gt=0, le=1)
     """Peak learning rate."""
     batch_size: int = Field(default=32, ge=1)
@@ -300,7 +300,7 @@ class RewardConfig(TrainingConfig):
     """`reward:` - a Bradley-Terry reward model from preference pairs."""
 
     data: list[DataSource] = Field(min_length=1)
-    """Preference pairs, in any format that feeds reward (docs/data.md)."""
+    """Preference pairs: explicit, implicit (shared prefix) or HH transcripts."""
     init_from: Literal["sft", "pretrain"] = "sft"
     """The model whose body the reward model starts from; `pretrain` lets it run beside sft."""
     lr: float = Field(default=1e-3, gt=0, le=1)
