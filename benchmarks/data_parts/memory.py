@@ -5,6 +5,7 @@ passages --jsonl_lines--> file --rlhf prepare--> artifact
                  every SAMPLE_S: resident memory of it, proportional memory of all it started
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -130,10 +131,8 @@ def _watch(process: subprocess.Popen[bytes]) -> tuple[list[tuple[float, TreeMemo
     root = psutil.Process(process.pid)
     samples = []
     while True:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has just ended
             samples.append((time.perf_counter(), tree_of(root)))
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            pass
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         if ended:
             process.returncode = os.waitstatus_to_exitcode(status)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_parts.processes import in_child, peak_mib
+from data_parts.processes import in_child, peak_mib, start_of_peak
 from data_parts.texts import mixtures, passages, read_text, write_jsonl
 from stages.config import DataSource, PrepareConfig
 from stages.data.corpus import Corpus, Filter, filter_block
@@ -46,16 +46,16 @@ class Planted:
 def measure(files: Sequence[Path], num_documents: int) -> dict[str, Any]:
     """Recall, precision, seconds and peak memory of both sides."""
     with TemporaryDirectory(prefix="bench-dedup-") as name:
-        given = {"directory": Path(name)}
-        made = in_child(_make, files=files, num_documents=num_documents, **given)
+        directory = Path(name)
+        made = in_child(_make, files=files, num_documents=num_documents, directory=directory)
         sides = {
-            "this project": in_child(_by_this_project, **given),
+            "this project": in_child(_by_this_project, directory=directory),
             "datasketch, the same bands": in_child(
-                _by_datasketch, bands=lsh_bands(NUM_PERM, JACCARD), **given
+                _by_datasketch, bands=lsh_bands(NUM_PERM, JACCARD), directory=directory
             ),
-            "datasketch, its own bands": in_child(_by_datasketch, bands=None, **given),
+            "datasketch, its own bands": in_child(_by_datasketch, bands=None, directory=directory),
         }
-        planted, truth = made.pop("planted"), _truth(Path(name))
+        planted, truth = made.pop("planted"), _truth(directory)
         for side in sides.values():
             side |= _judged(side.pop("found"), planted, truth)
     similar = [value for value in planted.values() if value >= JACCARD]
@@ -95,7 +95,7 @@ def _edited(text: str, vocabulary: Sequence[str], rng: np.random.Generator) -> s
     """1 to MAX_EDITS words replaced by others of the text, or left out."""
     words = text.split(" ")
     for at in rng.choice(len(words), rng.integers(1, MAX_EDITS + 1), replace=False).tolist():
-        words[at] = vocabulary[rng.integers(len(vocabulary))] if rng.random() < 0.5 else ""
+        words[at] = vocabulary[int(rng.integers(len(vocabulary)))] if rng.random() < 0.5 else ""
     return " ".join(word for word in words if word)
 
 
@@ -158,7 +158,7 @@ def _make(files: Sequence[Path], num_documents: int, directory: Path) -> dict[st
 def _by_this_project(directory: Path) -> dict[str, Any]:
     signed = np.load(directory / "signatures.npy")
     corpus = Corpus(directory, [len(signed)], [0])
-    before, start = peak_mib(), time.perf_counter()
+    at_start, start = start_of_peak(), time.perf_counter()
     keys = band_keys(signed, lsh_bands(NUM_PERM, JACCARD))
     bands_done = time.perf_counter()
     originals = near_duplicates(
@@ -175,7 +175,7 @@ def _by_this_project(directory: Path) -> dict[str, Any]:
         "seconds": end - start,
         "seconds_bands": bands_done - start,
         "peak_mib": peak_mib(),
-        "peak_mib_before": before,
+        "start_mib": at_start,
         "found": {copy: [int(originals[copy])] for copy in copies.tolist()},
     }
 
@@ -184,7 +184,7 @@ def _by_datasketch(directory: Path, bands: tuple[int, int] | None) -> dict[str, 
     from datasketch import LeanMinHash, MinHashLSH
 
     signed = np.load(directory / "signatures.npy")
-    before, start = peak_mib(), time.perf_counter()
+    at_start, start = start_of_peak(), time.perf_counter()
     index = MinHashLSH(threshold=JACCARD, num_perm=NUM_PERM, params=bands)
     found: dict[int, list[int]] = {}
     for document, row in enumerate(signed):
@@ -197,7 +197,7 @@ def _by_datasketch(directory: Path, bands: tuple[int, int] | None) -> dict[str, 
         "bands": (index.b, index.r),
         "seconds": time.perf_counter() - start,
         "peak_mib": peak_mib(),
-        "peak_mib_before": before,
+        "start_mib": at_start,
         "found": found,
     }
 

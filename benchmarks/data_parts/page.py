@@ -1,4 +1,4 @@
-"""The page of results: figures in, Markdown out. Every sentence with a verdict is computed from the figures."""
+"""The page of results: figures in, Markdown out. Verdicts are computed from the figures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -45,10 +45,10 @@ def _asked(is_met: bool, what: str) -> str:
 def _tokenise(result: Mapping[str, Any]) -> str:
     figures = result["figures"]
     lines = [
-        "Prepare's path (blocks of documents on the disk -> `encode_block` -> packer -> shards on the disk, all "
-        "digests and fsyncs included) against the bare tokenizer's `encode_batch` of the same documents, in "
-        "memory, its ids thrown away. Byte-level BPE of 8,192 entries trained on the text; one tokenizer thread "
-        "per process.",
+        "Prepare's path (blocks of documents on the disk -> `encode_block` -> packer -> shards on the disk, "
+        "all digests and fsyncs included) against the bare tokenizer's `encode_batch` of the same documents, "
+        "in memory, its ids thrown away. Byte-level BPE of 8,192 entries trained on the text; one tokenizer "
+        "thread per process.",
     ]
     for name, title in (("long", "One thread"), ("short", "Short documents"), ("threads", "Two threads")):
         lines += ["", *_speeds(title, figures[name])]
@@ -121,25 +121,25 @@ def _dedup(result: Mapping[str, Any]) -> str:
     figures = result["figures"]
     ours = figures["sides"]["this project"]
     lines = [
-        f"{figures['documents']:,} documents ({figures['megabytes']:.0f} MB) of {figures['passages_per_document']}"
-        f" passages of the text each; any two originals share at most {figures['most_shared']} passages. A tenth "
-        "are copies with 1 to 6 words replaced or left out: "
+        f"{figures['documents']:,} documents ({figures['megabytes']:.0f} MB), each of "
+        f"{figures['passages_per_document']} passages of the text; any two originals share at most "
+        f"{figures['most_shared']} passages. A tenth are copies with 1 to 6 words replaced or left out: "
         f"{figures['pairs_above']:,} at a Jaccard similarity of 0.8 or more (runs of five words, counted "
         f"exactly), {figures['pairs_below']:,} below. 128 hash functions, one thread.",
         "",
         f"Signatures: {figures['seconds_signatures']:.1f} s "
-        f"({figures['documents'] / figures['seconds_signatures']:,.0f} documents/s). Both sides then start from "
-        "the same ones, in a process each:",
+        f"({figures['documents'] / figures['seconds_signatures']:,.0f} documents/s). Both sides then start "
+        "from the same ones, in a process each:",
         "",
     ]
     names = list(ours["recall"])
-    header = ["", "bands x rows", "s", "peak MiB (before)", "dropped", "precision"]
+    header = ["", "bands x rows", "s", "peak MiB (at start)", "dropped", "precision"]
     rows = [
         [
             side,
             " x ".join(map(str, one["bands"])),
             f"{one['seconds']:.1f}",
-            f"{one['peak_mib']:.0f} ({one['peak_mib_before']:.0f})",
+            f"{one['peak_mib']:.0f} ({one['start_mib']:.0f})",
             f"{one['dropped']:,}",
             f"{one['right'] / max(1, one['dropped']):.3f}",
             *(f"{_share(one['recall'][name]):.3f}" for name in names),
@@ -151,9 +151,9 @@ def _dedup(result: Mapping[str, Any]) -> str:
     asked = f"Recall and precision of {MIN_SHARE} at 0.8 (here {recall:.3f} and {precision:.3f})"
     lines += [
         "",
-        f"This project's time is {ours['seconds_bands']:.2f} s for band keys, the rest for buckets and for the "
-        "true similarity of what shares one, read from texts on the disk; datasketch's is one query and one "
-        "insertion per document, and it verifies nothing.",
+        f"This project's time is {ours['seconds_bands']:.2f} s for band keys, the rest for buckets and for "
+        "the true similarity of what shares one, read from texts on the disk; datasketch's is one query and "
+        "one insertion per document, and it verifies nothing.",
         "",
         _asked(min(recall, precision) >= MIN_SHARE, asked),
     ]
@@ -170,7 +170,16 @@ def _share(counted: Sequence[int]) -> float:
 
 def _memory(result: Mapping[str, Any]) -> str:
     runs = result["figures"]
-    header = ["executor", "GB", "s", "documents", "tokens", "peak RSS, MiB", "peak of the tree, MiB"]
+    header = [
+        "executor",
+        "GB",
+        "s",
+        "documents",
+        "tokens",
+        "peak RSS, MiB",
+        "peak of the tree, MiB",
+        "processes",
+    ]
     rows = [
         [
             run["executor"],
@@ -179,7 +188,8 @@ def _memory(result: Mapping[str, Any]) -> str:
             f"{run['metrics']['documents_kept']:,.0f} of {run['metrics']['documents']:,.0f}",
             f"{run['metrics']['tokens_train']:,.0f}",
             f"{run['peak_main']:.0f}",
-            f"{run['peak_tree']:.0f} ({run['peak_tree_private']:.0f} private), {run['peak_processes']} processes",
+            f"{run['peak_tree']:.0f} ({run['peak_tree_private']:.0f} private)",
+            f"{run['peak_processes']}",
         ]
         for run in runs
     ]
@@ -190,11 +200,11 @@ def _memory(result: Mapping[str, Any]) -> str:
     first = runs[0]
     most = max(max(run["peak_main"], run["peak_tree"]) for run in runs)
     lines = [
-        "`rlhf prepare` as a user runs it, on a jsonl file made of passages of the text: `pipeline.executor=inline`, "
-        "and on Ray with `resources.prepare.num_workers=2`. A tokenizer of 8,192 entries is trained; near "
-        f"duplicates {_on(first['near_dedup'])}, gopher_quality {_on(first['quality'])}. Peak RSS is the "
-        "kernel's count for the process that the user starts; that of the tree is proportional (PSS), sampled "
-        "four times a second over all processes, Ray's own included.",
+        "`rlhf prepare` as a user runs it, on a jsonl file made of passages of the text: "
+        "`pipeline.executor=inline`, and on Ray with `resources.prepare.num_workers=2`. A tokenizer of 8,192 "
+        f"entries is trained; near duplicates {_on(first['near_dedup'])}, gopher_quality "
+        f"{_on(first['quality'])}. Peak RSS is the kernel's count for the process that the user starts; that "
+        "of the tree is proportional (PSS), sampled four times a second, Ray's own processes included.",
         "",
         *_table(header, rows),
         "",
@@ -223,8 +233,8 @@ def _growth(runs: Sequence[Mapping[str, Any]]) -> list[str]:
             tree = own[-1]["peak_tree"] / own[0]["peak_tree"]
             lines += [
                 "",
-                f"{executor}: {size:.1f} times the input took {main:.2f} times the peak RSS, {tree:.2f} times "
-                "that of the tree.",
+                f"{executor}: {size:.1f} times the input took {main:.2f} times the peak RSS, {tree:.2f} "
+                "times that of the tree.",
             ]
     return lines
 
@@ -251,12 +261,12 @@ def _peers(result: Mapping[str, Any]) -> str:
         )
     header = ["", "processes", "s", "tokens/s", "MB/s", "time of this project's"]
     lines = [
-        f"A jsonl input of {figures['megabytes']:.0f} MB in, its documents' ids on the disk out, same tokenizer, "
-        "one tokenizer thread per process; the time holds reading and, for two, forking workers. This project: "
-        "normal form, exact duplicates out, held-out share, ids, rows, a digest of every file (prepare's steps "
-        "under a pool of processes, for Ray's start is not what is compared). datatrove: `DocumentTokenizer`, "
-        "not shuffled; rows read by the standard library's json. datasets: `load_dataset`, `map` to tokenise, "
-        "`map` to concatenate and chunk.",
+        f"A jsonl input of {figures['megabytes']:.0f} MB in, its documents' ids on the disk out, same "
+        "tokenizer, one tokenizer thread per process; the time holds reading and, for two, forking workers. "
+        "This project: normal form, exact duplicates out, held-out share, ids, rows, a digest of every file "
+        "(prepare's steps under a pool of processes, for Ray's start is not what is compared). datatrove: "
+        "`DocumentTokenizer`, not shuffled; rows read by the standard library's json. datasets: "
+        "`load_dataset`, `map` to tokenise, `map` to concatenate and chunk.",
         "",
         *_table(header, rows),
     ]

@@ -48,8 +48,9 @@ def measure(files: Sequence[Path], megabytes: float, repeats: int) -> dict[str, 
                 for processes in (1, 2):
                     out = directory / f"{round_}-{processes}-{work.__name__}"
                     out.mkdir()
-                    given = {"data": directory / "data", "out": out, "tokenizer": tokenizer}
-                    seconds, counted = in_child(work, processes=processes, **given)
+                    seconds, counted = in_child(
+                        work, processes=processes, data=directory / "data", out=out, tokenizer=tokenizer
+                    )
                     measured.setdefault(f"{peer} x{processes}", []).append(seconds)
                     tokens[peer] = counted
         data = sum(path.stat().st_size for path in (directory / "data").iterdir())

@@ -40,8 +40,14 @@ def in_child(function: Callable[..., T], /, *, threads: int = 1, **given: Any) -
         return pool.submit(function, **given).result()
 
 
+def start_of_peak() -> float:
+    """MiB resident in this process now; what it held before no longer counts for `peak_mib`."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status(os.getpid(), "VmRSS") / 1024
+
+
 def peak_mib() -> float:
-    """The most memory this process ever had resident."""
+    """The most memory this process had resident since `start_of_peak`."""
     return _status(os.getpid(), "VmHWM") / 1024
 
 
@@ -56,7 +62,7 @@ class TreeMemory:
 
 
 def tree_of(root: psutil.Process) -> TreeMemory:
-    """As it is now; processes that end meanwhile are left out. Raises NoSuchProcess when the root has ended."""
+    """As it is now; processes that end meanwhile are left out. NoSuchProcess when the root has ended."""
     total = private = 0
     members = [root, *root.children(recursive=True)]
     for member in members:

@@ -18,7 +18,7 @@ from stages.config import DataSource
 from stages.data.readers import read_source
 
 SIGMA = 0.9
-"""Lengths of documents are log-normal with this spread, as those of web pages are; the mean is 1.5 medians."""
+"""Lengths of documents are log-normal with this spread, as those of web pages; the mean is 1.5 medians."""
 
 
 def read_text(files: Sequence[Path]) -> str:
