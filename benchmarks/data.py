@@ -16,7 +16,7 @@ from typing import Any
 
 from data_parts import memory, near_dedup, peers, tokenise
 from data_parts.page import page
-from data_parts.processes import surroundings
+from data_parts.processes import OthersLoad, surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs/results/data.json", ROOT / "docs/results/data.md"
@@ -38,9 +38,14 @@ def main() -> None:
     }
     for name in arguments.parts:
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        around = surroundings()
-        print(f"{name}: {around}", flush=True)
-        results[name] = {"command": _command(name, arguments), **around, "figures": parts[name]()}
+        others = OthersLoad()
+        figures = parts[name]()
+        results[name] = {
+            "command": _command(name, arguments),
+            **surroundings(),
+            "others_percent": others.percent(),
+            "figures": figures,
+        }
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         PAGE.write_text(page(results))
         print(json.dumps(results[name]["figures"], indent=1), flush=True)

@@ -26,7 +26,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _section(title: str, result: Mapping[str, Any], lines: Iterable[str]) -> str:
     head = [f"## {title}", "", f"`{result['command']}`", ""]
-    around = f"{result['machine']}. Others used {result['busy_before']} % of the CPUs just before."
+    around = f"{result['machine']}. Others used {result['others_percent']} % of the CPUs meanwhile."
     return "\n".join([*head, around, "", *lines, ""])
 
 
@@ -37,6 +37,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _asked(is_met: bool, what: str) -> str:
     return f"{what}: {'met' if is_met else '**not met**'}."
+
+
+def _spread(times: Mapping[str, float]) -> str:
+    """Seconds: median, fastest and slowest."""
+    return f"{times['median']:.2f} ({times['min']:.2f} to {times['max']:.2f})"
 
 
 # Tokenise and pack
@@ -77,7 +82,7 @@ def _speeds(title: str, figures: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             name,
-            f"{seconds[name]['median']:.2f} ({seconds[name]['min']:.2f} to {seconds[name]['max']:.2f})",
+            _spread(seconds[name]),
             f"{figures['tokens'] / seconds[name]['median']:,.0f}",
             f"{figures['megabytes'] / seconds[name]['median']:.2f}",
             f"{_ratio(figures, name):.2f}",
@@ -98,8 +103,8 @@ def _scaling(figures: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             name,
-            f"{seconds[name]['median']:.2f}",
-            f"{seconds[f'{name} x2']['median']:.2f}",
+            _spread(seconds[name]),
+            _spread(seconds[f"{name} x2"]),
             f"{figures['tokens'] / seconds[f'{name} x2']['median']:,.0f}",
             f"{seconds[name]['median'] / seconds[f'{name} x2']['median']:.2f}",
             f"{_ratio(figures, name, ' x2'):.2f}",
@@ -253,7 +258,7 @@ def _peers(result: Mapping[str, Any]) -> str:
             [
                 peer,
                 processes,
-                f"{times['median']:.2f} ({times['min']:.2f} to {times['max']:.2f})",
+                _spread(times),
                 f"{speed:,.0f}",
                 f"{figures['megabytes'] / times['median']:.2f}",
                 f"{times['median'] / seconds[f'this project x{processes}']['median']:.2f}",

@@ -5,6 +5,8 @@ in_child(function, ...) -> its result        tree_of(process) -> memory of it an
 
 import multiprocessing
 import os
+import resource
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -95,9 +97,8 @@ def _kib_fields(path: Path) -> dict[str, int]:
     return fields
 
 
-def surroundings() -> dict[str, Any]:
-    """The machine, the versions that matter, and how much of its CPUs others used just before."""
-    busy = psutil.cpu_percent(interval=3)
+def surroundings() -> dict[str, str]:
+    """The machine and the versions that matter."""
     cpu = next(
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -105,5 +106,30 @@ def surroundings() -> dict[str, Any]:
     )
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     gib = psutil.virtual_memory().total / 2**30
-    machine = f"{psutil.cpu_count()} cores of {cpu}, {gib:.0f} GiB; {versions}"
-    return {"machine": machine, "busy_before": round(busy)}
+    return {"machine": f"{psutil.cpu_count()} cores of {cpu}, {gib:.0f} GiB; {versions}"}
+
+
+class OthersLoad:
+    """How much of the CPUs was used by processes that are not this one's while a part ran."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._all, self._own = _cpu_seconds(), _own_cpu_seconds()
+
+    def percent(self) -> int:
+        """Since the construction; processes that ended without being waited for count as others."""
+        others = _cpu_seconds() - self._all - (_own_cpu_seconds() - self._own)
+        seconds = (time.perf_counter() - self._start) * psutil.cpu_count()
+        return max(0, round(100 * others / seconds))
+
+
+def _cpu_seconds() -> float:
+    """Of all processes since the machine started."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
+
+
+def _own_cpu_seconds() -> float:
+    """Of this process and those below it that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
