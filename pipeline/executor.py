@@ -184,10 +184,15 @@ def validate_data(planned: PlannedRun) -> None:
 
     Raises DataError.
     """
+    prepare = planned.config.prepare
+    if "prepare" in planned.to_run and prepare is not None and prepare.languages:
+        from stages.data.languages import check_languages
+
+        check_languages(prepare.languages)
     seen: set[str] = set()
     for stage in planned.to_run:
         for key, source in dag.data_sources(planned.config, stage):
-            if key not in seen and source.weight > 0:
+            if key not in seen:
                 seen.add(key)
                 readers.validate(source, key.partition(".")[0])  # type: ignore[arg-type]  # a stage with data
     evaluate = planned.config.evaluate
@@ -623,7 +628,7 @@ def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:
     section = getattr(settings, stage)
     return exactness_of(
         precision=section.precision if isinstance(section, TrainingConfig) else "fp32",
-        num_workers=job.resources.num_workers,
+        num_workers=1 if stage in placement.IN_THE_STAGE_TASK else job.resources.num_workers,
         num_gpus=job.resources.num_gpus,
         max_staleness=_max_staleness(settings),
         weights=[path for directory in (out, *inputs) for path in directory.glob("*.safetensors")],

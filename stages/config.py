@@ -53,7 +53,7 @@ class DataSource(Section):
     """What one document of a txt file is: all of it, a block of lines between blank lines, or a line."""
     min_margin: float = Field(default=0.0, ge=0)
     """Ranked responses make a pair when their scores (or ranks) differ by more than this."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0, le=1000)
     """How often each row is seen per epoch: 2 twice, 0.5 a seeded half of the rows."""
     part: Literal["all", "train", "heldout"] = "all"
     """Which rows to use: `heldout` those of a share `heldout_frac` chosen by a hash of what the user asks
@@ -64,6 +64,8 @@ class DataSource(Section):
     """Share of the rows that part: heldout means."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row does: end the run, or be left out and counted."""
+    max_skipped_frac: float = Field(default=0.01, ge=0, le=1, json_schema_extra=EXECUTION)
+    """Under on_bad_row: skip, the share of the rows (but at least one row) that may be left out."""
 
     @property
     def column_of(self) -> dict[str, str]:
@@ -140,7 +142,7 @@ class NearDedupConfig(Section):
 
     jaccard: float = Field(default=0.8, gt=0, le=1)
     """A document this similar to an earlier one that is kept is dropped."""
-    ngram: int = Field(default=5, ge=1)
+    ngram: int = Field(default=5, ge=1, le=100)
     """Words per shingle; a shorter document is one shingle."""
     num_perm: int = Field(default=128, ge=16, le=1024)
     """Hash functions of a signature: more find more of the pairs that are just similar enough."""
@@ -169,9 +171,9 @@ class PrepareConfig(Section):
     """Drop near copies of earlier documents; absent: keep them."""
     decontaminate: bool = True
     """Drop documents that share a run of `decontaminate_ngram` words with the prompts of `evaluate:`."""
-    decontaminate_ngram: int = Field(default=13, ge=5)
+    decontaminate_ngram: int = Field(default=13, ge=5, le=100)
     """Words of such a run; prompts with fewer words are not looked for."""
-    mixing_temperature: float = Field(default=1.0, gt=0)
+    mixing_temperature: float = Field(default=1.0, ge=0.1, le=100)
     """Sources are mixed in proportion to (their characters) ** (1 / this), times their weights: 1 as they
     come, above 1 small sources are repeated and large ones thinned, to the same total.
     """
@@ -183,7 +185,7 @@ class PrepareConfig(Section):
     """
     vocab_size: int = Field(default=512, ge=300)
     """Entries of the byte-level BPE tokenizer that is trained, special tokens included."""
-    vocab_multiple: int = Field(default=64, ge=1)
+    vocab_multiple: int = Field(default=64, ge=1, le=4096)
     """The vocabulary is filled up to a multiple of this with reserved tokens: matrix products are faster."""
     tokenizer_sample_chars: int = Field(default=100_000_000, ge=1000)
     """Characters of training text, chosen by content hash, that the tokenizer is trained on at most."""
@@ -194,7 +196,7 @@ class PrepareConfig(Section):
     """
     shard_tokens: int = Field(default=1_000_000, ge=1024)
     """Tokens per shard file."""
-    block_mb: float = Field(default=16.0, gt=0, json_schema_extra=EXECUTION)
+    block_mb: float = Field(default=16.0, ge=0.001, json_schema_extra=EXECUTION)
     """Megabytes of input that are worked on at once by each worker: what bounds memory."""
     ray_data_mb: float = Field(default=1024.0, ge=0, json_schema_extra=EXECUTION)
     """Input larger than this is prepared on Ray Data, by all CPUs; on a joined cluster every input is."""
@@ -281,7 +283,7 @@ class SFTConfig(TrainingConfig):
     """`sft:` - supervised fine-tuning on assistant tokens only."""
 
     data: list[DataSource] = Field(min_length=1)
-    """Conversations: messages, prompt + completion, or instruction/input/output."""
+    """Conversations, in any format that feeds sft (docs/data.md)."""
     lr: float = Field(default=1e-3, gt=0, le=1)
     """Peak learning rate."""
     batch_size: int = Field(default=32, ge=1)
@@ -298,7 +300,7 @@ class RewardConfig(TrainingConfig):
     """`reward:` - a Bradley-Terry reward model from preference pairs."""
 
     data: list[DataSource] = Field(min_length=1)
-    """Preference pairs: explicit, implicit (shared prefix) or HH transcripts."""
+    """Preference pairs, in any format that feeds reward (docs/data.md)."""
     init_from: Literal["sft", "pretrain"] = "sft"
     """The model whose body the reward model starts from; `pretrain` lets it run beside sft."""
     lr: float = Field(default=1e-3, gt=0, le=1)
@@ -504,7 +506,7 @@ class PrepareSettings(StageSettings):
     """What the prepare recipe may read."""
 
     prepare: PrepareConfig
-    evaluation_prompts: list[DataSource]
+    evaluation_prompts: list[DataSource] = Field(default_factory=list)
     """Prompts of `evaluate:` that documents are compared with; none where that is switched off."""
 
     def identity(self) -> dict[str, Any]:

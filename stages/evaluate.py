@@ -111,7 +111,7 @@ def evaluate(
     metrics |= _win_rate(by_name["ppo"], by_name["sft"], settings)
     metrics["kl_ppo_vs_sft"] = _kl(by_name["ppo"], by_name["sft"], worker.device)
     metrics |= _perplexities(candidates, inputs, settings, worker.device)
-    metrics["prompts"] = float(len(prompts))
+    metrics |= {"prompts": float(len(prompts)), "rows_skipped": float(rows.num_skipped)}
     _write_samples(out_dir / SAMPLES_FILE, prompts, candidates)
     return metrics
 

@@ -23,7 +23,7 @@ from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
 from stages.data.experience import Judgement, RolloutPack, assemble, pack_rollouts
-from stages.data.fitting import fit_prompt
+from stages.data.fitting import data_metrics, fit_prompt
 from stages.data.journal import Journal, JournalEntry
 from stages.data.readers import read_prompts
 from stages.errors import DataError, Interrupted, ModelError
@@ -68,7 +68,7 @@ def run(
             f"train the reward model from {inputs['sft']}"
         )
     chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
-    prompts, num_dropped = _prompts(settings, chat)
+    prompts, data = _prompts(settings, chat)
     plan = SourcePlan(
         prompts=prompts,
         num_prompts=config.num_prompts,
@@ -99,7 +99,7 @@ def run(
             source=source,
             probe_prompts=prompts[: settings.rollout.parity_num_prompts],
         )
-    return metrics | {"prompts": float(len(prompts)), "prompts_dropped": float(num_dropped)}
+    return metrics | data
 
 
 def train(
@@ -331,8 +331,10 @@ def _commit(
     )
 
 
-def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Prompt ids in file order, and how many rows were left out: malformed, or no room to respond."""
+def _prompts(
+    settings: PPOSettings, chat: ChatTokenizer
+) -> tuple[tuple[tuple[int, ...], ...], dict[str, float]]:
+    """Prompt ids in file order, and what became of the rows, as metrics."""
     config = settings.ppo
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
     longest = settings.model.context_length - config.max_response_tokens
@@ -343,7 +345,7 @@ def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[tuple[in
             f"ppo.data: none of {len(fitted)} prompts has at most {longest} tokens "
             "(model.context_length - ppo.max_response_tokens)"
         )
-    return kept, rows.num_skipped + len(fitted) - len(kept)
+    return kept, {"prompts": float(len(kept)), **data_metrics(rows, fitted, "prompts")}
 
 
 def _controller(config: PPOConfig) -> KlController:

@@ -12,13 +12,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
-from rollout.errors import GO_ON, EnvironmentProblem
+from rollout.errors import GO_ON, EnvironmentProblem, raise_expected
 from stages.config import DataSource, PrepareConfig, PrepareSettings
 from stages.data.chat import CHATML, ChatTokenizer, read_template
 from stages.data.corpus import (
@@ -34,6 +35,7 @@ from stages.data.corpus import (
     select,
     tokenizer_sample,
 )
+from stages.data.durable import file_digest
 from stages.data.files import FileSplit
 from stages.data.languages import check_languages
 from stages.data.readers import NO_ROWS, Counts, check_counts, read_source, splits_of
@@ -44,6 +46,11 @@ from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 
 RECIPE_VERSION = 2
+
+DECIDING_PACKAGES = ("numpy", "py3langid", "pyarrow", "rensa", "rlhf-pipeline", "tokenizers")
+"""Blocks of other versions of these are not taken up."""
+MAX_WORKER_RESTARTS = 3
+"""Of one of Ray Data's workers, and of a block: what kills its worker each time ends the stage."""
 
 
 def run(
@@ -85,7 +92,7 @@ def run(
     # 4. Token ids of every block, then rows.
     wanted = np.zeros(len(corpus), bool)
     wanted[selection.train] = wanted[selection.heldout] = True
-    given = {"corpus": corpus, "wanted": wanted, "tokenizer": out_dir, "model": settings.model}
+    given = {"corpus": corpus, "wanted": wanted, "tokenizer": out_dir}
     for _ in work.map(_EncodeWorker, given, len(blocks)):
         pass
     dtype = token_dtype(chat.vocab_size)
@@ -138,6 +145,7 @@ def _digest(
     """Of all that decides the blocks on disk: those of other settings or other files are not taken up."""
     files = {path: path.stat() for path in {block.split.path: None for block in blocks} if path.exists()}
     parts = [
+        repr([(name, metadata.version(name)) for name in DECIDING_PACKAGES]),
         settings.model_dump_json(),
         repr(sorted(inputs.items())),
         repr(blocks),
@@ -156,6 +164,8 @@ def evaluation_texts(sources: Sequence[DataSource]) -> list[str]:
     """What must not stand in the training text: evaluation prompts, and the texts in their other columns."""
     texts: list[str] = []
     for source in sources:
+        if source.weight == 0:
+            continue
         for prompt in read_source(source, "evaluate").records:
             assert isinstance(prompt, Prompt)
             texts += [message.content for message in prompt.messages if message.role != "system"]
@@ -187,16 +197,17 @@ class _FilterWorker:
 class _EncodeWorker:
     """Tokenises blocks by their number."""
 
-    def __init__(self, corpus: Corpus, wanted: np.ndarray, tokenizer: Path, model: Any) -> None:
+    def __init__(self, corpus: Corpus, wanted: np.ndarray, tokenizer: Path) -> None:
         self._corpus, self._wanted = corpus, wanted
-        self._chat = ChatTokenizer.load(tokenizer, model.chat_template)
+        self._chat = ChatTokenizer.load(tokenizer)
+        self._tokenizer = file_digest(tokenizer / "tokenizer.json")
         self._dtype = token_dtype(self._chat.vocab_size)
 
     def __call__(self, row: Mapping[str, int]) -> dict[str, Any]:
         number, starts = row["number"], self._corpus.starts
         wanted = self._wanted[starts[number] : starts[number + 1]]
         encode = partial(self._chat.documents_ids, dtype=self._dtype)
-        encode_block(self._corpus, number, wanted, encode, self._dtype)
+        encode_block(self._corpus, number, wanted, encode, self._dtype, tokenizer=self._tokenizer)
         return {}
 
 
@@ -241,33 +252,40 @@ def _on_ray_data(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True
+    context.execution_no_progress_timeout_s = runtime.collective_timeout_s
     rows = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(
-        _Reported,  # type: ignore[arg-type]  # a class: one instance per worker
+        _AsText,  # type: ignore[arg-type]  # a class: one instance per worker
         fn_constructor_kwargs={"work": work, "given": dict(given)},
         concurrency=min(num_workers, len(numbers)),
         num_cpus=1,
+        max_restarts=MAX_WORKER_RESTARTS,
+        max_task_retries=MAX_WORKER_RESTARTS,
         runtime_env={"env_vars": {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}},
     )
-    for row in rows.iter_rows():
-        if row["problem"]:
-            raise DataError(row["problem"])
-        yield json.loads(row["answer"])
+    try:
+        for row in rows.iter_rows():
+            yield json.loads(row["answer"])
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        raise EnvironmentProblem(
+            f"prepare: no block was finished within {runtime.collective_timeout_s:g} s; cut the input into "
+            f"more files, or raise resources.collective_timeout_s, then {GO_ON}"
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise_expected(error)
 
 
 def _nothing() -> None: ...
 
 
-class _Reported:
-    """A worker whose answers and bad data travel as text: Ray Data wraps exceptions beyond recognition."""
+class _AsText:
+    """A worker whose answers travel as JSON: Ray Data would make columns of them."""
 
     def __init__(self, work: Callable[..., Any], given: Mapping[str, Any]) -> None:
         self._work = work(**given)
 
     def __call__(self, row: Mapping[str, int]) -> dict[str, str]:
-        try:
-            return {"answer": json.dumps(self._work(row)), "problem": ""}
-        except DataError as error:
-            return {"answer": "", "problem": str(error)}
+        return {"answer": json.dumps(self._work(row))}
 
 
 def _counts(blocks: Sequence[_Block], reports: Sequence[BlockReport], config: PrepareConfig) -> Counts:
@@ -314,7 +332,7 @@ def _steps(reports: Sequence[BlockReport], selection: Selection) -> list[dict[st
     steps = []
     for step, dropped in _dropped(reports, selection).items():
         left -= dropped.total
-        rules = dict(sorted(dropped.counts.items()))
+        rules = dict(sorted(dropped.counts.items(), key=lambda item: (-item[1], item[0])))
         examples = [{"rule": rule, "text": text} for rule, text in dropped.examples]
         steps.append(
             {"step": step, "kept": left, "dropped": dropped.total, "rules": rules, "examples": examples}

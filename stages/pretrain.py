@@ -19,6 +19,7 @@ from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer
 from stages.data.packing import PackedRow, packed_row
 from stages.data.shards import TokenRow, TokenShards, heldout_sequences
+from stages.errors import ModelError
 from stages.objectives.losses import causal_lm_loss_sum
 from stages.runtime import Runtime
 from stages.training import ranks
@@ -66,6 +67,11 @@ def train(
 
     # 1. Data: rows of prepare's shards, in an order that is a function of the step.
     shards = TokenShards(inputs["prepare"])
+    if shards.context_length != settings.model.context_length:
+        raise ModelError(
+            f"{inputs['prepare']}: rows of {shards.context_length} tokens, but model.context_length is "
+            f"{settings.model.context_length}; run prepare with this config, or set the other"
+        )
     chat = ChatTokenizer.load(inputs["prepare"], settings.model.chat_template)
     order = BatchOrder(
         num_rows=len(shards),
@@ -109,6 +115,12 @@ def _initial_model(settings: PretrainSettings, inputs: Mapping[str, Path], chat:
     if "model" in inputs:
         model = load_causal_lm(inputs["model"])
         check_context(model, settings.model.context_length)
+        known = model.inner.config.vocab_size
+        if chat.vocab_size > known:
+            raise ModelError(
+                f"{inputs['prepare']}: a tokenizer of {chat.vocab_size} tokens, but {inputs['model']} knows "
+                f"{known}; run prepare with this model"
+            )
         return model
     torch.manual_seed(stage_seed(settings.seed, "pretrain", "init"))
     return build_causal_lm(

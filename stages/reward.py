@@ -19,7 +19,7 @@ from stages.bundles import rollout_of
 from stages.config import RewardSettings
 from stages.data.batches import BatchOrder, content_share, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, PairIds
-from stages.data.fitting import fit_pair
+from stages.data.fitting import data_metrics, fit_pair
 from stages.data.packing import plan_packs
 from stages.data.readers import read_pairs
 from stages.data.records import Pair, split_key
@@ -41,7 +41,7 @@ from stages.training.models import (
 )
 from stages.training.optimize import Optimizer
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class Examples:
 
     train: list[Example]
     heldout: list[Example]
-    num_dropped: int  # malformed rows skipped, and pairs whose difference the context cut away
+    data: Mapping[str, float]  # metrics: what became of the rows
 
 
 def run(
@@ -139,7 +139,7 @@ def train(
         **result.metrics(),
         "pairs": float(len(examples.train)),
         "pairs_heldout": float(len(examples.heldout)),
-        "pairs_dropped": float(examples.num_dropped),
+        **examples.data,
         **_accuracies(model, examples.heldout, config.micro_batch_size, worker.device),
     }
     sequences = _normaliser_sequences(settings, source, examples, chat, worker.runtime)
@@ -160,27 +160,27 @@ def train(
 def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
     config = settings.reward
     rows = read_pairs(config.data, seed=stage_seed(settings.seed, "reward", "rows"))
+    fitted = [fit_pair(chat, pair, settings.model.context_length, config.too_long) for pair in rows.records]
+    data = data_metrics(rows, fitted, "pairs")
     train: list[Example] = []
     heldout: list[Example] = []
-    num_dropped = rows.num_skipped
-    for pair in rows.records:
-        fitted = fit_pair(chat, pair, settings.model.context_length, config.too_long)
-        if fitted.example is None:
-            num_dropped += 1
+    for pair, one in zip(rows.records, fitted, strict=True):
+        if one.example is None:
             continue
         example = Example(
-            ids=fitted.example,
-            has_whole_prompt=fitted.rule is None,
+            ids=one.example,
+            has_whole_prompt=one.rule is None,
             group=_group(pair, config.group_column),
         )
         (heldout if content_share(split_key(pair)) < config.heldout_frac else train).append(example)
     for name, part in (("training", train), ("held-out", heldout)):
         if not part:
             raise DataError(
-                f"reward.data: no {name} pair left of {len(rows.records)}, {num_dropped} of them left out as "
-                "too long or malformed; add pairs, raise model.context_length, or change heldout_frac"
+                f"reward.data: no {name} pair left of {len(rows.records)} (left out as too long or "
+                f"malformed: {data['pairs_dropped']:.0f}); add pairs, raise model.context_length, or change "
+                "heldout_frac"
             )
-    return Examples(train=train, heldout=heldout, num_dropped=num_dropped)
+    return Examples(train=train, heldout=heldout, data=data)
 
 
 def _group(pair: Pair, column: str | None) -> str | None:

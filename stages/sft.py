@@ -17,7 +17,8 @@ from torch import Tensor
 
 from stages.config import SFTSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
-from stages.data.chat import ChatTokenizer, Rendered, truncate
+from stages.data.chat import ChatTokenizer, Rendered
+from stages.data.fitting import data_metrics, fit_conversation
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.readers import read_conversations
 from stages.errors import DataError
@@ -68,7 +69,7 @@ def train(
 
     # 1. Data: conversations as ids with a mask of what is trained.
     chat = ChatTokenizer.load(base_model(inputs), settings.model.chat_template)
-    examples, num_dropped = _examples(settings, chat)
+    examples, data = _examples(settings, chat)
     batches = _batches(examples, settings, worker)
 
     # 2. Model and optimizer.
@@ -103,26 +104,26 @@ def train(
         chat.save(out_dir)
     return {
         **result.metrics(),
-        "conversations": float(len(examples)),
-        "conversations_dropped": float(num_dropped),
+        **data,
         **batches.metrics,
     }
 
 
-def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered], int]:
-    """Rendered conversations cut to the context, and how many rows gave nothing to train on."""
+def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered], dict[str, float]]:
+    """Rendered conversations cut to the context, and what became of the rows, as metrics."""
     rows = read_conversations(settings.sft.data, seed=stage_seed(settings.seed, "sft", "rows"))
-    rendered = [chat.render(conversation.messages) for conversation in rows.records]
-    if problems := chat.lint(rendered[0]):
+    if problems := chat.lint(chat.render(rows.records[0].messages)):
         raise DataError(f"sft: the chat template does not render trainable turns: {'; '.join(problems)}")
-    cut = [truncate(example, settings.model.context_length) for example in rendered]
-    kept = [example for example in cut if example is not None]
+    fitted = [
+        fit_conversation(chat, conversation, settings.model.context_length) for conversation in rows.records
+    ]
+    kept = [one.example for one in fitted if one.example is not None]
     if not kept:
         raise DataError(
             "sft.data: no conversation has a trained token within model.context_length "
             f"{settings.model.context_length}"
         )
-    return kept, rows.num_skipped + len(cut) - len(kept)
+    return kept, {"conversations": float(len(kept)), **data_metrics(rows, fitted, "conversations")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

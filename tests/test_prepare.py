@@ -1,14 +1,20 @@
 """prepare: documents in; tokenizer, shards and statistics out, byte for byte the same each time."""
 
+import errno
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
 from inline import runtime_in
+from ray import cloudpickle
 from transformers import AutoTokenizer
 
+from pipeline.executor import as_expected
+from rollout.errors import EnvironmentProblem
 from stages import prepare
 from stages.config import DataSource, ModelConfig, PrepareConfig, PrepareSettings
 from stages.data.chat import CHATML, ChatTokenizer
@@ -282,6 +288,38 @@ def test_ray_datas_workers_report_bad_data_as_one_line(tmp_path, start_ray):
             runtime_in(tmp_path / "ray", "prepare", num_workers=1),
         )
     assert "\n" not in str(caught.value)
+
+
+class FullDisk:
+    """Work that fails as it would on a full disk."""
+
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "000000.text")
+
+
+class Deadly:
+    """Work that kills its process each time."""
+
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        os._exit(9)
+
+
+@pytest.mark.parametrize(
+    ("work", "words"), [(FullDisk, "No space left on device"), (Deadly, "a process of it died")]
+)
+def test_what_stops_ray_datas_workers_is_the_machines_fault_and_ends_the_stage(
+    tmp_path, start_ray, work, words
+):
+    start_ray()
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
+    given = runtime_in(tmp_path / "ray", "prepare", num_workers=2)
+    try:
+        with pytest.raises(Exception) as caught:  # whatever Ray makes of it
+            list(prepare._on_ray_data(work, {}, [{"number": 0}], given))
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    told = as_expected("prepare", caught.value, tmp_path)
+    assert isinstance(told, EnvironmentProblem) and words in str(told) and "\n" not in str(told)
 
 
 def test_a_stopped_run_ends_between_two_blocks_and_goes_on_to_the_same_bytes(tmp_path, runtime):

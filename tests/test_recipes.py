@@ -33,7 +33,7 @@ from stages.config import (
 from stages.data.batches import BatchOrder
 from stages.data.chat import ChatTokenizer, PairIds
 from stages.data.records import Message, Prompt
-from stages.errors import TrainingStopped
+from stages.errors import DataError, TrainingStopped
 from stages.prepare import run as run_prepare
 from stages.training.metrics import read_steps
 
@@ -375,16 +375,24 @@ def test_pin_16_pairs_whose_difference_the_context_cuts_away_are_dropped_and_cou
     same_end = {"prompt": "Who?", "chosen": "yes" + tail, "rejected": "no" + tail, "verb": "likes"}
     rows = [pair_of(*fact) for fact in FACTS[:30]] + [same_end, same_end | {"prompt": "Why?"}]
     chat = chain.chat("sft")
-    short = reward._examples(reward_settings(tmp_path, rows=rows, context_length=24), chat)
-    long = reward._examples(reward_settings(tmp_path, rows=rows, context_length=256), chat)
-    assert (short.num_dropped, long.num_dropped) == (2, 0)
+    short, long = (
+        reward._examples(
+            reward_settings(tmp_path, rows=rows, context_length=context_length, too_long="truncate"), chat
+        )
+        for context_length in (24, 256)
+    )
+    assert (short.data["pairs_dropped"], long.data["pairs_dropped"]) == (2, 0)
     assert len(short.train) + len(short.heldout) == 30 and len(long.train) + len(long.heldout) == 32
 
 
 def test_pin_16_what_is_kept_of_a_pair_ends_with_its_end_of_turn_within_the_context(chain, tmp_path):
     chat = chain.chat("sft")
     long_prompts = [row | {"prompt": row["prompt"] * 6} for row in (pair_of(*fact) for fact in FACTS[:30])]
-    examples = reward._examples(reward_settings(tmp_path, rows=long_prompts, context_length=48), chat)
+    cutting = reward_settings(tmp_path, rows=long_prompts, context_length=48, too_long="truncate")
+    examples = reward._examples(cutting, chat)
+    assert examples.data["pairs_cut"] == 30 and examples.data["pairs_dropped"] == 0
+    with pytest.raises(DataError, match=r"no training pair left of 30 .*malformed: 30\)"):
+        reward._examples(reward_settings(tmp_path, rows=long_prompts, context_length=48), chat)
     for example in (*examples.train, *examples.heldout):
         assert isinstance(example.ids, PairIds) and len(example.chosen) == 48
         assert example.chosen[-1] == example.rejected[-1] == chat.end_of_turn_id

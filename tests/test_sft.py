@@ -82,7 +82,7 @@ def test_pin_12_loss_and_gradient_are_those_of_a_loop_over_conversations_and_ass
     tied_model_dir, settings, tmp_path, micro_batch_size
 ):
     chat = ChatTokenizer.load(tied_model_dir)
-    examples, num_dropped = sft._examples(settings, chat)
+    examples, data = sft._examples(settings, chat)
     model = load_causal_lm(tied_model_dir)
     micro_batches = sft._micro_batches(examples, micro_batch_size, worker_in(tmp_path, "sft"))
     loss = torch.stack([sft._loss(model, micro_batch) for micro_batch in micro_batches]).sum()
@@ -90,7 +90,9 @@ def test_pin_12_loss_and_gradient_are_those_of_a_loop_over_conversations_and_ass
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     expected, expected_gradient = loss_token_by_token(tied_model_dir)
-    assert num_dropped == 0 and len(micro_batches) == -(-len(CONVERSATIONS) // micro_batch_size)
+    assert data["conversations_dropped"] == 0 and len(micro_batches) == -(
+        -len(CONVERSATIONS) // micro_batch_size
+    )
     assert loss.item() == pytest.approx(expected, abs=1e-5)
     assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
 
@@ -131,5 +133,5 @@ def test_a_conversation_without_a_trained_token_in_the_context_is_dropped_and_co
     long = {"messages": [{"role": "user", "content": "cat " * 200}, {"role": "assistant", "content": "a"}]}
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps(long) + "\n")
-    examples, num_dropped = sft._examples(settings, ChatTokenizer.load(tied_model_dir))
-    assert (len(examples), num_dropped) == (len(CONVERSATIONS), 1)
+    examples, data = sft._examples(settings, ChatTokenizer.load(tied_model_dir))
+    assert (len(examples), data["conversations_dropped"]) == (len(CONVERSATIONS), 1)

@@ -40,6 +40,7 @@ NUM_EXAMPLES = 5
 EXAMPLE_CHARS = 200
 CHARS_AT_ONCE = 2**21
 """Characters filtered or tokenised at once: bounds memory where one file is one block."""
+MAX_OPEN_FILES = 64
 MINHASH_SEED = 0
 """Fixed: near copies do not depend on the run's seed."""
 T = TypeVar("T")
@@ -203,13 +204,13 @@ def filter_block(
             chars += map(len, kept)
             digests += [blake3(data).digest(16) for data in encoded]
             bands.append(_band_keys(kept, config))
-    arrays_file = directory / f"{number:06d}.npz"
+    arrays_file, bands_file = (directory / f"{number:06d}.{suffix}" for suffix in ("npz", "bands"))
+    np.concatenate([*bands, _band_keys([], config)]).T.tofile(bands_file)
     np.savez(
         arrays_file,
         ends=np.cumsum(np.array(lengths, np.int64), dtype=np.int64),
         chars=np.array(chars, np.int64),
         digests=np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2),
-        bands=np.concatenate([*bands, _band_keys([], config)]),
     )
     report = BlockReport(
         counts=reader.counts,
@@ -217,7 +218,7 @@ def filter_block(
         num_kept=len(lengths),
         dropped=dropped,
     )
-    _write_record(record, [text_file, arrays_file], {"report": report.to_json()})
+    _write_record(record, [text_file, arrays_file, bands_file], {"report": report.to_json()})
     return report
 
 
@@ -304,8 +305,15 @@ class Corpus:
 
     def band(self, index: int) -> np.ndarray:
         """uint64 (D,): one LSH band's key of every document; a key is read from the disk each time."""
-        blocks = [self._arrays(number)["bands"][:, index] for number in range(self.num_blocks)]
-        return np.concatenate(blocks)
+        sizes = np.diff(self.starts).tolist()
+        return np.concatenate(
+            [
+                np.fromfile(
+                    self.directory / f"{number:06d}.bands", np.uint64, count=size, offset=8 * size * index
+                )
+                for number, size in enumerate(sizes)
+            ]
+        )
 
     def text(self, document: int) -> str:
         """The text of one document, read from the disk."""
@@ -342,6 +350,8 @@ class Corpus:
 
     def _file(self, block: int) -> int:
         if block not in self._files:
+            if len(self._files) == MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[block] = os.open(self.directory / f"{block:06d}.text", os.O_RDONLY)
         return self._files[block]
 
@@ -440,7 +450,7 @@ def mixing_weights(chars: np.ndarray, weights: Sequence[float], temperature: flo
     Shares of the mixture go with chars ** (1 / temperature), so that the whole stays as long as it was; the
     configured weights multiply that (Conneau and Lample 2019, with alpha = 1 / temperature).
     """
-    scaled = np.where(chars > 0, np.maximum(chars, 1.0) ** (1 / temperature), 0.0)
+    scaled = (chars / max(1.0, chars.max(initial=0.0))) ** (1 / temperature)
     total, wanted = chars.sum(), scaled.sum()
     return [
         weight * float(total * scale / wanted / size) if size else weight
@@ -470,10 +480,14 @@ def encode_block(
     wanted: np.ndarray,
     encode: Callable[[list[str]], list[np.ndarray]],
     dtype: np.dtype,
+    *,
+    tokenizer: str,
 ) -> None:
-    """Tokenise the `wanted` documents (bool, of this block) to disk. What is whole there already is taken."""
+    """Tokenise the `wanted` documents (bool, of this block) to disk. What is whole there already, and of the
+    same `tokenizer` (a digest), is taken.
+    """
     record = corpus.directory / f"{block:06d}.encoded.json"
-    if _whole(record) is not None:
+    if (found := _whole(record)) is not None and found["tokenizer"] == tokenizer:
         return
     lengths = np.zeros(len(wanted), np.int64)
     tokens_file = corpus.directory / f"{block:06d}.tokens"
@@ -485,7 +499,7 @@ def encode_block(
                 stream.write(ids.astype(dtype, copy=False).tobytes())
     lengths_file = corpus.directory / f"{block:06d}.lengths"
     lengths_file.write_bytes(lengths.tobytes())
-    _write_record(record, [tokens_file, lengths_file], {})
+    _write_record(record, [tokens_file, lengths_file], {"tokenizer": tokenizer})
 
 
 def documents(corpus: Corpus, which: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -494,8 +508,13 @@ def documents(corpus: Corpus, which: np.ndarray, dtype: np.dtype) -> Iterator[np
     edges = np.flatnonzero(np.diff(block_of, prepend=-1, append=-1))
     for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         block = int(block_of[first])
-        tokens = np.fromfile(corpus.directory / f"{block:06d}.tokens", dtype)
+        tokens = _mapped(corpus.directory / f"{block:06d}.tokens", dtype)
         lengths = np.fromfile(corpus.directory / f"{block:06d}.lengths", np.int64)
         ends = np.cumsum(lengths)
         for at in (which[first:end] - corpus.starts[block]).tolist():
             yield tokens[ends[at] - lengths[at] : ends[at]]
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """The numbers of a file, read when they are looked at: a block may be a whole file of any size."""
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)

@@ -240,6 +240,9 @@ def lines_of(stream: BinaryIO, split: FileSplit) -> Iterator[bytes]:
         return
     at = split.start
     stream.seek(at)
-    while at < split.end and (line := stream.readline()):
+    while at < split.end:
+        line = stream.readline()
+        if not line:
+            raise EOFError  # the file was cut after it was divided
         yield line
         at += len(line)

@@ -8,11 +8,12 @@ prompts without room for a response. Owns: that policy. Does not own: rendering 
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from stages.data.chat import ChatTokenizer, PairIds, Rendered, truncate, truncate_pair
+from stages.data.readers import Rows
 from stages.data.records import Conversation, Pair, Prompt
 
 E = TypeVar("E")
@@ -62,6 +63,21 @@ def fit_prompt(chat: ChatTokenizer, prompt: Prompt, max_prompt_tokens: int) -> F
     if len(ids) <= max_prompt_tokens:
         return Fitted(example=ids, num_tokens=len(ids), rule=None)
     return Fitted(example=None, num_tokens=len(ids), rule="no room left for a response")
+
+
+def data_metrics(rows: Rows[Any], fitted: Sequence[Fitted[E]], name: str) -> dict[str, float]:
+    """What became of a stage's rows, for its metrics; `name`: what one record is called, in the plural.
+
+    `<name>_dropped` are the rows skipped and the records left out together; `<name>_cut` are still there.
+    """
+    left_out = sum(one.example is None for one in fitted)
+    cut = sum(one.example is not None and one.rule is not None for one in fitted)
+    return {
+        f"{name}_dropped": float(rows.num_skipped + left_out),
+        f"{name}_cut": float(cut),
+        "rows_skipped": float(rows.num_skipped),
+        "rows_filtered": float(rows.num_filtered),
+    }
 
 
 def rules_applied(fitted: Iterable[Fitted[E]]) -> Counter[str]:

@@ -34,6 +34,8 @@ FINGERPRINT_BITS = 512
 Shingles = NDArray[np.uint64]
 """A document's shingles: sorted hashes, each once."""
 NO_ORIGINAL = -1
+SIGNATURE_NUMBERS = 2**20
+"""Entries of signatures that are computed at once."""
 
 
 def shingles(text: str, ngram: int) -> Shingles:
@@ -54,8 +56,16 @@ def signatures(texts: Sequence[str], *, ngram: int, num_perm: int, seed: int) ->
 def _minhash(
     hashes: NDArray[np.uint64], offsets: NDArray[np.int64], *, num_perm: int, seed: int
 ) -> NDArray[np.uint32]:
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets.astype(np.uint64), num_perm, seed)
-    return np.array(matrix.to_rows(), np.uint32)
+    """Some documents at a time: the library hands signatures over as lists of Python's integers."""
+    documents = max(1, SIGNATURE_NUMBERS // num_perm)
+    found = np.empty((len(offsets) - 1, num_perm), np.uint32)
+    for start in range(0, len(found), documents):
+        part = offsets[start : start + documents + 1]
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+            hashes[part[0] : part[-1]], (part - part[0]).astype(np.uint64), num_perm, seed
+        )
+        found[start : start + documents] = matrix.to_rows()
+    return found
 
 
 def _shingle_rows(words: HashedWords, ngram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:

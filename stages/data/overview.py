@@ -19,6 +19,7 @@ from stages.config import DataFormat, DataSource, PrepareConfig
 from stages.data.chat import CHATML, ChatTokenizer, Rendered, read_template
 from stages.data.corpus import STEPS, Dropped, Filter
 from stages.data.fitting import Fitted, fit_conversation, fit_pair, fit_prompt, rules_applied
+from stages.data.languages import check_languages
 from stages.data.readers import check_counts, read_whole
 from stages.data.records import Conversation, Document, Pair, Prompt
 from stages.data.schemas import Record, StageName
@@ -152,6 +153,7 @@ def _figures(sample: list[Any], chat: ChatTokenizer, limits: Limits) -> tuple[li
 def _dropped(texts: list[str], limits: Limits) -> Counter[str]:
     """What the steps that look at one document at a time would leave out."""
     assert limits.prepare is not None, "documents are read by prepare alone"
+    check_languages(limits.prepare.languages)
     dropped = {step: Dropped() for step in STEPS}
     Filter(limits.prepare, ())(texts, dropped)
     return Counter(

@@ -10,13 +10,12 @@ datasets.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
-from stages.config import DataFormat, DataSource
+from stages.config import DataSource
 from stages.data.batches import content_share, repeats, stage_seed
 from stages.data.durable import file_digest
 from stages.data.files import FileSplit, cut, files_of, kind_of, one_line, reading, shown, whole
@@ -29,8 +28,6 @@ from stages.errors import DataError
 
 R = TypeVar("R")
 T = TypeVar("T")
-MAX_SKIPPED_FRAC = 0.01
-"""Under on_bad_row: skip, the share of a source's rows (but at least one row) that may be left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +60,6 @@ class Counts:
 
 
 NO_ROWS = Counts(num_rows=0, num_records=0, num_skipped=0, num_filtered=0, first_problem="")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preview:
-    """The start of one source, for `rlhf check`: the schema as given or detected, and its first records."""
-
-    format: DataFormat
-    columns: dict[str, str]  # field -> the column it is read from
-    records: list[Any]  # Document, Conversation, Pair or Prompt
 
 
 def read_conversations(sources: Sequence[DataSource], *, seed: int) -> Rows[Conversation]:
@@ -147,11 +135,11 @@ def check_counts(source: DataSource, counts: Counts, num_kept: int) -> None:
     """Raise DataError when all of a source is read and more rows were left out than the cap allows, or no
     record is left. `num_kept`: records after `part:`.
     """
-    cap = max(1.0, MAX_SKIPPED_FRAC * counts.num_rows)
+    cap = max(1.0, source.max_skipped_frac * counts.num_rows)
     if counts.num_skipped > cap or counts.num_skipped == counts.num_rows > 0:
         raise DataError(
             f"{counts.first_problem} - and {counts.num_skipped} of {counts.num_rows} rows are bad, more than "
-            f"on_bad_row: skip leaves out ({MAX_SKIPPED_FRAC:.0%}, at least one)"
+            f"max_skipped_frac allows ({source.max_skipped_frac:.0%}, at least one)"
         )
     if not counts.num_records:
         raise DataError(f"{shown(source.path)}: no rows")
@@ -170,26 +158,14 @@ def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
     return [records[index] for index in repeats(len(records), weight, seed).tolist()]
 
 
-def first_rows(source: DataSource, stage: StageName, n: int) -> Preview:
-    """Schema and first `n` records of one source, reading no further than them. Raises DataError."""
-    reader = RecordReader(
-        source.model_copy(update={"part": "all"}), stage, _whole_files(source), is_whole=True
-    )
-    records = list(islice(reader, n))
-    if reader.schema is None or not records:
-        check_counts(source, reader.counts, len(records))
-        raise DataError(f"{shown(source.path)}: no rows")
-    return Preview(format=reader.schema.format, columns=reader.columns_seen, records=records)
-
-
 def content_digest(source: DataSource) -> str:
-    """What the source holds: blake3 of its files' contents in path order; of a hub dataset, the commit that
-    is meant, subset and split. File names do not enter, the kind of file does. Raises DataError.
+    """What the source holds: blake3 of its files' contents in path order; of a hub dataset, in plain, the
+    commit that is meant, subset and split. File names do not enter, the kind of file does. Raises DataError.
     """
-    total = blake3()
     if is_hub_id(source.path):
-        total.update(f"hub:{hub_commit(source)}:{source.subset}:{source.split}".encode())
-        return total.hexdigest()
+        subset = "" if source.subset is None else f" {source.subset}"
+        return f"hub {hub_commit(source)}{subset} {source.split}"
+    total = blake3()
     for path in files_of(source.path):
         kind = kind_of(path)
         with reading(path):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and CJK ideographs
 _WORD = re.compile(rf"[^\W_{_UNSPACED}]+|[{_UNSPACED}]")
+_ASCII_SEPARATORS = {code: " " for code in range(128) if not chr(code).isalnum()}
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses no bits
 
 HASHED_WORDS = 1 << 17
@@ -36,8 +37,9 @@ def normalised_words(text: str) -> list[str]:
 
     Example: "The U.S., in 2024:\\nyes" -> ["the", "u", "s", "in", "2024", "yes"].
     """
-    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return _WORD.findall(plain.lower())
+    if text.isascii():  # the same words in a third of the time
+        return text.lower().translate(_ASCII_SEPARATORS).split()
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

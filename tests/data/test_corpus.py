@@ -91,7 +91,14 @@ def test_tokens_come_back_in_the_order_asked_for_and_only_of_wanted_documents(tm
         return [np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in texts]
 
     for block in range(corpus.num_blocks):
-        encode_block(corpus, block, wanted[corpus.starts[block] : corpus.starts[block + 1]], encode, dtype)
+        encode_block(
+            corpus,
+            block,
+            wanted[corpus.starts[block] : corpus.starts[block + 1]],
+            encode,
+            dtype,
+            tokenizer="one",
+        )
     which = np.array([0, 3, 39, 0, 6])
     found = [bytes(ids.astype(np.uint8)).decode() for ids in documents(corpus, which, dtype)]
     assert found == [TEXTS[number] for number in which]
@@ -99,6 +106,31 @@ def test_tokens_come_back_in_the_order_asked_for_and_only_of_wanted_documents(tm
         (tmp_path / "blocks" / f"{block:06d}.tokens").stat().st_size for block in range(corpus.num_blocks)
     ]
     assert sum(sizes) == 2 * sum(len(TEXTS[number]) for number in np.flatnonzero(wanted))
+
+
+def test_tokens_of_another_tokenizer_are_not_taken_up(tmp_path):
+    _, corpus = made(tmp_path / "blocks", [written(tmp_path / "a.jsonl", TEXTS)], block_bytes=10**9)
+    wanted, dtype = np.ones(len(corpus), bool), np.dtype("<u2")
+    for tokenizer, value in (("one", 1), ("one", 2), ("other", 3)):
+        encode_block(
+            corpus,
+            0,
+            wanted,
+            lambda texts, value=value: [np.full(2, value, dtype) for _ in texts],
+            dtype,
+            tokenizer=tokenizer,
+        )
+        (ids,) = documents(corpus, np.array([5]), dtype)
+        assert ids.tolist() == {"one": [1, 1], "other": [3, 3]}[tokenizer]
+
+
+def test_more_blocks_than_files_may_be_open_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "MAX_OPEN_FILES", 2)
+    _, corpus = made(tmp_path / "blocks", [written(tmp_path / "a.jsonl", TEXTS)])
+    assert corpus.num_blocks > 4
+    for number in (0, 39, 20, 10, 30, 0, 39):
+        assert corpus.text(number) == TEXTS[number]
+    corpus.close()
 
 
 def test_temperature_one_mixes_sources_as_they_come_and_a_higher_one_evens_them_out():
@@ -112,11 +144,12 @@ def test_temperature_one_mixes_sources_as_they_come_and_a_higher_one_evens_them_
     assert [weight * size for weight, size in zip(half, chars, strict=True)] == pytest.approx([750, 250])
     assert mixing_weights(chars, [1, 2], 2.0) == pytest.approx([half[0], 2 * half[1]])
     assert mixing_weights(np.array([10.0, 0.0]), [1, 1], 2.0) == pytest.approx([1, 1])
+    assert mixing_weights(np.array([10.0, 1e9]), [1, 1], 0.1) == pytest.approx([0, 1])
 
 
 def test_sources_are_mixed_by_weight_and_temperature(tmp_path):
     sources = [written(tmp_path / "a.jsonl", TEXTS[:36]), written(tmp_path / "b.jsonl", TEXTS[36:])]
-    config, corpus = made(tmp_path / "one", sources, heldout_frac=1e-9, mixing_temperature=1e6)
+    config, corpus = made(tmp_path / "one", sources, heldout_frac=1e-9, mixing_temperature=100)
     train = select(corpus, config, 0).train
     small, large = (train >= 36).sum(), (train < 36).sum()
     assert abs(int(small) - int(large)) <= 3 and abs(len(train) - 39) <= 2

@@ -28,6 +28,13 @@ def test_words_are_lower_case_without_punctuation_line_ends_or_typographic_varia
     assert normalised_words("... \u2014 !") == []
 
 
+def test_a_character_beyond_ascii_changes_no_other_word():
+    rng = random.Random(8)
+    for _ in range(200):
+        text = "".join(rng.choices([chr(code) for code in range(128)], k=60))
+        assert normalised_words(f"{text} \u00e9") == [*normalised_words(text), "\u00e9"]
+
+
 def test_thirteen_shared_words_are_found_and_twelve_are_not():
     contamination = Contamination([QUESTION])
     shared = RUN.split()

@@ -184,16 +184,23 @@ def test_prompts_keep_their_further_columns(tmp_path, stage, row, prompt, furthe
     assert (read.messages, read.row) == ((user(prompt),), further)
 
 
+def detected(given: DataSource, stage: StageName) -> readers.RecordReader:
+    """A reader after its first record."""
+    reader = readers.read_whole(given, stage)
+    next(reader)
+    return reader
+
+
 def test_the_schema_depends_on_the_stage_and_can_be_stated(tmp_path):
     row = {"instruction": "q", "input": "", "output": "o", "chosen": "c", "rejected": "r", "prompt": "p"}
     path = jsonl(tmp_path / "a.jsonl", row)
-    assert readers.first_rows(source(path), "sft", 1).format == "instruction"
-    assert readers.first_rows(source(path), "reward", 1).format == "preference"
-    stated = readers.first_rows(
-        source(path, format="prompt_completion", columns={"completion": "chosen"}), "sft", 1
-    )
-    assert stated.columns == {"prompt": "prompt", "completion": "chosen"}
-    assert stated.records == [Conversation(messages=(user("p"), assistant("c")))]
+    assert detected(source(path), "sft").schema.format == "instruction"
+    assert detected(source(path), "reward").schema.format == "preference"
+    stated = source(path, format="prompt_completion", columns={"completion": "chosen"})
+    assert detected(stated, "sft").columns_seen == {"prompt": "prompt", "completion": "chosen"}
+    assert records(path, "sft", format="prompt_completion", columns={"completion": "chosen"}) == [
+        Conversation(messages=(user("p"), assistant("c")))
+    ]
     assert "format preference does not feed sft; use labelled or tree or messages" in failure(
         path, "sft", format="preference"
     )
@@ -244,11 +251,11 @@ def test_json_files_hold_a_list_or_objects_one_after_another(tmp_path, text):
     assert records(tmp_path / "a.json", "prepare") == [Document(text="one"), Document(text="two")]
 
 
-def test_first_rows_reads_no_further_than_asked(tmp_path):
+def test_a_reader_reads_no_further_than_asked(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n{broken\n')
-    preview = readers.first_rows(source(path), "prepare", 2)
-    assert (preview.format, len(preview.records)) == ("text", 2)
+    reader = readers.read_whole(source(path), "prepare")
+    assert [next(reader).text, next(reader).text] == ["one", "two"] and reader.counts.num_rows == 2
 
 
 # The error table of DATA_FORMATS.md
@@ -370,8 +377,10 @@ def test_skipped_rows_are_counted_and_capped_at_one_percent_or_one_row(tmp_path)
     over = jsonl(tmp_path / "over.jsonl", *[good] * 150, bad, bad)
     assert failure(over, "sft", on_bad_row="skip") == (
         "over.jsonl:151: completion: empty response; remove the row, or set on_bad_row: skip - and 2 of 152 "
-        "rows are bad, more than on_bad_row: skip leaves out (1%, at least one)"
+        "rows are bad, more than max_skipped_frac allows (1%, at least one)"
     )
+    milder = source(over, on_bad_row="skip", max_skipped_frac=0.02)
+    assert readers.read_conversations([milder], seed=0).num_skipped == 2
     assert "1 of 1 rows are bad" in failure(jsonl(tmp_path / "one.jsonl", bad), "sft", on_bad_row="skip")
 
 

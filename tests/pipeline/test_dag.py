@@ -147,3 +147,27 @@ def test_every_entry_of_the_stage_table_is_a_recipe(stage: dag.Stage):
     recipe = importlib.import_module(module)
     assert callable(getattr(recipe, function))
     assert dag.recipe_version(stage.entry) == recipe.RECIPE_VERSION
+
+
+def test_a_hub_dataset_is_pinned_to_the_commit_it_means_for_every_process(chain: Chain):
+    commit = "c" * 40
+    config = chain.config(
+        "sft.data.0.path=owner/name", f"sft.data.0.revision={commit}", "sft.data.0.subset=x"
+    )
+    settings = dag._pinned(dag.settings_for(config, "sft"))
+    assert settings.sft.data[0].revision == commit
+    assert dict(dag._contents(settings)) == {"sft.data.0": f"hub {commit} x train"}
+    local = dag.settings_for(chain.config(), "sft")
+    assert dag._pinned(local) is local
+
+
+def test_evaluation_prompts_reach_prepare_unless_it_does_not_look_for_them(chain: Chain):
+    sources = [key for key, _ in dag.data_sources(chain.config(), "prepare")]
+    assert sources == ["prepare.data.0", "evaluate.prompts.0"]
+    assert "prepare" in changed(chain, "evaluate.prompts.0.part=heldout")
+    apart = "prepare.decontaminate=false"
+    assert [key for key, _ in dag.data_sources(chain.config(apart), "prepare")] == ["prepare.data.0"]
+    assert (
+        fingerprints(chain.config(apart))["prepare"]
+        == (fingerprints(chain.config(apart, "evaluate.prompts.0.part=heldout"))["prepare"])
+    )

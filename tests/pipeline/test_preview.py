@@ -17,7 +17,9 @@ prepare: {data: [{path: text.jsonl}], vocab_size: 300, min_chars: 5}
 pretrain: {max_steps: 1}
 sft: {data: [{path: sft.jsonl, on_bad_row: skip}]}
 reward: {data: [{path: pairs.jsonl}]}
-ppo: {data: [{path: sft.jsonl, on_bad_row: skip, format: prompt, columns: {prompt: question}}], max_response_tokens: 10}
+ppo:
+  data: [{path: sft.jsonl, on_bad_row: skip, format: prompt, columns: {prompt: question}}]
+  max_response_tokens: 10
 """
 OPENING, CLOSING = MARKS
 
