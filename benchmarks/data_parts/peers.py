@@ -126,7 +126,8 @@ def _encoded(corpus: Corpus, tokenizer: Path, block: int) -> None:
     chat = loaded(tokenizer)
     dtype = token_dtype(chat.vocab_size)
     wanted = np.ones(int(np.diff(corpus.starts)[block]), bool)
-    encode_block(corpus, block, wanted, partial(chat.documents_ids, dtype=dtype), dtype)
+    encode = partial(chat.documents_ids, dtype=dtype)
+    encode_block(corpus, block, wanted, encode, dtype, tokenizer=str(tokenizer))
 
 
 # Peers

@@ -133,7 +133,8 @@ class _Work:
         chat, corpus = loaded(self.tokenizer), self.corpus
         dtype = token_dtype(chat.vocab_size)
         wanted = np.ones(int(np.diff(self.starts)[block]), bool)
-        encode_block(corpus, block, wanted, partial(chat.documents_ids, dtype=dtype), dtype)
+        encode = partial(chat.documents_ids, dtype=dtype)
+        encode_block(corpus, block, wanted, encode, dtype, tokenizer=str(self.tokenizer))
 
 
 @cache
