@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from rollout.errors import GO_ON, EnvironmentProblem, raise_expected
 from stages.config import DataSource, PrepareConfig, PrepareSettings
-from stages.data.chat import CHATML, ChatTokenizer, read_template
+from stages.data.chat import CHATML, ChatTokenizer, content_encoder, documents_ids, read_template
 from stages.data.corpus import (
     STEPS,
     BlockReport,
@@ -92,10 +92,16 @@ def run(
     # 4. Token ids of every block, then rows.
     wanted = np.zeros(len(corpus), bool)
     wanted[selection.train] = wanted[selection.heldout] = True
-    given = {"corpus": corpus, "wanted": wanted, "tokenizer": out_dir}
+    dtype = token_dtype(chat.vocab_size)
+    given = {
+        "corpus": corpus,
+        "wanted": wanted,
+        "tokenizer": file_digest(out_dir / "tokenizer.json"),
+        "content_spec": chat.content_spec,
+        "dtype": dtype,
+    }
     for _ in work.map(_EncodeWorker, given, len(blocks)):
         pass
-    dtype = token_dtype(chat.vocab_size)
     shards = write_shards(
         out_dir,
         documents(corpus, selection.train, dtype),
@@ -197,17 +203,17 @@ class _FilterWorker:
 class _EncodeWorker:
     """Tokenises blocks by their number."""
 
-    def __init__(self, corpus: Corpus, wanted: np.ndarray, tokenizer: Path) -> None:
-        self._corpus, self._wanted = corpus, wanted
-        self._chat = ChatTokenizer.load(tokenizer)
-        self._tokenizer = file_digest(tokenizer / "tokenizer.json")
-        self._dtype = token_dtype(self._chat.vocab_size)
+    def __init__(
+        self, corpus: Corpus, wanted: np.ndarray, tokenizer: str, content_spec: str, dtype: np.dtype
+    ) -> None:
+        """`tokenizer`: its digest; `content_spec`: of its encoder, all that a worker needs in memory."""
+        self._corpus, self._wanted, self._tokenizer, self._dtype = corpus, wanted, tokenizer, dtype
+        self._encode = partial(documents_ids, content_encoder(content_spec), dtype=dtype)
 
     def __call__(self, row: Mapping[str, int]) -> dict[str, Any]:
         number, starts = row["number"], self._corpus.starts
         wanted = self._wanted[starts[number] : starts[number + 1]]
-        encode = partial(self._chat.documents_ids, dtype=self._dtype)
-        encode_block(self._corpus, number, wanted, encode, self._dtype, tokenizer=self._tokenizer)
+        encode_block(self._corpus, number, wanted, self._encode, self._dtype, tokenizer=self._tokenizer)
         return {}
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from blake3 import blake3
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from stages.data.records import Message
 from stages.data.templates import render as render_template
@@ -134,6 +134,8 @@ class ChatTokenizer:
 
         Raises ModelError.
         """
+        from transformers import AutoTokenizer  # brings in torch, 270 MB in each process that does without
+
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(directory), revision=revision or "main", trust_remote_code=False
@@ -202,8 +204,12 @@ class ChatTokenizer:
 
     def documents_ids(self, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
         """`text_ids` of many texts at once, on all cores, as arrays of `dtype`."""
-        encodings = self._content_encoder.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype) for encoding in encodings]
+        return documents_ids(self._content_encoder, texts, dtype)
+
+    @property
+    def content_spec(self) -> str:
+        """What `content_encoder` makes the encoder of plain text of again, in another process."""
+        return str(self._content_encoder.to_str())
 
     def continuation_ids(self, text: str) -> tuple[int, ...]:
         """Ids for a base model to continue: BOS (or the document separator), then the text."""
@@ -420,9 +426,20 @@ def _encoders(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[Tokeni
     markers = Tokenizer.from_str(json.dumps(spec))
     for token in spec["added_tokens"]:
         token["special"] = token["special"] or token["content"] in template
-    content = Tokenizer.from_str(json.dumps(spec))
-    content.encode_special_tokens = True
-    return markers, content
+    return markers, content_encoder(json.dumps(spec))
+
+
+def content_encoder(spec: str) -> Tokenizer:
+    """A tokenizer to which special tokens are mere text; the spec itself does not say so."""
+    encoder = Tokenizer.from_str(spec)
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def documents_ids(encoder: Tokenizer, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
+    """Ids of many texts at once, on all cores, as arrays of `dtype`."""
+    encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, dtype) for encoding in encodings]
 
 
 def read_template(path: Path) -> str:
