@@ -252,9 +252,8 @@ def _on_ray_data(
             f"prepare: no CPU to place a worker within {runtime.placement_timeout_s:g} s; free one, or raise "
             "resources.placement_timeout_s"
         ) from None
-    num_workers = runtime.resources.num_workers
-    if num_workers == 1:
-        num_workers = max(1, int(ray.cluster_resources()["CPU"]))
+    num_cpus, wanted = int(ray.cluster_resources()["CPU"]), runtime.resources.num_workers
+    num_workers = num_cpus if wanted == 1 else min(wanted, num_cpus)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -271,6 +270,8 @@ def _on_ray_data(
     )
     try:
         for row in rows.iter_rows():
+            if row["problem"]:
+                raise DataError(row["problem"])
             yield json.loads(row["answer"])
     except ray.data.exceptions.ExecutionTimeoutError as error:
         raise EnvironmentProblem(
@@ -285,13 +286,18 @@ def _nothing() -> None: ...
 
 
 class _AsText:
-    """A worker whose answers travel as JSON: Ray Data would make columns of them."""
+    """A worker whose answers, and what is wrong with its data, travel as text: Ray Data would make columns
+    of the former, and adds lines of its own to the latter.
+    """
 
     def __init__(self, work: Callable[..., Any], given: Mapping[str, Any]) -> None:
         self._work = work(**given)
 
     def __call__(self, row: Mapping[str, int]) -> dict[str, str]:
-        return {"answer": json.dumps(self._work(row))}
+        try:
+            return {"answer": json.dumps(self._work(row)), "problem": ""}
+        except DataError as error:
+            return {"answer": "", "problem": str(error)}
 
 
 def _counts(blocks: Sequence[_Block], reports: Sequence[BlockReport], config: PrepareConfig) -> Counts:
