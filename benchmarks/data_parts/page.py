@@ -26,7 +26,13 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _section(title: str, result: Mapping[str, Any], lines: Iterable[str]) -> str:
     head = [f"## {title}", "", f"`{result['command']}`", ""]
-    around = f"{result['machine']}. Others used {result['others_percent']} % of the CPUs meanwhile."
+    others = result["others_percent"]
+    load = (
+        "Load by others was not measured"
+        if others is None
+        else f"Others used {others} % of the CPUs meanwhile"
+    )
+    around = f"{result['machine']}. {load}."
     return "\n".join([*head, around, "", *lines, ""])
 
 
