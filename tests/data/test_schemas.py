@@ -235,6 +235,59 @@ def test_every_preference_schema_is_detected_and_gives_the_same_pair(row, format
     assert preferred(row) == GOOD_OR_BAD
 
 
+def whole_talks(*before: Message) -> Row:
+    """chosen and rejected as conversations that both begin with `before`."""
+    turns = [say(message.role, message.content) for message in before]
+    return {
+        side: [*turns, say("assistant", text)] for side, text in (("chosen", "good"), ("rejected", "bad"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q2", **whole_talks(user("q"), assistant("a"), user("q2"))},
+         (user("q"), assistant("a"), user("q2"))),
+        ({"prompt": [say("user", "q2")], **whole_talks(user("q"), assistant("a"), user("q2"))},
+         (user("q"), assistant("a"), user("q2"))),
+        ({"prompt": "topic", **whole_talks(user("q"))}, (user("q"),)),
+        ({"system": "S", "prompt": "q", **whole_talks(user("q"))}, (system("S"), user("q"))),
+        ({"system": "S", "prompt": "q", **whole_talks(system("own"), user("q"))}, (system("own"), user("q"))),
+        ({"prompt": "q ", **whole_talks(user("q"))}, (user("q "),)),
+        ({"prompt": [say("system", "S"), say("user", "q")], **whole_talks(user("q"))},
+         (system("S"), user("q"))),
+        ({"prompt": "q", "history": [["h", "a"]], **whole_talks(user("q"))},
+         (user("h"), assistant("a"), user("q"))),
+        ({"prompt": "q", **whole_talks(user("q"), assistant("a"), user("q2"))},
+         (user("q"), assistant("a"), user("q2"))),
+        ({"prompt": "q", **whole_talks(assistant("a"), user("q2"))},
+         (user("q"), assistant("a"), user("q2"))),
+        ({"prompt": "q", **whole_talks(system("S"))}, (system("S"), user("q"))),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_both_sides_repeat_of_the_prompt_is_taken_once(row, prompt):
+    assert preferred(row) == [(prompt, *GOOD_OR_BAD[0][1:])]
+
+
+def test_transcripts_with_crlf_are_transcripts_in_every_stage():
+    text = "\r\n\r\nHuman: q\r\nr\r\n\r\nAssistant: {}"
+    row = {"chosen": text.format("good"), "rejected": text.format("bad")}
+    assert preferred(row) == [((user("q\nr"),), *GOOD_OR_BAD[0][1:])]
+    assert parsed("sft", row) == talk(user("q\nr"), assistant("good"))
+    assert parsed("ppo", row) == (Prompt(messages=(user("q\nr"),), row={}),)
+    assert parsed("sft", {"prompt": text.format(""), "completion": "a"}) == talk(user("q\nr"), assistant("a"))
+
+
+def test_transcripts_are_never_taken_for_two_texts_with_one_beginning():
+    row = {side: f"\n\nHuman: q\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    schema = named("reward", "preference")
+    assert schema is not None
+    (pair,) = schema.parse(schema.cells(row, {}))
+    assert isinstance(pair, Pair)
+    assert (pair.prompt, pair.chosen) == ((user("q"),), (assistant("chosen"),))
+
+
 def test_a_repeated_prompt_is_found_behind_a_system_message():
     sides = {
         side: [say("system", "S"), say("user", "q"), say("assistant", text)]
@@ -541,6 +594,10 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
          f"rejected: empty response{EMPTY}"),
         ("reward", {"prompt": "q", "chosen": "a", "rejected": say("assistant", "b")},
          "rejected: one of chosen and rejected is text, the other messages"),
+        ("reward", {"prompt": "q", "chosen": 7, "rejected": "b"}, "chosen: expected text, got number 7"),
+        ("reward", {"prompt": "q", "chosen": None, "rejected": "b"}, "chosen: expected text, got null"),
+        ("reward", {"prompt": "q", "chosen": "a", "rejected": 7}, "rejected: expected text, got number 7"),
+        ("reward", {"chosen": "a", "rejected": None}, "rejected: expected text, got null"),
         ("reward", {"chosen": "abc", "rejected": "xyz"},
          "chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}"),
         ("reward", {"chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]},
