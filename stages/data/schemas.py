@@ -20,6 +20,7 @@ from stages.config import DataFormat
 from stages.data.records import Record
 from stages.data.rows import conversations, preferences, prompts, ranked, trees
 from stages.data.rows.cells import Cells, RowError, described
+from stages.data.rows.conversations import as_label
 from stages.data.rows.preferences import SIDES
 from stages.data.rows.prompts import ASKED
 from stages.data.rows.transcripts import is_transcript
@@ -30,6 +31,7 @@ __all__ = [
     "RowError",
     "Schema",
     "StageName",
+    "check_label",
     "described",
     "detect",
     "fields_of",
@@ -64,13 +66,17 @@ class Schema:
         """How far the row is from this schema, smallest first; 0 throughout: the row is of this schema.
 
         A schema that does not fit comes last; then count the configured fields it does not have, then the
-        share and the number of what it requires and the row lacks.
+        share and the number of what it requires and the row lacks, or has as null (tables fill up with it).
         """
         configured = {field: column for field, column in columns.items() if field in self.aliases}
         cells = Cells(row, configured, self.aliases)
-        missing = sum(cells.column(field) is None for field in self.required)
+        missing = sum(_is_absent(cells, field) for field in self.required)
         is_unfit = self.fits is not None and not self.fits(cells)
         return is_unfit, len(columns) - len(configured), missing / len(self.required), missing
+
+
+def _is_absent(cells: Cells, field: str) -> bool:
+    return cells.column(field) is None or cells.required(field)[1] is None
 
 
 def _transcript_in(field: str) -> Callable[[Cells], bool]:
@@ -147,6 +153,23 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
     return min(schemas, key=lambda schema: schema.distance(row, columns))
 
 
+def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise RowError for a row of sft labelled false which `schema`, guessed by another row, would imitate."""
+    if stage != "sft" or schema.format == "labelled":
+        return
+    found = Cells(row, columns, _LABEL).first_of(_LABEL["label"])
+    if found is not None and _is_boolean(found[1]) and not as_label(found[1], found[0]):
+        raise RowError(
+            f"{found[0]}: false, but by its first row the source is not labelled; set format: labelled, or "
+            f"format: {schema.format} to imitate it"
+        )
+
+
+def _is_boolean(value: Any) -> bool:
+    """true or false, or the word: tables of text have no other."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
 def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
     """Rows of one of `inner` with a boolean `label`, or one that the config names; `keep` turns their reader
     into that of labelled rows.
@@ -160,7 +183,7 @@ def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
         if cells.column("label") is None:
             return False
         schema, columns = without_label(cells)
-        is_label = cells.is_renamed("label") or isinstance(cells.required("label")[1], bool)
+        is_label = cells.is_renamed("label") or _is_boolean(cells.required("label")[1])
         return is_label and not any(schema.distance(cells.row, columns))
 
     def parse(cells: Cells) -> tuple[Record, ...]:

@@ -178,8 +178,19 @@ def test_a_false_label_filters_the_row_and_other_words_for_it_need_the_format_st
         schema = named("sft", "labelled")
         assert schema is not None
         assert len(schema.parse(schema.cells({**row, "label": label}, {}))) == kept
+    assert [parsed("sft", {**row, "label": label}) for label in ("False", "false", "TRUE")] == [
+        *((), ()),
+        talk(user("q"), assistant("a")),
+    ]
     renamed = {"prompt": "q", "completion": "a", "is_good": True}
     assert parsed("sft", renamed, label="is_good") == talk(user("q"), assistant("a"))
+
+
+def test_a_null_column_decides_no_schema():
+    row = {"messages": None, "label": None, "prompt": "q", "completion": "a"}
+    assert parsed("sft", row) == talk(user("q"), assistant("a"))
+    assert parsed("sft", {**row, "label": False}) == ()
+    assert problem("sft", {"prompt": "q", "completion": None}) == "completion: expected text, got null"
 
 
 def test_documents_are_the_text_as_it_stands():
