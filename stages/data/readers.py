@@ -250,8 +250,7 @@ class RecordReader(Iterator[Any]):
             check_label(self._stage, schema, row, self._source.column_of)
         self.schema = schema  # a row that cannot be read decides nothing
         if not self.columns_seen:
-            columns = {name: cells.column(name) for name in self.schema.aliases}
-            self.columns_seen = {name: column for name, column in columns.items() if column is not None}
+            self.columns_seen = schema.columns_read(cells)
         return records
 
     def _detected(self, row: dict[str, Any]) -> Schema:

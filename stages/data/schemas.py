@@ -22,7 +22,7 @@ from stages.data.rows import conversations, preferences, prompts, ranked, trees
 from stages.data.rows.cells import Cells, RowError, described
 from stages.data.rows.conversations import as_label
 from stages.data.rows.preferences import SIDES
-from stages.data.rows.prompts import ASKED
+from stages.data.rows.prompts import ASKED, used_by
 from stages.data.rows.transcripts import is_transcript
 
 __all__ = [
@@ -62,6 +62,15 @@ class Schema:
             )
         return Cells(row, columns, self.aliases, min_margin)
 
+    def columns_read(self, cells: Cells) -> dict[str, str]:
+        """Field -> the column of the row that it is read from; `input` and `history` only where they are."""
+        found = {field: cells.column(field) for field in self.aliases}
+        question = next((field for field in ("prompt", "instruction") if found.get(field) is not None), None)
+        unread = {"input", "history"} - {*(() if question is None else used_by(cells, question))}
+        return {
+            field: column for field, column in found.items() if column is not None and field not in unread
+        }
+
     def distance(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[float, ...]:
         """How far the row is from this schema, smallest first; 0 throughout: the row is of this schema.
 
@@ -81,6 +90,14 @@ def _is_absent(cells: Cells, field: str) -> bool:
 
 def _transcript_in(field: str) -> Callable[[Cells], bool]:
     return lambda cells: cells.column(field) is not None and is_transcript(cells.required(field)[1])
+
+
+def _is_alpaca(cells: Cells) -> bool:
+    """Whether the row has an instruction with an output of its own: then further columns are not looked for."""
+    if "instruction" not in cells.row or cells.is_renamed("prompt") or cells.is_renamed("completion"):
+        return False
+    prompt, completion = cells.column("prompt"), cells.column("completion")
+    return completion == "output" or (prompt == "instruction" and completion in (None, "response"))
 
 
 _SYSTEM = {"system": ASKED["system"]}
@@ -106,11 +123,11 @@ _PLAIN_SFT = (
         required=("prompt", "completion"),
         aliases={
             **ASKED,
-            "prompt": ("prompt", "question"),
-            "input": (),
-            "completion": ("completion", "response", "answer"),
+            "prompt": ("prompt", "question", "query", "instruction"),
+            "completion": ("completion", "response", "answer", "output"),
         },
         parse=conversations.prompt_completion,
+        fits=lambda cells: not _is_alpaca(cells),
     ),
     Schema(
         format="instruction",
@@ -118,7 +135,7 @@ _PLAIN_SFT = (
         aliases={
             "instruction": ("instruction",),
             **{field: ASKED[field] for field in ("input", "system", "history")},
-            "output": ("output", "response"),
+            "output": ("output", "response", "completion", "answer"),
         },
         parse=conversations.instruction,
     ),
@@ -250,7 +267,7 @@ SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
         Schema(
             format="preference",
             required=("chosen", "rejected"),
-            aliases={**ASKED, "prompt": (*ASKED["prompt"], "messages"), **SIDES},
+            aliases={**ASKED, "prompt": (*ASKED["prompt"], "messages", "input"), **SIDES},
             parse=preferences.preference,
         ),
         Schema(

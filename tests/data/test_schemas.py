@@ -86,6 +86,13 @@ GOOD_OR_BAD = [((user("q"),), (assistant("good"),), (assistant("bad"),))]
         ({"prompt": [say("user", "q")], "completion": [say("assistant", "a")]}, "prompt_completion"),
         ({"prompt": "q", "completion": say("assistant", "a")}, "prompt_completion"),
         ({"prompt": "\n\nHuman: q\n\nAssistant:", "response": "a"}, "prompt_completion"),
+        ({"prompt": "q", "output": "a"}, "prompt_completion"),
+        ({"question": "q", "output": "a"}, "prompt_completion"),
+        ({"query": "q", "response": "a"}, "prompt_completion"),
+        ({"instruction": "q", "completion": "a"}, "prompt_completion"),
+        ({"instruction": "q", "input": "", "answer": "a"}, "prompt_completion"),
+        ({"instruction": "", "input": "q", "output": "a"}, "instruction"),
+        ({"instruction": "q", "output": "a", "prompt": "Below is … q a"}, "instruction"),
         ({"instruction": "q", "output": "a"}, "instruction"),
         ({"instruction": "q", "input": " ", "output": "a", "history": [], "system": None}, "instruction"),
         ({"instruction": "q", "context": "", "response": "a", "category": "qa"}, "instruction"),
@@ -151,6 +158,38 @@ def test_alpaca_takes_system_history_and_input_in_their_order():
     assert preferred(pair) == [(before, (assistant("3"),), (assistant("4"),))]
 
 
+@pytest.mark.parametrize("column", ["prompt", "question", "query"])
+@pytest.mark.parametrize("below", ["input", "context"])
+def test_text_beside_a_prompt_is_joined_with_it_in_every_stage(column, below):
+    row = {column: "q", below: "x"}
+    asked = (user("q\n\nx"),)
+    assert parsed("sft", {**row, "completion": "a"}) == talk(*asked, assistant("a"))
+    assert parsed("ppo", row) == (Prompt(messages=asked, row={}),)
+    assert preferred({**row, "chosen": "good", "rejected": "bad"}) == [(asked, *GOOD_OR_BAD[0][1:])]
+    rated = {**row, "responses": ["good", "bad"], "scores": [2, 1]}
+    assert preferred(rated) == [(asked, *GOOD_OR_BAD[0][1:])]
+
+
+@pytest.mark.parametrize(
+    "further",
+    [{"context": {"title": ["t"]}}, {"input": 3}, {"input": " "}, {"context": None}, {"input": "of q"},
+     {"input": "x", "instruction": "i"}],
+    ids=str,
+)  # fmt: skip
+def test_another_thing_of_that_name_or_one_the_prompt_holds_is_a_further_column(further):
+    prompt = "of q: q"
+    schema = detect("ppo", {"prompt": prompt, **further}, {})
+    cells = schema.cells({"prompt": prompt, **further}, {})
+    assert schema.parse(cells) == (Prompt(messages=(user(prompt),), row=further),)
+    assert schema.columns_read(cells) == {"prompt": "prompt"}
+
+
+def test_an_instruction_and_its_input_may_be_blank_but_not_both():
+    row = {"instruction": " ", "input": "x", "output": "a"}
+    assert parsed("sft", row) == talk(user("x"), assistant("a"))
+    assert problem("sft", {**row, "input": ""}) == f"instruction: empty prompt{EMPTY}"
+
+
 def test_a_history_that_is_no_list_is_a_column_like_any_other():
     assert parsed("ppo", {"prompt": "q", "history": "of Rome"}) == (
         Prompt(messages=(user("q"),), row={"history": "of Rome"}),
@@ -206,6 +245,8 @@ def test_documents_are_the_text_as_it_stands():
     [
         ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference"),
         ({"question": "q", "chosen": "good", "rejected": "bad"}, "preference"),
+        ({"input": "q", "chosen": "good", "rejected": "bad"}, "preference"),
+        ({"query": "q", "input": {}, "chosen": "good", "rejected": "bad"}, "preference"),
         ({"instruction": "q", "input": "", "output": "x", "chosen": "good", "rejected": "bad"}, "preference"),
         ({"prompt": "q", "chosen": [say("assistant", "good")], "rejected": [say("assistant", "bad")]},
          "preference"),

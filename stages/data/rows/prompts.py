@@ -12,7 +12,7 @@ from stages.data.rows.transcripts import first_turn_of, is_open_transcript, open
 from stages.data.rows.turns import as_messages, listed_messages, with_system
 
 ASKED = {
-    "prompt": ("prompt", "question", "instruction"),
+    "prompt": ("prompt", "question", "instruction", "query"),
     "input": ("input", "context"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
@@ -23,8 +23,8 @@ ASKED = {
 def asked(cells: Cells, field: str) -> Messages:
     """What the row asks: system, history and the prompt in `field`, with its input below it.
 
-    An instruction is joined with its `input` by a blank line. A text that is a transcript up to an open
-    `Assistant:` is taken apart into its turns. Raises RowError.
+    A text is joined with its `input` by a blank line, either may be blank. A text that is a transcript up to
+    an open `Assistant:` is taken apart into its turns. Raises RowError.
     """
     column, value = cells.required(field)
     if is_open_transcript(value):
@@ -39,22 +39,30 @@ def used_by(cells: Cells, field: str) -> tuple[str, ...]:
     column, value = cells.required(field)
     if not isinstance(value, str) or is_open_transcript(value):
         return field, "system"
-    joined = ("input",) if _input_of(cells, column) is not None else ()
+    joined = ("input",) if _input_of(cells, column, value) is not None else ()
     return field, "system", *joined, *(("history",) if _has_history(cells) else ())
 
 
 def _question(cells: Cells, column: str, value: str) -> Message:
-    text = filled(as_text(value, column), column, "prompt")
-    extra = _input_of(cells, column)
+    text = as_text(value, column)
+    extra = _input_of(cells, column, value)
     below = "" if extra is None or extra[1] is None else as_text(extra[1], extra[0])
-    return Message(role="user", content=f"{text}\n\n{below}" if below.strip() else text)
+    joined = "\n\n".join(part for part in (text, below) if part.strip())
+    return Message(role="user", content=filled(joined, column, "prompt"))
 
 
-def _input_of(cells: Cells, column: str) -> tuple[str, object] | None:
-    """(column, value) of the `input` that goes with the prompt: an instruction's, or one the config names."""
+def _input_of(cells: Cells, column: str, value: str) -> tuple[str, object] | None:
+    """(column, value) of the `input` that goes with the prompt: one the config names, an instruction's, or text
+    beside a prompt that does not hold it already; where there is an instruction too, it is the instruction's.
+    """
     if cells.is_renamed("input"):
         return cells.required("input")
-    return cells.first_of(ASKED["input"]) if column == "instruction" else None
+    found = cells.first_of(ASKED["input"])
+    if column == "instruction" or found is None:
+        return found
+    text = found[1].strip() if isinstance(found[1], str) else ""
+    is_read = text and found[0] != column and "instruction" not in cells.row and text not in value
+    return found if is_read else None
 
 
 def _has_history(cells: Cells) -> bool:
