@@ -64,12 +64,11 @@ class Schema:
 
     def columns_read(self, cells: Cells) -> dict[str, str]:
         """Field -> the column of the row that it is read from; `input` and `history` only where they are."""
-        found = {field: cells.column(field) for field in self.aliases}
-        question = next((field for field in ("prompt", "instruction") if found.get(field) is not None), None)
+        columns = {field: cells.column(field) for field in self.aliases}
+        found = {field: column for field, column in columns.items() if column is not None}
+        question = next((field for field in ("prompt", "instruction") if field in found), None)
         unread = {"input", "history"} - {*(() if question is None else used_by(cells, question))}
-        return {
-            field: column for field, column in found.items() if column is not None and field not in unread
-        }
+        return {field: column for field, column in found.items() if field not in unread}
 
     def distance(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[float, ...]:
         """How far the row is from this schema, smallest first; 0 throughout: the row is of this schema.
@@ -93,7 +92,7 @@ def _transcript_in(field: str) -> Callable[[Cells], bool]:
 
 
 def _is_alpaca(cells: Cells) -> bool:
-    """Whether the row has an instruction with an output of its own: then further columns are not looked for."""
+    """Whether the row has an instruction with an output of its own: nothing else is to be looked for."""
     if "instruction" not in cells.row or cells.is_renamed("prompt") or cells.is_renamed("completion"):
         return False
     prompt, completion = cells.column("prompt"), cells.column("completion")
@@ -171,7 +170,7 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
 
 
 def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Raise RowError for a row of sft labelled false which `schema`, guessed by another row, would imitate."""
+    """Raise RowError for a row of sft labelled false that `schema`, guessed by another, would imitate."""
     if stage != "sft" or schema.format == "labelled":
         return
     found = Cells(row, columns, _LABEL).first_of(_LABEL["label"])

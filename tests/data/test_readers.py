@@ -225,8 +225,8 @@ def test_a_false_label_after_rows_without_one_is_not_imitated(tmp_path, first, l
     path = jsonl(tmp_path / "a.jsonl", first, {**GOOD, **label})
     (name,) = label
     assert failure(path, "sft") == (
-        f"a.jsonl:2: {name}: false, but by its first row the source is not labelled; set format: labelled, or "
-        "format: prompt_completion to imitate it"
+        f"a.jsonl:2: {name}: false, but by its first row the source is not labelled; set format: labelled, "
+        "or format: prompt_completion to imitate it"
     )
     assert records(path, "sft", format="prompt_completion") == [TALK, TALK]
     assert len(records(path, "ppo")) == 2

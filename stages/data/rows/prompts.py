@@ -52,8 +52,8 @@ def _question(cells: Cells, column: str, value: str) -> Message:
 
 
 def _input_of(cells: Cells, column: str, value: str) -> tuple[str, object] | None:
-    """(column, value) of the `input` that goes with the prompt: one the config names, an instruction's, or text
-    beside a prompt that does not hold it already; where there is an instruction too, it is the instruction's.
+    """(column, value) of the `input` that goes with the prompt: one the config names, an instruction's, or
+    text beside a prompt that does not hold it already; not where it belongs to an instruction beside it.
     """
     if cells.is_renamed("input"):
         return cells.required("input")
