@@ -23,6 +23,7 @@ from stages.errors import DataError
 
 Kind = Literal["jsonl", "json", "parquet", "csv", "tsv", "txt"]
 KINDS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "csv", "tsv", "txt")
+_OTHER_NAMES: dict[str, Kind] = {"ndjson": "jsonl", "jsonlines": "jsonl"}
 COMPRESSIONS = ("gz", "zst")
 """Of every kind but parquet, which compresses by itself."""
 MAX_SHOWN_CHARS = 2000
@@ -82,7 +83,7 @@ def _kind_in(name: str) -> FileKind | None:
     stem, _, last = name.lower().rpartition(".")
     compression = last if stem and last in COMPRESSIONS else ""
     suffix = stem.rpartition(".")[2] if compression else last
-    kind = next((kind for kind in KINDS if kind == suffix), None)
+    kind = next((kind for kind in KINDS if kind == suffix), _OTHER_NAMES.get(suffix))
     if kind is None or "." not in name or (kind == "parquet" and compression):
         return None
     return FileKind(kind=kind, compression=compression)

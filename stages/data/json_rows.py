@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.data.files import shown
-from stages.data.schemas import described
+from stages.data.rows.cells import described, not_utf8
 from stages.errors import DataError
 
 
@@ -57,10 +57,8 @@ def decoded(data: bytes, number: int) -> str | RawRow:
     """The text of line `number` without byte order mark and line end, or the row that says what is wrong."""
     try:
         text = data.decode()
-    except UnicodeDecodeError as error:
-        column = len(data[: error.start].decode(errors="replace")) + 1
-        problem = f"not UTF-8 (byte 0x{data[error.start]:02X} at column {column}); convert with iconv"
-        return RawRow(number, None, problem)
+    except UnicodeDecodeError:
+        return RawRow(number, None, not_utf8(data))
     return (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
 
 

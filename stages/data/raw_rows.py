@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import DataSource
 from stages.data.files import FileSplit, kind_of, lines_of, one_line, opened, reading, shown
 from stages.data.json_rows import RawRow, decoded, json_rows, jsonl_rows
+from stages.data.rows.cells import Binary
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -347,7 +348,7 @@ def _is_plain(kind: "pyarrow.DataType") -> bool:
 
 def plain(value: Any) -> Any:
     """A value of an Arrow table as JSON would hold it: bytes that are UTF-8 as text (old parquet writers do
-    not mark text as such), other bytes in base64, decimals as numbers, times in ISO 8601 or seconds.
+    not mark text as such), other bytes as Binary, decimals as numbers, times in ISO 8601 or seconds.
     """
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -357,7 +358,7 @@ def plain(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            return base64.b64encode(value).decode()
+            return Binary(base64.b64encode(value).decode())
     if isinstance(value, decimal.Decimal):
         return float(value)
     if isinstance(value, datetime.timedelta):

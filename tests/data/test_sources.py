@@ -236,6 +236,13 @@ def test_errors_in_parquet_name_the_row(tmp_path):
     assert failure(parquet(tmp_path / "b.parquet", text=data)) == "b.parquet:301: text: not UTF-8"
 
 
+def test_bytes_of_a_table_that_are_no_text_are_not_read_as_text(tmp_path):
+    path = parquet(tmp_path / "a.parquet", text=pyarrow.array([b"ok", b"caf\xe9"], pyarrow.binary()))
+    assert failure(path) == "a.parquet:2: text: not UTF-8 (byte 0xE9 at column 4); convert with iconv"
+    path = parquet(tmp_path / "b.parquet", text=["x"], image=pyarrow.array([b"\xff"], pyarrow.binary()))
+    assert texts(path) == ["x"], "a column that is not read may hold bytes"
+
+
 def test_parquet_values_become_what_json_would_hold(tmp_path):
     when = datetime.datetime(2024, 2, 3, 4, 5, 6)
     path = parquet(
