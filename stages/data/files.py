@@ -11,7 +11,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -113,24 +113,45 @@ def files_of(path: str) -> list[Path]:
         if place.exists():
             return [_plain_file(place)]
         found = [] if "\0" in path else sorted(glob.glob(path, recursive=True))
-        files = [Path(match) for match in found if Path(match).is_file()]
+        files = _once(Path(match) for match in found)
     if not files:
         raise DataError(f"no such file: {shown(path)}")
     return files
 
 
 def _files_in(directory: Path) -> list[Path]:
-    files = [
-        file
-        for file in sorted(directory.rglob("*"))
-        if has_data_suffix(file)
-        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
-        and file.is_file()
-    ]
+    files = _once(file for file in sorted(_below(directory)) if has_data_suffix(file))
     if not files:
-        next(os.scandir(directory), None)  # rglob passes over what it may not read: say so
         raise DataError(f"{shown(directory)}: no {', '.join(KINDS)} file in this directory")
     return files
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """What is in the directory, links followed, each directory once, nothing hidden. Raises OSError."""
+    seen = {directory.resolve()}
+    for place, inner, names in os.walk(directory, followlinks=True, onerror=_refuse):
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+        wanted = sorted(name for name in inner if not name.startswith("."))
+        inner.clear()
+        for name in wanted:
+            if (real := Path(place, name).resolve()) not in seen:
+                seen.add(real)
+                inner.append(name)  # to be walked
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """The files among the paths, one that has several names by the first of them. Raises DataError."""
+    files: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_symlink() and not path.exists() and has_data_suffix(path):
+            raise DataError(f"{shown(path)}: a link that leads nowhere")
+        if path.is_file():
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def _plain_file(path: Path) -> Path:

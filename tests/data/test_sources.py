@@ -316,6 +316,31 @@ def test_a_directory_is_read_with_all_its_kinds_in_path_order(tmp_path):
     assert texts(tmp_path) == ["one", "two"] * 7
 
 
+def test_links_are_followed_and_a_row_is_read_once_however_many_names_it_has(tmp_path):
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        written(tmp_path / folder / "a.jsonl", json.dumps({"text": folder}).encode())
+    (tmp_path / "data" / "far").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "self").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "z.jsonl").symlink_to(tmp_path / "data" / "a.jsonl")
+    assert texts(tmp_path / "data") == ["data", "elsewhere"]
+    assert sorted(texts(tmp_path / "data" / "**" / "*.jsonl")) == ["data", "elsewhere"]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    written(tmp_path / "a.jsonl", SOUND["jsonl"])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    (tmp_path / "README.md").symlink_to(tmp_path / "gone.md")
+    for place in ("", "*.jsonl", "*"):
+        assert failure(tmp_path / place).endswith("b.jsonl: a link that leads nowhere")
+
+
+@pytest.mark.parametrize("suffix", ["ndjson", "jsonlines", "NDJSON.gz"])
+def test_other_names_of_jsonl_are_jsonl(tmp_path, suffix):
+    pack = gzip.compress if suffix.endswith("gz") else bytes
+    assert texts(written(tmp_path / f"a.{suffix}", pack(SOUND["jsonl"]))) == ["one", "two"]
+
+
 def test_upper_case_suffixes_are_suffixes(tmp_path):
     assert texts(written(tmp_path / "A.JSONL.GZ", gzip.compress(SOUND["jsonl"]))) == ["one", "two"]
 

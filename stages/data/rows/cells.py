@@ -160,9 +160,8 @@ def described(value: Any) -> str:
     if isinstance(value, int | float):
         shown = str(value) if isinstance(value, float) or abs(value) < 10**20 else "too long to show"
         return f"number {shown}"
-    return {"str": "text", "dict": "object", "Binary": "bytes"}.get(
-        type(value).__name__, type(value).__name__
-    )
+    name = type(value).__name__
+    return {"str": "text", "dict": "object", "Binary": "bytes"}.get(name, name)
 
 
 def filled(text: str, name: str, what: str) -> str:
