@@ -128,13 +128,13 @@ def _files_in(directory: Path) -> list[Path]:
 
 def _below(directory: Path) -> Iterator[Path]:
     """What is in the directory, links followed, each directory once, nothing hidden. Raises OSError."""
-    seen = {directory.resolve()}
+    seen = {os.path.realpath(directory)}
     for place, inner, names in os.walk(directory, followlinks=True, onerror=_refuse):
         yield from (Path(place, name) for name in names if not name.startswith("."))
         wanted = sorted(name for name in inner if not name.startswith("."))
         inner.clear()
         for name in wanted:
-            if (real := Path(place, name).resolve()) not in seen:
+            if (real := os.path.realpath(Path(place, name))) not in seen:
                 seen.add(real)
                 inner.append(name)  # to be walked
 
@@ -147,10 +147,11 @@ def _once(paths: Iterable[Path]) -> list[Path]:
     """The files among the paths, one that has several names by the first of them. Raises DataError."""
     files: dict[Path, Path] = {}
     for path in paths:
-        if path.is_symlink() and not path.exists() and has_data_suffix(path):
+        real = Path(os.path.realpath(path))  # also where the path has more links than the system follows
+        if path.is_symlink() and has_data_suffix(path) and not real.exists():
             raise DataError(f"{shown(path)}: a link that leads nowhere")
-        if path.is_file():
-            files.setdefault(path.resolve(), path)
+        if real.is_file():
+            files.setdefault(real, path)
     return list(files.values())
 
 
