@@ -11,7 +11,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -113,14 +113,14 @@ def files_of(path: str) -> list[Path]:
         if place.exists():
             return [_plain_file(place)]
         found = [] if "\0" in path else sorted(glob.glob(path, recursive=True))
-        files = _once(Path(match) for match in found)
+        files = _once([Path(match) for match in found])
     if not files:
         raise DataError(f"no such file: {shown(path)}")
     return files
 
 
 def _files_in(directory: Path) -> list[Path]:
-    files = _once(file for file in sorted(_below(directory)) if has_data_suffix(file))
+    files = _once([file for file in sorted(_below(directory)) if has_data_suffix(file)])
     if not files:
         raise DataError(f"{shown(directory)}: no {', '.join(KINDS)} file in this directory")
     return files
@@ -143,16 +143,17 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def _once(paths: Iterable[Path]) -> list[Path]:
-    """The files among the paths, one that has several names by the first of them. Raises DataError."""
+def _once(paths: Sequence[Path]) -> list[Path]:
+    """The files among the paths, one that has several names by the shortest path. Raises DataError."""
     files: dict[Path, Path] = {}
-    for path in paths:
+    for path in sorted(paths, key=lambda path: len(path.parts)):
         real = Path(os.path.realpath(path))  # also where the path has more links than the system follows
         if path.is_symlink() and has_data_suffix(path) and not real.exists():
             raise DataError(f"{shown(path)}: a link that leads nowhere")
         if real.is_file():
             files.setdefault(real, path)
-    return list(files.values())
+    chosen = {*files.values()}
+    return [path for path in paths if path in chosen]
 
 
 def _plain_file(path: Path) -> Path:

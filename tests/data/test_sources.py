@@ -113,6 +113,13 @@ def test_a_list_names_the_columns_of_a_file_without_header_line(tmp_path, name, 
          "has no header line"),
         ("a.csv", b"text,b\nx,y\n", {"columns": ["text", "b"]},
          "a.csv:1: the file has a header line; remove the list under columns:"),
+        ("a.csv", b"x,y\n", {"columns": ["text", "text"]},
+         "a.csv: columns: 'text' stands twice; give each its own name"),
+        ("a.csv", b"x,y,z\n", {"columns": ["text", "b"]},
+         "a.csv:1: expected 2 cells, one for each name under columns:, got 3; a cell that holds a comma must "
+         "stand in quotes"),
+        ("a.tsv", b"x\ty\n", {"columns": ["text", "b", "c"]},
+         "a.tsv:1: expected 3 cells, one for each name under columns:, got 2"),
         ("a.csv", b"one,two\nx,y\n", {},
          "a.csv:2: text: missing; columns are one, two - set columns: {text: …}"),
         ("a.csv", b"text\n", {}, "a.csv: no rows"),
@@ -325,6 +332,8 @@ def test_links_are_followed_and_a_row_is_read_once_however_many_names_it_has(tmp
     (tmp_path / "data" / "z.jsonl").symlink_to(tmp_path / "data" / "a.jsonl")
     assert texts(tmp_path / "data") == ["data", "elsewhere"]
     assert sorted(texts(tmp_path / "data" / "**" / "*.jsonl")) == ["data", "elsewhere"]
+    (tmp_path / "data" / "self").rename(tmp_path / "data" / "0")  # sorts before the file it leads to
+    assert texts(tmp_path / "data" / "**" / "*.jsonl") == ["data", "elsewhere"]
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
