@@ -202,7 +202,10 @@ class _ZstdStream(io.RawIOBase):
         except OSError as error:  # Arrow gives neither an error number nor a class of its own
             if "Truncated" in str(error):
                 raise EOFError from error
-            raise DataError(f"{shown(self._path)}: not a valid zstd file, or damaged") from error
+            reason = "not a valid zstd file, or damaged"
+            if "too much memory" in str(error):
+                reason = f"{error} (a window above 128 MiB); compress it with zstd --long=27 or less"
+            raise DataError(f"{shown(self._path)}: {reason}") from error
         buffer[: len(data)] = data
         return len(data)
 

@@ -314,12 +314,14 @@ def test_a_reader_reads_no_further_than_asked(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n[1, 2]\n', "prepare",
          "a.jsonl:2: expected an object {column: value}, got list"),
         ("a.jsonl", b'\xef\xbb\xbf[{"text": "x"}]\n', "prepare",
-         "a.jsonl:1: expected an object {column: value}, got list; a list or multi-line objects: name it .json"),
+         "a.jsonl:1: expected an object {column: value}, got list; a list or multi-line objects: name it "
+         ".json"),
         ("a.jsonl", b'[\n{"text": "x"}\n]\n', "prepare",
-         "a.jsonl:1: not valid JSON: expected a value (column 2); a list or multi-line objects: name it .json"),
+         "a.jsonl:1: not valid JSON: expected a value (column 2); a list or multi-line objects: name it "
+         ".json"),
         ("a.jsonl", b'{\n"text": "x"\n}\n', "prepare",
-         "a.jsonl:1: not valid JSON: expected a property name in double quotes (column 2); a list or multi-line "
-         "objects: name it .json"),
+         "a.jsonl:1: not valid JSON: expected a property name in double quotes (column 2); a list or "
+         "multi-line objects: name it .json"),
         ("a.json", b'{"version": "1", "data": [{"text": "x"}]}', "prepare",
          "a.json:1: one object, with rows in the list under 'data'; leave only that list in the file"),
         ("a.jsonl", b'{"text": "x"}{"text": "y"}\n', "prepare",

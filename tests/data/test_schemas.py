@@ -198,6 +198,27 @@ def test_a_history_that_is_no_list_is_a_column_like_any_other():
     assert parsed("sft", row, prompt="history") == talk(user("q"), assistant("a"))
 
 
+def test_lists_in_a_table_of_text_are_read_as_the_lists_they_are():
+    asked, turns = [say("user", "q")], [say("user", "q"), say("assistant", "a")]
+    for column in ("messages", "conversations"):
+        assert parsed("sft", {column: json.dumps(turns)}) == talk(user("q"), assistant("a"))
+        assert parsed("ppo", {column: f" {json.dumps(turns)}"}) == (Prompt(messages=(user("q"),), row={}),)
+        pair = {column: json.dumps(asked), "chosen": say("assistant", "good")}
+        assert preferred({**pair, "rejected": say("assistant", "bad")}) == GOOD_OR_BAD
+    rated = {"prompt": "q", "responses": '["bad", "good"]', "scores": "[1, 2]"}
+    assert preferred(rated) == GOOD_OR_BAD
+    assert preferred({"prompt": "q", "responses": '["good", "bad"]', "ranks": "[1, 2]"}) == GOOD_OR_BAD
+    row = {"instruction": "q", "output": "a", "history": '[["h", "b"]]'}
+    assert parsed("sft", row) == talk(user("h"), assistant("b"), user("q"), assistant("a"))
+    assert problem("sft", {**row, "history": "[['h', 'b']]"}) == (
+        "history: expected a list of [question, answer], got text"
+    )
+    assert problem("sft", {"messages": "[{'role': 'user'}]"}) == (
+        "messages: expected a list of messages, got text"
+    )
+    assert parsed("sft", {"prompt": "[1, 2]", "completion": "[3]"}) == talk(user("[1, 2]"), assistant("[3]"))
+
+
 def test_a_system_column_goes_first_unless_the_messages_bring_their_own():
     row = {"conversations": [told("human", "q"), told("gpt", "a")], "system": "S"}
     assert parsed("sft", row) == talk(system("S"), user("q"), assistant("a"))

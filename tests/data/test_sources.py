@@ -226,6 +226,16 @@ def test_truncated_and_damaged_compressed_files_are_told_apart(tmp_path, suffix,
     assert failure(path) == f"a.jsonl.{suffix}: not a valid {name} file, or damaged"
 
 
+def test_a_zstd_file_that_needs_too_much_memory_is_not_called_damaged(tmp_path):
+    window = (28 - 10) << 3  # an exponent of 28: 256 MiB
+    block = (1 | len(b"abc") << 3).to_bytes(3, "little") + b"abc"
+    path = written(tmp_path / "a.txt.zst", bytes.fromhex("28b52ffd") + bytes([0, window]) + block)
+    assert failure(path) == (
+        "a.txt.zst: ZSTD decompress failed: Frame requires too much memory for decoding (a window above 128 "
+        "MiB); compress it with zstd --long=27 or less"
+    )
+
+
 # parquet
 
 

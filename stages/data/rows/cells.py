@@ -7,6 +7,7 @@ a field means (conversations, preferences, ...). Light import.
 """
 
 import base64
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -142,6 +143,17 @@ def as_text(value: Any, name: str) -> str:
             f"{error.start + 1}; it is no text"
         ) from None
     return value
+
+
+def unpacked(value: Any) -> Any:
+    """`value`, or the list whose JSON it is: how a list stands in a table of text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list) else value
 
 
 def not_utf8(data: bytes) -> str:
