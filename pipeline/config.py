@@ -181,7 +181,12 @@ def check_paths(loaded: LoadedConfig, sections: Collection[str] | None = None) -
     """
     for item in _stated_paths(loaded.config, loaded.tree):
         if (sections is None or item.key[0] in sections) and (problem := _path_problem(item)):
-            raise DataError(f"{item.stated.origin.label}: {dotted(item.key)}: {problem}")
+            raise DataError(f"{item.stated.origin.label}: {_indexed(item.key)}: {problem}")
+
+
+def _indexed(key: KeyPath) -> str:
+    """Example: ("sft", "data", 0, "path") -> "sft.data[0].path"."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
 
 
 def _path_problem(item: _StatedPath) -> str | None:

@@ -11,7 +11,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +23,7 @@ from stages.errors import DataError
 
 Kind = Literal["jsonl", "json", "parquet", "csv", "tsv", "txt"]
 KINDS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "csv", "tsv", "txt")
+_OTHER_NAMES: dict[str, Kind] = {"ndjson": "jsonl", "jsonlines": "jsonl"}
 COMPRESSIONS = ("gz", "zst")
 """Of every kind but parquet, which compresses by itself."""
 MAX_SHOWN_CHARS = 2000
@@ -82,7 +83,7 @@ def _kind_in(name: str) -> FileKind | None:
     stem, _, last = name.lower().rpartition(".")
     compression = last if stem and last in COMPRESSIONS else ""
     suffix = stem.rpartition(".")[2] if compression else last
-    kind = next((kind for kind in KINDS if kind == suffix), None)
+    kind = next((kind for kind in KINDS if kind == suffix), _OTHER_NAMES.get(suffix))
     if kind is None or "." not in name or (kind == "parquet" and compression):
         return None
     return FileKind(kind=kind, compression=compression)
@@ -112,24 +113,47 @@ def files_of(path: str) -> list[Path]:
         if place.exists():
             return [_plain_file(place)]
         found = [] if "\0" in path else sorted(glob.glob(path, recursive=True))
-        files = [Path(match) for match in found if Path(match).is_file()]
+        files = _once([Path(match) for match in found])
     if not files:
         raise DataError(f"no such file: {shown(path)}")
     return files
 
 
 def _files_in(directory: Path) -> list[Path]:
-    files = [
-        file
-        for file in sorted(directory.rglob("*"))
-        if has_data_suffix(file)
-        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
-        and file.is_file()
-    ]
+    files = _once([file for file in sorted(_below(directory)) if has_data_suffix(file)])
     if not files:
-        next(os.scandir(directory), None)  # rglob passes over what it may not read: say so
         raise DataError(f"{shown(directory)}: no {', '.join(KINDS)} file in this directory")
     return files
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """What is in the directory, links followed, each directory once, nothing hidden. Raises OSError."""
+    seen = {os.path.realpath(directory)}
+    for place, inner, names in os.walk(directory, followlinks=True, onerror=_refuse):
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+        wanted = sorted(name for name in inner if not name.startswith("."))
+        inner.clear()
+        for name in wanted:
+            if (real := os.path.realpath(Path(place, name))) not in seen:
+                seen.add(real)
+                inner.append(name)  # to be walked
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _once(paths: Sequence[Path]) -> list[Path]:
+    """The files among the paths, one that has several names by the shortest path. Raises DataError."""
+    files: dict[Path, Path] = {}
+    for path in sorted(paths, key=lambda path: len(path.parts)):
+        real = Path(os.path.realpath(path))  # also where the path has more links than the system follows
+        if path.is_symlink() and has_data_suffix(path) and not real.exists():
+            raise DataError(f"{shown(path)}: a link that leads nowhere")
+        if real.is_file():
+            files.setdefault(real, path)
+    chosen = {*files.values()}
+    return [path for path in paths if path in chosen]
 
 
 def _plain_file(path: Path) -> Path:
@@ -178,7 +202,10 @@ class _ZstdStream(io.RawIOBase):
         except OSError as error:  # Arrow gives neither an error number nor a class of its own
             if "Truncated" in str(error):
                 raise EOFError from error
-            raise DataError(f"{shown(self._path)}: not a valid zstd file, or damaged") from error
+            reason = "not a valid zstd file, or damaged"
+            if "too much memory" in str(error):
+                reason = f"{error} (a window above 128 MiB); compress it with zstd --long=27 or less"
+            raise DataError(f"{shown(self._path)}: {reason}") from error
         buffer[: len(data)] = data
         return len(data)
 

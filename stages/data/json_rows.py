@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.data.files import shown
-from stages.data.schemas import described
+from stages.data.rows.cells import described, not_utf8
 from stages.errors import DataError
 
 
@@ -24,6 +24,7 @@ class RawRow(NamedTuple):
     problem: str = ""
 
 
+_NO_LINES = "; a list or multi-line objects: name it .json"
 _decode = json.JSONDecoder().decode
 
 
@@ -37,7 +38,7 @@ def jsonl_rows(lines: Iterable[bytes], first_line: int) -> Iterator[RawRow]:
             if row is not None:
                 yield row
             continue
-        yield row_of(value, number)
+        yield _line_row(value, number)
 
 
 def _odd_line(data: bytes, number: int) -> RawRow | None:
@@ -48,19 +49,23 @@ def _odd_line(data: bytes, number: int) -> RawRow | None:
     if not text.strip():
         return None
     try:
-        return row_of(_decode(text), number)
+        return _line_row(_decode(text), number)
     except (ValueError, RecursionError) as error:
-        return RawRow(number, None, json_problem(error, text))
+        opens_more = number == 1 and (text.startswith("[") or text.strip() == "{")
+        return RawRow(number, None, json_problem(error, text) + (_NO_LINES if opens_more else ""))
+
+
+def _line_row(value: Any, number: int) -> RawRow:
+    row = row_of(value, number)
+    return row._replace(problem=row.problem + _NO_LINES) if number == 1 and isinstance(value, list) else row
 
 
 def decoded(data: bytes, number: int) -> str | RawRow:
     """The text of line `number` without byte order mark and line end, or the row that says what is wrong."""
     try:
         text = data.decode()
-    except UnicodeDecodeError as error:
-        column = len(data[: error.start].decode(errors="replace")) + 1
-        problem = f"not UTF-8 (byte 0x{data[error.start]:02X} at column {column}); convert with iconv"
-        return RawRow(number, None, problem)
+    except UnicodeDecodeError:
+        return RawRow(number, None, not_utf8(data))
     return (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
 
 
@@ -79,7 +84,7 @@ def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[RawRow]:
     text = _whole_text(lines, path)
     at = _after_space(text, 0)
     in_list = text[at : at + 1] == "["
-    at = _after_space(text, at + in_list)
+    at = first = _after_space(text, at + in_list)
     counted_to, line_number = 0, 1
     decoder = json.JSONDecoder()
     while at < len(text) and not (in_list and text[at] == "]"):
@@ -89,8 +94,10 @@ def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[RawRow]:
         except (ValueError, RecursionError) as error:
             where = error.lineno if isinstance(error, json.JSONDecodeError) else line_number
             raise DataError(f"{shown(path)}:{where}: {json_problem(error, text)}") from None
-        yield row_of(value, line_number)
         at = _after_space(text, at)
+        is_all = not in_list and counted_to == first and at == len(text)
+        problem = _wrapped(value) if is_all else ""
+        yield RawRow(line_number, None, problem) if problem else row_of(value, line_number)
         if in_list and text[at : at + 1] == ",":
             at = _after_space(text, at + 1)
         elif in_list and at < len(text) and text[at] != "]":
@@ -101,6 +108,15 @@ def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[RawRow]:
             )
     if in_list:
         _check_end(text, at, path)
+
+
+def _wrapped(value: Any) -> str:
+    """What to do about a file that is one object, with the rows in a list inside it; empty: it is not."""
+    for key in ("data", "rows", "examples", "train"):
+        inner = value[key] if isinstance(value, dict) and key in value else None
+        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
+            return f"one object, with rows in the list under '{key}'; leave only that list in the file"
+    return ""
 
 
 def _whole_text(lines: Iterable[bytes], path: Path) -> str:

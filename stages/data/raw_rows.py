@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import DataSource
 from stages.data.files import FileSplit, kind_of, lines_of, one_line, opened, reading, shown
 from stages.data.json_rows import RawRow, decoded, json_rows, jsonl_rows
+from stages.data.rows.cells import Binary
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def _table_rows(
     names = _header_of(rows, path) if header is None else header
     if names is None:
         return
+    if header is not None and (twice := _twice(header)) is not None:
+        raise DataError(f"{shown(path)}: columns: '{_shortened(twice)}' stands twice; give each its own name")
     num_before = 0
     for row in rows:
         if isinstance(row, RawRow):
@@ -125,10 +128,11 @@ def _table_rows(
             continue
         line, cells = row
         if len(cells) != len(names):
-            problem = (
-                f"expected {len(names)} cells, got {len(cells)}{_cells_hint(path, len(cells), len(names))}"
+            expected = f"{len(names)} cells" + (
+                "" if header is None else ", one for each name under columns:"
             )
-            yield RawRow(line, None, problem)
+            hint = _cells_hint(path, len(cells), len(names))
+            yield RawRow(line, None, f"expected {expected}, got {len(cells)}{hint}")
             continue
         if header is not None and not num_before and cells == header:
             raise DataError(
@@ -154,13 +158,17 @@ def _header_of(rows: Iterator[RawRow | tuple[int, list[str]]], path: Path) -> li
     if isinstance(first, RawRow):
         raise DataError(f"{shown(path)}:{first.line}: {first.problem}")
     line, names = first
-    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
-    if twice is not None:
+    if (twice := _twice(names)) is not None:
         raise DataError(
             shown(path) + f":{line}: column '{_shortened(twice)}' stands twice in the header; rename one, or "
             "set columns: [name, …] if the file has no header line"
         )
     return names
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """The first name that stands there again."""
+    return next((name for at, name in enumerate(names) if name in names[:at]), None)
 
 
 def _shortened(text: str) -> str:
@@ -264,8 +272,7 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _check_names(names: Sequence[str], path: Path) -> None:
-    twice = next((name for at, name in enumerate(names) if name in names[:at]), None)
-    if twice is not None:
+    if (twice := _twice(names)) is not None:
         raise DataError(f"{shown(path)}: column '{_shortened(twice)}' stands twice; rename one")
 
 
@@ -347,7 +354,7 @@ def _is_plain(kind: "pyarrow.DataType") -> bool:
 
 def plain(value: Any) -> Any:
     """A value of an Arrow table as JSON would hold it: bytes that are UTF-8 as text (old parquet writers do
-    not mark text as such), other bytes in base64, decimals as numbers, times in ISO 8601 or seconds.
+    not mark text as such), other bytes as Binary, decimals as numbers, times in ISO 8601 or seconds.
     """
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
@@ -357,7 +364,7 @@ def plain(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            return base64.b64encode(value).decode()
+            return Binary(base64.b64encode(value).decode())
     if isinstance(value, decimal.Decimal):
         return float(value)
     if isinstance(value, datetime.timedelta):

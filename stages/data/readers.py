@@ -23,7 +23,17 @@ from stages.data.hub import hub_commit, hub_rows, is_hub_id
 from stages.data.json_rows import RawRow
 from stages.data.raw_rows import raw_rows
 from stages.data.records import Conversation, Pair, Prompt, split_key
-from stages.data.schemas import SCHEMAS, Record, RowError, Schema, StageName, detect, fields_of, named
+from stages.data.schemas import (
+    SCHEMAS,
+    Record,
+    RowError,
+    Schema,
+    StageName,
+    check_label,
+    detect,
+    fields_of,
+    named,
+)
 from stages.errors import DataError
 
 R = TypeVar("R")
@@ -233,24 +243,24 @@ class RecordReader(Iterator[Any]):
                         yield record
 
     def _parse(self, row: dict[str, Any]) -> tuple[Record, ...]:
-        if self.schema is None:
-            self.schema = self._detected(row)
-        cells = self.schema.cells(row, self._source.column_of, self._source.min_margin)
-        records = self.schema.parse(cells)
+        schema = self._detected(row) if self.schema is None else self.schema
+        cells = schema.cells(row, self._source.column_of, self._source.min_margin)
+        records = schema.parse(cells)
+        if self._source.format is None:
+            check_label(self._stage, schema, row, self._source.column_of)
+        self.schema = schema  # a row that cannot be read decides nothing
         if not self.columns_seen:
-            columns = {name: cells.column(name) for name in self.schema.aliases}
-            self.columns_seen = {name: column for name, column in columns.items() if column is not None}
+            self.columns_seen = schema.columns_read(cells)
         return records
 
     def _detected(self, row: dict[str, Any]) -> Schema:
-        """By the first row of the source, also where a later split is read."""
+        """That of the row, or, where a split is read, of the first row of the source that can be read."""
         if not self._is_whole and len(SCHEMAS[self._stage]) > 1:
-            row = next(
-                columns
-                for split in _whole_files(self._source)
-                for _, columns, _ in _raw_rows(split, self._source)
-                if columns is not None
-            )
+            reader = read_whole(self._source.model_copy(update={"on_bad_row": "skip"}), self._stage)
+            for _ in reader:
+                break
+            if reader.schema is not None:
+                return reader.schema
         return detect(self._stage, row, self._source.column_of)
 
     def _bad(self, problem: str) -> None:

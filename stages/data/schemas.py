@@ -20,8 +20,9 @@ from stages.config import DataFormat
 from stages.data.records import Record
 from stages.data.rows import conversations, preferences, prompts, ranked, trees
 from stages.data.rows.cells import Cells, RowError, described
+from stages.data.rows.conversations import as_label
 from stages.data.rows.preferences import SIDES
-from stages.data.rows.prompts import ASKED
+from stages.data.rows.prompts import ASKED, used_by
 from stages.data.rows.transcripts import is_transcript
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "RowError",
     "Schema",
     "StageName",
+    "check_label",
     "described",
     "detect",
     "fields_of",
@@ -60,21 +62,41 @@ class Schema:
             )
         return Cells(row, columns, self.aliases, min_margin)
 
+    def columns_read(self, cells: Cells) -> dict[str, str]:
+        """Field -> the column of the row that it is read from; `input` and `history` only where they are."""
+        columns = {field: cells.column(field) for field in self.aliases}
+        found = {field: column for field, column in columns.items() if column is not None}
+        question = next((field for field in ("prompt", "instruction") if field in found), None)
+        unread = {"input", "history"} - {*(() if question is None else used_by(cells, question))}
+        return {field: column for field, column in found.items() if field not in unread}
+
     def distance(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[float, ...]:
         """How far the row is from this schema, smallest first; 0 throughout: the row is of this schema.
 
         A schema that does not fit comes last; then count the configured fields it does not have, then the
-        share and the number of what it requires and the row lacks.
+        share and the number of what it requires and the row lacks, or has as null (tables fill up with it).
         """
         configured = {field: column for field, column in columns.items() if field in self.aliases}
         cells = Cells(row, configured, self.aliases)
-        missing = sum(cells.column(field) is None for field in self.required)
+        missing = sum(_is_absent(cells, field) for field in self.required)
         is_unfit = self.fits is not None and not self.fits(cells)
         return is_unfit, len(columns) - len(configured), missing / len(self.required), missing
 
 
+def _is_absent(cells: Cells, field: str) -> bool:
+    return cells.column(field) is None or cells.required(field)[1] is None
+
+
 def _transcript_in(field: str) -> Callable[[Cells], bool]:
     return lambda cells: cells.column(field) is not None and is_transcript(cells.required(field)[1])
+
+
+def _is_alpaca(cells: Cells) -> bool:
+    """Whether the row has an instruction with an output of its own: nothing else is to be looked for."""
+    if "instruction" not in cells.row or cells.is_renamed("prompt") or cells.is_renamed("completion"):
+        return False
+    prompt, completion = cells.column("prompt"), cells.column("completion")
+    return completion == "output" or (prompt == "instruction" and completion in (None, "response"))
 
 
 _SYSTEM = {"system": ASKED["system"]}
@@ -100,11 +122,11 @@ _PLAIN_SFT = (
         required=("prompt", "completion"),
         aliases={
             **ASKED,
-            "prompt": ("prompt", "question"),
-            "input": (),
-            "completion": ("completion", "response", "answer"),
+            "prompt": ("prompt", "question", "query", "instruction"),
+            "completion": ("completion", "response", "answer", "output"),
         },
         parse=conversations.prompt_completion,
+        fits=lambda cells: not _is_alpaca(cells),
     ),
     Schema(
         format="instruction",
@@ -112,7 +134,7 @@ _PLAIN_SFT = (
         aliases={
             "instruction": ("instruction",),
             **{field: ASKED[field] for field in ("input", "system", "history")},
-            "output": ("output", "response"),
+            "output": ("output", "response", "completion", "answer"),
         },
         parse=conversations.instruction,
     ),
@@ -147,6 +169,23 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
     return min(schemas, key=lambda schema: schema.distance(row, columns))
 
 
+def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise RowError for a row of sft labelled false that `schema`, guessed by another, would imitate."""
+    if stage != "sft" or schema.format == "labelled":
+        return
+    found = Cells(row, columns, _LABEL).first_of(_LABEL["label"])
+    if found is not None and _is_boolean(found[1]) and not as_label(found[1], found[0]):
+        raise RowError(
+            f"{found[0]}: false, but by its first row the source is not labelled; set format: labelled, or "
+            f"format: {schema.format} to imitate it"
+        )
+
+
+def _is_boolean(value: Any) -> bool:
+    """true or false, or the word: tables of text have no other."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
 def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
     """Rows of one of `inner` with a boolean `label`, or one that the config names; `keep` turns their reader
     into that of labelled rows.
@@ -160,7 +199,7 @@ def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
         if cells.column("label") is None:
             return False
         schema, columns = without_label(cells)
-        is_label = cells.is_renamed("label") or isinstance(cells.required("label")[1], bool)
+        is_label = cells.is_renamed("label") or _is_boolean(cells.required("label")[1])
         return is_label and not any(schema.distance(cells.row, columns))
 
     def parse(cells: Cells) -> tuple[Record, ...]:
@@ -227,7 +266,7 @@ SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
         Schema(
             format="preference",
             required=("chosen", "rejected"),
-            aliases={**ASKED, "prompt": (*ASKED["prompt"], "messages"), **SIDES},
+            aliases={**ASKED, "prompt": (*ASKED["prompt"], "messages", "input"), **SIDES},
             parse=preferences.preference,
         ),
         Schema(

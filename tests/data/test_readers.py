@@ -216,6 +216,36 @@ def test_renamed_columns_take_part_in_detection(tmp_path):
     assert line == "a.jsonl:1: best: missing; columns are q, gold - set columns: {completion: …}"
 
 
+GOOD = {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize("first", [GOOD, {**GOOD, "label": None}, {**GOOD, "label": 2}])
+@pytest.mark.parametrize("label", [{"label": False}, {"label": "False"}, {"kto_tag": False}], ids=str)
+def test_a_false_label_after_rows_without_one_is_not_imitated(tmp_path, first, label):
+    path = jsonl(tmp_path / "a.jsonl", first, {**GOOD, **label})
+    (name,) = label
+    assert failure(path, "sft") == (
+        f"a.jsonl:2: {name}: false, but by its first row the source is not labelled; set format: labelled, "
+        "or format: prompt_completion to imitate it"
+    )
+    assert records(path, "sft", format="prompt_completion") == [TALK, TALK]
+    assert len(records(path, "ppo")) == 2
+    kept = jsonl(tmp_path / "b.jsonl", GOOD, {**GOOD, "label": True})
+    assert records(kept, "sft") == [TALK, TALK]
+
+
+def test_a_bad_first_row_does_not_decide_the_schema(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"comment": "made by us"}, *[GOOD] * 3)
+    settings = source(path, on_bad_row="skip")
+    rows = readers.read_conversations([settings], seed=0)
+    assert (rows.records, rows.num_skipped) == ([TALK] * 3, 1)
+    splits = readers.splits_of(settings, 1)
+    assert len(splits) == 4
+    found = [readers.read_split(settings, split, "sft") for split in splits]
+    assert [[*reader] for reader in found] == [[], [TALK], [TALK], [TALK]]
+    assert [reader.counts.num_skipped for reader in found] == [1, 0, 0, 0]
+
+
 # Files
 
 
@@ -281,7 +311,19 @@ def test_a_reader_reads_no_further_than_asked(tmp_path):
          "a.jsonl:1: not UTF-8 (byte 0xE9 at column 14); convert with iconv"),
         ("a.txt", b"one\n\ntwo\ncaf\xe9\n", "prepare",
          "a.txt:4: not UTF-8 (byte 0xE9 at column 4); convert with iconv"),
-        ("a.jsonl", b'[1, 2]\n', "prepare", "a.jsonl:1: expected an object {column: value}, got list"),
+        ("a.jsonl", b'{"text": "x"}\n[1, 2]\n', "prepare",
+         "a.jsonl:2: expected an object {column: value}, got list"),
+        ("a.jsonl", b'\xef\xbb\xbf[{"text": "x"}]\n', "prepare",
+         "a.jsonl:1: expected an object {column: value}, got list; a list or multi-line objects: name it "
+         ".json"),
+        ("a.jsonl", b'[\n{"text": "x"}\n]\n', "prepare",
+         "a.jsonl:1: not valid JSON: expected a value (column 2); a list or multi-line objects: name it "
+         ".json"),
+        ("a.jsonl", b'{\n"text": "x"\n}\n', "prepare",
+         "a.jsonl:1: not valid JSON: expected a property name in double quotes (column 2); a list or "
+         "multi-line objects: name it .json"),
+        ("a.json", b'{"version": "1", "data": [{"text": "x"}]}', "prepare",
+         "a.json:1: one object, with rows in the list under 'data'; leave only that list in the file"),
         ("a.jsonl", b'{"text": "x"}{"text": "y"}\n', "prepare",
          "a.jsonl:1: not valid JSON: more text after the end of the object (column 14)"),
         ("a.jsonl", b'{"text": "x\n', "prepare", "a.jsonl:1: not valid JSON: text never closed (column 10)"),

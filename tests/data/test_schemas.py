@@ -86,6 +86,13 @@ GOOD_OR_BAD = [((user("q"),), (assistant("good"),), (assistant("bad"),))]
         ({"prompt": [say("user", "q")], "completion": [say("assistant", "a")]}, "prompt_completion"),
         ({"prompt": "q", "completion": say("assistant", "a")}, "prompt_completion"),
         ({"prompt": "\n\nHuman: q\n\nAssistant:", "response": "a"}, "prompt_completion"),
+        ({"prompt": "q", "output": "a"}, "prompt_completion"),
+        ({"question": "q", "output": "a"}, "prompt_completion"),
+        ({"query": "q", "response": "a"}, "prompt_completion"),
+        ({"instruction": "q", "completion": "a"}, "prompt_completion"),
+        ({"instruction": "q", "input": "", "answer": "a"}, "prompt_completion"),
+        ({"instruction": "", "input": "q", "output": "a"}, "instruction"),
+        ({"instruction": "q", "output": "a", "prompt": "Below is … q a"}, "instruction"),
         ({"instruction": "q", "output": "a"}, "instruction"),
         ({"instruction": "q", "input": " ", "output": "a", "history": [], "system": None}, "instruction"),
         ({"instruction": "q", "context": "", "response": "a", "category": "qa"}, "instruction"),
@@ -151,12 +158,65 @@ def test_alpaca_takes_system_history_and_input_in_their_order():
     assert preferred(pair) == [(before, (assistant("3"),), (assistant("4"),))]
 
 
+@pytest.mark.parametrize("column", ["prompt", "question", "query"])
+@pytest.mark.parametrize("below", ["input", "context"])
+def test_text_beside_a_prompt_is_joined_with_it_in_every_stage(column, below):
+    row = {column: "q", below: "x"}
+    asked = (user("q\n\nx"),)
+    assert parsed("sft", {**row, "completion": "a"}) == talk(*asked, assistant("a"))
+    assert parsed("ppo", row) == (Prompt(messages=asked, row={}),)
+    assert preferred({**row, "chosen": "good", "rejected": "bad"}) == [(asked, *GOOD_OR_BAD[0][1:])]
+    rated = {**row, "responses": ["good", "bad"], "scores": [2, 1]}
+    assert preferred(rated) == [(asked, *GOOD_OR_BAD[0][1:])]
+
+
+@pytest.mark.parametrize(
+    "further",
+    [{"context": {"title": ["t"]}}, {"input": 3}, {"input": " "}, {"context": None}, {"input": "of q"},
+     {"input": "x", "instruction": "i"}],
+    ids=str,
+)  # fmt: skip
+def test_another_thing_of_that_name_or_one_the_prompt_holds_is_a_further_column(further):
+    prompt = "of q: q"
+    schema = detect("ppo", {"prompt": prompt, **further}, {})
+    cells = schema.cells({"prompt": prompt, **further}, {})
+    assert schema.parse(cells) == (Prompt(messages=(user(prompt),), row=further),)
+    assert schema.columns_read(cells) == {"prompt": "prompt"}
+
+
+def test_an_instruction_and_its_input_may_be_blank_but_not_both():
+    row = {"instruction": " ", "input": "x", "output": "a"}
+    assert parsed("sft", row) == talk(user("x"), assistant("a"))
+    assert problem("sft", {**row, "input": ""}) == f"instruction: empty prompt{EMPTY}"
+
+
 def test_a_history_that_is_no_list_is_a_column_like_any_other():
     assert parsed("ppo", {"prompt": "q", "history": "of Rome"}) == (
         Prompt(messages=(user("q"),), row={"history": "of Rome"}),
     )
     row = {"history": "q", "answer": "a"}
     assert parsed("sft", row, prompt="history") == talk(user("q"), assistant("a"))
+
+
+def test_lists_in_a_table_of_text_are_read_as_the_lists_they_are():
+    asked, turns = [say("user", "q")], [say("user", "q"), say("assistant", "a")]
+    for column in ("messages", "conversations"):
+        assert parsed("sft", {column: json.dumps(turns)}) == talk(user("q"), assistant("a"))
+        assert parsed("ppo", {column: f" {json.dumps(turns)}"}) == (Prompt(messages=(user("q"),), row={}),)
+        pair = {column: json.dumps(asked), "chosen": say("assistant", "good")}
+        assert preferred({**pair, "rejected": say("assistant", "bad")}) == GOOD_OR_BAD
+    rated = {"prompt": "q", "responses": '["bad", "good"]', "scores": "[1, 2]"}
+    assert preferred(rated) == GOOD_OR_BAD
+    assert preferred({"prompt": "q", "responses": '["good", "bad"]', "ranks": "[1, 2]"}) == GOOD_OR_BAD
+    row = {"instruction": "q", "output": "a", "history": '[["h", "b"]]'}
+    assert parsed("sft", row) == talk(user("h"), assistant("b"), user("q"), assistant("a"))
+    assert problem("sft", {**row, "history": "[['h', 'b']]"}) == (
+        "history: expected a list of [question, answer], got text"
+    )
+    assert problem("sft", {"messages": "[{'role': 'user'}]"}) == (
+        "messages: expected a list of messages, got text"
+    )
+    assert parsed("sft", {"prompt": "[1, 2]", "completion": "[3]"}) == talk(user("[1, 2]"), assistant("[3]"))
 
 
 def test_a_system_column_goes_first_unless_the_messages_bring_their_own():
@@ -178,8 +238,19 @@ def test_a_false_label_filters_the_row_and_other_words_for_it_need_the_format_st
         schema = named("sft", "labelled")
         assert schema is not None
         assert len(schema.parse(schema.cells({**row, "label": label}, {}))) == kept
+    assert [parsed("sft", {**row, "label": label}) for label in ("False", "false", "TRUE")] == [
+        *((), ()),
+        talk(user("q"), assistant("a")),
+    ]
     renamed = {"prompt": "q", "completion": "a", "is_good": True}
     assert parsed("sft", renamed, label="is_good") == talk(user("q"), assistant("a"))
+
+
+def test_a_null_column_decides_no_schema():
+    row = {"messages": None, "label": None, "prompt": "q", "completion": "a"}
+    assert parsed("sft", row) == talk(user("q"), assistant("a"))
+    assert parsed("sft", {**row, "label": False}) == ()
+    assert problem("sft", {"prompt": "q", "completion": None}) == "completion: expected text, got null"
 
 
 def test_documents_are_the_text_as_it_stands():
@@ -195,6 +266,8 @@ def test_documents_are_the_text_as_it_stands():
     [
         ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preference"),
         ({"question": "q", "chosen": "good", "rejected": "bad"}, "preference"),
+        ({"input": "q", "chosen": "good", "rejected": "bad"}, "preference"),
+        ({"query": "q", "input": {}, "chosen": "good", "rejected": "bad"}, "preference"),
         ({"instruction": "q", "input": "", "output": "x", "chosen": "good", "rejected": "bad"}, "preference"),
         ({"prompt": "q", "chosen": [say("assistant", "good")], "rejected": [say("assistant", "bad")]},
          "preference"),
@@ -233,6 +306,59 @@ def test_documents_are_the_text_as_it_stands():
 def test_every_preference_schema_is_detected_and_gives_the_same_pair(row, format):
     assert detect("reward", row, {}).format == format
     assert preferred(row) == GOOD_OR_BAD
+
+
+def whole_talks(*before: Message) -> Row:
+    """chosen and rejected as conversations that both begin with `before`."""
+    turns = [say(message.role, message.content) for message in before]
+    return {
+        side: [*turns, say("assistant", text)] for side, text in (("chosen", "good"), ("rejected", "bad"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "q2", **whole_talks(user("q"), assistant("a"), user("q2"))},
+         (user("q"), assistant("a"), user("q2"))),
+        ({"prompt": [say("user", "q2")], **whole_talks(user("q"), assistant("a"), user("q2"))},
+         (user("q"), assistant("a"), user("q2"))),
+        ({"prompt": "topic", **whole_talks(user("q"))}, (user("q"),)),
+        ({"system": "S", "prompt": "q", **whole_talks(user("q"))}, (system("S"), user("q"))),
+        ({"system": "S", "prompt": "q", **whole_talks(system("own"), user("q"))}, (system("own"), user("q"))),
+        ({"prompt": "q ", **whole_talks(user("q"))}, (user("q "),)),
+        ({"prompt": [say("system", "S"), say("user", "q")], **whole_talks(user("q"))},
+         (system("S"), user("q"))),
+        ({"prompt": "q", "history": [["h", "a"]], **whole_talks(user("q"))},
+         (user("h"), assistant("a"), user("q"))),
+        ({"prompt": "q", **whole_talks(user("q"), assistant("a"), user("q2"))},
+         (user("q"), assistant("a"), user("q2"))),
+        ({"prompt": "q", **whole_talks(assistant("a"), user("q2"))},
+         (user("q"), assistant("a"), user("q2"))),
+        ({"prompt": "q", **whole_talks(system("S"))}, (system("S"), user("q"))),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_both_sides_repeat_of_the_prompt_is_taken_once(row, prompt):
+    assert preferred(row) == [(prompt, *GOOD_OR_BAD[0][1:])]
+
+
+def test_transcripts_with_crlf_are_transcripts_in_every_stage():
+    text = "\r\n\r\nHuman: q\r\nr\r\n\r\nAssistant: {}"
+    row = {"chosen": text.format("good"), "rejected": text.format("bad")}
+    assert preferred(row) == [((user("q\nr"),), *GOOD_OR_BAD[0][1:])]
+    assert parsed("sft", row) == talk(user("q\nr"), assistant("good"))
+    assert parsed("ppo", row) == (Prompt(messages=(user("q\nr"),), row={}),)
+    assert parsed("sft", {"prompt": text.format(""), "completion": "a"}) == talk(user("q\nr"), assistant("a"))
+
+
+def test_transcripts_are_never_taken_for_two_texts_with_one_beginning():
+    row = {side: f"\n\nHuman: q\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    schema = named("reward", "preference")
+    assert schema is not None
+    (pair,) = schema.parse(schema.cells(row, {}))
+    assert isinstance(pair, Pair)
+    assert (pair.prompt, pair.chosen) == ((user("q"),), (assistant("chosen"),))
 
 
 def test_a_repeated_prompt_is_found_behind_a_system_message():
@@ -541,6 +667,10 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
          f"rejected: empty response{EMPTY}"),
         ("reward", {"prompt": "q", "chosen": "a", "rejected": say("assistant", "b")},
          "rejected: one of chosen and rejected is text, the other messages"),
+        ("reward", {"prompt": "q", "chosen": 7, "rejected": "b"}, "chosen: expected text, got number 7"),
+        ("reward", {"prompt": "q", "chosen": None, "rejected": "b"}, "chosen: expected text, got null"),
+        ("reward", {"prompt": "q", "chosen": "a", "rejected": 7}, "rejected: expected text, got number 7"),
+        ("reward", {"chosen": "a", "rejected": None}, "rejected: expected text, got null"),
         ("reward", {"chosen": "abc", "rejected": "xyz"},
          "chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}"),
         ("reward", {"chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]},

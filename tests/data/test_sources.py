@@ -113,6 +113,13 @@ def test_a_list_names_the_columns_of_a_file_without_header_line(tmp_path, name, 
          "has no header line"),
         ("a.csv", b"text,b\nx,y\n", {"columns": ["text", "b"]},
          "a.csv:1: the file has a header line; remove the list under columns:"),
+        ("a.csv", b"x,y\n", {"columns": ["text", "text"]},
+         "a.csv: columns: 'text' stands twice; give each its own name"),
+        ("a.csv", b"x,y,z\n", {"columns": ["text", "b"]},
+         "a.csv:1: expected 2 cells, one for each name under columns:, got 3; a cell that holds a comma must "
+         "stand in quotes"),
+        ("a.tsv", b"x\ty\n", {"columns": ["text", "b", "c"]},
+         "a.tsv:1: expected 3 cells, one for each name under columns:, got 2"),
         ("a.csv", b"one,two\nx,y\n", {},
          "a.csv:2: text: missing; columns are one, two - set columns: {text: …}"),
         ("a.csv", b"text\n", {}, "a.csv: no rows"),
@@ -219,6 +226,16 @@ def test_truncated_and_damaged_compressed_files_are_told_apart(tmp_path, suffix,
     assert failure(path) == f"a.jsonl.{suffix}: not a valid {name} file, or damaged"
 
 
+def test_a_zstd_file_that_needs_too_much_memory_is_not_called_damaged(tmp_path):
+    window = (28 - 10) << 3  # an exponent of 28: 256 MiB
+    block = (1 | len(b"abc") << 3).to_bytes(3, "little") + b"abc"
+    path = written(tmp_path / "a.txt.zst", bytes.fromhex("28b52ffd") + bytes([0, window]) + block)
+    assert failure(path) == (
+        "a.txt.zst: ZSTD decompress failed: Frame requires too much memory for decoding (a window above 128 "
+        "MiB); compress it with zstd --long=27 or less"
+    )
+
+
 # parquet
 
 
@@ -234,6 +251,13 @@ def test_errors_in_parquet_name_the_row(tmp_path):
     assert failure(path) == "a.parquet:701: text: expected text, got null"
     data = pyarrow.array([b"x"] * 300 + [b"\xff"]).cast(pyarrow.binary()).view(pyarrow.string())
     assert failure(parquet(tmp_path / "b.parquet", text=data)) == "b.parquet:301: text: not UTF-8"
+
+
+def test_bytes_of_a_table_that_are_no_text_are_not_read_as_text(tmp_path):
+    path = parquet(tmp_path / "a.parquet", text=pyarrow.array([b"ok", b"caf\xe9"], pyarrow.binary()))
+    assert failure(path) == "a.parquet:2: text: not UTF-8 (byte 0xE9 at column 4); convert with iconv"
+    path = parquet(tmp_path / "b.parquet", text=["x"], image=pyarrow.array([b"\xff"], pyarrow.binary()))
+    assert texts(path) == ["x"], "a column that is not read may hold bytes"
 
 
 def test_parquet_values_become_what_json_would_hold(tmp_path):
@@ -307,6 +331,33 @@ def test_a_directory_is_read_with_all_its_kinds_in_path_order(tmp_path):
     written(tmp_path / "README.md", b"not data")
     assert len(files_of(str(tmp_path))) == 7
     assert texts(tmp_path) == ["one", "two"] * 7
+
+
+def test_links_are_followed_and_a_row_is_read_once_however_many_names_it_has(tmp_path):
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        written(tmp_path / folder / "a.jsonl", json.dumps({"text": folder}).encode())
+    (tmp_path / "data" / "far").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "self").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "z.jsonl").symlink_to(tmp_path / "data" / "a.jsonl")
+    assert texts(tmp_path / "data") == ["data", "elsewhere"]
+    assert sorted(texts(tmp_path / "data" / "**" / "*.jsonl")) == ["data", "elsewhere"]
+    (tmp_path / "data" / "self").rename(tmp_path / "data" / "0")  # sorts before the file it leads to
+    assert texts(tmp_path / "data" / "**" / "*.jsonl") == ["data", "elsewhere"]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    written(tmp_path / "a.jsonl", SOUND["jsonl"])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    (tmp_path / "README.md").symlink_to(tmp_path / "gone.md")
+    for place in ("", "*.jsonl", "*"):
+        assert failure(tmp_path / place).endswith("b.jsonl: a link that leads nowhere")
+
+
+@pytest.mark.parametrize("suffix", ["ndjson", "jsonlines", "NDJSON.gz"])
+def test_other_names_of_jsonl_are_jsonl(tmp_path, suffix):
+    pack = gzip.compress if suffix.endswith("gz") else bytes
+    assert texts(written(tmp_path / f"a.{suffix}", pack(SOUND["jsonl"]))) == ["one", "two"]
 
 
 def test_upper_case_suffixes_are_suffixes(tmp_path):

@@ -146,7 +146,7 @@ def test_check_paths_names_the_first_file_that_is_not_there(write, tmp_path):
     with pytest.raises(DataError) as error:
         check_paths(loaded)
     where = f"(in {tmp_path}/configs)"
-    assert str(error.value) == f"configs/demo.yaml:4: sft.data.0.path: no such file: data/sft.jsonl {where}"
+    assert str(error.value) == f"configs/demo.yaml:4: sft.data[0].path: no such file: data/sft.jsonl {where}"
     assert error.value.exit_code == 3
     check_paths(loaded, ["reward"])
     write("{}", "configs/data/sft.jsonl")
@@ -169,7 +169,7 @@ def test_a_hub_id_of_a_dataset_stays_as_it_is(write, tmp_path, monkeypatch):
         ("sft.data.0.path=data", None),
         ("sft.data.0.path=data/*.jsonl", None),
         ("sft.data.0.path=data/[x.jsonl", None),
-        ("sft.data.0.path=data/*.csv", "sft.data.0.path: no file matches: data/*.csv (in {cwd})"),
+        ("sft.data.0.path=data/*.csv", "sft.data[0].path: no file matches: data/*.csv (in {cwd})"),
         ("model.path=org/name", None),
         ("model.path=data", None),
         ("model.path=./gone", "model.path: no such directory: ./gone (in {cwd})"),

@@ -6,6 +6,8 @@ Owns renaming, aliases, paths into nested values, and how a value is described i
 a field means (conversations, preferences, ...). Light import.
 """
 
+import base64
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +17,10 @@ MAX_SHOWN = 20
 
 class RowError(Exception):
     """A malformed row: `field: what is wrong; how to fix`. The reader adds file and line."""
+
+
+class Binary(str):
+    """Bytes of a table that are not UTF-8, in base64: a column to carry along, but no text."""
 
 
 class Cells:
@@ -127,6 +133,8 @@ def as_text(value: Any, name: str) -> str:
     """`value`, which must be text that UTF-8 can hold."""
     if not isinstance(value, str):
         raise RowError(f"{name}: expected text, got {described(value)}")
+    if isinstance(value, Binary):
+        raise RowError(f"{name}: {not_utf8(base64.b64decode(value))}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -135,6 +143,24 @@ def as_text(value: Any, name: str) -> str:
             f"{error.start + 1}; it is no text"
         ) from None
     return value
+
+
+def unpacked(value: Any) -> Any:
+    """`value`, or the list whose JSON it is: how a list stands in a table of text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list) else value
+
+
+def not_utf8(data: bytes) -> str:
+    """What is wrong with bytes that are not UTF-8, and where."""
+    sound = data.decode(errors="surrogateescape")
+    column = next(at for at, sign in enumerate(sound, start=1) if "\udc80" <= sign <= "\udcff")
+    return f"not UTF-8 (byte 0x{ord(sound[column - 1]) - 0xDC00:02X} at column {column}); convert with iconv"
 
 
 def described(value: Any) -> str:
@@ -146,7 +172,8 @@ def described(value: Any) -> str:
     if isinstance(value, int | float):
         shown = str(value) if isinstance(value, float) or abs(value) < 10**20 else "too long to show"
         return f"number {shown}"
-    return {"str": "text", "dict": "object"}.get(type(value).__name__, type(value).__name__)
+    name = type(value).__name__
+    return {"str": "text", "dict": "object", "Binary": "bytes"}.get(name, name)
 
 
 def filled(text: str, name: str, what: str) -> str:

@@ -6,13 +6,14 @@ Owns where the prompt ends and the two sides begin. Does not own questions (prom
 of several responses is better (ranked, trees). Light import.
 """
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from stages.data.records import Message, Messages, Pair
-from stages.data.rows.cells import Cells, RowError, as_text, filled
+from stages.data.rows.cells import Cells, RowError, as_text, described, filled
 from stages.data.rows.conversations import check_unanswered
 from stages.data.rows.prompts import asked
-from stages.data.rows.transcripts import turns_of
+from stages.data.rows.transcripts import is_transcript, turns_of
 from stages.data.rows.turns import as_messages, listed_messages, with_system
 
 SIDES = {"chosen": ("chosen",), "rejected": ("rejected",)}
@@ -20,18 +21,21 @@ SIDES = {"chosen": ("chosen",), "rejected": ("rejected",)}
 
 def preference(cells: Cells) -> tuple[Pair, ...]:
     """`chosen` and `rejected` as text or messages; the prompt has its own column, or both begin with it."""
-    chosen_column, chosen = cells.required("chosen")
-    column, rejected = cells.required("rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise RowError(f"{column}: one of chosen and rejected is text, the other messages")
-    if isinstance(chosen, str) and cells.optional("prompt") is None:
-        return (_pair_of_texts(cells),)
-    sides = as_messages(chosen, chosen_column, "assistant"), as_messages(rejected, column, "assistant")
-    if cells.optional("prompt") is None:
-        return (pair_of_messages((), with_system(cells, sides[0]), with_system(cells, sides[1]), cells),)
+    named = [cells.required(field) for field in SIDES]
+    for name, value in named:
+        if not isinstance(value, str | Mapping | list):
+            raise RowError(f"{name}: expected text, got {described(value)}")
+    if len({isinstance(value, str) for _, value in named}) > 1:
+        raise RowError(f"{named[1][0]}: one of chosen and rejected is text, the other messages")
+    question = cells.optional("prompt")
+    if question is None and isinstance(named[0][1], str):
+        return hh_pair(cells) if is_transcript(named[0][1]) else (_pair_of_texts(cells),)
+    chosen, rejected = (as_messages(value, name, "assistant") for name, value in named)
+    if question is None:
+        return (pair_of_messages((), with_system(cells, chosen), with_system(cells, rejected), cells),)
     prompt = asked(cells, "prompt")
-    check_unanswered(prompt, cells.required("prompt")[0])
-    return (_after_prompt(prompt, *sides, cells),)
+    check_unanswered(prompt, question[0])
+    return (_after_prompt(prompt, chosen, rejected, cells, is_text=isinstance(question[1], str)),)
 
 
 def sharegpt_preference(cells: Cells) -> tuple[Pair, ...]:
@@ -39,7 +43,7 @@ def sharegpt_preference(cells: Cells) -> tuple[Pair, ...]:
     column, prompt = listed_messages(cells, "conversations")
     check_unanswered(prompt, column)
     chosen, rejected = (as_messages(value, name, "assistant") for name, value in map(cells.required, SIDES))
-    return (_after_prompt(prompt, chosen, rejected, cells),)
+    return (_after_prompt(prompt, chosen, rejected, cells, is_text=False),)
 
 
 def hh_pair(cells: Cells) -> tuple[Pair, ...]:
@@ -54,15 +58,42 @@ def label_is_no_pair(cells: Cells) -> NoReturn:
     raise RowError(f"{column}: one labelled answer is no pair of answers; use this source for sft or ppo")
 
 
-def _after_prompt(prompt: Messages, chosen: Messages, rejected: Messages, cells: Cells) -> Pair:
-    """A prompt that both sides repeat, after a system message or without, is taken once."""
-    for start in (0, 1):
-        until = start + len(prompt)
-        before = chosen[:start]
-        is_repeated = chosen[start:until] == prompt == rejected[start:until] and before == rejected[:start]
-        if is_repeated and all(message.role == "system" for message in before):
-            return pair_of_messages(before + prompt, chosen[until:], rejected[until:], cells)
-    return pair_of_messages(prompt, chosen, rejected, cells)
+def _after_prompt(
+    prompt: Messages, chosen: Messages, rejected: Messages, cells: Cells, *, is_text: bool
+) -> Pair:
+    """The sides may be whole conversations: what they repeat of the prompt is taken once. Where the prompt is
+    text and they begin otherwise, or end with it, they tell it all (TRL's rule); a system message of theirs
+    wins.
+    """
+    system, question = _without_system(prompt)
+    own, shared = _without_system(_common_prefix(chosen, rejected))
+    begin = len(own) + len(shared)
+    repeated = _num_repeated(question, shared)
+    is_whole = bool(shared) and shared[0].role != "assistant"
+    if is_whole and not repeated and (is_text or _same(shared[-len(question) :], question)):
+        question = shared
+    else:
+        question += shared[repeated:]
+    return pair_of_messages((own or system) + question, chosen[begin:], rejected[begin:], cells)
+
+
+def _without_system(messages: Messages) -> tuple[Messages, Messages]:
+    """(its system message, if it begins with one; the other messages)."""
+    at = int(bool(messages) and messages[0].role == "system")
+    return messages[:at], messages[at:]
+
+
+def _num_repeated(before: Messages, after: Messages) -> int:
+    """How many messages at the end of `before` stand at the beginning of `after` again."""
+    longest = min(len(before), len(after))
+    return next((n for n in range(longest, 0, -1) if _same(before[-n:], after[:n])), 0)
+
+
+def _same(one: Messages, other: Messages) -> bool:
+    """Equal but for white space around what is said."""
+    return [(turn.role, turn.content.strip()) for turn in one] == [
+        (turn.role, turn.content.strip()) for turn in other
+    ]
 
 
 def _pair_of_texts(cells: Cells) -> Pair:

@@ -6,13 +6,15 @@ Owns how the parts of a question are joined, the same for every stage, so that `
 own answers (conversations, preferences). Light import.
 """
 
+from typing import Any
+
 from stages.data.records import Message, Messages, Prompt
-from stages.data.rows.cells import Cells, RowError, as_text, described, filled
+from stages.data.rows.cells import Cells, RowError, as_text, described, filled, unpacked
 from stages.data.rows.transcripts import first_turn_of, is_open_transcript, open_turns_of
 from stages.data.rows.turns import as_messages, listed_messages, with_system
 
 ASKED = {
-    "prompt": ("prompt", "question", "instruction"),
+    "prompt": ("prompt", "question", "instruction", "query"),
     "input": ("input", "context"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
@@ -23,10 +25,10 @@ ASKED = {
 def asked(cells: Cells, field: str) -> Messages:
     """What the row asks: system, history and the prompt in `field`, with its input below it.
 
-    An instruction is joined with its `input` by a blank line. A text that is a transcript up to an open
-    `Assistant:` is taken apart into its turns. Raises RowError.
+    A text is joined with its `input` by a blank line, either may be blank. A text that is a transcript up to
+    an open `Assistant:` is taken apart into its turns. Raises RowError.
     """
-    column, value = cells.required(field)
+    column, value = _question_in(cells, field)
     if is_open_transcript(value):
         return with_system(cells, open_turns_of(as_text(value, column), column))
     if isinstance(value, str):
@@ -34,33 +36,51 @@ def asked(cells: Cells, field: str) -> Messages:
     return with_system(cells, as_messages(value, column, "user"))
 
 
+def _question_in(cells: Cells, field: str) -> tuple[str, Any]:
+    """(column, value); `messages` in a table of text are a list."""
+    column, value = cells.required(field)
+    return column, unpacked(value) if column == "messages" else value
+
+
 def used_by(cells: Cells, field: str) -> tuple[str, ...]:
     """The fields that `asked` makes the question of."""
-    column, value = cells.required(field)
+    column, value = _question_in(cells, field)
     if not isinstance(value, str) or is_open_transcript(value):
         return field, "system"
-    joined = ("input",) if _input_of(cells, column) is not None else ()
+    joined = ("input",) if _input_of(cells, column, value) is not None else ()
     return field, "system", *joined, *(("history",) if _has_history(cells) else ())
 
 
 def _question(cells: Cells, column: str, value: str) -> Message:
-    text = filled(as_text(value, column), column, "prompt")
-    extra = _input_of(cells, column)
+    text = as_text(value, column)
+    extra = _input_of(cells, column, value)
     below = "" if extra is None or extra[1] is None else as_text(extra[1], extra[0])
-    return Message(role="user", content=f"{text}\n\n{below}" if below.strip() else text)
+    joined = "\n\n".join(part for part in (text, below) if part.strip())
+    return Message(role="user", content=filled(joined, column, "prompt"))
 
 
-def _input_of(cells: Cells, column: str) -> tuple[str, object] | None:
-    """(column, value) of the `input` that goes with the prompt: an instruction's, or one the config names."""
+def _input_of(cells: Cells, column: str, value: str) -> tuple[str, object] | None:
+    """(column, value) of the `input` that goes with the prompt: one the config names, an instruction's, or
+    text beside a prompt that does not hold it already; not where it belongs to an instruction beside it.
+    """
     if cells.is_renamed("input"):
         return cells.required("input")
-    return cells.first_of(ASKED["input"]) if column == "instruction" else None
+    found = cells.first_of(ASKED["input"])
+    if column == "instruction" or found is None:
+        return found
+    text = found[1].strip() if isinstance(found[1], str) else ""
+    is_read = text and found[0] != column and "instruction" not in cells.row and text not in value
+    return found if is_read else None
 
 
 def _has_history(cells: Cells) -> bool:
-    """A `history` that is no list is a column like any other, unless the config names it."""
+    """A `history` that is no list, nor looks like one, is a further column, unless the config names it."""
     found = cells.optional("history")
-    return found is not None and (isinstance(found[1], list) or cells.is_renamed("history"))
+    if found is None:
+        return False
+    rounds = unpacked(found[1])
+    is_meant = isinstance(rounds, str) and "".join(rounds[:9].split()).startswith("[[")
+    return isinstance(rounds, list) or is_meant or cells.is_renamed("history")
 
 
 def _history(cells: Cells) -> Messages:
@@ -68,6 +88,7 @@ def _history(cells: Cells) -> Messages:
     if not _has_history(cells):
         return ()
     column, rounds = cells.required("history")
+    rounds = unpacked(rounds)
     if not isinstance(rounds, list):
         raise RowError(f"{column}: expected a list of [question, answer], got {described(rounds)}")
     turns: list[Message] = []

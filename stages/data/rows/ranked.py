@@ -16,7 +16,7 @@ from itertools import combinations
 from typing import Any
 
 from stages.data.records import Messages, Pair
-from stages.data.rows.cells import Cells, RowError, described, listed
+from stages.data.rows.cells import Cells, RowError, described, listed, unpacked
 from stages.data.rows.conversations import answer, check_unanswered
 from stages.data.rows.prompts import asked
 
@@ -69,6 +69,7 @@ def pairs_of(prompt: Messages, responses: Sequence[Rated], cells: Cells) -> tupl
 def rated_responses(cells: Cells) -> tuple[Rated, ...]:
     """The responses of a row in its order. Raises RowError."""
     column, items = cells.required("responses")
+    items = unpacked(items)
     if not isinstance(items, list):
         raise RowError(f"{column}: expected a list of responses, got {described(items)}")
     if len(items) < 2:
@@ -89,7 +90,7 @@ def _listed_merits(cells: Cells, column: str, num_responses: int) -> list[float 
         found = cells.optional(field)
         if found is None:
             continue
-        name, values = found
+        name, values = found[0], unpacked(found[1])
         if not isinstance(values, list):
             raise RowError(f"{name}: expected a list of numbers, got {described(values)}")
         if len(values) != num_responses:

@@ -1,6 +1,7 @@
 """Transcripts: `\\n\\nHuman: … \\n\\nAssistant: …` in one text -> Messages.
 
-Owns the format of Anthropic's HH data. Does not own which column holds it. Light import.
+Owns the format of Anthropic's HH data, also with line ends of CRLF. Does not own which column holds it.
+Light import.
 """
 
 import re
@@ -16,17 +17,17 @@ _ANSWER = "\n\nAssistant:"
 
 def is_transcript(value: Any) -> bool:
     """Whether a value is a text of turns, one of them the assistant's."""
-    return isinstance(value, str) and _TURN.match(value.lstrip()) is not None and _ANSWER in value
+    return isinstance(value, str) and _TURN.match(value.lstrip()) is not None and _ANSWER in _with_lf(value)
 
 
 def is_open_transcript(value: Any) -> bool:
     """Whether the transcript ends where the assistant has to answer: a prompt (Nectar, full-hh-rlhf)."""
-    return is_transcript(value) and value.rstrip().endswith(_ANSWER)
+    return is_transcript(value) and _with_lf(value).rstrip().endswith(_ANSWER)
 
 
 def turns_of(text: str, name: str) -> Messages:
     """The turns; one speaker's turns in a row are joined. Raises RowError."""
-    parts = _TURN.split(text.strip())
+    parts = _TURN.split(_with_lf(text).strip())
     if len(parts) < 3 or parts[0].strip():
         raise RowError(f"{name}: expected a transcript '\\n\\nHuman: … \\n\\nAssistant: …'")
     turns: list[Message] = []
@@ -41,9 +42,13 @@ def turns_of(text: str, name: str) -> Messages:
 
 def open_turns_of(text: str, name: str) -> Messages:
     """The turns of an open transcript, without the answer's empty turn."""
-    return turns_of(text.rstrip().removesuffix(_ANSWER), name)
+    return turns_of(_with_lf(text).rstrip().removesuffix(_ANSWER), name)
 
 
 def first_turn_of(text: str, name: str) -> Messages:
     """What the person says first."""
-    return turns_of(text.partition(_ANSWER)[0], name)
+    return turns_of(_with_lf(text).partition(_ANSWER)[0], name)
+
+
+def _with_lf(text: str) -> str:
+    return text.replace("\r\n", "\n")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from stages.data.records import Message, Messages, Role
-from stages.data.rows.cells import Cells, RowError, as_text, described, filled, listed, shortened
+from stages.data.rows.cells import Cells, RowError, as_text, described, filled, listed, shortened, unpacked
 
 ROLE_OF: dict[str, Role] = {
     "system": "system",
@@ -132,6 +132,7 @@ def as_messages(value: Any, name: str, role: Literal["user", "assistant"]) -> Me
 def listed_messages(cells: Cells, field: str) -> tuple[str, Messages]:
     """(column, messages) of a field that must hold a list of messages, after the row's `system` column."""
     column, value = cells.required(field)
+    value = unpacked(value)
     if not isinstance(value, list):
         raise RowError(f"{column}: expected a list of messages, got {described(value)}")
     return column, with_system(cells, as_messages(value, column, "user"))
