@@ -186,6 +186,16 @@ def test_another_thing_of_that_name_or_one_the_prompt_holds_is_a_further_column(
     assert schema.columns_read(cells) == {"prompt": "prompt"}
 
 
+def test_the_columns_of_a_labelled_row_are_those_of_its_schema():
+    row = {"question": "q", "answer": "a", "label": True}
+    schema = detect("sft", row, {})
+    assert schema.columns_read(schema.cells(row, {})) == {
+        "label": "label",
+        "prompt": "question",
+        "completion": "answer",
+    }
+
+
 def test_an_instruction_and_its_input_may_be_blank_but_not_both():
     row = {"instruction": " ", "input": "x", "output": "a"}
     assert parsed("sft", row) == talk(user("x"), assistant("a"))
