@@ -95,6 +95,7 @@ def read(sources: Sequence[DataSource], stage: StageName, *, seed: int) -> Rows[
         if source.weight == 0:
             continue
         rows = read_source(source, stage)
+        _check_weight(source, stage, len(rows.records))
         records += weighted(rows.records, source.weight, stage_seed(seed, "weight", index))
         num_skipped += rows.num_skipped
         num_filtered += rows.num_filtered
@@ -118,6 +119,7 @@ def validate(source: DataSource, stage: StageName) -> None:
     reader = read_whole(source, stage)
     num_records = sum(1 for _ in reader)
     check_counts(source, reader.counts, num_records)
+    _check_weight(source, stage, num_records)
 
 
 def read_whole(source: DataSource, stage: StageName) -> "RecordReader":
@@ -157,6 +159,15 @@ def check_counts(source: DataSource, counts: Counts, num_kept: int) -> None:
         raise DataError(
             f"{shown(source.path)}: no rows in part: {source.part} of {counts.num_records}; "
             "raise heldout_frac"
+        )
+
+
+def _check_weight(source: DataSource, stage: StageName, num_records: int) -> None:
+    """Raise DataError where a weight above 0 comes to no record; prepare's are weighed among all sources."""
+    if stage != "prepare" and source.weight > 0 and not len(repeats(num_records, source.weight, seed=0)):
+        raise DataError(
+            f"{shown(source.path)}: no rows at weight {source.weight:g} of {num_records}; raise weight, or "
+            "set it to 0"
         )
 
 

@@ -51,6 +51,8 @@ class Schema:
     aliases: Aliases  # every field -> the columns looked for, in order
     parse: Callable[[Cells], tuple[Record, ...]]
     fits: Callable[[Cells], bool] | None = None  # where this fails, any other schema is nearer
+    inner: Callable[[Cells], tuple["Schema", Mapping[str, str]]] | None = None
+    """Of labelled rows: the schema they are of without their label, and its column map."""
 
     def cells(self, row: Mapping[str, Any], columns: Mapping[str, str], min_margin: float = 0.0) -> Cells:
         """The row through this schema's fields. Raises RowError for a configured field it does not have."""
@@ -64,6 +66,10 @@ class Schema:
 
     def columns_read(self, cells: Cells) -> dict[str, str]:
         """Field -> the column of the row that it is read from; `input` and `history` only where they are."""
+        if self.inner is not None:
+            schema, renamed = self.inner(cells)
+            rest = schema.columns_read(schema.cells(cells.row, renamed))
+            return {"label": cells.required("label")[0], **rest}
         columns = {field: cells.column(field) for field in self.aliases}
         found = {field: column for field, column in columns.items() if column is not None}
         question = next((field for field in ("prompt", "instruction") if field in found), None)
@@ -208,7 +214,12 @@ def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
 
     aliases = {field: columns for schema in reversed(inner) for field, columns in schema.aliases.items()}
     return Schema(
-        format="labelled", required=("label",), aliases={**_LABEL, **aliases}, parse=keep(parse), fits=fits
+        format="labelled",
+        required=("label",),
+        aliases={**_LABEL, **aliases},
+        parse=keep(parse),
+        fits=fits,
+        inner=without_label,
     )
 
 

@@ -68,6 +68,8 @@ GOOD_OR_BAD = [((user("q"),), (assistant("good"),), (assistant("bad"),))]
     [
         ({"messages": [say("user", "q"), say("assistant", "a")]}, "messages"),
         ({"messages": [told("human", "q"), told("gpt", "a")]}, "messages"),
+        ({"messages": [{**say("user", "q"), "weight": 0}, {**say("assistant", "a"), "weight": 1}]},
+         "messages"),
         ({"messages": [say("user", [{"type": "text", "text": "q"}]), say("assistant", "a")]}, "messages"),
         ({"messages": [{**say("user", "q"), **told(None, None)}, {**say(None, None), **told("gpt", "a")}]},
          "messages"),
@@ -182,6 +184,16 @@ def test_another_thing_of_that_name_or_one_the_prompt_holds_is_a_further_column(
     cells = schema.cells({"prompt": prompt, **further}, {})
     assert schema.parse(cells) == (Prompt(messages=(user(prompt),), row=further),)
     assert schema.columns_read(cells) == {"prompt": "prompt"}
+
+
+def test_the_columns_of_a_labelled_row_are_those_of_its_schema():
+    row = {"question": "q", "answer": "a", "label": True}
+    schema = detect("sft", row, {})
+    assert schema.columns_read(schema.cells(row, {})) == {
+        "label": "label",
+        "prompt": "question",
+        "completion": "answer",
+    }
 
 
 def test_an_instruction_and_its_input_may_be_blank_but_not_both():
@@ -641,6 +653,10 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
          "messages[0].content[1].type: only text parts are read, not image"),
         ("sft", {"messages": [say("user", [{"type": "text"}])]},
          "messages[0].content[0].text: missing; keys are type"),
+        ("sft", {"messages": [say("user", "q"), {**say("assistant", "a"), "weight": 0}]},
+         "messages[1].weight: every assistant turn is trained, also this one; remove weight, or the row"),
+        ("sft", {"conversations": [told("human", "q"), {**told("gpt", "a"), "train": False}], "system": "S"},
+         "conversations[1].train: every assistant turn is trained, also this one; remove train, or the row"),
         ("sft", {"messages": [say("user", ["q"])]},
          "messages[0].content[0]: expected a part {type: text, text: …}, got text"),
         ("sft", {"messages": [say("user", [])]}, f"messages[0].content: empty prompt{EMPTY}"),

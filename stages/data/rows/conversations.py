@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stages.data.records import Conversation, Document, Messages, Record
-from stages.data.rows.cells import Cells, RowError, described
+from stages.data.rows.cells import Cells, RowError, described, unpacked
 from stages.data.rows.prompts import asked
 from stages.data.rows.transcripts import turns_of
 from stages.data.rows.turns import as_messages, listed_messages
@@ -23,12 +23,14 @@ def document(cells: Cells) -> tuple[Document, ...]:
 def messages(cells: Cells) -> tuple[Conversation, ...]:
     """`messages: [{role, content}, …]`."""
     column, found = listed_messages(cells, "messages")
+    _check_trained(cells, "messages", found)
     return (_conversation(found, column),)
 
 
 def sharegpt(cells: Cells) -> tuple[Conversation, ...]:
     """`conversations: [{from, value}, …]`; of a preference row, the chosen answer ends it."""
     column, found = listed_messages(cells, "conversations")
+    _check_trained(cells, "conversations", found)
     chosen = cells.optional("chosen")
     if chosen is None:
         return (_conversation(found, column),)
@@ -85,6 +87,19 @@ def check_unanswered(found: Messages, column: str) -> None:
     """Raise RowError where an answer would follow an answer."""
     if found[-1].role == "assistant":
         raise RowError(f"{column}: ends with the assistant, so nothing is asked that an answer could follow")
+
+
+def _check_trained(cells: Cells, field: str, found: Messages) -> None:
+    """Raise RowError for an assistant's turn that is marked as not to be trained: all of them are."""
+    column, value = cells.required(field)
+    turns = unpacked(value)
+    for index, (turn, message) in enumerate(zip(turns, found[-len(turns) :], strict=True)):
+        for key in ("weight", "train"):
+            if message.role == "assistant" and key in turn and turn[key] in (0, False):
+                raise RowError(
+                    f"{column}[{index}].{key}: every assistant turn is trained, also this one; remove {key}, "
+                    "or the row"
+                )
 
 
 def _answered(cells: Cells, question: str, field: str) -> tuple[Conversation, ...]:
