@@ -33,7 +33,7 @@ from stages.config import (
 from stages.data.batches import BatchOrder
 from stages.data.chat import ChatTokenizer, PairIds
 from stages.data.records import Message, Prompt
-from stages.errors import DataError, TrainingStopped
+from stages.errors import DataError, ModelError, TrainingStopped
 from stages.prepare import run as run_prepare
 from stages.training.metrics import read_steps
 
@@ -407,6 +407,21 @@ def test_pin_16_the_recipe_reports_the_dropped_pairs(chain, tmp_path):
     runtime = runtime_in(tmp_path, "reward")
     metrics = reward.run(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
     assert metrics["pairs_dropped"] == 1 and metrics["pairs"] + metrics["pairs_heldout"] == 30
+
+
+def test_pretrain_refuses_rows_of_another_length_and_ids_the_model_does_not_know(
+    chain, tmp_path, tied_model_dir
+):
+    def failure(inputs: dict[str, Path], **model: object) -> str:
+        settings = pretrain_settings()
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update=model)})
+        with pytest.raises(ModelError) as caught:
+            pretrain.run(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "pretrain"))
+        return str(caught.value)
+
+    prepare = {"prepare": chain.outputs["prepare"]}
+    assert "rows of 64 tokens, but model.context_length is 32" in failure(prepare, context_length=32)
+    assert "a tokenizer of 320 tokens, but" in failure({**prepare, "model": tied_model_dir})
 
 
 # Resuming

@@ -171,3 +171,9 @@ def test_evaluation_prompts_reach_prepare_unless_it_does_not_look_for_them(chain
         fingerprints(chain.config(apart))["prepare"]
         == (fingerprints(chain.config(apart, "evaluate.prompts.0.part=heldout"))["prepare"])
     )
+
+
+def test_a_source_of_weight_zero_is_neither_read_nor_part_of_what_is_trained_on(chain: Chain):
+    unread = "sft.data=[{path: sft.jsonl}, {path: gone.jsonl, weight: 0}]"
+    assert [key for key, _ in dag.data_sources(chain.config(unread), "sft")] == ["sft.data.0"]
+    assert "sft.data.1" not in dict(dag._contents(dag.settings_for(chain.config(unread), "sft")))
