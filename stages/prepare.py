@@ -49,7 +49,7 @@ RECIPE_VERSION = 2
 
 DECIDING_PACKAGES = ("numpy", "py3langid", "pyarrow", "rensa", "rlhf-pipeline", "tokenizers")
 """Blocks of other versions of these are not taken up."""
-MAX_WORKER_RESTARTS = 3
+MAX_WORKER_RESTARTS = 2
 """Of one of Ray Data's workers, and of a block: what kills its worker each time ends the stage."""
 
 

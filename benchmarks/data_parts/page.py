@@ -215,7 +215,8 @@ def _memory(result: Mapping[str, Any]) -> str:
         "`pipeline.executor=inline`, and on Ray with `resources.prepare.num_workers=2`. A tokenizer of 8,192 "
         f"entries is trained; near duplicates {_on(first['near_dedup'])}, gopher_quality "
         f"{_on(first['quality'])}. Peak RSS is the kernel's count for the process that the user starts, an "
-        "upper bound (the benchmark's own size, which it is forked from, counts in it); that of the tree is proportional (PSS), sampled four times a second, Ray's own processes included.",
+        "upper bound (the benchmark's own size, which it is forked from, counts in it); that of the tree is "
+        "proportional (PSS), sampled four times a second, Ray's own processes included.",
         "",
         *_table(header, rows),
         "",
