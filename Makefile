@@ -43,7 +43,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## side-by-side measurements; each writes its result beside itself
+bench: install  ## side-by-side measurements, more than an hour: data.py also prepares 1 and 2 GB
 	set -e; for script in benchmarks/*.py; do test ! -f "$$script" || $(BIN)/python "$$script"; done
 
 closure: install  ## resolve requirements/cpu.txt anew
