@@ -54,9 +54,8 @@ def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer
     if prepare.tokenizer is not None:
         return ChatTokenizer.load(prepare.tokenizer, template), f"in tokens of {prepare.tokenizer}"
     texts = [text for source in prepare.data if source.weight > 0 for text in first_texts(source)]
-    return tokenizer_for(
-        texts, prepare, template
-    ), "in tokens like prepare's, trained on the start of its data"
+    chat = tokenizer_for(texts, prepare, template)
+    return chat, "in tokens like prepare's, trained on the start of its data"
 
 
 def _limits(config: ExperimentConfig, stage: str) -> "Limits":

@@ -80,7 +80,7 @@ def run(
     selection = select(corpus, config, settings.seed)
     if not len(selection.train):
         raise DataError(
-            f"prepare.data: no document is left to train on (dropped: "
+            "prepare.data: no document is left to train on (dropped: "
             f"{_in_words(_dropped(reports, selection))}); add documents or set milder rules"
         )
 
@@ -162,8 +162,8 @@ def _digest(
 
 
 def _is_large(blocks: Sequence[_Block], config: PrepareConfig) -> bool:
-    sizes = [block.split.num_bytes for block in blocks]
-    return sum(sizes) > config.ray_data_mb * 1e6
+    """By the bytes of its files; of a hub dataset none are known."""
+    return sum(block.split.num_bytes for block in blocks) > config.ray_data_mb * 1e6
 
 
 def evaluation_texts(sources: Sequence[DataSource]) -> list[str]:
@@ -367,7 +367,7 @@ def _metrics(
         "documents": sum(report.num_documents for report in reports),
         "documents_kept": selection.num_kept,
         "documents_heldout": len(selection.heldout),
-        **{f"dropped_{rule}": lengths.get(rule, 0) for rule in ("too_short", "too_long")},
+        **{f"dropped_{rule}": lengths[rule] for rule in ("too_short", "too_long")},
         **{f"dropped_{step}": one.total for step, one in dropped.items()},
         "rows_skipped": counts.num_skipped,
         "rows_filtered": counts.num_filtered,

@@ -1,8 +1,8 @@
 """The corpus on its way through prepare, block by block on disk.
 
-    FileSplit --filter_block--> 00007.text + .npz + .filtered.json   (documents that passed, and what did not)
-    all blocks --select--> Selection                                 (duplicates out, held-out share, order)
-    block + tokenizer --encode_block--> 00007.tokens + .encoded.json
+    FileSplit --filter_block--> 000007.text + .npz + .bands + .filtered.json    (what passed, what did not)
+    all blocks --select--> Selection                              (duplicates out, held-out share, order)
+    block + tokenizer --encode_block--> 000007.tokens + .lengths + .encoded.json
     Selection + tokens --documents--> ids in the order in which they are packed
 
 A block is filtered and encoded by a function of its own input alone, in whatever process; its record is

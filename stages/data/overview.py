@@ -36,7 +36,7 @@ class Limits:
 
     context_length: int  # tokens
     max_response_tokens: int  # that a prompt has to leave room for; 0 where nothing is generated
-    pairs_too_long: Any  # "drop" or "truncate"
+    pairs_too_long: Literal["drop", "truncate"]
     prepare: PrepareConfig | None
 
 
