@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from blake3 import blake3
 from inline import runtime_in
 from ray import cloudpickle
@@ -302,6 +305,10 @@ class Deadly:
         os._exit(9)
 
 
+def all_answers(work: Callable[..., Any], given: Runtime) -> list[dict[str, Any]]:
+    return list(prepare._on_ray_data(work, {}, [{"number": 0}], given))
+
+
 @pytest.mark.parametrize(
     ("work", "words"), [(FullDisk, "No space left on device"), (Deadly, "a process of it died")]
 )
@@ -312,12 +319,17 @@ def test_what_stops_ray_datas_workers_is_the_machines_fault_and_ends_the_stage(
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
     given = runtime_in(tmp_path / "ray", "prepare", num_workers=2)
     try:
-        with pytest.raises(Exception) as caught:  # whatever Ray makes of it
-            list(prepare._on_ray_data(work, {}, [{"number": 0}], given))
+        with pytest.raises(ray.exceptions.RayError) as caught:  # whatever Ray makes of it
+            # in a process that ends with it, like a stage: errors of Ray Data hold workers, and so CPUs
+            ray.get(ray.remote(num_cpus=0, max_retries=0, max_calls=1)(all_answers).remote(work, given))
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     told = as_expected("prepare", caught.value, tmp_path)
     assert isinstance(told, EnvironmentProblem) and words in str(told) and "\n" not in str(told)
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline, "workers that nobody needs any more hold CPUs"
+        time.sleep(0.1)
 
 
 def test_a_stopped_run_ends_between_two_blocks_and_goes_on_to_the_same_bytes(tmp_path, runtime):
