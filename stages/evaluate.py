@@ -44,7 +44,7 @@ from stages.training.models import (
     load_reward_model,
 )
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 SAMPLES_FILE = "samples.jsonl"
 MICRO_BATCH_SIZE = 16  # sequences per forward; a matter of memory and rounding only
 

@@ -49,7 +49,7 @@ from stages.training.ppo_models import PPOModels, judge_all, load_ppo_models
 from stages.training.ppo_totals import Clock, Totals
 from stages.training.ppo_update import Learner
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 ROLLOUTS_FILE = "rollouts.jsonl"
 
 

@@ -41,7 +41,7 @@ from stages.training.models import (
 )
 from stages.training.optimize import Optimizer
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

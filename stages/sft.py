@@ -38,7 +38,7 @@ from stages.training.models import (
 )
 from stages.training.optimize import Optimizer
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,14 @@
 
     stdin: one JSON request per line --> sandboxed jinja2 under limits --> stdout: one JSON answer per line
 
-Owns: the environment that templates know, as transformers defines it, and the limits. Ends by itself when
-nobody asks, or when whoever asked is gone. `templates` starts it, with an empty environment. Imports jinja2
-and the standard library only.
+Owns: the environment that templates know, as transformers defines it but without a clock or chance, and the
+limits. Ends by itself when nobody asks, or when whoever asked is gone. `templates` starts it, with an empty
+environment. Imports jinja2 and the standard library only.
 """
 
 import json
 import math
+import random
 import resource
 import select
 import sys
@@ -30,6 +31,10 @@ MAX_CPU_S = 2
 MAX_TEXT_CHARS = 2**20
 MAX_ERROR_CHARS = 300
 IDLE_S = 1.0
+TODAY = datetime(2024, 7, 26)
+"""What `strftime_now` tells on every day: the same inputs are the same tokens. It is the date that Llama 3's
+templates write where there is no clock.
+"""
 
 
 class _Generation(Extension):
@@ -58,6 +63,7 @@ def serve() -> None:
 
 def _answer(request: Mapping[str, Any]) -> dict[str, str]:
     """{"text": ...}, or {"error": ...} when the template raises: it is a program, and may raise anything."""
+    random.seed(0)  # of jinja's filter `random`
     try:
         text = _renderer(request["template"])(**request["variables"])
     except MemoryError:
@@ -77,7 +83,7 @@ def _renderer(template: str) -> Callable[..., str]:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda wanted: datetime.now().strftime(wanted)
+    environment.globals["strftime_now"] = TODAY.strftime
     return environment.from_string(template).render
 
 

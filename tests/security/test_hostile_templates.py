@@ -29,7 +29,7 @@ FAITHFUL = {
     "{{ ns.n }}",
     "macro": "{% macro turn(m) %}<{{ m['role'] }}>{{ m['content'] }}{% endmacro %}{{ turn(messages[0]) }}",
     "defined": "{% if add_generation_prompt is defined %}{{ add_generation_prompt }}{% endif %}"
-    "{% if documents is not none %}b{% endif %}{{ date if date is defined else strftime_now('%Y') }}",
+    "{% if documents is not none %}b{% endif %}{{ strftime_now is defined }}",
 }
 
 
@@ -53,6 +53,13 @@ def test_a_template_writes_here_what_it_writes_in_transformers(
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )
+
+
+def test_a_template_has_no_clock_and_no_chance():
+    """Else a run resumed tomorrow trains on other tokens, and PPO asks otherwise than sft trained."""
+    assert render("{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}", {}) == "26 Jul 2024 00:00:00.000000"
+    by_chance = "{{ range(10 ** 5) | random }} {{ lipsum() }}"
+    assert render(by_chance, {}) == render(by_chance, {})
 
 
 ESCAPES = [
