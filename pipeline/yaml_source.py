@@ -66,6 +66,12 @@ class Node:
             node = below
         return node
 
+    def height(self) -> int:
+        """Levels below this value: 0 for a scalar."""
+        value = self.value
+        below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return max((1 + node.height() for node in below), default=0)
+
     def plain(self) -> Any:
         """The value as dicts, lists and scalars."""
         if isinstance(self.value, dict):
@@ -149,7 +155,7 @@ class _Composer:
 
     def __init__(self, text: str, label: str, directory: Path, has_lines: bool = True) -> None:
         self._text, self._label, self._directory, self._has_lines = text, label, directory, has_lines
-        self._anchors: dict[str, tuple[Node, int]] = {}  # with the number of nodes beneath
+        self._anchors: dict[str, tuple[Node, int, int]] = {}  # with its number of nodes and its height
         self._num_nodes = 0
 
     def document(self) -> Node | None:
@@ -179,19 +185,19 @@ class _Composer:
             if event.anchor not in self._anchors:
                 anchor = short(str(event.anchor))
                 raise self._error(event, f"alias *{anchor}: nothing above is anchored as &{anchor}")
-            node, size = self._anchors[event.anchor]
+            node, size, height = self._anchors[event.anchor]
+            self._check_depth(event, len(path) + height)
             self._count(event, size)
             return node
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             raise self._error(event, f"tags such as {tag} are not allowed; write plain values")
-        if len(path) > MAX_DEPTH:
-            raise self._error(event, f"nested deeper than {MAX_DEPTH} levels")
+        self._check_depth(event, len(path))
         before = self._num_nodes
         self._count(event, 1)
         node = self._value(event, events, path)
         if event.anchor is not None:
-            self._anchors[event.anchor] = (node, self._num_nodes - before)
+            self._anchors[event.anchor] = (node, self._num_nodes - before, node.height())
         return node
 
     def _value(self, event: Any, events: Iterator[Any], path: KeyPath) -> Node:
@@ -235,6 +241,10 @@ class _Composer:
     def _check_text(self, event: Any) -> None:
         if problem := _bad_text(event.value):
             raise self._error(event, problem)
+
+    def _check_depth(self, event: Any, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise self._error(event, f"nested deeper than {MAX_DEPTH} levels")
 
     def _count(self, event: Any, num_nodes: int) -> None:
         self._num_nodes += num_nodes

@@ -31,6 +31,12 @@ HOSTILE = {
         f"{b}: &{b}\n  <<: [{','.join(['*' + a] * 50)}]\n"
         for a, b in zip("abcdefgh", "bcdefghi", strict=True)
     ),
+    "deep by aliases": "k0: &a0 "
+    + "[" * 25
+    + "1"
+    + "]" * 25
+    + "\n"
+    + "".join(f"k{i}: &a{i} {'[' * 25}*a{i - 1}{']' * 25}\n" for i in range(1, 70)),
     "an alias to itself": "a: &a [*a]",
     "a merge of itself": "a: &a\n  <<: *a",
     "equal keys": NAMED + "seed: 1\nseed: 2\n",
