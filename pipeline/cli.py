@@ -26,7 +26,7 @@ from typer.exceptions import Abort, TyperException
 
 from pipeline import changes, dag, doctor, executor, placement, supervisor
 from pipeline import config as configs
-from pipeline.artifacts import Store, model_at_hand
+from pipeline.artifacts import Store, model_at_hand, model_directory
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from pipeline.janitor import nothing_left_behind
@@ -139,7 +139,10 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     loaded = configs.load(config, overrides or [])
     configs.check_paths(loaded)
     typer.echo(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
-    at_hand = model_at_hand(loaded.config.model.path, loaded.config.model.revision)
+    model = loaded.config.model
+    at_hand = model_at_hand(model.path, model.revision)
+    if model.path is not None and at_hand:
+        model_directory(model.path, model.revision)  # judged before anything of it is loaded
     console = Console(soft_wrap=True)
     for block in previews(loaded.config, model_at_hand=at_hand):
         console.print(block)

@@ -46,7 +46,7 @@ MAX_TEMPLATE_BYTES = 2**20
 
 _logger = logging.getLogger(__name__)
 _PAD = "\x0c"  # white space that no template writes: where it is gone, the template trimmed the content
-_PLACEHOLDER = re.compile(rf"({_PAD}?)zqContent(\d+)Xqz({_PAD}?)")
+_PLACEHOLDER = re.compile(rf"({_PAD}?)zqContent([0-9]{{1,9}})Xqz({_PAD}?)")
 
 
 def _placeholder(index: int) -> str:
@@ -350,10 +350,13 @@ class ChatTokenizer:
         pieces: list[_Piece] = []
         at = 0
         for found in _PLACEHOLDER.finditer(text):
-            left, index, right = found.groups()
+            left, digits, right = found.groups()
+            index = int(digits)
+            if index >= len(roles):  # no placeholder: the template's own text
+                continue
             pieces += [
                 _Piece(text=text[at : found.start()]),
-                _Piece(message=int(index), trim_left=not left, trim_right=not right),
+                _Piece(message=index, trim_left=not left, trim_right=not right),
             ]
             at = found.end()
         pieces.append(_Piece(text=text[at:]))
@@ -460,7 +463,7 @@ def _configured_stops(directory: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         if path.is_file():
-            match json.loads(path.read_text(encoding="utf-8")):
+            match _read_object(path):
                 case {"eos_token_id": int(eos)}:
                     stops.append(eos)
                 case {"eos_token_id": [*several]} if all(isinstance(eos, int) for eos in several):
@@ -468,6 +471,17 @@ def _configured_stops(directory: Path) -> list[int]:
                 case {"eos_token_id": eos} if eos is not None:
                     raise ModelError(f"{path}: eos_token_id is no token id, nor a list of them")
     return stops
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a model directory. Raises ModelError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
 
 
 def document_separator_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -507,15 +521,12 @@ def tokenizer_digest(directory: Path) -> str:
 
     Covers tokenizer.json, less truncation and padding (settings of a call), and the chat template.
     """
-    try:
-        spec = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory}: no readable tokenizer.json") from error
+    spec = _read_object(directory / "tokenizer.json")
     spec = {key: value for key, value in spec.items() if key not in ("truncation", "padding")}
     template_file, config_file = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     template = None
     if template_file.is_file():
-        template = template_file.read_text(encoding="utf-8")
+        template = template_file.read_text(encoding="utf-8", errors="replace")  # loading it tells errors
     elif config_file.is_file():
-        template = json.loads(config_file.read_text(encoding="utf-8")).get("chat_template")
+        template = _read_object(config_file).get("chat_template")
     return blake3(json.dumps([spec, template], sort_keys=True).encode()).hexdigest()

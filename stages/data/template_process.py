@@ -66,6 +66,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, str]:
     random.seed(0)  # of jinja's filter `random`
     try:
         text = _renderer(request["template"])(**request["variables"])
+        (request["template"] + text).encode()  # half of a surrogate pair is no text
     except MemoryError:
         return {"error": f"it takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory"}
     except Exception as error:  # the one boundary to code that is not ours

@@ -169,8 +169,11 @@ class ScoreNormaliser:
             raise ModelError(
                 f"{path}: missing; without it scores have no scale - make the model with rlhf reward"
             )
-        values = json.loads(path.read_text())
-        return cls(mean=values["mean"], std=values["std"])
+        try:
+            values = json.loads(path.read_text())
+            return cls(mean=float(values["mean"]), std=float(values["std"]))
+        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path}: no mean and std in it; make the model with rlhf reward") from error
 
 
 def base_model(inputs: Mapping[str, Path]) -> Path:

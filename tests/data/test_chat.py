@@ -295,6 +295,14 @@ def test_an_unusable_template_is_refused_at_once(template, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("digits", ["7", "9" * 20, "9" * 5000, "\u0661"])
+def test_text_like_the_placeholder_of_no_message_is_the_templates_own(digits):
+    text = f"zqContent{digits}Xqz"
+    template = text + PLAIN.replace("END", "</s>")
+    chat = ChatTokenizer(tokenizer(("<s>", "</s>"), eos_token="</s>"), template=template)
+    assert chat.decode(chat.render(talk("a", "b")).ids) == f"{text}user: aassistant: b"
+
+
 def test_roles_that_the_template_refuses_are_a_typed_error():
     with pytest.raises(ModelError, match="must alternate"):
         llama2().render((*talk("a", "b", "c"), *talk("a", "b")))

@@ -138,6 +138,7 @@ def test_a_model_that_is_not_safe_to_load_is_code_2_wherever_it_is_given(
     model = write_model(chain.directory / "evil")
     (model / name).write_text(content)
     for arguments in (
+        ("check", "demo.yaml", "model.path=evil"),
         ("run", "demo.yaml", "model.path=evil"),
         ("reward", "demo.yaml", "--input", "sft=evil"),
         ("generate", "evil", "hello"),

@@ -10,9 +10,9 @@ import pytest
 
 from rollout.errors import EnvironmentProblem
 from rollout.weight_file import checkpoint_layout
-from stages.data.chat import ChatTokenizer, read_template
+from stages.data.chat import ChatTokenizer, read_template, tokenizer_digest
 from stages.errors import ModelError
-from stages.training.models import load_causal_lm, load_reward_model
+from stages.training.models import ScoreNormaliser, load_causal_lm, load_reward_model
 
 
 @pytest.fixture
@@ -70,6 +70,21 @@ def test_a_tokenizer_that_is_none_is_an_error_of_the_model(edited: Callable[...,
 def test_stop_tokens_that_are_no_token_ids_are_an_error_of_the_model(edited: Callable[..., Path], eos: Any):
     with pytest.raises(ModelError, match="eos_token_id is no token id"):
         ChatTokenizer.load(edited("generation_config.json", eos_token_id=eos))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000, b"9" * 10_000])
+def test_files_of_a_model_that_are_no_json_objects_are_errors_of_the_model(
+    edited: Callable[..., Path], content: bytes
+):
+    directory = edited("config.json")
+    for name, load in (
+        ("generation_config.json", ChatTokenizer.load),
+        ("tokenizer.json", tokenizer_digest),
+        ("score_normaliser.json", ScoreNormaliser.load),
+    ):
+        (directory / name).write_bytes(content)
+        with pytest.raises(ModelError, match=name):
+            load(directory)
 
 
 def test_a_template_file_that_is_no_text_or_too_large_is_an_error_of_the_model(tmp_path: Path):

@@ -102,6 +102,8 @@ BROKEN = {
     "key": "{{ messages[99].role.x }}",
     "type": "{{ 1 + 'a' }}",
     "filter": "{{ 1 | nothing }}",
+    "half a surrogate pair": "{{ '\\ud800' }}",
+    "half a surrogate pair in its source": "{# \ud800 #}",
     "its own words": "{{ raise_exception('no \x1b[2J\nsystem role') }}",
 }
 
