@@ -97,6 +97,8 @@ def _reason(error: ErrorDetails, node: Node) -> str:
     if field is not None and kind == "literal_error":
         allowed = ["null" if choice is None else repr(choice) for choice in choices(field.annotation)]
         return f"must be {' or '.join(allowed)}, not {got}"
+    if kind == "int_parsing_size":
+        return f"{got} does not fit into 64 bits"
     if kind == "list_type" and isinstance(node.value, dict):
         return "must be a list; start each item with '- '"
     wanted = WANTED.get(kind.split("_")[0])

@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rollout.config import EngineConfig, Section
+from rollout.config import EngineConfig, Seconds, Section
 from stages.config import (
     DataSource,
     EvaluateConfig,
@@ -33,9 +33,9 @@ class ResourcesConfig(Section):
 
     address: str | None = None
     """Ray cluster to join (`host:port`, or `auto`); absent: a local one for this run."""
-    placement_timeout_s: float = Field(default=120.0, gt=0)
+    placement_timeout_s: Seconds = Field(default=120.0, gt=0)
     """Deadline for placing a stage's workers."""
-    collective_timeout_s: float = Field(default=3600.0, gt=0)
+    collective_timeout_s: Seconds = Field(default=3600.0, gt=0)
     """Deadline for the workers of a stage to meet: longer than an engine's start with a batch of
     generations, and than writing a checkpoint, for the others wait while the first one does that.
     """
@@ -58,11 +58,11 @@ class PipelineConfig(Section):
 
     executor: Literal["ray", "inline"] = "ray"
     """Ray tasks, or every stage in this process (for a debugger)."""
-    lock_timeout_s: float = Field(default=30.0, ge=0)
+    lock_timeout_s: Seconds = Field(default=30.0, ge=0)
     """How long to wait for another run that is working on the same stage."""
-    stop_timeout_s: float = Field(default=60.0, gt=0)
+    stop_timeout_s: Seconds = Field(default=60.0, gt=0)
     """After the first SIGINT or SIGTERM stages have so long to reach a step boundary and save their state."""
-    retry_wait_s: float = Field(default=2.0, ge=0)
+    retry_wait_s: Seconds = Field(default=2.0, ge=0)
     """`rlhf run --retries`: pause before the first restart; doubled for each further one without progress."""
 
 

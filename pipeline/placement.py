@@ -23,6 +23,7 @@ from stages.runtime import StageResources
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2}
+MAX_SIZE = 2**31  # of one dimension
 ADAM_BYTES = 8  # two fp32 moments per parameter
 IN_THE_STAGE_TASK = frozenset({"prepare"})
 """Stages that reserve nothing: they have no workers."""
@@ -43,7 +44,7 @@ class Architecture:
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """Raises ConfigError when a size is not there."""
+        """Raises ConfigError when a size is not there, or is none."""
         try:
             stated: dict[str, Any] = json.loads(path.read_text())
             optional = {
@@ -52,11 +53,20 @@ class Architecture:
                 "tie_word_embeddings": False,  # transformers' own default for these three
             }
             known = optional | {name: value for name, value in stated.items() if value is not None}
-            return cls(**{field.name: known[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            architecture = cls(**{field.name: known[field.name] for field in fields(cls)})
+            architecture._check()
+            return architecture
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise ConfigError(
                 f"{path}: not the config.json of a language model ({type(error).__name__}: {error})"
             ) from error
+
+    def _check(self) -> None:
+        """Raises ValueError: what a file states may be of any type and size."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type or (field.type is int and not 0 < value < MAX_SIZE):
+                raise ValueError(f"{field.name} is not {'a size' if field.type is int else 'true or false'}")
 
     @property
     def body(self) -> int:

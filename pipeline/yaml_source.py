@@ -9,7 +9,6 @@ Scalars follow YAML 1.2 (`1e-5` is a number, `yes` is text). Whatever a file hol
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -280,6 +279,7 @@ def _yaml_hint(error: yaml.MarkedYAMLError) -> str:
 
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_BASES = {"0o": 8, "0x": 16}
 _WORDS: Mapping[str, Scalar] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -291,16 +291,23 @@ _WORDS: Mapping[str, Scalar] = {
 
 
 def parse_scalar(text: str) -> Scalar:
-    """An unquoted scalar by YAML 1.2's core schema; an integer beyond Python's digit limit is infinite."""
+    """An unquoted scalar by YAML 1.2's core schema."""
     if text in _WORDS:
         return _WORDS[text]
-    if len(text) > sys.get_int_max_str_digits() and (_INT.fullmatch(text) or _FLOAT.fullmatch(text)):
-        return float("-inf" if text.startswith("-") else "inf")
     if _INT.fullmatch(text):
-        return int(text, 0) if text[1:2] in ("o", "x") else int(text)
+        return _integer(text)
     if _FLOAT.fullmatch(text):
         return float(text)
     return text
+
+
+def _integer(text: str) -> int | float:
+    """Beyond 64 bits a float, which no setting of whole numbers takes."""
+    try:
+        value = int(text, _BASES.get(text[:2], 10))
+        return value if -(2**63) <= value < 2**63 else float(value)
+    except (ValueError, OverflowError):  # more digits than Python converts, or a float can hold
+        return float("-inf" if text.startswith("-") else "inf")
 
 
 def _bad_text(text: str) -> str | None:

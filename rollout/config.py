@@ -4,12 +4,15 @@ Light import: pydantic only. A field's default lives here and nowhere else. Fiel
 result (names, paths, deadlines, worker counts) are marked `EXECUTION` and stay out of a stage's fingerprint.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 EXECUTION: dict[str, Any] = {"identity": False}
 """`json_schema_extra` of a field that must not change the result."""
+
+Seconds = Annotated[float, Field(le=1_000_000)]
+"""A deadline or a pause: 11 days at most, which every timer and system call can hold, in milliseconds too."""
 
 
 class Section(BaseModel):
@@ -69,15 +72,15 @@ class EngineConfig(Section):
     """Prompts of the probe behind each parity check."""
     parity_max_tokens: int = Field(default=16, ge=1, json_schema_extra=EXECUTION)
     """Response tokens per probe prompt."""
-    start_timeout_s: float = Field(default=300.0, gt=0, json_schema_extra=EXECUTION)
+    start_timeout_s: Seconds = Field(default=300.0, gt=0, json_schema_extra=EXECUTION)
     """Deadline for an engine to load its model and answer."""
-    generate_timeout_s: float = Field(default=600.0, gt=0, json_schema_extra=EXECUTION)
+    generate_timeout_s: Seconds = Field(default=600.0, gt=0, json_schema_extra=EXECUTION)
     """Deadline for one batch of generations."""
-    sync_timeout_s: float = Field(default=120.0, gt=0, json_schema_extra=EXECUTION)
+    sync_timeout_s: Seconds = Field(default=120.0, gt=0, json_schema_extra=EXECUTION)
     """Deadline for one weight sync."""
-    health_timeout_s: float = Field(default=30.0, gt=0, json_schema_extra=EXECUTION)
+    health_timeout_s: Seconds = Field(default=30.0, gt=0, json_schema_extra=EXECUTION)
     """An engine that leaves a round trip unanswered for so long counts as dead; longer than one step of
     decoding.
     """
-    health_interval_s: float = Field(default=2.0, gt=0, json_schema_extra=EXECUTION)
+    health_interval_s: Seconds = Field(default=2.0, gt=0, json_schema_extra=EXECUTION)
     """Between two such round trips while an engine generates."""

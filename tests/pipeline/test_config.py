@@ -47,6 +47,9 @@ def write(tmp_path, monkeypatch):
         ("0x1F", 31), ("0o17", 15), ("true", True), ("False", False), ("yes", "yes"), ("off", "off"),
         ("null", None), ("~", None), ("", None), ("1_000", "1_000"), ("12:30", "12:30"), ("1e", "1e"),
         ("2026-11-20", "2026-11-20"), ("-", "-"), (".inf", float("inf")), ("9" * 5000, float("inf")),
+        ("-" + "9" * 5000, float("-inf")), ("0x" + "f" * 4000, float("inf")), ("9" * 400, float("inf")),
+        (str(2**63 - 1), 2**63 - 1), (str(-(2**63)), -(2**63)), (str(2**63), 2.0**63),
+        ("0x8" + "0" * 15, 2.0**63),
     ],
 )  # fmt: skip
 def test_scalars_follow_yaml_1_2(text, value):
@@ -66,6 +69,7 @@ def test_text_that_looks_like_a_number_is_text_where_text_is_wanted(write):
     config = load(path, ["model.path=org/name", "model.revision=12e4567"]).config
     assert (config.name, config.model.revision) == ("2026", "12e4567")
     assert load(path, ["name=true"]).config.name == "true"
+    assert load(path, [f"name={'9' * 50}"]).config.name == "9" * 50
 
 
 def test_a_section_with_nothing_after_its_key_has_its_defaults_and_null_removes_it(write):
@@ -229,6 +233,13 @@ def test_the_json_schema_describes_every_section_and_forbids_the_unknown():
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["SFTConfig"]["properties"]["lr"]["description"] == "Peak learning rate."
     assert "required" not in schema and "required" not in schema["$defs"]["SFTConfig"]
+
+
+def test_every_deadline_has_a_bound_that_timers_can_hold():
+    """A poll takes 32 bits of milliseconds, setitimer fails on more than it can hold."""
+    sections = json_schema()["$defs"].values()
+    seconds = {k: v for s in sections for k, v in s["properties"].items() if k.endswith("_s")}
+    assert len(seconds) > 8 and all(1000 * value["maximum"] < 2**31 for value in seconds.values())
 
 
 def test_every_stage_has_its_resources():

@@ -183,3 +183,27 @@ def test_a_config_json_that_is_no_language_models_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": 8}))
     with pytest.raises(ConfigError, match=r"not the config.json of a language model"):
         placement.Architecture.from_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        '"num_attention_heads": 0, "head_dim": null',
+        '"num_attention_heads": 128, "hidden_size": 64, "head_dim": null',
+        '"hidden_size": -5',
+        '"hidden_size": 1.5',
+        '"hidden_size": 1e999',
+        '"hidden_size": "896"',
+        '"num_hidden_layers": true',
+        f'"vocab_size": 1{"0" * 4000}',
+        '"tie_word_embeddings": "no"',
+        f'"deep": {"[" * 100_000}',
+    ],
+    ids=range(10),
+)
+def test_a_config_json_of_senseless_sizes_is_one_line(tmp_path, stated: str):
+    good = (CONFIGS / "qwen_gsm8k_gpu/architecture.json").read_text()
+    (tmp_path / "config.json").write_text(f"{good.rstrip().removesuffix('}')}, {stated}}}")
+    with pytest.raises(ConfigError, match=r"not the config.json of a language model") as refused:
+        placement.Architecture.from_file(tmp_path / "config.json")
+    assert len(str(refused.value)) < 500
