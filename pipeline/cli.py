@@ -28,7 +28,7 @@ from pipeline import changes, dag, doctor, executor, placement, supervisor
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand, model_directory
 from pipeline.errors import ConfigError
-from pipeline.experiment import ExperimentConfig
+from pipeline.experiment import ExperimentConfig, host_and_port
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
 from pipeline.preview import previews
@@ -171,6 +171,11 @@ def examine(
     address: Annotated[str | None, typer.Option(help="Ray cluster whose nodes have to see it too.")] = None,
 ) -> None:
     """Examine this machine: packages, memory, cores, GPU, the outputs directory."""
+    try:
+        if address is not None:
+            host_and_port(address)
+    except ValueError as error:
+        raise ConfigError(f"--address {address}: {error}") from error
     findings = doctor.examine(outputs, address)
     for finding in findings:
         typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.subject:12} {finding.text}")

@@ -19,6 +19,7 @@ from pathlib import Path
 import blake3
 
 from pipeline.artifacts import package_versions
+from pipeline.experiment import host_and_port
 from rollout.errors import EnvironmentProblem
 from stages.data.durable import disk_problems
 
@@ -51,11 +52,11 @@ def require_token(address: str) -> None:
 
 def require_answer(address: str) -> None:
     """Something listens at `host:port`. Raises EnvironmentProblem."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():  # `auto`: Ray looks for it, and fails at once
+    listener = host_and_port(address)
+    if listener is None:  # Ray looks for it, and fails at once
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S).close()
+        socket.create_connection(listener, timeout=ANSWER_TIMEOUT_S).close()
     except OSError as error:
         raise EnvironmentProblem(
             f"resources.address {address}: no answer ({error.strerror or error}); is the cluster up?"

@@ -28,11 +28,28 @@ STAGE_FIELDS = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
 """Fields of `ExperimentConfig` (and of `ResourcesConfig`) that belong to one stage each."""
 
 
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_ADDRESS = re.compile(rf"({_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:.]{{2,45}}\]):([1-9][0-9]{{0,4}})")
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Of a Ray cluster; None for `auto`, where Ray looks for it. Raises ValueError for what is no address.
+
+    Example: host_and_port("[::1]:6379") == ("::1", 6379)
+    """
+    if address == "auto":
+        return None
+    found = _ADDRESS.fullmatch(address)
+    if found is None or int(found[2]) > 65535:
+        raise ValueError("must be `auto`, or `host:port` with a port from 1 to 65535")
+    return found[1].strip("[]"), int(found[2])
+
+
 class ResourcesConfig(Section):
     """`resources:` - where the run's processes live. Nothing here changes a result."""
 
     address: str | None = None
-    """Ray cluster to join (`host:port`, or `auto`); absent: a local one for this run."""
+    """Ray cluster to join (`host:port`, `[IPv6]:port`, or `auto`); absent: a local one for this run."""
     placement_timeout_s: Seconds = Field(default=120.0, gt=0)
     """Deadline for placing a stage's workers."""
     collective_timeout_s: Seconds = Field(default=3600.0, gt=0)
@@ -51,6 +68,13 @@ class ResourcesConfig(Section):
     """Workers of ppo."""
     evaluate: StageResources = StageResources()
     """Workers of evaluate."""
+
+    @field_validator("address")
+    @classmethod
+    def _address_is_one(cls, address: str | None) -> str | None:
+        if address is not None:
+            host_and_port(address)
+        return address
 
 
 class PipelineConfig(Section):

@@ -48,7 +48,7 @@ class EngineConfig(Section):
     """Generation backend: vLLM, or plain transformers (the slow reference)."""
     sync: Literal["shm", "gloo", "nccl"] = Field(default="shm", json_schema_extra=EXECUTION)
     """Transport of the weights: a mapped file on the same host, gloo between hosts, nccl between GPUs."""
-    num_engines: int = Field(default=1, ge=1, json_schema_extra=EXECUTION)
+    num_engines: int = Field(default=1, ge=1, le=10_000, json_schema_extra=EXECUTION)
     """Engine processes that share the prompts."""
     tensor_parallel_size: int = Field(default=1, ge=1, json_schema_extra=EXECUTION)
     """GPUs that one vLLM engine is split over; as many as `resources.<stage>.num_gpus_per_engine`."""

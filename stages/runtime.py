@@ -15,7 +15,7 @@ from rollout.config import Section
 class StageResources(Section):
     """`resources.<stage>:` - workers of one stage."""
 
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: int = Field(default=1, ge=1, le=10_000)
     """Training processes."""
     num_cpus: float = Field(default=1.0, gt=0)
     """CPUs Ray reserves per worker; a worker computes with all cores of its machine."""

@@ -63,6 +63,7 @@ def test_a_setting_that_does_not_exist_is_code_2(chain: Chain, capsys: pytest.Ca
         (["reward", "demo.yaml", "--input", "ppo=x"], "--input ppo: reward takes sft"),
         (["run"], "CONFIG"),
         (["generate", "nowhere", "hello"], "nowhere"),
+        (["doctor", "--address", "h:\u00b2"], "--address h:\u00b2: must be `auto`, or `host:port`"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_code_2(

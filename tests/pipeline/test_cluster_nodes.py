@@ -63,6 +63,13 @@ def test_a_token_comes_from_the_environment(monkeypatch, variable):
     cluster.require_token("head:6379")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_nothing_listening_is_one_line_at_once(host):
+    with pytest.raises(EnvironmentProblem, match="no answer"):
+        cluster.require_answer(f"{host}:1")
+    cluster.require_answer("auto")
+
+
 def test_a_changed_source_file_is_other_code(tmp_path, monkeypatch):
     before = cluster.code_version()
     cluster.code_version.cache_clear()

@@ -88,6 +88,8 @@ IN_FILES = [
      "demo.yaml:5: seed: 0x8000000000000000 does not fit into 64 bits"),
     (NAME + SFT + "seed: 9223372036854775807\n",
      "demo.yaml:5: seed: 9223372036854775807 is out of range; must be >= 0 and < 2147483648"),
+    (NAME + SFT + "resources: {sft: {num_workers: 1000000000}}\n",
+     "demo.yaml:5: resources.sft.num_workers: 1000000000 is out of range; must be >= 1 and <= 10000"),
     (NAME + SFT + "pipeline: {stop_timeout_s: 1e300}\n",
      "demo.yaml:5: pipeline.stop_timeout_s: 1e300 is out of range; must be > 0 and <= 1000000"),
     (NAME + "sft:\n  data: []\n", "demo.yaml:3: sft.data: must not be empty"),
@@ -239,6 +241,17 @@ IN_OVERRIDES = [
     (".".join("a" * 5000) + "=1", None),
     ("sft.data." + "1" * 5000 + ".path=1", None),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["h", ":80", "h:", "h:0", "h:65536", "h:099", "h:\u00b2", "h:\u0663", "a..b:80", "-a:80", "ray://h:80",
+     "x" * 64 + ":80", "me@h:80", "h:80/x", "::1:80", "[h]:80", f"[{'1:' * 30}]:80", "Auto", "", " h:80 "],
+)  # fmt: skip
+def test_a_cluster_is_named_by_host_and_port(line_of, address):
+    line = line_of(NAME + SFT + f"resources:\n  address: '{address}'\n")
+    said = "must be `auto`, or `host:port` with a port from 1 to 65535"
+    assert line == f"demo.yaml:6: resources.address: {said}"
 
 
 @pytest.mark.parametrize(("override", "line"), IN_OVERRIDES)
