@@ -38,6 +38,7 @@ from stages.config import (
 )
 from stages.data.hub import hub_commit, is_hub_id
 from stages.data.readers import content_digest
+from stages.data.schemas import SCHEMAS, StageName
 from stages.errors import DataError
 
 SCHEMA_VERSION = 2
@@ -196,6 +197,16 @@ def data_sources(config: ExperimentConfig, stage: str) -> Iterator[tuple[str, Da
     for key, section in _sections(settings_for(config, stage)):
         if isinstance(section, DataSource) and section.weight > 0:
             yield key.replace("evaluation_prompts.", "evaluate.prompts."), section
+
+
+def datasets(config: ExperimentConfig, stages: Collection[str]) -> dict[StageName, dict[str, DataSource]]:
+    """The `data_sources` of all `stages`, each once, by the stage as which they are read, in that order."""
+    sources = {key: source for stage in stages for key, source in data_sources(config, stage)}
+    return {
+        stage: {key: source for key, source in sources.items() if key.startswith(f"{stage}.")}
+        for stage in SCHEMAS
+        if any(key.startswith(f"{stage}.") for key in sources)
+    }
 
 
 def directory_name(stage: str, fingerprint: str) -> str:

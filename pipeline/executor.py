@@ -50,7 +50,6 @@ from rollout.errors import GO_ON, EngineError, EnvironmentProblem, ExpectedError
 from rollout.run_mark import RUN_ID_VARIABLE
 from stages.bundles import lacking
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
-from stages.data import readers
 from stages.data.durable import disk_problems, write_whole
 from stages.data.scoring import load_judge
 from stages.errors import Interrupted
@@ -184,17 +183,10 @@ def validate_data(planned: PlannedRun) -> None:
 
     Raises DataError.
     """
-    prepare = planned.config.prepare
-    if "prepare" in planned.to_run and prepare is not None and prepare.languages:
-        from stages.data.languages import check_languages
+    from stages.data.validation import validate
 
-        check_languages(prepare.languages)
-    seen: set[str] = set()
-    for stage in planned.to_run:
-        for key, source in dag.data_sources(planned.config, stage):
-            if key not in seen:
-                seen.add(key)
-                readers.validate(source, key.partition(".")[0])  # type: ignore[arg-type]  # a stage with data
+    for stage, sources in dag.datasets(planned.config, planned.to_run).items():
+        validate(list(sources.values()), stage, getattr(planned.config, stage))
     evaluate = planned.config.evaluate
     if "evaluate" in planned.to_run and evaluate is not None and evaluate.score is not None:
         load_judge(evaluate.score)

@@ -22,20 +22,27 @@ MARKS = "\u27e6", "\u27e7"
 
 
 def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]:
-    """One block of text per dataset of the configured stages. Raises DataError, ModelError."""
+    """One block of text per dataset of the configured stages, once all are validated. Raises DataError,
+    ModelError.
+    """
     from stages.data.overview import overview
+    from stages.data.validation import validate
 
+    datasets = dag.datasets(config, dag.configured(config))
+    validated = {
+        stage: validate(list(sources.values()), stage, getattr(config, stage))
+        for stage, sources in datasets.items()
+    }
     chat, origin = _chat(config, model_at_hand)
     yield Text.assemble(
         f"lengths: {origin}; example: ", _marked("trained", True), " ", _marked("not trained", False)
     )
-    for stage in dag.configured(config):
-        for key, source in dag.data_sources(config, stage):
-            if key.startswith(f"{stage}."):  # prepare reads evaluate's prompts too
-                found = overview(source, stage, chat, _limits(config, stage))  # type: ignore[arg-type]  # stages with data
-                lines = "".join(f"  {line}\n" for line in _figures(found))
-                example = (_marked(span.text, span.trained) for span in found.example)
-                yield Text.assemble(f"\n{key}: {source.path}\n{lines}", *example)
+    for stage, sources in datasets.items():
+        for (key, source), found in zip(sources.items(), validated[stage], strict=True):
+            shown = overview(source, stage, found, chat, _limits(config, stage))
+            lines = "".join(f"  {line}\n" for line in _figures(shown))
+            example = (_marked(span.text, span.trained) for span in shown.example)
+            yield Text.assemble(f"\n{key}: {source.path}\n{lines}", *example)
 
 
 def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer | None, str]":
@@ -66,6 +73,7 @@ def _limits(config: ExperimentConfig, stage: str) -> "Limits":
         context_length=config.model.context_length,
         max_response_tokens=section.max_response_tokens if stage in ("ppo", "evaluate") else 0,
         pairs_too_long="drop" if config.reward is None else config.reward.too_long,
+        group_column=None if config.reward is None else config.reward.group_column,
         prepare=config.prepare,
     )
 

@@ -314,7 +314,9 @@ class RewardConfig(TrainingConfig):
     heldout_frac: float = Field(default=0.1, gt=0, lt=0.9)
     """Share of the pairs held out for accuracy, chosen by content hash of the prompt."""
     group_column: str | None = None
-    """Column of the data; held-out accuracy is also reported per value of it, as accuracy_<value>."""
+    """Column that every row must have; held-out accuracy is also reported per value of it, as
+    accuracy_<value>.
+    """
     min_accuracy: float = Field(default=0.55, ge=0, le=1)
     """Gate: a lower held-out accuracy ends the run (exit 5)."""
     min_score_std: float = Field(default=1e-3, ge=0)

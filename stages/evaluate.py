@@ -23,12 +23,11 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.fitting import fit_prompt
-from stages.data.readers import read_prompts
+from stages.data.fitting import NO_ROOM, Fitted, check_left, fit_prompt
+from stages.data.readers import Rows, read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
 from stages.data.shards import heldout_sequences
-from stages.errors import DataError
 from stages.objectives.winrate import bootstrap_interval
 from stages.rollout_source import EngineClient, open_engines
 from stages.runtime import Runtime
@@ -82,7 +81,7 @@ def evaluate(
     # 1. Held-out prompts, models, judge.
     rows = read_prompts(config.prompts, seed=stage_seed(settings.seed, "evaluate", "rows"))
     chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
-    prompts = _fitting(rows.records, chat, settings)
+    prompts = _fitting(rows, chat, settings)
     judge = None if config.score is None else load_judge(config.score)
     candidates = _candidates(inputs, prompts, chat, config, worker.device)
 
@@ -116,21 +115,20 @@ def evaluate(
     return metrics
 
 
-def _fitting(prompts: Sequence[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> list[Prompt]:
+def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> list[Prompt]:
     """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation."""
     config = settings.evaluate
     longest = settings.model.context_length - config.max_response_tokens
-    kept = [
-        prompt
-        for prompt in prompts
-        if fit_prompt(chat, prompt, longest).example is not None
-        and len(_continuation(prompt, chat, config)) <= longest
-    ]
-    if not kept:
-        raise DataError(
-            f"evaluate.prompts: none of {len(prompts)} has at most {longest} tokens "
-            "(model.context_length - evaluate.max_response_tokens)"
-        )
+
+    def fitted(prompt: Prompt) -> Fitted[tuple[int, ...]]:
+        as_text = len(_continuation(prompt, chat, config))
+        if as_text > longest:
+            return Fitted(example=None, num_tokens=as_text, rule=NO_ROOM)
+        return fit_prompt(chat, prompt, longest)
+
+    found = [fitted(prompt) for prompt in rows.records]
+    check_left(rows.sizes, found)
+    kept = [prompt for prompt, one in zip(rows.records, found, strict=True) if one.example is not None]
     return kept[: config.max_prompts]
 
 

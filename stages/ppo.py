@@ -23,10 +23,10 @@ from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
 from stages.data.experience import Judgement, RolloutPack, assemble, pack_rollouts
-from stages.data.fitting import data_metrics, fit_prompt
+from stages.data.fitting import check_left, data_metrics, fit_prompt
 from stages.data.journal import Journal, JournalEntry
 from stages.data.readers import read_prompts
-from stages.errors import DataError, Interrupted, ModelError
+from stages.errors import Interrupted, ModelError
 from stages.objectives.kl import AdaptiveKl, FixedKl, KlController
 from stages.rollout_source import (
     ENGINE_DTYPE,
@@ -339,12 +339,8 @@ def _prompts(
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
     longest = settings.model.context_length - config.max_response_tokens
     fitted = [fit_prompt(chat, prompt, longest) for prompt in rows.records]
+    check_left(rows.sizes, fitted)
     kept = tuple(one.example for one in fitted if one.example is not None)
-    if not kept:
-        raise DataError(
-            f"ppo.data: none of {len(fitted)} prompts has at most {longest} tokens "
-            "(model.context_length - ppo.max_response_tokens)"
-        )
     return kept, {"prompts": float(len(kept)), **data_metrics(rows, fitted, "prompts")}
 
 

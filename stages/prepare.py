@@ -23,12 +23,13 @@ from rollout.errors import GO_ON, EnvironmentProblem, raise_expected
 from stages.config import DataSource, PrepareConfig, PrepareSettings
 from stages.data.chat import CHATML, ChatTokenizer, content_encoder, documents_ids, read_template
 from stages.data.corpus import (
-    STEPS,
     BlockReport,
     Corpus,
     Dropped,
     Filter,
     Selection,
+    all_dropped,
+    check_passed,
     documents,
     encode_block,
     filter_block,
@@ -78,11 +79,6 @@ def run(
     #    when others come or go), and the mixture of sources.
     corpus = Corpus(directory, [report.num_kept for report in reports], [block.source for block in blocks])
     selection = select(corpus, config, settings.seed)
-    if not len(selection.train):
-        raise DataError(
-            "prepare.data: no document is left to train on (dropped: "
-            f"{_in_words(_dropped(reports, selection))}); add documents or set milder rules"
-        )
 
     # 3. The model's tokenizer, one that was given, or one trained on a sample of the training text.
     chat = _tokenizer(settings, inputs, corpus, selection)
@@ -301,13 +297,15 @@ class _AsText:
 
 
 def _counts(blocks: Sequence[_Block], reports: Sequence[BlockReport], config: PrepareConfig) -> Counts:
-    """Of all rows. Raises DataError where a source had no document, or too many bad rows."""
+    """Of all rows. Raises DataError where a source has no document left, or had too many bad rows."""
     total = NO_ROWS
     for index, source in enumerate(config.data):
         own = [report for block, report in zip(blocks, reports, strict=True) if block.source == index]
         counts = sum((report.counts for report in own), NO_ROWS)
         if source.weight > 0:
             check_counts(source, counts, sum(report.num_documents for report in own))
+            dropped = all_dropped(report.dropped for report in own)
+            check_passed(source, sum(report.num_kept for report in own), dropped)
         total += counts
     return total
 
@@ -326,16 +324,8 @@ def _tokenizer(
 
 
 def _dropped(reports: Sequence[BlockReport], selection: Selection) -> dict[str, Dropped]:
-    """Step -> what it left out, over all blocks."""
-    total = {step: Dropped() for step in STEPS}
-    for part in (*(report.dropped for report in reports), selection.dropped):
-        for step, dropped in part.items():
-            total[step].extend(dropped)
-    return total
-
-
-def _in_words(dropped: Mapping[str, Dropped]) -> str:
-    return ", ".join(f"{step} {one.total}" for step, one in dropped.items() if one.total) or "none"
+    """Step -> what it left out, over all blocks and of all documents together."""
+    return all_dropped((*(report.dropped for report in reports), selection.dropped))
 
 
 def _steps(reports: Sequence[BlockReport], selection: Selection) -> list[dict[str, Any]]:

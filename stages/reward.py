@@ -17,12 +17,11 @@ from torch import Tensor
 from rollout.api import RolloutRequest, Sampling
 from stages.bundles import rollout_of
 from stages.config import RewardSettings
-from stages.data.batches import BatchOrder, content_share, rank_share, stage_seed
+from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, PairIds
-from stages.data.fitting import data_metrics, fit_pair
+from stages.data.fitting import check_left, data_metrics, fit_pair
 from stages.data.packing import plan_packs
-from stages.data.readers import read_pairs
-from stages.data.records import Pair, split_key
+from stages.data.readers import check_sides, is_held_out, read_pairs
 from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
 from stages.rollout_source import ENGINE_DTYPE, open_engines
@@ -159,8 +158,11 @@ def train(
 
 def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
     config = settings.reward
-    rows = read_pairs(config.data, seed=stage_seed(settings.seed, "reward", "rows"))
+    rows = read_pairs(
+        config.data, seed=stage_seed(settings.seed, "reward", "rows"), group_column=config.group_column
+    )
     fitted = [fit_pair(chat, pair, settings.model.context_length, config.too_long) for pair in rows.records]
+    check_left(rows.sizes, fitted)
     data = data_metrics(rows, fitted, "pairs")
     train: list[Example] = []
     heldout: list[Example] = []
@@ -170,25 +172,16 @@ def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
         example = Example(
             ids=one.example,
             has_whole_prompt=one.rule is None,
-            group=_group(pair, config.group_column),
+            group=None if config.group_column is None else str(pair.row[config.group_column]),
         )
-        (heldout if content_share(split_key(pair)) < config.heldout_frac else train).append(example)
-    for name, part in (("training", train), ("held-out", heldout)):
-        if not part:
-            raise DataError(
-                f"reward.data: no {name} pair left of {len(rows.records)} (left out as too long or "
-                f"malformed: {data['pairs_dropped']:.0f}); add pairs, raise model.context_length, or change "
-                "heldout_frac"
-            )
+        (heldout if is_held_out(pair, config.heldout_frac) else train).append(example)
+    check_sides(
+        config.data,
+        num_train=len(train),
+        num_heldout=len(heldout),
+        num_dropped=int(data["pairs_dropped"]),
+    )
     return Examples(train=train, heldout=heldout, data=data)
-
-
-def _group(pair: Pair, column: str | None) -> str | None:
-    if column is None:
-        return None
-    if column not in pair.row:
-        raise DataError(f"reward.group_column: no column {column!r}; columns are {', '.join(pair.row)}")
-    return str(pair.row[column])
 
 
 def _micro_batches(examples: Sequence[Example], micro_batch_size: int, worker: Worker) -> list[Pairs]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from stages.config import SFTSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, Rendered
-from stages.data.fitting import data_metrics, fit_conversation
+from stages.data.fitting import check_left, data_metrics, fit_conversation
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.readers import read_conversations
 from stages.errors import DataError
@@ -117,12 +117,8 @@ def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered
     fitted = [
         fit_conversation(chat, conversation, settings.model.context_length) for conversation in rows.records
     ]
+    check_left(rows.sizes, fitted)
     kept = [one.example for one in fitted if one.example is not None]
-    if not kept:
-        raise DataError(
-            "sft.data: no conversation has a trained token within model.context_length "
-            f"{settings.model.context_length}"
-        )
     return kept, {"conversations": float(len(kept)), **data_metrics(rows, fitted, "conversations")}
 
 

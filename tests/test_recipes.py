@@ -14,12 +14,14 @@ from transformers import AutoModelForSequenceClassification
 
 from rollout.api import Rollout
 from rollout.config import EngineConfig
-from stages import evaluate, pretrain, reward, sft
+from stages import evaluate, ppo, pretrain, reward, sft
 from stages.config import (
     DataSource,
     EvaluateConfig,
     EvaluateSettings,
     ModelConfig,
+    PPOConfig,
+    PPOSettings,
     PrepareConfig,
     PrepareSettings,
     PretrainConfig,
@@ -32,6 +34,7 @@ from stages.config import (
 )
 from stages.data.batches import BatchOrder
 from stages.data.chat import ChatTokenizer, PairIds
+from stages.data.readers import read_prompts
 from stages.data.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
 from stages.prepare import run as run_prepare
@@ -391,7 +394,7 @@ def test_pin_16_what_is_kept_of_a_pair_ends_with_its_end_of_turn_within_the_cont
     cutting = reward_settings(tmp_path, rows=long_prompts, context_length=48, too_long="truncate")
     examples = reward._examples(cutting, chat)
     assert examples.data["pairs_cut"] == 30 and examples.data["pairs_dropped"] == 0
-    with pytest.raises(DataError, match=r"no training pair left of 30 .*malformed: 30\)"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl: no rows left of 30 \(longer than model"):
         reward._examples(reward_settings(tmp_path, rows=long_prompts, context_length=48), chat)
     for example in (*examples.train, *examples.heldout):
         assert isinstance(example.ids, PairIds) and len(example.chosen) == 48
@@ -407,6 +410,26 @@ def test_pin_16_the_recipe_reports_the_dropped_pairs(chain, tmp_path):
     runtime = runtime_in(tmp_path, "reward")
     metrics = reward.run(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
     assert metrics["pairs_dropped"] == 1 and metrics["pairs"] + metrics["pairs_heldout"] == 30
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo", "evaluate"])
+def test_a_source_of_which_nothing_fits_is_named_though_another_one_does(chain, tmp_path, stage):
+    long = [{"prompt": f"{number} " * 99, "completion": "Yes."} for number in range(3)]
+    data = [
+        *written(tmp_path / "short.jsonl", [{"prompt": "Who?", "completion": "Me."}]),
+        *written(tmp_path / "long.jsonl", long),
+    ]
+    shared, chat = {"seed": 1, "model": MODEL}, chain.chat("sft")
+    with pytest.raises(DataError, match=r"long\.jsonl: no rows left of 3 \(no "):
+        match stage:
+            case "sft":
+                sft._examples(SFTSettings(**shared, sft=SFTConfig(data=data)), chat)
+            case "ppo":
+                ppo._prompts(PPOSettings(**shared, ppo=PPOConfig(data=data), rollout=HF), chat)
+            case "evaluate":
+                config = EvaluateConfig(prompts=data)
+                settings = EvaluateSettings(**shared, evaluate=config, rollout=HF)
+                evaluate._fitting(read_prompts(data, seed=0), chat, settings)
 
 
 def test_pretrain_refuses_rows_of_another_length_and_ids_the_model_does_not_know(

@@ -16,7 +16,7 @@ import math
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +30,11 @@ from stages.data import near_duplicates
 from stages.data.batches import repeats, stage_seed
 from stages.data.decontamination import Contamination
 from stages.data.durable import file_digest, sync, write_whole
-from stages.data.files import FileSplit
+from stages.data.files import FileSplit, shown
 from stages.data.languages import identify
 from stages.data.quality import judge
 from stages.data.readers import Counts, read_split
+from stages.errors import DataError
 
 NUM_EXAMPLES = 5
 """Dropped documents shown per step."""
@@ -69,6 +70,15 @@ class Dropped:
     def total(self) -> int:
         """Documents, by whatever rule."""
         return self.counts.total()
+
+
+def all_dropped(parts: Iterable[Mapping[str, Dropped]]) -> dict[str, Dropped]:
+    """Step -> what it left out, over all parts."""
+    total = {step: Dropped() for step in STEPS}
+    for part in parts:
+        for step, dropped in part.items():
+            total[step].extend(dropped)
+    return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +145,9 @@ class Filter:
             ("contamination", self._contaminated),
         ):
             verdicts = broken_rules(kept)
-            for shown, rule in verdicts:
+            for text, rule in verdicts:
                 if rule is not None:
-                    dropped[step].add(rule, shown)
+                    dropped[step].add(rule, text)
             kept = [text for text, rule in verdicts if rule is None]
         return kept
 
@@ -174,6 +184,17 @@ class Filter:
             (text, None) if run is None else (f"[{run}] in: {text}", rule)
             for text, run in zip(texts, self._contamination.shared_runs(texts), strict=True)
         ]
+
+
+def check_passed(source: DataSource, num_passed: int, dropped: Mapping[str, Dropped]) -> None:
+    """Raise DataError where no document of a source passed the steps that look at one at a time."""
+    if not num_passed:
+        steps = ", ".join(f"{step} {one.total}" for step, one in dropped.items() if one.total)
+        total = sum(one.total for one in dropped.values())
+        raise DataError(
+            f"{shown(source.path)}: no rows left of {total} (dropped: {steps}); set milder rules, or "
+            "weight: 0"
+        )
 
 
 def filter_block(
@@ -378,6 +399,7 @@ def select(corpus: Corpus, config: PrepareConfig, seed: int) -> Selection:
     """Drop duplicates, hold out by content hash, mix the sources.
 
     Whether a document is held out does not depend on others, except that one always is: the lowest hash.
+    Raises DataError where no document of a source is trained on.
     """
     dropped = {"duplicate": Dropped(), "near_duplicate": Dropped()}
     kept = np.ones(len(corpus), bool)
@@ -388,15 +410,40 @@ def select(corpus: Corpus, config: PrepareConfig, seed: int) -> Selection:
         near = _near_duplicates(corpus, np.flatnonzero(kept), config)
         kept[near] = False
         _record_dropped(corpus, near, "similar text", dropped["near_duplicate"])
-    shares = corpus.shares
-    lowest = float(shares[kept].min()) if kept.any() else 0.0
-    is_heldout = kept & (shares < max(config.heldout_frac, math.nextafter(lowest, 1)))
+    unique = np.flatnonzero(kept)
+    is_heldout = held_out(corpus.shares[unique], config.heldout_frac)
     return Selection(
-        train=_mixed(corpus, kept & ~is_heldout, config, seed),
-        heldout=np.flatnonzero(is_heldout),
-        num_kept=int(kept.sum()),
+        train=_mixed(corpus, unique, is_heldout, config, seed),
+        heldout=unique[is_heldout],
+        num_kept=len(unique),
         dropped=dropped,
     )
+
+
+def held_out(shares: np.ndarray, heldout_frac: float) -> np.ndarray:
+    """bool (D,): which documents are held out, by their `content_share`."""
+    return shares < max(heldout_frac, math.nextafter(shares.min(initial=1.0), 1))
+
+
+def check_trained(source: DataSource, config: PrepareConfig, *, unique: int, train: int, taken: int) -> None:
+    """Raise DataError where no document of a source is trained on: of the `unique` ones, which are no
+    duplicates, `train` are not held out, and its share of the mixture takes `taken`.
+    """
+    if taken or not source.weight:
+        return
+    if not unique:
+        problem = "no rows left: all are duplicates of documents before them; set weight: 0"
+    elif not train:
+        problem = (
+            f"no rows left to train on: held out {unique} of {unique} (prepare.heldout_frac "
+            f"{config.heldout_frac:g}, one document at least); add documents, or lower heldout_frac"
+        )
+    else:
+        problem = (
+            f"no rows at weight {source.weight:g} and mixing_temperature {config.mixing_temperature:g} of "
+            f"{train}; raise weight, or set it to 0"
+        )
+    raise DataError(f"{shown(source.path)}: {problem}")
 
 
 def _first_occurrences(digests: np.ndarray) -> np.ndarray:
@@ -431,16 +478,21 @@ def _record_dropped(corpus: Corpus, documents: np.ndarray, rule: str, dropped: D
     corpus.close()
 
 
-def _mixed(corpus: Corpus, is_train: np.ndarray, config: PrepareConfig, seed: int) -> np.ndarray:
+def _mixed(
+    corpus: Corpus, unique: np.ndarray, is_heldout: np.ndarray, config: PrepareConfig, seed: int
+) -> np.ndarray:
     """Documents of the training text: source after source, each as often as its weight says."""
-    sources = range(len(config.data))
-    members = [np.flatnonzero(is_train & (corpus.source_of == source)) for source in sources]
+    source_of = corpus.source_of[unique]
+    members = [unique[~is_heldout & (source_of == source)] for source in range(len(config.data))]
     chars = np.array([corpus.chars[documents].sum() for documents in members], np.float64)
     weights = mixing_weights(chars, [source.weight for source in config.data], config.mixing_temperature)
     mixed = [
         documents[repeats(len(documents), weight, stage_seed(seed, "prepare", "weight", source))]
         for source, (documents, weight) in enumerate(zip(members, weights, strict=True))
     ]
+    num_unique = np.bincount(source_of, minlength=len(members)).tolist()
+    for source, all_of_it, train, taken in zip(config.data, num_unique, members, mixed, strict=True):
+        check_trained(source, config, unique=all_of_it, train=len(train), taken=len(taken))
     return np.concatenate(mixed)
 
 

@@ -4,19 +4,25 @@
 
 One policy per stage, for the recipes and for `rlhf check` alike: sft cuts the end of what is too long; reward
 leaves such pairs out (or cuts the prompt's start, `reward.too_long: truncate`); ppo and evaluate leave out
-prompts without room for a response. Owns: that policy. Does not own: rendering (chat), reading (readers).
+prompts without room for a response. A source of which nothing is left is an error. Owns: that policy. Does
+not own: rendering (chat), reading (readers).
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic, Literal, TypeVar
 
+from stages.config import DataSource
 from stages.data.chat import ChatTokenizer, PairIds, Rendered, truncate, truncate_pair
+from stages.data.files import shown
 from stages.data.readers import Rows
 from stages.data.records import Conversation, Pair, Prompt
+from stages.errors import DataError
 
 E = TypeVar("E")
+NO_ROOM = "no room left for a response"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +68,7 @@ def fit_prompt(chat: ChatTokenizer, prompt: Prompt, max_prompt_tokens: int) -> F
     ids = chat.prompt_ids(prompt.messages)
     if len(ids) <= max_prompt_tokens:
         return Fitted(example=ids, num_tokens=len(ids), rule=None)
-    return Fitted(example=None, num_tokens=len(ids), rule="no room left for a response")
+    return Fitted(example=None, num_tokens=len(ids), rule=NO_ROOM)
 
 
 def data_metrics(rows: Rows[Any], fitted: Sequence[Fitted[E]], name: str) -> dict[str, float]:
@@ -78,6 +84,21 @@ def data_metrics(rows: Rows[Any], fitted: Sequence[Fitted[E]], name: str) -> dic
         "rows_skipped": float(rows.num_skipped),
         "rows_filtered": float(rows.num_filtered),
     }
+
+
+def check_left(sizes: Sequence[tuple[DataSource, int]], fitted: Sequence[Fitted[Any]]) -> None:
+    """Raise DataError where all records of a source are left out. `sizes`: how many of `fitted` are whose, in
+    order.
+    """
+    ends = accumulate(size for _, size in sizes)
+    for (source, size), end in zip(sizes, ends, strict=True):
+        own = fitted[end - size : end]
+        if all(one.example is None for one in own):
+            rules = ", ".join(f"{rule}: {count}" for rule, count in sorted(rules_applied(own).items()))
+            raise DataError(
+                f"{shown(source.path)}: no rows left of {size} ({rules}; the shortest has "
+                f"{min(one.num_tokens for one in own)} tokens); raise model.context_length, or set weight: 0"
+            )
 
 
 def rules_applied(fitted: Iterable[Fitted[E]]) -> Counter[str]:

@@ -2,8 +2,8 @@
 
     DataSource --readers--> records --fitting | filter--> lengths, rules that cut or drop, an example's mask
 
-Reads every row (so that a bad one is found), keeps what is needed of the first SAMPLE_CHARS characters.
-Owns: these figures. Does not own: how they are shown (pipeline.preview), or any rule.
+Reads the first SAMPLE_CHARS characters, for all of it was read before (validation). Owns: these figures. Does
+not own: how they are shown (pipeline.preview), or any rule.
 """
 
 from collections import Counter
@@ -17,12 +17,12 @@ import numpy as np
 
 from stages.config import DataFormat, DataSource, PrepareConfig
 from stages.data.chat import CHATML, ChatTokenizer, Rendered, read_template
-from stages.data.corpus import STEPS, Dropped, Filter
-from stages.data.fitting import Fitted, fit_conversation, fit_pair, fit_prompt, rules_applied
-from stages.data.languages import check_languages
-from stages.data.readers import check_counts, read_whole
+from stages.data.corpus import STEPS, Dropped, Filter, check_passed
+from stages.data.fitting import Fitted, check_left, fit_conversation, fit_pair, fit_prompt, rules_applied
+from stages.data.readers import read_whole
 from stages.data.records import Conversation, Document, Pair, Prompt
 from stages.data.schemas import Record, StageName
+from stages.data.validation import Validated
 from stages.data.vocabulary import train_tokenizer
 
 SAMPLE_CHARS = 10_000_000
@@ -37,6 +37,7 @@ class Limits:
     context_length: int  # tokens
     max_response_tokens: int  # that a prompt has to leave room for; 0 where nothing is generated
     pairs_too_long: Literal["drop", "truncate"]
+    group_column: str | None  # of reward
     prepare: PrepareConfig | None
 
 
@@ -67,26 +68,30 @@ class Overview:
     example: tuple[Span, ...]  # the first one; nothing is trained in it where no tokenizer is known
 
 
-def overview(source: DataSource, stage: StageName, chat: ChatTokenizer | None, limits: Limits) -> Overview:
-    """Read the whole of `source` as `stage` would. Raises DataError."""
-    reader = read_whole(source, stage)
-    sample, num_records = _sample(reader)
-    check_counts(source, reader.counts, num_records)
+def overview(
+    source: DataSource, stage: StageName, found: Validated, chat: ChatTokenizer | None, limits: Limits
+) -> Overview:
+    """Read the start of `source` as `stage` would; `found`: what is in all of it. Raises DataError where the
+    start is all, and nothing of it is left.
+    """
+    reader = read_whole(source, stage, limits.group_column if stage == "reward" else None)
+    sample = _sample(reader)
     assert reader.schema is not None, "a source with a record has a schema"
     if chat is None:
         lengths, rules = [_chars(record) for record in sample], Counter[str]()
         example = [Span(text=_shortened("\n".join(_turns(sample[0]))), trained=False)]
     else:
-        lengths, rules = _figures(sample, chat, limits)
+        is_all = len(sample) == found.num_records
+        lengths, rules = _figures(sample, chat, limits, left_of=source if is_all else None)
         example = list(_example(sample[0], chat, limits))
     median, p95 = np.percentile(lengths, [50, 95])
     return Overview(
         format=reader.schema.format,
         columns=reader.columns_seen,
-        num_rows=reader.counts.num_rows,
-        num_records=num_records,
-        num_skipped=reader.counts.num_skipped,
-        num_filtered=reader.counts.num_filtered,
+        num_rows=found.counts.num_rows,
+        num_records=found.num_records,
+        num_skipped=found.counts.num_skipped,
+        num_filtered=found.counts.num_filtered,
         num_sampled=len(sample),
         unit="characters" if chat is None else "tokens",
         median=int(median),
@@ -105,19 +110,19 @@ def tokenizer_for(texts: Sequence[str], config: PrepareConfig, template: Path | 
 
 def first_texts(source: DataSource) -> list[str]:
     """The first SAMPLE_CHARS characters of a source of documents."""
-    return [document.text for document in _sample(read_whole(source, "prepare"))[0]]
+    return [document.text for document in _sample(read_whole(source, "prepare"))]
 
 
-def _sample(records: Iterator[Record]) -> tuple[list[Any], int]:
-    """The first records, SAMPLE_CHARS together, and the number of all."""
+def _sample(records: Iterator[Record]) -> list[Any]:
+    """The first records, SAMPLE_CHARS together."""
     sample: list[Record] = []
-    chars = num_records = 0
+    chars = 0
     for record in records:
-        num_records += 1
-        if chars < SAMPLE_CHARS:
-            sample.append(record)
-            chars += _chars(record)
-    return sample, num_records
+        sample.append(record)
+        chars += _chars(record)
+        if chars >= SAMPLE_CHARS:
+            break
+    return sample
 
 
 def _chars(record: Record) -> int:
@@ -141,21 +146,29 @@ def _turns(record: Record) -> Iterator[str]:
             yield from (f"{message.role}: {message.content}" for message in messages)
 
 
-def _figures(sample: list[Any], chat: ChatTokenizer, limits: Limits) -> tuple[list[int], Counter[str]]:
-    """Lengths in tokens, and how many records each rule cuts or leaves out."""
+def _figures(
+    sample: list[Any], chat: ChatTokenizer, limits: Limits, *, left_of: DataSource | None
+) -> tuple[list[int], Counter[str]]:
+    """Lengths in tokens, and how many records each rule cuts or leaves out; something must be `left_of` a
+    source that is looked at whole.
+    """
     if isinstance(sample[0], Document):
         texts = [document.text for document in sample]
-        return [len(ids) for ids in chat.documents_ids(texts, np.dtype(np.uint32))], _dropped(texts, limits)
+        lengths = [len(ids) for ids in chat.documents_ids(texts, np.dtype(np.uint32))]
+        return lengths, _dropped(texts, limits, left_of)
     fitted = [_fitted(record, chat, limits) for record in sample]
+    if left_of is not None:
+        check_left([(left_of, len(fitted))], fitted)
     return [one.num_tokens for one in fitted], rules_applied(fitted)
 
 
-def _dropped(texts: list[str], limits: Limits) -> Counter[str]:
+def _dropped(texts: list[str], limits: Limits, left_of: DataSource | None) -> Counter[str]:
     """What the steps that look at one document at a time would leave out."""
     assert limits.prepare is not None, "documents are read by prepare alone"
-    check_languages(limits.prepare.languages)
     dropped = {step: Dropped() for step in STEPS}
-    Filter(limits.prepare, ())(texts, dropped)
+    kept = Filter(limits.prepare, ())(texts, dropped)
+    if left_of is not None:
+        check_passed(left_of, len(kept), dropped)
     return Counter(
         {f"{step}: {rule}": count for step, one in dropped.items() for rule, count in one.counts.items()}
     )

@@ -23,6 +23,7 @@ from stages.data.hub import hub_commit, hub_rows, is_hub_id
 from stages.data.json_rows import RawRow
 from stages.data.raw_rows import raw_rows
 from stages.data.records import Conversation, Pair, Prompt, split_key
+from stages.data.rows.cells import listed
 from stages.data.schemas import (
     SCHEMAS,
     Record,
@@ -47,6 +48,7 @@ class Rows(Generic[R]):
     records: list[R]
     num_skipped: int  # malformed rows left out under on_bad_row: skip
     num_filtered: int  # sound rows that hold nothing to train on (ties, label false)
+    sizes: list[tuple[DataSource, int]]  # how many of the records are whose, in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +79,9 @@ def read_conversations(sources: Sequence[DataSource], *, seed: int) -> Rows[Conv
     return read(sources, "sft", seed=seed)
 
 
-def read_pairs(sources: Sequence[DataSource], *, seed: int) -> Rows[Pair]:
-    """Preference pairs for reward. Raises DataError."""
-    return read(sources, "reward", seed=seed)
+def read_pairs(sources: Sequence[DataSource], *, seed: int, group_column: str | None = None) -> Rows[Pair]:
+    """Preference pairs for reward, from rows that all have the `group_column`. Raises DataError."""
+    return read(sources, "reward", seed=seed, group_column=group_column)
 
 
 def read_prompts(sources: Sequence[DataSource], *, seed: int) -> Rows[Prompt]:
@@ -87,44 +89,44 @@ def read_prompts(sources: Sequence[DataSource], *, seed: int) -> Rows[Prompt]:
     return read(sources, "ppo", seed=seed)
 
 
-def read(sources: Sequence[DataSource], stage: StageName, *, seed: int) -> Rows[Any]:
+def read(
+    sources: Sequence[DataSource], stage: StageName, *, seed: int, group_column: str | None = None
+) -> Rows[Any]:
     """The records that `stage` takes: the functions above by stage name, and documents for prepare."""
     records: list[Any] = []
+    sizes: list[tuple[DataSource, int]] = []
     num_skipped = num_filtered = 0
     for index, source in enumerate(sources):
         if source.weight == 0:
             continue
-        rows = read_source(source, stage)
-        _check_weight(source, stage, len(rows.records))
-        records += weighted(rows.records, source.weight, stage_seed(seed, "weight", index))
+        rows = read_source(source, stage, group_column)
+        check_weight(source, len(rows.records))
+        taken = weighted(rows.records, source.weight, stage_seed(seed, "weight", index))
+        records += taken
+        sizes.append((source, len(taken)))
         num_skipped += rows.num_skipped
         num_filtered += rows.num_filtered
     if not records:
         raise DataError(f"{', '.join(shown(source.path) for source in sources) or stage}: no rows")
-    return Rows(records=records, num_skipped=num_skipped, num_filtered=num_filtered)
+    return Rows(records=records, num_skipped=num_skipped, num_filtered=num_filtered, sizes=sizes)
 
 
-def read_source(source: DataSource, stage: StageName) -> Rows[Any]:
+def read_source(source: DataSource, stage: StageName, group_column: str | None = None) -> Rows[Any]:
     """All records of one source, once each, whatever its weight. Raises DataError."""
-    reader = read_whole(source, stage)
+    reader = read_whole(source, stage, group_column)
     records = list(reader)
     check_counts(source, reader.counts, len(records))
     return Rows(
-        records=records, num_skipped=reader.counts.num_skipped, num_filtered=reader.counts.num_filtered
+        records=records,
+        num_skipped=reader.counts.num_skipped,
+        num_filtered=reader.counts.num_filtered,
+        sizes=[(source, len(records))],
     )
 
 
-def validate(source: DataSource, stage: StageName) -> None:
-    """Read all of one source and keep nothing. Raises DataError."""
-    reader = read_whole(source, stage)
-    num_records = sum(1 for _ in reader)
-    check_counts(source, reader.counts, num_records)
-    _check_weight(source, stage, num_records)
-
-
-def read_whole(source: DataSource, stage: StageName) -> "RecordReader":
+def read_whole(source: DataSource, stage: StageName, group_column: str | None = None) -> "RecordReader":
     """The records of one source, one by one; `check_counts` is the caller's, at the end. Raises DataError."""
-    return RecordReader(source, stage, _whole_files(source), is_whole=True)
+    return RecordReader(source, stage, _whole_files(source), group_column, is_whole=True)
 
 
 def splits_of(source: DataSource, block_bytes: int) -> list[FileSplit]:
@@ -140,7 +142,7 @@ def read_split(source: DataSource, split: FileSplit, stage: StageName) -> "Recor
     """The records of one split; its `counts` are complete when it is exhausted. Those of all splits, added
     up, go to `check_counts`. Raises DataError as reading the whole source would.
     """
-    return RecordReader(source, stage, [split], is_whole=False)
+    return RecordReader(source, stage, [split], None, is_whole=False)
 
 
 def check_counts(source: DataSource, counts: Counts, num_kept: int) -> None:
@@ -162,13 +164,32 @@ def check_counts(source: DataSource, counts: Counts, num_kept: int) -> None:
         )
 
 
-def _check_weight(source: DataSource, stage: StageName, num_records: int) -> None:
-    """Raise DataError where a weight above 0 comes to no record; prepare's are weighed among all sources."""
-    if stage != "prepare" and source.weight > 0 and not len(repeats(num_records, source.weight, seed=0)):
+def check_weight(source: DataSource, num_records: int) -> None:
+    """Raise DataError where a weight above 0 comes to no record of `num_records`."""
+    if source.weight > 0 and not len(repeats(num_records, source.weight, seed=0)):
         raise DataError(
             f"{shown(source.path)}: no rows at weight {source.weight:g} of {num_records}; raise weight, or "
             "set it to 0"
         )
+
+
+def is_held_out(record: Record, heldout_frac: float) -> bool:
+    """Whether a record is of the share `heldout_frac` that a hash of its `split_key` chooses."""
+    return content_share(split_key(record)) < heldout_frac
+
+
+def check_sides(
+    sources: Sequence[DataSource], *, num_train: int, num_heldout: int, num_dropped: int = 0
+) -> None:
+    """Raise DataError where of reward's pairs none is left on one side of its held-out share."""
+    for side, number in (("training", num_train), ("held-out", num_heldout)):
+        if not number:
+            paths = ", ".join(shown(source.path) for source in sources if source.weight > 0)
+            left_out = f" (left out: {num_dropped})" if num_dropped else ""
+            raise DataError(
+                f"{paths}: no {side} pair among {num_train + num_heldout}{left_out}; add pairs with other "
+                "prompts, or change reward.heldout_frac"
+            )
 
 
 def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
@@ -211,9 +232,16 @@ class RecordReader(Iterator[Any]):
     """The records of splits of one source, one by one; counts what it leaves out."""
 
     def __init__(
-        self, source: DataSource, stage: StageName, splits: Sequence[FileSplit], *, is_whole: bool
+        self,
+        source: DataSource,
+        stage: StageName,
+        splits: Sequence[FileSplit],
+        group_column: str | None,
+        *,
+        is_whole: bool,
     ) -> None:
         self._source, self._stage, self._splits, self._is_whole = source, stage, splits, is_whole
+        self._group_column = group_column
         _check_settings(source)
         self.schema: Schema | None = _stated_schema(source, stage)
         self.columns_seen: dict[str, str] = {}  # field -> the column it is read from
@@ -259,6 +287,10 @@ class RecordReader(Iterator[Any]):
         records = schema.parse(cells)
         if self._source.format is None:
             check_label(self._stage, schema, row, self._source.column_of)
+        if self._group_column is not None and self._group_column not in row:
+            raise RowError(
+                f"{self._group_column}: missing; columns are {listed(row)} - set reward.group_column"
+            )
         self.schema = schema  # a row that cannot be read decides nothing
         if not self.columns_seen:
             self.columns_seen = schema.columns_read(cells)
@@ -282,7 +314,7 @@ class RecordReader(Iterator[Any]):
 
 
 def _in_part(record: Record, source: DataSource) -> bool:
-    return (content_share(split_key(record)) < source.heldout_frac) == (source.part == "heldout")
+    return is_held_out(record, source.heldout_frac) == (source.part == "heldout")
 
 
 def _check_settings(source: DataSource) -> None:

@@ -12,6 +12,7 @@ from stages.data import corpus as corpora
 from stages.data.batches import content_share
 from stages.data.corpus import Corpus, Filter, documents, encode_block, filter_block, mixing_weights, select
 from stages.data.readers import splits_of
+from stages.errors import DataError
 
 TEXTS = [f"document {number} about {'cats' if number % 2 else 'dogs'}" for number in range(40)]
 
@@ -155,6 +156,25 @@ def test_sources_are_mixed_by_weight_and_temperature(tmp_path):
     assert abs(int(small) - int(large)) <= 3 and abs(len(train) - 39) <= 2
     assert set(train[train >= 36].tolist()) | set(select(corpus, config, 0).heldout) >= {36, 37, 38, 39}
     np.testing.assert_array_equal(train, select(corpus, config, 0).train)
+
+
+def test_a_source_of_which_nothing_is_trained_on_is_named(tmp_path):
+    def failure(name: str, *texts: list[str], weight: float = 1.0, **settings: Any) -> str:
+        files = (tmp_path / f"{name}-{number}.jsonl" for number in range(len(texts)))
+        sources = [written(file, its) for file, its in zip(files, texts, strict=True)]
+        sources[-1] = sources[-1].model_copy(update={"weight": weight})
+        config, corpus = made(tmp_path / name, sources, **settings)
+        with pytest.raises(DataError) as caught:
+            select(corpus, config, 0)
+        return str(caught.value)
+
+    assert "copied-1.jsonl: no rows left: all are duplicates" in failure("copied", TEXTS, TEXTS[3:6])
+    assert "alone-0.jsonl: no rows left to train on: held out 1 of 1" in failure("alone", TEXTS[:1])
+    line = "light-1.jsonl: no rows at weight 0.1 and mixing_temperature 1 of 4; raise weight, or set it to 0"
+    assert line in failure("light", TEXTS[:36], TEXTS[36:], weight=0.1, heldout_frac=1e-9)
+    cold = {"mixing_temperature": 0.1, "heldout_frac": 1e-9}
+    line = "cold-1.jsonl: no rows at weight 1 and mixing_temperature 0.1 of 4"
+    assert line in failure("cold", TEXTS[:36], TEXTS[36:], **cold)
 
 
 def test_the_tokenizer_sample_is_chosen_by_content_and_keeps_the_order(tmp_path):

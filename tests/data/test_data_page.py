@@ -25,11 +25,12 @@ from pipeline import cli, dag
 from pipeline import config as configs
 from pipeline.experiment import ExperimentConfig
 from stages import prepare
-from stages.config import DataSource
+from stages.config import DataSource, PPOConfig, PrepareConfig, RewardConfig, SFTConfig
 from stages.data import readers
 from stages.data.hub import is_hub_id
 from stages.data.records import Conversation, Document, Messages, Pair
 from stages.data.schemas import SCHEMAS, Record, StageName
+from stages.data.validation import validate
 from stages.errors import DataError
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
@@ -190,6 +191,7 @@ def made(directory: Path, path: str, content: str) -> None:
         written(directory, path, ODD[content] if content in ODD else f"{shown}\n".encode())
 
 
+SECTIONS = {"prepare": PrepareConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 LOCAL_ERRORS = [row for row in ERRORS if row[1] not in ("no network", "no such file")]
 
 
@@ -198,8 +200,9 @@ def test_a_bad_file_gets_the_line_of_the_page(tmp_path, monkeypatch, place, cont
     monkeypatch.chdir(tmp_path)
     stage, path = place.split(": ")
     made(tmp_path, path, content)
+    config = SECTIONS[stage](data=[DataSource(path=path)])
     with pytest.raises(DataError) as caught:
-        readers.read([DataSource(path=path)], stage, seed=0)
+        validate(config.data, stage, config)
     assert f"`{caught.value}`" == line
 
 
@@ -237,7 +240,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentConfig:
     jsonl("books.jsonl", *({"text": text} for text in stories[40:]))
     chat = [("What lives by the river?", "A cat."), ("And who else?", "A dog, " * 60)]
     jsonl("chat.jsonl", *({"question": question, "answer": answer} for question, answer in chat))
-    jsonl("pairs.jsonl", *({"prompt": "Who?", "chosen": "A cat.", "rejected": "no " * n} for n in (1, 90)))
+    asked = [("Who?", 1), ("Why?", 90)]  # the first one is held out
+    jsonl("pairs.jsonl", *({"prompt": q, "chosen": "A cat.", "rejected": "no " * n} for q, n in asked))
     (block,) = (block for block in fenced("yaml") if block.startswith("name: mine"))
     Path("mine.yaml").write_text(block)
     return configs.load(Path("mine.yaml"), []).config

@@ -4,10 +4,12 @@ from functools import cache
 
 import pytest
 
+from stages.config import DataSource
 from stages.data.chat import CHATML, ChatTokenizer
-from stages.data.fitting import fit_conversation, fit_pair, fit_prompt, rules_applied
+from stages.data.fitting import check_left, fit_conversation, fit_pair, fit_prompt, rules_applied
 from stages.data.records import Conversation, Message, Pair, Prompt
 from stages.data.vocabulary import rounded_up, train_tokenizer
+from stages.errors import DataError
 
 
 @cache
@@ -79,3 +81,16 @@ def test_a_vocabulary_is_filled_up_to_its_multiple_with_reserved_tokens():
     assert tokenizer.convert_tokens_to_ids("<|reserved_0|>") not in forged, (
         "text never becomes a special token"
     )
+
+
+def test_a_source_of_which_all_is_left_out_is_named_beside_others():
+    fitted = [
+        fit_prompt(chat(), Prompt(messages=messages("q" * n), row={}), 60) for n in (1, 99, 98, 97, 2, 99)
+    ]
+    lost = fitted[3].num_tokens
+    sources = [DataSource(path=name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    check_left(list(zip(sources, (2, 3, 1), strict=True))[:2], fitted[:5])
+    with pytest.raises(DataError) as caught:
+        check_left(list(zip(sources, (1, 3, 2), strict=True)), fitted)
+    line = f"b.jsonl: no rows left of 3 (no room left for a response: 3; the shortest has {lost} tokens); "
+    assert str(caught.value) == line + "raise model.context_length, or set weight: 0"

@@ -20,7 +20,7 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
     monkeypatch.setenv("PYTHONPATH", IMPORTABLE)  # of Ray's workers and of the cli
     monkeypatch.chdir(tmp_path)
     for name, row in ROWS.items():
-        lines = [json.dumps({key: f"{value} {index}" for key, value in row.items()}) for index in range(4)]
+        lines = [json.dumps({key: f"{value} {index}" for key, value in row.items()}) for index in range(12)]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     (tmp_path / "score.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     (tmp_path / "demo.yaml").write_text(CONFIG)

@@ -36,7 +36,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         {"question": "Hi", "answer": "o" * 60},
         {"question": 7},
     )
-    jsonl("pairs.jsonl", *({"prompt": "q", "chosen": "y" * n, "rejected": "n"} for n in (1, 50)))
+    pairs = (("q", 1), ("c", 50))  # the second one is held out
+    jsonl("pairs.jsonl", *({"prompt": q, "chosen": "y" * n, "rejected": "n"} for q, n in pairs))
     (tmp_path / "look.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -89,6 +90,34 @@ def test_without_a_tokenizer_lengths_are_in_characters(directory: Path):
 def test_a_bad_row_after_the_sample_is_found_too(directory: Path):
     with pytest.raises(DataError, match=r"sft\.jsonl:3: "):
         blocks("sft.data.0.on_bad_row=error")
+
+
+@pytest.mark.parametrize(
+    ("key", "answers", "words"),
+    [
+        ("sft.data.0", {"completion": "y"}, "no trained token within model.context_length"),
+        ("reward.data.0", {"chosen": "y", "rejected": "n"}, "longer than model.context_length"),
+        ("ppo.data.0", {}, "no room left for a response"),
+    ],
+)
+def test_a_dataset_of_which_all_is_left_out_is_an_error(directory: Path, key, answers, words):
+    rows = [{"question": f"{number}, " * 50, **answers} for number in range(20)]
+    (directory / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=rf"long\.jsonl: no rows left of 20 \({words}: 20; the shortest has"):
+        blocks(f"{key}.path=long.jsonl")
+
+
+def test_documents_that_the_rules_all_drop_are_an_error(directory: Path):
+    with pytest.raises(DataError, match=r"text\.jsonl: no rows left of 3 \(dropped: length 1, quality 2\)"):
+        blocks("prepare.quality=[gopher_quality]")
+
+
+def test_what_is_certain_to_fail_is_said_before_any_dataset_is_shown(directory: Path):
+    found = previews(
+        configs.load(Path("look.yaml"), ["reward.group_column=kind"]).config, model_at_hand=False
+    )
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: kind: missing"):
+        next(found)
 
 
 def test_check_prints_it_all(directory: Path, capsys: pytest.CaptureFixture[str]):

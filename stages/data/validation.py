@@ -1,0 +1,102 @@
+"""Validation: a stage's data read to the end, and what is certain to end the stage found before it runs.
+
+    DataSource --readers--> records, all of them --> Validated, or DataError
+
+Looks at all that needs no tokenizer, for none is known yet. Owns: what can be told so early. Does not own the
+rules (readers, corpus): the stages ask the same ones again of what they have left.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rollout.config import Section
+from stages.config import DataSource, PrepareConfig, RewardConfig
+from stages.data.batches import content_share, repeats
+from stages.data.corpus import STEPS, Dropped, Filter, check_passed, check_trained, held_out
+from stages.data.languages import check_languages
+from stages.data.readers import Counts, check_counts, check_sides, check_weight, is_held_out, read_whole
+from stages.data.records import Document, Pair
+from stages.data.schemas import StageName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validated:
+    """What a source holds."""
+
+    counts: Counts
+    num_records: int  # of the source's `part:`
+
+
+def validate(sources: Sequence[DataSource], stage: StageName, config: Section) -> list[Validated]:
+    """Read all `sources` (none of weight 0) as the `stage` of this section will. Raises DataError."""
+    match config:
+        case PrepareConfig():
+            return _documents(sources, config)
+        case RewardConfig():
+            return _pairs(sources, config)
+    return [_read(source, stage) for source in sources]
+
+
+def _read(
+    source: DataSource,
+    stage: StageName,
+    group_column: str | None = None,
+    look: Callable[[Any], None] = lambda record: None,
+) -> Validated:
+    """Call `look` with every record."""
+    reader = read_whole(source, stage, group_column)
+    num_records = 0
+    for record in reader:
+        num_records += 1
+        look(record)
+    check_counts(source, reader.counts, num_records)
+    if stage != "prepare":  # whose sources are weighed against each other
+        check_weight(source, num_records)
+    return Validated(counts=reader.counts, num_records=num_records)
+
+
+def _pairs(sources: Sequence[DataSource], config: RewardConfig) -> list[Validated]:
+    """Both sides of the held-out share must have a pair."""
+    sides: Counter[bool] = Counter()
+
+    def look(pair: Pair) -> None:
+        sides[is_held_out(pair, config.heldout_frac)] += 1
+
+    found = [_read(source, "reward", config.group_column, look) for source in sources]
+    check_sides(sources, num_train=sides[False], num_heldout=sides[True])
+    return found
+
+
+def _documents(sources: Sequence[DataSource], config: PrepareConfig) -> list[Validated]:
+    """Of every source a document must pass normal form and length, and not be held out; what weights take is
+    known here only where they alone decide the mixture.
+    """
+    if config.languages:
+        check_languages(config.languages)
+    keeps = Filter(config.model_copy(update={"languages": [], "quality": []}), ())
+    found, shares = zip(*(_passed(source, keeps) for source in sources), strict=True)
+    is_heldout = held_out(np.concatenate(shares), config.heldout_frac)
+    ends = np.cumsum([len(passed) for passed in shares])
+    for source, heldout in zip(sources, np.split(is_heldout, ends[:-1]), strict=True):
+        train = int((~heldout).sum())
+        taken = train if config.mixing_temperature != 1 else len(repeats(train, source.weight, seed=0))
+        check_trained(source, config, unique=len(heldout), train=train, taken=taken)
+    return list(found)
+
+
+def _passed(source: DataSource, keeps: Filter) -> tuple[Validated, np.ndarray]:
+    """The `content_share` of every document that `keeps` leaves, too."""
+    dropped = {step: Dropped() for step in STEPS}
+    shares = array("d")
+
+    def look(document: Document) -> None:
+        shares.extend(content_share(text) for text in keeps([document.text], dropped))
+
+    found = _read(source, "prepare", look=look)
+    check_passed(source, len(shares), dropped)
+    return found, np.frombuffer(shares)
