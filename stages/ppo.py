@@ -173,7 +173,7 @@ def train(
                 with clock.measure("training"):
                     update = learner.update(step, experiences, kl_coef=state.controller.coef)
             except RollBack:
-                back, extra = checkpoints.restore(learner.parts, every=config.checkpoint_every_steps)
+                back, extra = checkpoints.roll_back(learner.parts)
                 step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
                 state.restore({**extra, "health": health.state_dict()} if extra else {})
                 log.cut(step)
@@ -192,8 +192,10 @@ def train(
             if not health.is_good():
                 continue  # a checkpoint is a place to go back to: none in the middle of bad steps
             stopping = ranks.any_rank(worker.runtime.stop_requested())
-            if stopping or (step % config.checkpoint_every_steps == 0 and step < config.max_steps):
-                checkpoints.save(step, learner.parts, state.state_dict(), score=summary["rollout/score"])
+            due = step % config.checkpoint_every_steps == 0
+            if stopping or (due and step < config.max_steps):
+                score = summary["rollout/score"]
+                checkpoints.save(step, learner.parts, state.state_dict(), score=score, regular=due)
                 if ranks.is_main():
                     journal.drop_before(position - config.keep_checkpoints * config.checkpoint_every_steps)
             if stopping:

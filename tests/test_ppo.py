@@ -19,7 +19,7 @@ from rollout.config import EngineConfig
 from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
 from stages.errors import Interrupted, ModelError, TrainingStopped
-from stages.ppo import run
+from stages.ppo import _check_versions, run
 from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
 from stages.training.health import Health
@@ -445,6 +445,54 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
     assert (resumed, resumed_rollouts) == (whole, rollouts)
     lines = read_steps(tmp_path / "whole" / "work" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train/skipped_steps"] == skipped
+
+
+def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_and_samples_nothing_again(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    """Stopped behind step 3; no loss on the batch of position 3 is a number: back to step 2, on with 4."""
+    settings = settings_for(prompts, max_steps=4, checkpoint_every_steps=2, keep_checkpoints=1)
+    positions, drawn = [], []
+    check, draw, take_step, update = _check_versions, RolloutSource._draw, Optimizer.take_step, Learner.update
+
+    def remembering(batch, version):
+        positions.append(batch.step)
+        check(batch, version)
+
+    async def counting(self, step):
+        drawn.append(step)
+        return await draw(self, step)
+
+    def spoiled(self, step, packs, loss_of, accepts):
+        bad = torch.nan if positions[-1] == 3 else 1.0
+        return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
+
+    def stopping(self, step, experiences, *, kl_coef):
+        if positions[-1] == 2:
+            (tmp_path / "resumed" / "stop").touch()
+        return update(self, step, experiences, kl_coef=kl_coef)
+
+    def dying(self, step, experiences, *, kl_coef):
+        if positions[-1] == 4:
+            raise Killed
+        return update(self, step, experiences, kl_coef=kl_coef)
+
+    monkeypatch.setattr("stages.ppo._check_versions", remembering)
+    monkeypatch.setattr(RolloutSource, "_draw", counting)
+    monkeypatch.setattr(Optimizer, "take_step", spoiled)
+    _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+    assert positions == drawn == [0, 1, 2, 3, 4, 5]
+    positions.clear()
+    drawn.clear()
+    for interrupted, end in ((stopping, Interrupted), (dying, Killed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Learner, "update", interrupted)
+            with pytest.raises(end):
+                run_in(tmp_path / "resumed", settings, inputs)
+        (tmp_path / "resumed" / "stop").unlink(missing_ok=True)
+    _, resumed, resumed_rollouts = run_in(tmp_path / "resumed", settings, inputs)
+    assert positions == [0, 1, 2, 3, 4, 2, 3, 4, 5] and drawn == [0, 1, 2, 3, 4, 5]
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
 
 
 @pytest.mark.parametrize("value_warmup_steps", [0, 2])
