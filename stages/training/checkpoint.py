@@ -17,7 +17,6 @@ with the record. Digests tell damage; against somebody who may write to `outputs
 """
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -38,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from rollout.errors import GO_ON, EnvironmentProblem
-from stages.data.durable import UNFINISHED, disk_line, disk_problems, file_digest, sync
+from stages.data.durable import UNFINISHED, disk_line, disk_problems, file_digest, is_bad_sector, sync
 from stages.training import ranks
 from stages.training.optimize import Optimizer
 
@@ -105,6 +104,10 @@ class Record:
             raise Damaged(f"{RECORD_FILE}: missing") from error
         except (ValueError, RecursionError, IsADirectoryError) as error:
             raise Damaged(f"{RECORD_FILE}: not a record") from error
+        except OSError as error:
+            if is_bad_sector(error):
+                raise Damaged(f"{RECORD_FILE}: {error.strerror}") from error
+            raise
         if not isinstance(content, dict) or type(content.get("schema_version")) is not int:
             raise Damaged(f"{RECORD_FILE}: not a record")
         if content["schema_version"] != SCHEMA_VERSION:
@@ -389,7 +392,7 @@ def _holds(path: Path, measured: list[Any]) -> bool:
     try:
         return _measured(path) == measured
     except OSError as error:
-        if error.errno == errno.EIO:  # a bad sector is damage; a missing permission is not
+        if is_bad_sector(error):
             return False
         raise
 

@@ -144,6 +144,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def bad_sector(path: Path) -> None:
+    """From now on reading `path` fails as it does on a broken disk: no memory lies at address 0."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
 def edit_record(directory: Path, **changes: object) -> None:
     path = directory / RECORD_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes, sort_keys=True) + "\n")
@@ -161,6 +167,10 @@ DAMAGE = {
     "a cut record": (lambda path: os.truncate(path / RECORD_FILE, 50), r"checkpoint\.json: not a record"),
     "an empty record": (lambda path: (path / RECORD_FILE).write_text("{}"), r"not a record"),
     "no json": (lambda path: (path / RECORD_FILE).write_bytes(b"\xff\0"), r"not a record"),
+    "a record on a bad sector": (
+        lambda path: bad_sector(path / RECORD_FILE),
+        r"checkpoint\.json: Input/output error",
+    ),
     "another extra": (lambda path: edit_record(path, extra={}), r"not the record that was written"),
     "another step": (lambda path: edit_record(path, step=5), r"not the record that was written"),
     "a field too many": (lambda path: edit_record(path, more=1), r"not a record"),
