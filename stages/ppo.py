@@ -22,6 +22,7 @@ from stages.bundles import rollout_of
 from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
+from stages.data.durable import disk_problems
 from stages.data.experience import Judgement, RolloutPack, assemble, pack_rollouts
 from stages.data.fitting import data_metrics, fit_prompt
 from stages.data.journal import Journal, JournalEntry
@@ -212,7 +213,8 @@ def train(
     if ranks.is_main():
         save_model(models.policy, out_dir, weights)
         chat.save(out_dir)
-        shutil.copyfile(work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
+        with disk_problems(out_dir):
+            shutil.copyfile(work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
     skipped = {"steps_skipped": float(health.state.skipped)}
     return state.totals.metrics(version=config.max_steps) | skipped
 

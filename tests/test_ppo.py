@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from rollout.config import EngineConfig
+from rollout.errors import EnvironmentProblem
 from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
 from stages.errors import Interrupted, ModelError, TrainingStopped
@@ -534,6 +535,12 @@ def test_a_bf16_run_with_vllm_passes_its_parity_gate_and_saves_fp32_weights_that
     )
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_a_disk_that_does_not_take_the_rollouts_is_one_line(inputs, prompts, tmp_path):
+    (tmp_path / "out" / "rollouts.jsonl").mkdir(parents=True)
+    with pytest.raises(EnvironmentProblem, match=r"rollouts\.jsonl: Is a directory; .*go on$"):
+        run_in(tmp_path, settings_for(prompts, max_steps=1), inputs)
 
 
 def test_a_kl_beyond_its_cap_stops_the_run(inputs, prompts, tmp_path):

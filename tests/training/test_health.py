@@ -5,6 +5,7 @@ import torch
 from regression import CONFIG, MAX_STEPS, Killed, Regression, train
 from safetensors.torch import load_file
 
+from rollout.errors import EnvironmentProblem
 from stages.config import DataSource, HealthConfig, PPOConfig
 from stages.errors import Interrupted, TrainingStopped
 from stages.training.health import check_rollouts
@@ -28,6 +29,13 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_batch_kept(tmp_pat
     }
     last = read_steps(tmp_path / "work" / "metrics.jsonl")[-1]
     assert last["train/skipped_steps"] == 1.0 and last["train/loss"] == pytest.approx(result.loss_final)
+
+
+def test_a_disk_that_takes_no_bad_batch_is_one_line(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "bad_batches").touch()
+    with pytest.raises(EnvironmentProblem, match=r"bad_batches: File exists; .*go on$"):
+        train(tmp_path, spoiled=[4])
 
 
 def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path):
