@@ -58,8 +58,9 @@ from stages.runtime import Runtime, StageResources, warnings_file
 POLL_S = 0.3
 NODE_TIMEOUT_S = 60.0
 """For every node of a cluster to say what it has; a first task there starts a process."""
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
-MACHINE_ERRNOS = FULL_DISK | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+USED_UP = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+LOST_FILE_SERVER = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO}
+BROKEN_DISK = {errno.EROFS, errno.EIO} | LOST_FILE_SERVER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -517,7 +518,7 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
             f"{log}; {GO_ON}"
         )
     if (fault := _machine_fault(cause)) is not None:
-        return EnvironmentProblem(f"{stage}: {fault}; free some and {GO_ON}")
+        return EnvironmentProblem(f"{stage}: {fault}, then {GO_ON}")
     first_line = next(iter(str(cause).splitlines()), "")
     return StageFailed(
         f"{stage}: {type(cause).__name__}: {first_line}; this is a bug of the pipeline; traceback in {log}"
@@ -525,7 +526,11 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
 
 
 def _machine_fault(error: BaseException) -> str | None:
-    """What the machine lacks, if that is behind `error`: libraries wrap it, or only quote its text."""
+    """What the machine lacks or refuses, and the cure, if that is behind `error`: libraries wrap it, or only
+    quote its text. A missing permission counts where it is the error itself: some code asks, and goes on.
+    """
+    if isinstance(error, PermissionError):
+        return f"{error}; allow it, or set outputs=DIR"
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
@@ -533,10 +538,11 @@ def _machine_fault(error: BaseException) -> str | None:
         following = following.__cause__ or following.__context__
     for link in chain:
         if isinstance(link, MemoryError):
-            return str(link) or "out of memory"
-        quoted = any(os.strerror(number) in str(link) for number in FULL_DISK)
-        if quoted or (isinstance(link, OSError) and link.errno in MACHINE_ERRNOS):
-            return next(iter(str(link).splitlines()))
+            return f"{str(link) or 'out of memory'}; free some"
+        for numbers, cure in ((USED_UP, "free some"), (BROKEN_DISK, "check the disk, or set outputs=DIR")):
+            quoted = any(os.strerror(number) in str(link) for number in numbers)
+            if quoted or (isinstance(link, OSError) and link.errno in numbers):
+                return f"{next(iter(str(link).splitlines()))}; {cure}"
     return None
 
 

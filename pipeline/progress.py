@@ -5,7 +5,7 @@
 Owns: following metrics.jsonl and wording the lines. Reads files only: the same for stages on another machine.
 """
 
-import json
+import math
 import sys
 import threading
 import time
@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pipeline.yaml_source import short
+from stages.training.metrics import step_line
 
 KEY_METRICS = (
     "loss",
@@ -80,7 +81,7 @@ class Progress:
         else:
             print(text, file=self._stream, flush=True)
 
-    def start(self, stage: str, metrics: list[Path], warnings: Path) -> None:
+    def start(self, stage: str, metrics: list[Path], warnings: Path | None) -> None:
         """Follow the first of `metrics` that exists (the unfinished file, later the published one), and what
         is added to `warnings` from now on.
         """
@@ -145,29 +146,32 @@ class _Followed:
 
     def new_warnings(self) -> Iterator[str]:
         """Whole lines that this execution wrote since the last call."""
-        if self.warnings is None or not self.warnings.is_file():
+        try:
+            content = self.warnings.read_bytes() if self.warnings is not None else b""
+        except OSError:  # there are none yet, or the disk does not answer: the next call tries again
             return
-        content = self.warnings.read_bytes()
         whole = content[self.warned : content.rfind(b"\n") + 1]
         self.warned += len(whole)
         yield from whole.decode(errors="replace").splitlines()
 
     def new_lines(self) -> Iterator[Mapping[str, Any]]:
         """Whole lines that this execution appended since the last call."""
-        path = next((path for path in self.paths if path.is_file()), None)
-        if path is None or self.outcome:
-            return
         try:
+            path = next((path for path in self.paths if path.is_file()), None)
+            if path is None or self.outcome:
+                return
             content, inode = path.read_bytes(), path.stat().st_ino
-        except FileNotFoundError:  # published in between: the next call finds it there
+        except OSError:  # published in between, or the disk does not answer: the next call tries again
             return
         if inode != self.inode:  # cut back by a resume: another file, under the same name
             self.inode, self.offset = inode, 0
         whole = content[self.offset : content.rfind(b"\n") + 1]
         self.offset += len(whole)
         for text in whole.splitlines():
-            line = json.loads(text)
-            if line["time"] >= self.started and (self.last is None or line["step"] > self.last["step"]):
+            line = _timed(text)
+            if line is None or not self.started <= line["time"] < math.inf:
+                continue
+            if self.last is None or line["step"] > self.last["step"]:
                 self.first = self.first or line
                 self.last = line
                 yield line
@@ -197,9 +201,21 @@ class _Followed:
         return ("━" * done + "─" * (BAR_CHARS - done), self.position(self.last), shown(self.last))
 
 
+def _timed(text: bytes) -> Mapping[str, Any] | None:
+    """The step in a line; None where damage left none that could be followed."""
+    line = step_line(text)
+    if line is None or not isinstance(line.get("time"), int | float):
+        return None
+    max_steps = line.get("max_steps", 1)
+    return line if isinstance(max_steps, int) and max_steps > 0 else None
+
+
 def shown(line: Mapping[str, Any]) -> str:
-    """The few metrics of a step that fit on a line, e.g. "loss 2.31 lr 0.001"."""
-    names = {key.partition("/")[2]: value for key, value in reversed(list(line.items())) if "/" in key}
+    """The few metrics of a step that fit on a line, e.g. "loss 2.31 lr 0.001"; those that are no numbers do
+    not.
+    """
+    metrics = {key: value for key, value in line.items() if "/" in key and isinstance(value, int | float)}
+    names = {key.partition("/")[2]: value for key, value in reversed(metrics.items())}
     chosen = [name for name in KEY_METRICS if name in names][:NUM_SHOWN]
     chosen += [name for name in reversed(names) if name not in chosen][: NUM_SHOWN - len(chosen)]
     return short(" ".join(f"{name} {number(names[name])}" for name in chosen), MAX_LINE_CHARS)

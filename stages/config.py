@@ -259,9 +259,9 @@ class TrainingConfig(Section):
     log_every_steps: int = Field(default=10, ge=1, json_schema_extra=EXECUTION)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every_steps: int = Field(default=50, ge=1, json_schema_extra=EXECUTION)
-    """Steps between checkpoints a killed run resumes from."""
+    """Steps between checkpoints that a killed run resumes from, and bad steps go back to."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=EXECUTION)
-    """Newest checkpoints that are kept; the best one is kept besides."""
+    """Newest of these checkpoints that are kept; the best one, and what a stop left, are kept besides."""
 
 
 class PretrainConfig(TrainingConfig):

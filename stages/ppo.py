@@ -22,6 +22,7 @@ from stages.bundles import rollout_of
 from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
+from stages.data.durable import disk_problems
 from stages.data.experience import Judgement, RolloutPack, assemble, pack_rollouts
 from stages.data.fitting import check_left, data_metrics, fit_prompt
 from stages.data.journal import Journal, JournalEntry
@@ -173,7 +174,7 @@ def train(
                 with clock.measure("training"):
                     update = learner.update(step, experiences, kl_coef=state.controller.coef)
             except RollBack:
-                back, extra = checkpoints.restore(learner.parts, every=config.checkpoint_every_steps)
+                back, extra = checkpoints.roll_back(learner.parts)
                 step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
                 state.restore({**extra, "health": health.state_dict()} if extra else {})
                 log.cut(step)
@@ -192,8 +193,10 @@ def train(
             if not health.is_good():
                 continue  # a checkpoint is a place to go back to: none in the middle of bad steps
             stopping = ranks.any_rank(worker.runtime.stop_requested())
-            if stopping or (step % config.checkpoint_every_steps == 0 and step < config.max_steps):
-                checkpoints.save(step, learner.parts, state.state_dict(), score=summary["rollout/score"])
+            due = step % config.checkpoint_every_steps == 0
+            if stopping or (due and step < config.max_steps):
+                score = summary["rollout/score"]
+                checkpoints.save(step, learner.parts, state.state_dict(), score=score, regular=due)
                 if ranks.is_main():
                     journal.drop_before(position - config.keep_checkpoints * config.checkpoint_every_steps)
             if stopping:
@@ -210,7 +213,8 @@ def train(
     if ranks.is_main():
         save_model(models.policy, out_dir, weights)
         chat.save(out_dir)
-        shutil.copyfile(work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
+        with disk_problems(out_dir):
+            shutil.copyfile(work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
     skipped = {"steps_skipped": float(health.state.skipped)}
     return state.totals.metrics(version=config.max_steps) | skipped
 

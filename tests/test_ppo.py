@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from rollout.config import EngineConfig
+from rollout.errors import EnvironmentProblem
 from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
 from stages.errors import Interrupted, ModelError, TrainingStopped
-from stages.ppo import run
+from stages.ppo import _check_versions, run
 from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
 from stages.training.health import Health
@@ -447,6 +448,54 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train/skipped_steps"] == skipped
 
 
+def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_and_samples_nothing_again(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    """Stopped behind step 3; no loss on the batch of position 3 is a number: back to step 2, on with 4."""
+    settings = settings_for(prompts, max_steps=4, checkpoint_every_steps=2, keep_checkpoints=1)
+    positions, drawn = [], []
+    check, draw, take_step, update = _check_versions, RolloutSource._draw, Optimizer.take_step, Learner.update
+
+    def remembering(batch, version):
+        positions.append(batch.step)
+        check(batch, version)
+
+    async def counting(self, step):
+        drawn.append(step)
+        return await draw(self, step)
+
+    def spoiled(self, step, packs, loss_of, accepts):
+        bad = torch.nan if positions[-1] == 3 else 1.0
+        return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
+
+    def stopping(self, step, experiences, *, kl_coef):
+        if positions[-1] == 2:
+            (tmp_path / "resumed" / "stop").touch()
+        return update(self, step, experiences, kl_coef=kl_coef)
+
+    def dying(self, step, experiences, *, kl_coef):
+        if positions[-1] == 4:
+            raise Killed
+        return update(self, step, experiences, kl_coef=kl_coef)
+
+    monkeypatch.setattr("stages.ppo._check_versions", remembering)
+    monkeypatch.setattr(RolloutSource, "_draw", counting)
+    monkeypatch.setattr(Optimizer, "take_step", spoiled)
+    _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
+    assert positions == drawn == [0, 1, 2, 3, 4, 5]
+    positions.clear()
+    drawn.clear()
+    for interrupted, end in ((stopping, Interrupted), (dying, Killed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Learner, "update", interrupted)
+            with pytest.raises(end):
+                run_in(tmp_path / "resumed", settings, inputs)
+        (tmp_path / "resumed" / "stop").unlink(missing_ok=True)
+    _, resumed, resumed_rollouts = run_in(tmp_path / "resumed", settings, inputs)
+    assert positions == [0, 1, 2, 3, 4, 2, 3, 4, 5] and drawn == [0, 1, 2, 3, 4, 5]
+    assert (resumed, resumed_rollouts) == (whole, rollouts)
+
+
 @pytest.mark.parametrize("value_warmup_steps", [0, 2])
 def test_a_run_that_is_asked_to_stop_saves_its_state_behind_the_iteration_and_goes_on_in_the_same_bits(
     inputs, prompts, tmp_path, monkeypatch, value_warmup_steps
@@ -486,6 +535,12 @@ def test_a_bf16_run_with_vllm_passes_its_parity_gate_and_saves_fp32_weights_that
     )
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_a_disk_that_does_not_take_the_rollouts_is_one_line(inputs, prompts, tmp_path):
+    (tmp_path / "out" / "rollouts.jsonl").mkdir(parents=True)
+    with pytest.raises(EnvironmentProblem, match=r"rollouts\.jsonl: Is a directory; .*go on$"):
+        run_in(tmp_path, settings_for(prompts, max_steps=1), inputs)
 
 
 def test_a_kl_beyond_its_cap_stops_the_run(inputs, prompts, tmp_path):

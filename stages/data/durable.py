@@ -7,6 +7,7 @@ checkpoints, the rollout journal, artifacts and their records. Light import.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,13 @@ def disk_problems(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnvironmentProblem(disk_line(error, path)) from error
+
+
+def is_bad_sector(error: OSError) -> bool:
+    """Whether a read failed because of what lies there: damage like other bytes, which the next run would
+    meet again. A missing permission or a server that is gone is none.
+    """
+    return error.errno == errno.EIO
 
 
 def disk_line(error: OSError, path: Path) -> str:

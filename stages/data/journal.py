@@ -22,7 +22,7 @@ from blake3 import blake3
 from safetensors.numpy import load, save
 
 from rollout.api import Rollout
-from stages.data.durable import UNFINISHED, disk_problems, sync, write_whole
+from stages.data.durable import UNFINISHED, disk_problems, is_bad_sector, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,11 @@ class Journal:
             try:
                 content = path.read_bytes()
             except FileNotFoundError:
+                return None
+            except OSError as error:
+                if not is_bad_sector(error):
+                    raise
+                logger.warning("%s: damaged: %s; the step is sampled anew", path, error.strerror)
                 return None
         try:
             return sound_entry(content, step=step, owner=self._owner)

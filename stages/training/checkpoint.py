@@ -2,6 +2,10 @@
 
     save: free space? -> step-000040.tmp/ (DCP files, then checkpoint.json) --fsync, rename--> step-000040/
     restore: newest whose record and digests hold; a damaged one costs one line and the one before it is taken
+    roll_back: the same of the regular ones; what was saved behind it is removed before training goes on
+
+A checkpoint is regular when the schedule asked for it, and not only the end of an execution: where training
+goes back to must not depend on where it happened to be stopped.
 
 Owns: `work_dir/checkpoints/`. Data order and generators are functions of the step, so a step number is all
 else there is to resume; small numbers a recipe needs besides travel in `extra`. Torch's own generator is kept
@@ -13,14 +17,13 @@ with the record. Digests tell damage; against somebody who may write to `outputs
 """
 
 import contextlib
-import errno
 import json
 import logging
 import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -34,14 +37,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from rollout.errors import GO_ON, EnvironmentProblem
-from stages.data.durable import UNFINISHED, disk_line, disk_problems, file_digest, sync
+from stages.data.durable import UNFINISHED, disk_line, disk_problems, file_digest, is_bad_sector, sync
 from stages.training import ranks
 from stages.training.optimize import Optimizer
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD_FILE = "checkpoint.json"
 DIRECTORY_NAME = re.compile(r"step-(\d{6,})")
 DAMAGED = ".damaged"
@@ -79,6 +82,7 @@ class Record:
     owner: str  # name of the work directory, <stage>-<fingerprint>: a checkpoint of another stage is not ours
     step: int  # optimizer steps taken; the directory is named by it
     score: float | None  # higher is better
+    regular: bool  # saved by the schedule, and not only because the run was to stop there
     extra: dict[str, Any]
     world_size: int
     torch_version: str
@@ -100,6 +104,10 @@ class Record:
             raise Damaged(f"{RECORD_FILE}: missing") from error
         except (ValueError, RecursionError, IsADirectoryError) as error:
             raise Damaged(f"{RECORD_FILE}: not a record") from error
+        except OSError as error:
+            if is_bad_sector(error):
+                raise Damaged(f"{RECORD_FILE}: {error.strerror}") from error
+            raise
         if not isinstance(content, dict) or type(content.get("schema_version")) is not int:
             raise Damaged(f"{RECORD_FILE}: not a record")
         if content["schema_version"] != SCHEMA_VERSION:
@@ -116,7 +124,7 @@ class Record:
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of one stage, and the best of all.
+    """The last `keep` regular checkpoints of one stage, the best of them, and the newest of all.
 
     Example:
         checkpoints = Checkpoints(runtime.work_dir, keep=2)
@@ -140,9 +148,11 @@ class Checkpoints:
         extra: Mapping[str, Any],
         *,
         score: float | None = None,
+        regular: bool = True,
     ) -> None:
         """Write models and optimizers of `parts`, and the JSON numbers of `extra`, as the state after `step`
-        steps. `score`: higher is better; the checkpoint with the highest is never dropped for its age.
+        steps. `score`: higher is better; the regular checkpoint with the highest is never dropped for its
+        age. One that is not `regular` is resumed from, never gone back to, and gives way to the next.
 
         Raises EnvironmentProblem when the disk has no room or refuses; earlier checkpoints are then as they
         were.
@@ -153,7 +163,7 @@ class Checkpoints:
         self._on_main(lambda: self._make_room(step, needed))
         try:
             _write(state, unfinished)
-            self._on_main(lambda: self._finish(step, unfinished, dict(extra), score))
+            self._on_main(lambda: self._finish(step, unfinished, dict(extra), score, regular))
         except (OSError, EnvironmentProblem) as error:
             if ranks.is_main():
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -161,14 +171,23 @@ class Checkpoints:
                 raise EnvironmentProblem(disk_line(error, unfinished)) from error
             raise
 
-    def restore(self, parts: Mapping[str, Optimizer], *, every: int = 1) -> tuple[int, dict[str, Any]]:
-        """Load the newest sound checkpoint into `parts`; its step and `extra`, or (0, {}) when there is
-        none. Of a step that is a multiple of `every` only: where training goes back to must not depend on
-        where it happened to be stopped.
+    def restore(self, parts: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
+        """Load the newest sound checkpoint into `parts`; its step and `extra`, or (0, {}) when there is none.
 
         One line (a warning) for each one that is passed over. EnvironmentProblem when the disk refuses.
         """
-        found = self._on_main(lambda: self._newest_sound(every))
+        return self._load(parts, self._on_main(lambda: self._newest_sound(regular_only=False)))
+
+    def roll_back(self, parts: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
+        """Load the newest sound regular checkpoint as `restore` does. Those behind it are gone when this
+        returns: a later execution must not go on where this one did not. A kill before that goes back again.
+        """
+        step, extra = self._load(parts, self._on_main(lambda: self._newest_sound(regular_only=True)))
+        if step:
+            self._on_main(lambda: self._drop_behind(step))
+        return step, extra
+
+    def _load(self, parts: Mapping[str, Optimizer], found: list[Any] | None) -> tuple[int, dict[str, Any]]:
         if found is None:
             return 0, {}
         step, extra = found
@@ -183,7 +202,9 @@ class Checkpoints:
         return step, extra
 
     def best(self) -> Kept | None:
-        """The sound checkpoint with the highest score, the newest of equals; None when none has a score."""
+        """The sound regular checkpoint with the highest score, the newest of equals; None when none has a
+        score.
+        """
         found = self._on_main(self._best_sound)
         if found is None:
             return None
@@ -208,21 +229,20 @@ class Checkpoints:
             raise EnvironmentProblem(problem)
         return result  # type: ignore[no-any-return]  # from JSON
 
-    def _newest_sound(self, every: int) -> list[Any] | None:
-        found = [directory for directory in self._finished() if _step_of(directory) % every == 0]
+    def _newest_sound(self, *, regular_only: bool) -> list[Any] | None:
+        found = self._finished()
         for directory in reversed(found):
             record = self._sound_record(directory)
-            if record is not None:
+            if record is not None and (record.regular or not regular_only):
                 _mention_other_torch(directory, record)
                 return [record.step, record.extra]
-        if found:
+        if found and not regular_only:
             logger.warning("%s: none of %d can be loaded; starting from step 0", self._dir, len(found))
         return None
 
     def _best_sound(self) -> list[Any] | None:
-        scored = [kept for kept in self._readable() if kept.score is not None]
-        for kept in sorted(scored, key=_by_score, reverse=True):
-            record = self._sound_record(kept.directory)
+        for scored in sorted(_scored(self._readable()), key=_by_score, reverse=True):
+            record = self._sound_record(self._dir / _name(scored.step))
             if record is not None:
                 return [record.step, record.score]
         return None
@@ -248,7 +268,9 @@ class Checkpoints:
                 f"free some space or set outputs=DIR on another disk; then {GO_ON}"
             )
 
-    def _finish(self, step: int, unfinished: Path, extra: dict[str, Any], score: float | None) -> None:
+    def _finish(
+        self, step: int, unfinished: Path, extra: dict[str, Any], score: float | None, regular: bool
+    ) -> None:
         """Record what was written, put it on the disk, and give it its name."""
         files = {name: _measured(path) for name, path in _files_below(unfinished).items()}
         record = Record(
@@ -256,6 +278,7 @@ class Checkpoints:
             owner=self._owner,
             step=step,
             score=score if score is not None and math.isfinite(score) else None,
+            regular=regular,
             extra=extra,
             world_size=ranks.world_size(),
             torch_version=torch.__version__,
@@ -283,15 +306,21 @@ class Checkpoints:
             self._move(directory, self._dir / (directory.name + REPLACED))
 
     def _drop_old(self) -> None:
-        """All but the last `keep` and the best."""
+        """All but the last `keep` regular ones, the best and the newest."""
         readable = self._readable()
-        scored = [kept for kept in readable if kept.score is not None]
-        kept_steps = {kept.step for kept in readable[-self._keep :]}
-        if scored:
-            kept_steps.add(max(scored, key=_by_score).step)
-        for kept in readable:
-            if kept.step not in kept_steps:
-                self._move(kept.directory, kept.directory.with_suffix(UNFINISHED))
+        regular = [record for record in readable if record.regular]
+        best = sorted(_scored(readable), key=_by_score)[-1:]
+        kept = {record.step for record in (*regular[-self._keep :], *best, *readable[-1:])}
+        self._drop(record.step for record in readable if record.step not in kept)
+
+    def _drop_behind(self, last_step: int) -> None:
+        """All of later steps, for good."""
+        self._drop(record.step for record in self._readable() if record.step > last_step)
+        sync(self._dir)
+
+    def _drop(self, steps: Iterable[int]) -> None:
+        for directory in (self._dir / _name(step) for step in steps):
+            self._move(directory, directory.with_suffix(UNFINISHED))
         self._drop_unfinished()
 
     def _drop_unfinished(self) -> None:
@@ -303,14 +332,13 @@ class Checkpoints:
         for path in self._dir.glob(f"*{UNFINISHED}"):
             _remove(path)
 
-    def _readable(self) -> list[Kept]:
-        """Checkpoints whose records hold, oldest first; what is not readable counts for nothing."""
-        kept = []
+    def _readable(self) -> list[Record]:
+        """The records that hold, oldest first; what is not readable counts for nothing."""
+        records = []
         for directory in self._finished():
             with contextlib.suppress(Damaged, OtherSchema):
-                record = own_record(directory, owner=self._owner)
-                kept.append(Kept(step=record.step, directory=directory, score=record.score))
-        return kept
+                records.append(own_record(directory, owner=self._owner))
+        return records
 
     def _finished(self) -> list[Path]:
         """Directories named as checkpoints, oldest first."""
@@ -364,7 +392,7 @@ def _holds(path: Path, measured: list[Any]) -> bool:
     try:
         return _measured(path) == measured
     except OSError as error:
-        if error.errno == errno.EIO:  # a bad sector is damage; a missing permission is not
+        if is_bad_sector(error):
             return False
         raise
 
@@ -467,9 +495,14 @@ def _mention_other_torch(directory: Path, record: Record) -> None:
         )
 
 
-def _by_score(kept: Kept) -> tuple[float, int]:
-    assert kept.score is not None
-    return kept.score, kept.step
+def _scored(records: Iterable[Record]) -> list[Record]:
+    """Those that may be the best."""
+    return [record for record in records if record.regular and record.score is not None]
+
+
+def _by_score(record: Record) -> tuple[float, int]:
+    assert record.score is not None
+    return record.score, record.step
 
 
 def _name(step: int) -> str:

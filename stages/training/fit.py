@@ -92,7 +92,7 @@ def fit(
             try:
                 health.skipped(step, batch)
             except RollBack:
-                back, extra = checkpoints.restore(parts, every=config.checkpoint_every_steps)
+                back, extra = checkpoints.roll_back(parts)
                 step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
                 log.cut(step)
                 window = _Window(extra["window"] if extra else window.state_dict())
@@ -103,9 +103,10 @@ def fit(
         if not health.is_good():
             continue  # a checkpoint is a place to go back to: none in the middle of bad steps
         stopping = ranks.any_rank(runtime.stop_requested())
-        if stopping or (step % config.checkpoint_every_steps == 0 and step < max_steps):
+        due = step % config.checkpoint_every_steps == 0
+        if stopping or (due and step < max_steps):
             state = {"window": window.state_dict(), "health": health.state_dict()}
-            checkpoints.save(step, parts, state, score=window.score())
+            checkpoints.save(step, parts, state, score=window.score(), regular=due)
         if stopping:
             raise Interrupted(
                 f"{runtime.stage}: stopped at step {step} of {max_steps}, state saved; run the same "

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from stages.config import HealthConfig, PPOConfig
+from stages.data.durable import disk_problems
 from stages.errors import TrainingStopped
 from stages.runtime import Runtime
 from stages.training import ranks
@@ -83,11 +84,15 @@ class Health:
         return True
 
     def skipped(self, step: int, batch: Any) -> None:
-        """Keep this rank's `batch` of a step that was not taken. Raises RollBack after too many in a row."""
+        """Keep this rank's `batch` of a step that was not taken. Raises RollBack after too many in a row,
+        EnvironmentProblem when the disk refuses.
+        """
         directory = self._runtime.log_dir / "bad_batches"
-        directory.mkdir(parents=True, exist_ok=True)
         name = f"{self._runtime.stage}-{self.state.skipped:04d}-step-{step + 1:06d}-rank-{ranks.rank()}"
-        save_file(dict(_tensors_of(batch, "batch")), directory / f"{name}.safetensors")
+        with disk_problems(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            content = save(dict(_tensors_of(batch, "batch")))
+            (directory / f"{name}.safetensors").write_bytes(content)
         if self._longest_row > self._config.max_skipped_in_a_row:
             raise RollBack
 

@@ -6,10 +6,15 @@ Owns: the file and the table of metric names. Only recipes log; everything else 
 """
 
 import json
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from stages.data.durable import disk_problems, is_bad_sector, write_whole
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -52,7 +57,7 @@ METRICS: dict[str, str] = {
 
 class StepLog:
     """A jsonl file of objects with a `step`, written by rank 0; a resumed stage first drops the lines of
-    steps it will take again.
+    steps it will take again. EnvironmentProblem when the disk refuses.
     """
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
@@ -63,17 +68,15 @@ class StepLog:
         """Drop the lines of later steps."""
         if not _writes():
             return
-        path = self._path
-        kept = [line for line in read_steps(path) if line["step"] <= last_step]
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-        unfinished.replace(path)
+        with disk_problems(self._path):
+            kept = [text for text, entry in _sound_lines(self._path) if entry["step"] <= last_step]
+            write_whole(self._path, b"".join(text + b"\n" for text in kept))
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append `lines`; each has a `step` (1-based: the steps done so far)."""
         if not _writes():
             return
-        with self._path.open("a", encoding="utf-8") as file:
+        with disk_problems(self._path), self._path.open("a", encoding="utf-8") as file:
             file.writelines(map(_line, lines))
 
 
@@ -107,11 +110,35 @@ def _writes() -> bool:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a StepLog's file, [] without one; a last line cut short by a kill is left out."""
+    """The lines of a StepLog's file, [] without one. A last line cut short by a kill is left out; so are
+    lines that are none any more, with a warning.
+    """
+    return [entry for _, entry in _sound_lines(path)]
+
+
+def step_line(text: bytes) -> dict[str, Any] | None:
+    """The object in a line of a StepLog's file; None for what is no object with a whole `step`."""
+    try:
+        entry = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and type(entry.get("step")) is int else None
+
+
+def _sound_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     if not path.is_file():
-        return []
-    *lines, _torn = path.read_bytes().split(b"\n")  # bytes: a kill may have cut a character in two
-    return [json.loads(line) for line in lines]
+        return
+    try:
+        *lines, _torn = path.read_bytes().split(b"\n")  # bytes: a kill may have cut a character in two
+    except OSError as error:
+        if not is_bad_sector(error):
+            raise
+        logger.warning("%s: damaged: %s; it begins anew", path, error.strerror)
+        return
+    sound = [(text, entry) for text in lines if (entry := step_line(text)) is not None]
+    if len(sound) < len(lines):
+        logger.warning("%s: damaged: %d of %d lines left out", path, len(lines) - len(sound), len(lines))
+    yield from sound
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -100,6 +100,16 @@ def test_a_flipped_bit_costs_one_line(tmp_path: Path, caplog):
     assert caplog.messages == [f"{path}: damaged: not the bytes that were written; the step is sampled anew"]
 
 
+def test_an_entry_on_a_bad_sector_costs_one_line_and_is_written_anew(tmp_path: Path, caplog):
+    journal = Journal(tmp_path)
+    path = tmp_path / "journal/step-000012.rollouts"
+    path.symlink_to("/proc/self/mem")  # no memory lies at address 0
+    assert journal.read(12) is None
+    assert caplog.messages == [f"{path}: damaged: Input/output error; the step is sampled anew"]
+    journal.write(entry())
+    assert journal.read(12) == entry()
+
+
 @pytest.mark.parametrize("version", [0, 2, 10])
 def test_another_schema_version_is_named_beside_ours(tmp_path: Path, caplog, version: int):
     journal = Journal(tmp_path)

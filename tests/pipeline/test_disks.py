@@ -226,7 +226,13 @@ def test_a_full_disk_is_known_as_such_whichever_library_meets_it(tmp_path: Path,
     assert isinstance(line, EnvironmentProblem) and "File too large" in str(line)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG])
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),  # of a file server
+    ],
+)
 def test_the_disk_is_to_blame_wherever_its_error_hides(tmp_path: Path, number: int):
     wrapped = RuntimeError(f"engine: I/O error: {os.strerror(number)} (os error {number})")
     chained = ValueError("could not save")
@@ -234,6 +240,16 @@ def test_the_disk_is_to_blame_wherever_its_error_hides(tmp_path: Path, number: i
     for error in (OSError(number, os.strerror(number)), wrapped, chained):
         line = as_expected("sft", error, tmp_path)
         assert isinstance(line, EnvironmentProblem) and os.strerror(number) in str(line)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_missing_permission_is_no_bug_unless_it_was_only_met_on_the_way(tmp_path: Path, number: int):
+    error = OSError(number, os.strerror(number), "outputs/work/sft-1/metrics.jsonl")
+    line = as_expected("sft", error, tmp_path)
+    assert isinstance(line, EnvironmentProblem) and "sft-1/metrics.jsonl" in str(line)
+    bug = ValueError("a bug")
+    bug.__context__ = error
+    assert as_expected("sft", bug, tmp_path).exit_code == 1
 
 
 def test_a_bug_is_not_taken_for_a_full_disk(tmp_path: Path):

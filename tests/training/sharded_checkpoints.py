@@ -111,6 +111,7 @@ def _scenarios(directory: Path) -> list[tuple[str, int, Callable[[], dict[str, A
         ("no room", 2, lambda: _no_room(two)),
         ("refused", 2, lambda: _refused(two)),
         ("damaged", 2, lambda: _damaged(two)),
+        ("rolled back", 2, lambda: _rolled_back(directory / "rolled back")),
     ]
 
 
@@ -167,6 +168,15 @@ def _damaged(work_dir: Path) -> dict[str, Any]:
     dist.barrier()
     step, _ = Checkpoints(work_dir).restore({"model": optimizer})
     return {"steps": _gathered(step)}
+
+
+def _rolled_back(work_dir: Path) -> dict[str, Any]:
+    parts = {"model": make_optimizer(sharded=True)}
+    checkpoints = Checkpoints(work_dir)
+    checkpoints.save(3, parts, {})
+    checkpoints.save(4, parts, {}, regular=False)
+    step, _ = checkpoints.roll_back(parts)
+    return {"steps": _gathered(step), "left": sorted(os.listdir(work_dir / "checkpoints"))}
 
 
 def _refusal(work_dir: Path, step: int, *, width: int = 5) -> str:

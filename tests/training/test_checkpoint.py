@@ -25,12 +25,13 @@ from stages.training.checkpoint import RECORD_FILE, Checkpoints
 ROOT = Path(__file__).parents[2]
 
 
-def save(work_dir: Path, *steps: int, score: float | None = None) -> None:
+def save(work_dir: Path, *steps: int, score: float | None = None, regular: bool = True) -> None:
     """Checkpoints of a training that took `steps` steps each; every step's state is its own."""
     for step in steps:
         optimizer = make_optimizer()
         take_steps(optimizer, step)
-        Checkpoints(work_dir).save(step, {"model": optimizer}, {"loss": step / 7}, score=score)
+        extra = {"loss": step / 7}
+        Checkpoints(work_dir).save(step, {"model": optimizer}, extra, score=score, regular=regular)
 
 
 def restored(work_dir: Path) -> tuple[int, dict]:
@@ -143,6 +144,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def bad_sector(path: Path) -> None:
+    """From now on reading `path` fails as it does on a broken disk: no memory lies at address 0."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
 def edit_record(directory: Path, **changes: object) -> None:
     path = directory / RECORD_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes, sort_keys=True) + "\n")
@@ -160,6 +167,10 @@ DAMAGE = {
     "a cut record": (lambda path: os.truncate(path / RECORD_FILE, 50), r"checkpoint\.json: not a record"),
     "an empty record": (lambda path: (path / RECORD_FILE).write_text("{}"), r"not a record"),
     "no json": (lambda path: (path / RECORD_FILE).write_bytes(b"\xff\0"), r"not a record"),
+    "a record on a bad sector": (
+        lambda path: bad_sector(path / RECORD_FILE),
+        r"checkpoint\.json: Input/output error",
+    ),
     "another extra": (lambda path: edit_record(path, extra={}), r"not the record that was written"),
     "another step": (lambda path: edit_record(path, step=5), r"not the record that was written"),
     "a field too many": (lambda path: edit_record(path, more=1), r"not a record"),
@@ -207,14 +218,14 @@ def test_without_checkpoints_nothing_is_said(tmp_path: Path, caplog):
     assert not lines_in(caplog)
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [1, 3])
 def test_another_schema_version_is_named_beside_ours_and_never_deleted(tmp_path: Path, caplog, version: int):
     save(tmp_path, 3, 6)
     edit_record(checkpoint(tmp_path, 6), schema_version=version, new_field=1)
     content = {path.name: path.read_bytes() for path in checkpoint(tmp_path, 6).iterdir()}
     assert restored(tmp_path)[0] == 3
     [line] = lines_in(caplog)
-    assert f"schema version {version}, this code reads 1; not loaded, and left as it is" in line
+    assert f"schema version {version}, this code reads 2; not loaded, and left as it is" in line
     save(tmp_path, 4, 5, 6, 7)
     kept = checkpoint(tmp_path, 6).with_name("step-000006.other")
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == content
@@ -365,6 +376,72 @@ def test_what_killed_saves_left_is_removed_at_the_start(tmp_path: Path):
     assert names_in(tmp_path) == ["step-000003"]
 
 
+# --- going back
+
+
+def rolled_back(work_dir: Path) -> tuple[int, dict]:
+    return Checkpoints(work_dir).roll_back({"model": make_optimizer()})
+
+
+def test_what_a_stop_left_is_resumed_from_and_gives_way_to_the_next_without_pushing_a_regular_one_out(
+    tmp_path: Path,
+):
+    save(tmp_path, 1, 2, 3)
+    save(tmp_path, 4, score=9.0, regular=False)
+    assert names_in(tmp_path) == ["step-000002", "step-000003", "step-000004"]
+    assert restored(tmp_path)[0] == 4
+    assert Checkpoints(tmp_path).best() is None
+    save(tmp_path, 5, regular=False)
+    assert names_in(tmp_path) == ["step-000002", "step-000003", "step-000005"]
+    save(tmp_path, 6)
+    assert names_in(tmp_path) == ["step-000003", "step-000006"]
+
+
+def test_training_goes_back_to_the_newest_regular_checkpoint_and_those_behind_it_are_gone(
+    tmp_path: Path, caplog
+):
+    save(tmp_path, 2, 3)
+    save(tmp_path, 4, regular=False)
+    assert rolled_back(tmp_path) == (3, {"loss": 3 / 7})
+    assert names_in(tmp_path) == ["step-000002", "step-000003"]
+    assert not lines_in(caplog)
+
+
+def test_without_a_regular_checkpoint_there_is_no_going_back_and_the_others_stay(tmp_path: Path, caplog):
+    save(tmp_path, 4, regular=False)
+    assert rolled_back(tmp_path) == (0, {})
+    assert names_in(tmp_path) == ["step-000004"]
+    assert not lines_in(caplog)
+
+
+def test_a_damaged_place_to_go_back_to_gives_way_to_the_one_before_it(tmp_path: Path, caplog):
+    save(tmp_path, 2, 3)
+    save(tmp_path, 4, regular=False)
+    flip(data_file(checkpoint(tmp_path, 3)))
+    assert rolled_back(tmp_path)[0] == 2
+    assert names_in(tmp_path) == ["step-000002", "step-000003.damaged"]
+    assert "step-000003: damaged checkpoint" in caplog.text
+
+
+def test_a_kill_at_any_moment_of_going_back_leaves_what_was_or_the_place_gone_back_to(
+    tmp_path: Path, monkeypatch, caplog
+):
+    """Never less than the regular checkpoint; a later execution goes back again where it has to."""
+    found = []
+    for count in itertools.count(1):
+        work_dir = tmp_path / str(count) / "sft"
+        save(work_dir, 3)
+        save(work_dir, 5, regular=False)
+        with monkeypatch.context() as patched:
+            died = dies_at_operation(count, patched, partial(rolled_back, work_dir))
+        found.append(restored(work_dir)[0])
+        assert rolled_back(work_dir)[0] == restored(work_dir)[0] == 3
+        if not died:
+            break
+    assert found == sorted(found, reverse=True) and set(found) == {5, 3}
+    assert not lines_in(caplog)
+
+
 # --- disks that refuse
 
 
@@ -458,6 +535,13 @@ def test_the_record_of_two_workers_says_so(sharded: dict[str, dict]):
 
 def test_all_workers_pass_over_a_damaged_checkpoint_together(sharded: dict[str, dict]):
     assert sharded["damaged"]["steps"] == [4, 4]
+
+
+def test_all_workers_go_back_to_the_same_checkpoint_and_the_first_one_removes_those_behind_it(
+    sharded: dict[str, dict],
+):
+    assert sharded["rolled back"]["steps"] == [3, 3]
+    assert sharded["rolled back"]["left"] == ["step-000003"]
 
 
 def test_all_workers_hear_of_a_disk_that_refuses_one_of_them(sharded: dict[str, dict]):

@@ -7,6 +7,7 @@ import torch
 from regression import CONFIG, MAX_STEPS, Killed, train
 from torch import nn
 
+from rollout.errors import EnvironmentProblem
 from stages.data.batches import BatchOrder
 from stages.training.checkpoint import Checkpoints
 from stages.training.fit import num_steps
@@ -75,6 +76,51 @@ def test_steps_come_from_the_config_or_from_epochs_over_the_data():
     order = BatchOrder(num_rows=10, batch_size=4, seed=0)
     assert num_steps(CONFIG.model_copy(update={"max_steps": 7}), order) == 7
     assert num_steps(CONFIG.model_copy(update={"num_epochs": 2.0}), order) == 5
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit in the key": (lambda path: flip(path, 3), 1),
+    "a flipped bit in a line's end": (lambda path: flip(path, path.read_bytes().index(b"\n")), 1),
+    "a zeroed block": (lambda path: path.write_bytes(bytes(50) + path.read_bytes()[50:]), 1),
+    "no text": (lambda path: path.write_bytes(b"\xff\xfe\n[1]\n7\n" + path.read_bytes()), 3),
+    "a step that is none": (lambda path: path.write_text('{"step": true}\n{"step": "3"}\n'), 2),
+    "nests too deep": (lambda path: path.write_text("[" * 100_000 + "\n"), 1),
+    "a bad sector": (lambda path: (path.unlink(), path.symlink_to("/proc/self/mem")), None),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_lines_of_metrics_cost_one_warning_and_no_step(tmp_path, caplog, kind):
+    damage, num_lines = DAMAGE[kind]
+    whole, _ = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", die_at=8)
+    path = tmp_path / "killed" / "work" / "metrics.jsonl"
+    damage(path)
+    resumed, _ = train(tmp_path / "killed")
+    assert torch.equal(resumed, whole)
+    assert [line["step"] for line in read_steps(path)][-2:] == [8, 10]
+    lines = [record.getMessage() for record in caplog.records if record.name == "stages.training.metrics"]
+    reason = "Input/output error; it begins anew" if num_lines is None else f"{num_lines} of "
+    assert len(lines) == 1 and lines[0].startswith(f"{path}: damaged: {reason}")
+
+
+def test_a_disk_that_takes_no_metrics_is_one_line(tmp_path):
+    log = StepLog(path := tmp_path / "metrics.jsonl", resumed_step=0)
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(EnvironmentProblem, match=r"metrics\.jsonl: No space left on device; .*go on$"):
+        log.write([{"step": 1}])
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(EnvironmentProblem, match=r"metrics\.jsonl: Is a directory"):
+        log.cut(0)
 
 
 def test_an_undeclared_metric_is_our_own_mistake(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from regression import CONFIG, MAX_STEPS, Killed, Regression, train
 from safetensors.torch import load_file
 
+from rollout.errors import EnvironmentProblem
 from stages.config import DataSource, HealthConfig, PPOConfig
 from stages.errors import Interrupted, TrainingStopped
 from stages.training.health import check_rollouts
@@ -28,6 +29,13 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_batch_kept(tmp_pat
     }
     last = read_steps(tmp_path / "work" / "metrics.jsonl")[-1]
     assert last["train/skipped_steps"] == 1.0 and last["train/loss"] == pytest.approx(result.loss_final)
+
+
+def test_a_disk_that_takes_no_bad_batch_is_one_line(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "bad_batches").touch()
+    with pytest.raises(EnvironmentProblem, match=r"bad_batches: File exists; .*go on$"):
+        train(tmp_path, spoiled=[4])
 
 
 def test_a_skipped_step_leaves_weights_and_moments_alone(tmp_path):
@@ -93,6 +101,35 @@ def test_where_training_goes_back_to_does_not_depend_on_where_it_was_stopped_bef
         train(tmp_path / "stopped", spoiled=BAD_ROW, stop_at=3)
     (tmp_path / "stopped" / "stop").unlink()
     resumed, _ = train(tmp_path / "stopped", spoiled=BAD_ROW)
+    assert torch.equal(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "first_bad", "executions"),
+    [
+        pytest.param(7, 1, 10, [{"stop_at": 9}], id="a stop where one is kept"),
+        pytest.param(7, 2, 10, [{"stop_at": 8}, {"stop_at": 9}], id="as many stops as are kept"),
+        pytest.param(7, 2, 10, [{"stop_at": 9}, {"stop_at": 15}], id="a stop behind the return"),
+        pytest.param(7, 2, 10, [{"stop_at": 9}, {"die_at": 15}], id="a kill behind the return"),
+        pytest.param(4, 2, 4, [{"stop_at": 3}, {"every": 5}], id="another interval"),
+        pytest.param(7, 2, 4, [{"stop_at": 3}], id="a stop before the first regular checkpoint"),
+    ],
+)
+def test_where_training_goes_back_to_is_that_of_the_run_that_nothing_interrupted(
+    tmp_path, every, keep, first_bad, executions
+):
+    """What a stop left is no place to go back to, pushes none out, and is gone once training went back."""
+    config = CONFIG.model_copy(update={"checkpoint_every_steps": every, "keep_checkpoints": keep})
+    how = {"spoiled": range(first_bad, first_bad + 4), "max_steps": 16}
+    whole, _ = train(tmp_path / "whole", config=config, **how)
+    for execution in executions:
+        if "every" in execution:
+            config = config.model_copy(update={"checkpoint_every_steps": execution["every"]})
+            continue
+        with pytest.raises((Interrupted, Killed)):
+            train(tmp_path / "resumed", config=config, **how, **execution)
+        (tmp_path / "resumed" / "stop").unlink(missing_ok=True)
+    resumed, _ = train(tmp_path / "resumed", config=config, **how)
     assert torch.equal(resumed, whole)
 
 
