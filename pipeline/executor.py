@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSe
 from stages.data import readers
 from stages.data.durable import disk_problems, write_whole
 from stages.data.scoring import load_judge
-from stages.errors import Interrupted
+from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime, StageResources, warnings_file
 
 POLL_S = 0.3
@@ -324,11 +325,16 @@ def _identified(
     for key in selection.outside:
         if key == dag.MODEL:
             assert config.model.path is not None
-            path = model_directory(config.model.path, config.model.revision)
-            outside[key] = Given(path=path, fingerprint=store.content_of(path))
+            outside[key] = _given(store, key, model_directory(config.model.path, config.model.revision))
         else:
-            outside[key] = store.identify(key, inputs[key])
+            outside[key] = _given(store, key, inputs[key])
     return outside
+
+
+def _given(store: Store, key: str, path: Path) -> Given:
+    if key == dag.MODEL:
+        return Given(path=path, fingerprint=store.content_of(path))
+    return store.identify(key, path)
 
 
 def _fingerprints(outside: Mapping[str, Given]) -> dict[str, str]:
@@ -586,6 +592,7 @@ def _settle_process(job: StageJob) -> None:
 def _run_recipe(job: StageJob, store: Store) -> None:
     node, started = job.node, time.time()
     inputs = {key: _verified_input(job, store, key) for key in node.inputs}
+    check_files(job)  # hours may lie behind the plan
     work = store.begin(node.stage, node.fingerprint)
     module, _, function = node.entry.partition(":")
     recipe = getattr(importlib.import_module(module), function)
@@ -599,9 +606,11 @@ def _run_recipe(job: StageJob, store: Store) -> None:
         collective_timeout_s=job.collective_timeout_s,
         num_threads=job.num_threads,
         stop_file=job.stop_file,
+        check_files=partial(check_files, job),
         joined_cluster=job.joined_cluster,
     )
     metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
+    _check_given(job)  # an engine that is started anew opens its model again
     if not (work / METRICS).exists():  # a stage of one step
         line: dict[str, float | None] = {"step": 1, "max_steps": 1, "time": round(time.time(), 3)}
         line |= {f"{node.stage}/{key}": _plain(value) for key, value in metrics.items()}
@@ -616,11 +625,30 @@ def _run_recipe(job: StageJob, store: Store) -> None:
 
 
 def _verified_input(job: StageJob, store: Store, key: str) -> Path:
-    """The directory of an input, verified on this host."""
-    directory = job.outside.get(key) or store.artifact_dir(key, job.node.inputs[key])
-    if key not in job.outside or (directory / MANIFEST).is_file():
-        store.verified(directory, hint=f"run again with --force {key} to make it anew")
+    """The directory of an input, verified on this host. Given ones: see `check_files`."""
+    if key in job.outside:
+        return job.outside[key]
+    directory = store.artifact_dir(key, job.node.inputs[key])
+    store.verified(directory, hint=f"run again with --force {key} to make it anew")
     return directory
+
+
+def check_files(job: StageJob) -> None:
+    """Compare what a stage reads from outside of `outputs` with what it was planned on: every byte of its
+    datasets, scoring function, template and tokenizer, and given directories. Raises DataError.
+
+    Recipes ask too, as soon as they have read (`Runtime`). Sealing does not: training goes on for days after
+    that, and whoever edits a dataset meanwhile should not lose it.
+    """
+    dag.check_contents(job.node)
+    _check_given(job)
+
+
+def _check_given(job: StageJob) -> None:
+    store = Store(job.outputs)
+    for key in job.node.inputs.keys() & job.outside.keys():
+        if _given(store, key, job.outside[key]).fingerprint != job.node.inputs[key]:
+            raise DataError(f"{job.outside[key]}: {key}: {dag.CHANGED}")
 
 
 def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:

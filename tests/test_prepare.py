@@ -345,6 +345,24 @@ def test_a_stopped_run_ends_between_two_blocks_and_goes_on_to_the_same_bytes(tmp
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_a_block_of_what_a_file_held_for_a_while_is_made_again(tmp_path, runtime):
+    """The file is edited under a running stage, which then dies, and gets back its content, size and date."""
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    chosen = settings(path, block_mb=0.002)
+    prepare.run(chosen, {}, tmp_path / "whole", runtime_in(tmp_path / "undisturbed", "prepare"))
+    before, stamp = path.read_text(), path.stat()
+    path.write_text(before.replace("cat", "cow"))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    runtime.stop_file.touch()
+    with pytest.raises(Interrupted):
+        prepare.run(chosen, {}, tmp_path / "out", runtime)
+    path.write_text(before)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    runtime.stop_file.unlink()
+    prepare.run(chosen, {}, tmp_path / "out", runtime)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_a_directory_of_a_tokenizer_is_taken(tmp_path, runtime, tied_model_dir):
     path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
     prepare.run(settings(path, tokenizer=tied_model_dir), {}, tmp_path / "out", runtime)
