@@ -264,39 +264,37 @@ def ray_session(config: ExperimentConfig, directory: Path, log_dir: Path) -> Ite
         yield lambda: _check_local_cluster(log_dir)
 
 
-def ask_every_node(file: Path, address: str) -> dict[str, cluster.NodeReport | str]:
-    """Joins the cluster at `address`; node address -> its report on `file`, or why there is none.
+def ask_every_node(file: Path, address: str) -> list[cluster.Answer]:
+    """Joins the cluster at `address`; what each node of it answers when asked for a report on `file`.
 
     Raises EnvironmentProblem.
     """
     log_dir = Path(tempfile.mkdtemp(prefix="rlhf-doctor-"))
     try:
         with _joined_cluster(address, log_dir):
-            return _reports(file)
+            return _answers(file)
     finally:
         shutil.rmtree(log_dir, ignore_errors=True)
 
 
-def _reports(file: Path) -> dict[str, cluster.NodeReport | str]:
+def _answers(file: Path) -> list[cluster.Answer]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(cluster.report)
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     calls = {
-        node["NodeManagerAddress"]: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(file)
-        for node in ray.nodes()
-        if node["Alive"]
+        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(file)
+        for node in nodes
     }
     ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_TIMEOUT_S)
-    reports: dict[str, cluster.NodeReport | str] = {}
-    for address, call in calls.items():
+    answers: list[cluster.Answer] = []
+    for node, call in calls.items():
         try:
-            reports[address] = ray.get(call, timeout=0)
+            answers.append((nodes[node], ray.get(call, timeout=0)))
         except ray.exceptions.RayError as error:
-            reports[address] = type(error).__name__
-    return reports
+            answers.append((nodes[node], type(error).__name__))
+    return answers
 
 
 def _preflight(planned: PlannedRun) -> None:
@@ -314,7 +312,7 @@ def _preflight(planned: PlannedRun) -> None:
             raise EnvironmentProblem(f"{problem} - lower `resources` or add nodes")
     if address is not None:
         with cluster.nonce_in(planned.store.root) as (file, nonce):
-            for node, problem in cluster.problems(_reports(file), file, nonce):
+            for node, problem in cluster.problems(_answers(file), file, nonce):
                 raise EnvironmentProblem(f"resources.address {address}: node {node} {problem}")
 
 
