@@ -484,7 +484,7 @@ def model_directory(path: str, revision: str | None) -> Path:
             f"model.path {path}: no such directory, and the hub gave nothing ({type(error).__name__}); "
             "give a local model directory, or check the name and the network"
         ) from error
-    check_model_directory(fetched, named=f"model.path {path}")
+    check_model_directory(fetched, named=f"model.path {path}", in_hub_cache=True)
     return fetched
 
 
