@@ -126,7 +126,7 @@ class Store:
         return self._inside("artifacts", directory_name(stage, fingerprint))
 
     def work_dir(self, stage: str, fingerprint: str) -> Path:
-        return self._inside("work", directory_name(stage, fingerprint))
+        return self._wholly_inside(self._inside("work", directory_name(stage, fingerprint)))
 
     def run_dir(self, name: str) -> Path:
         return self._inside("runs", name)
@@ -136,7 +136,7 @@ class Store:
         return self.run_dir(name) / "config.yaml"
 
     def log_dir(self, name: str) -> Path:
-        return self.run_dir(name) / "logs"
+        return self._wholly_inside(self.run_dir(name) / "logs")
 
     def stop_file(self, name: str) -> Path:
         """Exists while the run of this process has been asked to stop at its next step boundary. Its own:
@@ -290,7 +290,7 @@ class Store:
 
         The process that computes holds it, so that it ends with that process and not with the driver.
         """
-        path = self.work_dir(stage, fingerprint).with_suffix(".lock")
+        path = self._inside("work", f"{directory_name(stage, fingerprint)}.lock")
         with disk_problems(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(path, timeout=timeout_s, poll_interval=0.2)
@@ -353,11 +353,23 @@ class Store:
         link itself: what is written or removed there would be somebody else's.
         """
         path = self.root / part / name
+        self._check_inside(path)
+        return path
+
+    def _wholly_inside(self, directory: Path) -> Path:
+        """A directory whose every file a stage may write or remove: nothing below it leads out either."""
+        self._check_inside(directory)
+        for place, directories, files in os.walk(directory):
+            for path in (Path(place, name) for name in (*directories, *files)):
+                if path.is_symlink():
+                    self._check_inside(path)
+        return directory
+
+    def _check_inside(self, path: Path) -> None:
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
             raise EnvironmentProblem(
                 f"{path}: leads out of {self.root} through a symbolic link; remove it, or set outputs=DIR"
             )
-        return path
 
     def _digests(self) -> "DigestCache":
         return DigestCache(self.root / "work" / f"digests-{socket.gethostname()}.json")
@@ -472,7 +484,7 @@ def model_directory(path: str, revision: str | None) -> Path:
             f"model.path {path}: no such directory, and the hub gave nothing ({type(error).__name__}); "
             "give a local model directory, or check the name and the network"
         ) from error
-    check_model_directory(fetched, named=f"model.path {path}")
+    check_model_directory(fetched, named=f"model.path {path}", in_hub_cache=True)
     return fetched
 
 

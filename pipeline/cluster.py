@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -37,6 +37,10 @@ class NodeReport:
     text: str | None  # of the file it was asked for; None: it does not see it
     code: str  # version and digest of the project's code there
     packages: Mapping[str, str]
+
+
+Answer = tuple[str, NodeReport | str]
+"""A node's address, which several may have, and its report, or why there is none."""
 
 
 def require_token(address: str) -> None:
@@ -85,10 +89,10 @@ def report(file: Path) -> NodeReport:
     return NodeReport(text=text, code=code_version(), packages=package_versions())
 
 
-def problems(answers: Mapping[str, NodeReport | str], file: Path, nonce: str) -> Iterator[tuple[str, str]]:
-    """(node, what is wrong there and how to mend it). An answer that is text says why there is no report."""
+def problems(answers: Iterable[Answer], file: Path, nonce: str) -> Iterator[tuple[str, str]]:
+    """(address of a node, what is wrong there and how to mend it)."""
     here = report(file)
-    for node, answer in answers.items():
+    for node, answer in answers:
         if isinstance(answer, str):
             yield node, f"does not answer ({answer}); is this project installed there, and the node alive?"
             continue

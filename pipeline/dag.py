@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import blake3
 
@@ -36,6 +36,7 @@ from stages.config import (
     SFTSettings,
     StageSettings,
 )
+from stages.data.files import shown
 from stages.data.hub import hub_commit, is_hub_id
 from stages.data.readers import content_digest
 from stages.data.schemas import SCHEMAS, StageName
@@ -51,6 +52,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 """What makes a tokenizer; the first is always there."""
+CHANGED = "changed since the run was planned; run the same command again"
+"""What is wrong with a file or a directory that a stage was planned on and found otherwise."""
 MODEL = "model"
 """Input key of the directory that `model.path` names; every other input key is the name of a stage."""
 
@@ -100,6 +103,14 @@ class Node:
     inputs: Mapping[str, str]  # input key -> fingerprint
     contents: Mapping[str, str]  # dotted key of a file the settings name -> digest of its content
     fingerprint: str
+
+
+class _Content(NamedTuple):
+    """What a file, or a source of several, holds that the settings name."""
+
+    key: str  # dotted
+    path: str
+    digest: str
 
 
 def needs(config: ExperimentConfig, stage: str) -> tuple[str, ...]:
@@ -183,6 +194,18 @@ def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, s
     return nodes
 
 
+def check_contents(node: Node) -> None:
+    """Read the files that the node's settings name again. Raises DataError naming what is no longer what was
+    planned.
+    """
+    now = {content.key: content for content in _contents(node.settings)}
+    for key, content in now.items():
+        if content.digest != node.contents.get(key):
+            raise DataError(f"{content.path}: {key}: {CHANGED}")
+    for key in node.contents.keys() - now.keys():
+        raise DataError(f"{key}: {CHANGED}")
+
+
 def settings_for(config: ExperimentConfig, stage: str) -> StageSettings:
     """The sections of the config that the recipe of `stage` may read."""
     sections = STAGES[stage].settings
@@ -245,7 +268,7 @@ def recipe_version(entry: str) -> int:
 
 def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str]) -> Node:
     version = recipe_version(stage.entry)
-    contents = dict(_contents(settings))
+    contents = {content.key: content.digest for content in _contents(settings)}
     identity = {
         "schema": SCHEMA_VERSION,
         "stage": stage.name,
@@ -288,26 +311,26 @@ def _pinned(value: Any) -> Any:
     return value
 
 
-def _contents(settings: StageSettings) -> Iterator[tuple[str, str]]:
-    """Dotted key and content digest of every file that the settings name."""
+def _contents(settings: StageSettings) -> Iterator[_Content]:
+    """Every file that the settings name, as it is now. Raises DataError."""
     for key, section in _sections(settings):
         match section:
             case DataSource():
                 if section.weight > 0:
-                    yield key, content_digest(section)
+                    yield _Content(key, shown(section.path), content_digest(section))
             case ScoreFunction():
-                yield f"{key}.path", _file_digest(f"{key}.path", section.path)
+                yield _file_content(f"{key}.path", section.path)
             case PrepareConfig(tokenizer=Path() as directory):
                 for name in TOKENIZER_FILES:
                     if name == TOKENIZER_FILES[0] or (directory / name).is_file():
-                        yield f"{key}.tokenizer.{name}", _file_digest(f"{key}.tokenizer", directory / name)
+                        yield _file_content(f"{key}.tokenizer.{name}", directory / name)
             case ModelConfig(chat_template=Path() as template):
-                yield f"{key}.chat_template", _file_digest(f"{key}.chat_template", template)
+                yield _file_content(f"{key}.chat_template", template)
 
 
-def _file_digest(key: str, path: Path) -> str:
+def _file_content(key: str, path: Path) -> _Content:
     try:
-        return blake3.blake3(path.read_bytes()).hexdigest()
+        return _Content(key, shown(path), blake3.blake3(path.read_bytes()).hexdigest())
     except OSError as error:
         raise DataError(f"{path}: {key}: {error.strerror}; give the path of a readable file") from error
 

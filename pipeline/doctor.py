@@ -152,11 +152,13 @@ def _nodes(file: Path, nonce: str, address: str) -> Iterator[Finding]:
     except EnvironmentProblem as error:
         yield Finding(ok=False, subject="cluster", text=str(error))
         return
-    found = list(cluster.problems(answers, file, nonce))
-    for node, problem in found:
-        yield Finding(ok=False, subject="node", text=f"{node} {problem}")
-    for node in answers.keys() - {node for node, _ in found}:
-        yield Finding(ok=True, subject="node", text=f"{node}: sees {file.parent}, {cluster.code_version()}")
+    for node, answer in answers:
+        problems = [problem for _, problem in cluster.problems([(node, answer)], file, nonce)]
+        for problem in problems:
+            yield Finding(ok=False, subject="node", text=f"{node} {problem}")
+        if not problems:
+            text = f"{node}: sees {file.parent}, {cluster.code_version()}"
+            yield Finding(ok=True, subject="node", text=text)
 
 
 def _version(name: str) -> str | None:

@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ from stages.bundles import lacking
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data.durable import disk_problems, write_whole
 from stages.data.scoring import load_judge
-from stages.errors import Interrupted
+from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime, StageResources, warnings_file
 
 POLL_S = 0.3
@@ -256,39 +257,37 @@ def ray_session(config: ExperimentConfig, directory: Path, log_dir: Path) -> Ite
         yield lambda: _check_local_cluster(log_dir)
 
 
-def ask_every_node(file: Path, address: str) -> dict[str, cluster.NodeReport | str]:
-    """Joins the cluster at `address`; node address -> its report on `file`, or why there is none.
+def ask_every_node(file: Path, address: str) -> list[cluster.Answer]:
+    """Joins the cluster at `address`; what each node of it answers when asked for a report on `file`.
 
     Raises EnvironmentProblem.
     """
     log_dir = Path(tempfile.mkdtemp(prefix="rlhf-doctor-"))
     try:
         with _joined_cluster(address, log_dir):
-            return _reports(file)
+            return _answers(file)
     finally:
         shutil.rmtree(log_dir, ignore_errors=True)
 
 
-def _reports(file: Path) -> dict[str, cluster.NodeReport | str]:
+def _answers(file: Path) -> list[cluster.Answer]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(cluster.report)
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     calls = {
-        node["NodeManagerAddress"]: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(file)
-        for node in ray.nodes()
-        if node["Alive"]
+        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(file)
+        for node in nodes
     }
     ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_TIMEOUT_S)
-    reports: dict[str, cluster.NodeReport | str] = {}
-    for address, call in calls.items():
+    answers: list[cluster.Answer] = []
+    for node, call in calls.items():
         try:
-            reports[address] = ray.get(call, timeout=0)
+            answers.append((nodes[node], ray.get(call, timeout=0)))
         except ray.exceptions.RayError as error:
-            reports[address] = type(error).__name__
-    return reports
+            answers.append((nodes[node], type(error).__name__))
+    return answers
 
 
 def _preflight(planned: PlannedRun) -> None:
@@ -306,7 +305,7 @@ def _preflight(planned: PlannedRun) -> None:
             raise EnvironmentProblem(f"{problem} - lower `resources` or add nodes")
     if address is not None:
         with cluster.nonce_in(planned.store.root) as (file, nonce):
-            for node, problem in cluster.problems(_reports(file), file, nonce):
+            for node, problem in cluster.problems(_answers(file), file, nonce):
                 raise EnvironmentProblem(f"resources.address {address}: node {node} {problem}")
 
 
@@ -317,11 +316,16 @@ def _identified(
     for key in selection.outside:
         if key == dag.MODEL:
             assert config.model.path is not None
-            path = model_directory(config.model.path, config.model.revision)
-            outside[key] = Given(path=path, fingerprint=store.content_of(path))
+            outside[key] = _given(store, key, model_directory(config.model.path, config.model.revision))
         else:
-            outside[key] = store.identify(key, inputs[key])
+            outside[key] = _given(store, key, inputs[key])
     return outside
+
+
+def _given(store: Store, key: str, path: Path) -> Given:
+    if key == dag.MODEL:
+        return Given(path=path, fingerprint=store.content_of(path))
+    return store.identify(key, path)
 
 
 def _fingerprints(outside: Mapping[str, Given]) -> dict[str, str]:
@@ -584,6 +588,7 @@ def _settle_process(job: StageJob) -> None:
 def _run_recipe(job: StageJob, store: Store) -> None:
     node, started = job.node, time.time()
     inputs = {key: _verified_input(job, store, key) for key in node.inputs}
+    check_files(job)  # hours may lie behind the plan
     work = store.begin(node.stage, node.fingerprint)
     module, _, function = node.entry.partition(":")
     recipe = getattr(importlib.import_module(module), function)
@@ -597,9 +602,11 @@ def _run_recipe(job: StageJob, store: Store) -> None:
         collective_timeout_s=job.collective_timeout_s,
         num_threads=job.num_threads,
         stop_file=job.stop_file,
+        check_files=partial(check_files, job),
         joined_cluster=job.joined_cluster,
     )
     metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
+    _check_given(job)  # an engine that is started anew opens its model again
     if not (work / METRICS).exists():  # a stage of one step
         line: dict[str, float | None] = {"step": 1, "max_steps": 1, "time": round(time.time(), 3)}
         line |= {f"{node.stage}/{key}": _plain(value) for key, value in metrics.items()}
@@ -614,11 +621,30 @@ def _run_recipe(job: StageJob, store: Store) -> None:
 
 
 def _verified_input(job: StageJob, store: Store, key: str) -> Path:
-    """The directory of an input, verified on this host."""
-    directory = job.outside.get(key) or store.artifact_dir(key, job.node.inputs[key])
-    if key not in job.outside or (directory / MANIFEST).is_file():
-        store.verified(directory, hint=f"run again with --force {key} to make it anew")
+    """The directory of an input, verified on this host. Given ones: see `check_files`."""
+    if key in job.outside:
+        return job.outside[key]
+    directory = store.artifact_dir(key, job.node.inputs[key])
+    store.verified(directory, hint=f"run again with --force {key} to make it anew")
     return directory
+
+
+def check_files(job: StageJob) -> None:
+    """Compare what a stage reads from outside of `outputs` with what it was planned on: every byte of its
+    datasets, scoring function, template and tokenizer, and given directories. Raises DataError.
+
+    Recipes ask too, as soon as they have read (`Runtime`). Sealing does not: training goes on for days after
+    that, and whoever edits a dataset meanwhile should not lose it.
+    """
+    dag.check_contents(job.node)
+    _check_given(job)
+
+
+def _check_given(job: StageJob) -> None:
+    store = Store(job.outputs)
+    for key in job.node.inputs.keys() & job.outside.keys():
+        if _given(store, key, job.outside[key]).fingerprint != job.node.inputs[key]:
+            raise DataError(f"{job.outside[key]}: {key}: {dag.CHANGED}")
 
 
 def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:

@@ -87,7 +87,7 @@ class PipelineConfig(Section):
     stop_timeout_s: Seconds = Field(default=60.0, gt=0)
     """After the first SIGINT or SIGTERM stages have so long to reach a step boundary and save their state."""
     retry_wait_s: Seconds = Field(default=2.0, ge=0)
-    """`rlhf run --retries`: pause before the first restart; doubled for each further one without progress."""
+    """`rlhf run --retries`: pause before a restart; doubled for each further one without progress."""
 
 
 class ExperimentConfig(Section):

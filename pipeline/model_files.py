@@ -1,13 +1,13 @@
 """Whether a directory that a user names may be loaded: judged by its files, before any library opens them.
 
-    directory --> config.json, *config*.json: objects without code --> weights: whole safetensors --> loadable
+    directory --> config.json, *config*.json: objects without code --> weights: whole safetensors, no pickles
 
 Owns: what is refused in a model directory and why. Does not own: what it counts as (artifacts), whether its
 weights fit its architecture (training.models). Light import.
 
-Pickled weights beside safetensors are let be (many hub models have both): every load here asks for
-safetensors, and only those are fetched and identified. `auto_map` names Python code and an adapter names
-another model: both are refused wherever they stand, although nothing here would follow them.
+Pickled weights can run code when they are loaded, `auto_map` names Python code and an adapter names another
+model: all are refused wherever they stand, although nothing here would follow them. Only in the cache of the
+hub pickles are let be: none is fetched, but other programs fetch them into the same directory.
 """
 
 import json
@@ -19,14 +19,21 @@ from pipeline.errors import MissingStage
 from rollout.safetensors_header import BadHeader, read_header
 from stages.data.durable import disk_problems
 
-PICKLED_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+"""How the names of pickles begin that trainers leave beside weights and that no model is loaded from."""
+IF_BOTH = "remove it: weights are read from *.safetensors only"
+IF_PICKLES_ONLY = (
+    "convert it to safetensors: load it with transformers where you trust it, and give the directory that "
+    "save_pretrained writes"
+)
 MAX_CONFIG_BYTES = 16 * 2**20
 INDEX = "model.safetensors.index.json"
 
 
-def check_model_directory(directory: Path, *, named: str) -> None:
-    """Raises MissingStage unless `directory` holds config.json and whole safetensors weights, and nothing
-    that names code, another model or a file elsewhere.
+def check_model_directory(directory: Path, *, named: str, in_hub_cache: bool = False) -> None:
+    """Raises MissingStage unless `directory` holds config.json and whole safetensors weights, and neither
+    pickled weights nor anything that names code, another model or a file elsewhere.
     """
     with disk_problems(directory):
         if not (directory / "config.json").is_file():
@@ -35,8 +42,10 @@ def check_model_directory(directory: Path, *, named: str) -> None:
             )
         check_configs(directory, named=named)
         weights = sorted(directory.glob("*.safetensors"))
+        if not (weights and in_hub_cache):
+            _check_no_pickles(directory, named, remedy=IF_BOTH if weights else IF_PICKLES_ONLY)
         if not weights:
-            raise MissingStage(_without_weights(directory, named))
+            raise MissingStage(f"{named}: no *.safetensors in it; give a directory with weights")
         for path in weights:
             _check_weights(path, named)
         _check_index(directory, named)
@@ -76,11 +85,11 @@ def _check_index(directory: Path, named: str) -> None:
             raise MissingStage(f"{named}: {INDEX} names {name!r}, which is no file of this directory")
 
 
-def _without_weights(directory: Path, named: str) -> str:
-    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED_WEIGHTS)
-    if pickled:
-        return f"{named}: {pickled[0]} is a pickle, which can run code; convert the weights to safetensors"
-    return f"{named}: no *.safetensors in it; give a directory with weights"
+def _check_no_pickles(directory: Path, named: str, *, remedy: str) -> None:
+    for path in sorted(directory.iterdir()):
+        is_pickle = path.suffix.lower() in PICKLES and not path.name.startswith(TRAINING_STATE)
+        if is_pickle and not path.is_dir():
+            raise MissingStage(f"{named}: {path.name} is a pickle, which can run code; {remedy}")
 
 
 def _json_object(path: Path, named: str) -> dict[str, Any]:

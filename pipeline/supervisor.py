@@ -28,8 +28,13 @@ CRASHES = (1, EnvironmentProblem.exit_code)
 INTERRUPTED = 75
 MAX_WITHOUT_PROGRESS = 3
 MAX_WAIT_S = 300.0
-COMMITTED = ("artifacts/*/manifest.json", "work/*/checkpoints/step-*[0-9]", "work/*/journal/*.rollouts")
-"""Below `outputs`: what there is more of after a step was committed."""
+COMMITTED = (
+    "artifacts/*/manifest.json",
+    "work/*/checkpoints/step-*[0-9]",
+    "work/*/journal/*.rollouts",
+    "work/*/blocks-*/*.json",
+)
+"""Below `outputs`: what there is more of after a step, or a block of prepare, was committed."""
 
 
 def end_with_the_supervisor() -> None:
@@ -45,8 +50,9 @@ def end_with_the_supervisor() -> None:
 def supervise(outputs: Path, *, retries: int, wait_s: float) -> int:
     """Run this process's own command as a child until it ends for good; the exit code to end with.
 
-    Starts it again `retries` times at most, after `wait_s`, doubled for every restart in a row that committed
-    nothing. Three such restarts end it too. SIGINT and SIGTERM go to the child, and are the end of restarts.
+    Starts it again `retries` times at most, after `wait_s`, doubled for every execution in a row that
+    committed nothing, but for the first. Three such ones end it too. SIGINT and SIGTERM go to the child, and
+    are the end of restarts.
     """
     with _Child() as child:
         committed, num_idle = _committed(outputs), 0
@@ -62,7 +68,7 @@ def supervise(outputs: Path, *, retries: int, wait_s: float) -> int:
             if attempt == retries:
                 _say(f"{_ended(code)}; {retries} restarts are used up")
                 break
-            pause = min(wait_s * 2**num_idle, MAX_WAIT_S)
+            pause = min(wait_s * 2 ** max(0, num_idle - 1), MAX_WAIT_S)
             _say(f"{_ended(code)}; restart {attempt + 1} of {retries} in {pause:g} s")
             if child.told_to_end_within(pause):
                 return INTERRUPTED

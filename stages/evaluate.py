@@ -84,6 +84,7 @@ def evaluate(
     prompts = _fitting(rows, chat, settings)
     judge = None if config.score is None else load_judge(config.score)
     candidates = _candidates(inputs, prompts, chat, config, worker.device)
+    worker.runtime.check_files()
 
     # 2. Responses: one engine, each model's weights in turn.
     _generate(candidates, settings, inputs, chat, worker)

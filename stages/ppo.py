@@ -119,6 +119,7 @@ def train(
     # 1. Models, optimizers, and where an interrupted run left off.
     chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
     models = load_ppo_models(config, inputs, worker)
+    worker.runtime.check_files()
     health = Health(config.health, worker.runtime)
     learner = Learner(models, config, seed=settings.seed, health=health)
     state = LoopState(controller=_controller(config), totals=Totals(), health=health)

@@ -82,6 +82,7 @@ def run(
 
     # 3. The model's tokenizer, one that was given, or one trained on a sample of the training text.
     chat = _tokenizer(settings, inputs, corpus, selection)
+    runtime.check_files()
     out_dir.mkdir(parents=True, exist_ok=True)
     chat.save(out_dir)
 
@@ -144,14 +145,12 @@ def _blocks(config: PrepareConfig) -> list[_Block]:
 def _digest(
     settings: PrepareSettings, inputs: Mapping[str, Path], blocks: Sequence[_Block], texts: Sequence[str]
 ) -> str:
-    """Of all that decides the blocks on disk: those of other settings or other files are not taken up."""
-    files = {path: path.stat() for path in {block.split.path: None for block in blocks} if path.exists()}
+    """Of all that decides the blocks on disk but the bytes they are made from: those are in their records."""
     parts = [
         repr([(name, metadata.version(name)) for name in DECIDING_PACKAGES]),
         settings.model_dump_json(),
         repr(sorted(inputs.items())),
         repr(blocks),
-        repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files.items()]),
         repr(texts),
     ]
     return blake3("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]

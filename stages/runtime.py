@@ -3,6 +3,7 @@
 Owns: `Runtime` and the resource settings. Light import.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +33,16 @@ def warnings_file(log_dir: Path, stage: str) -> Path:
     return log_dir / f"{stage}.warnings.log"
 
 
+def _nothing() -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """The surroundings of one stage execution."""
+    """The surroundings of one stage execution.
+
+    A recipe calls `check_files` once it has read what its settings name and before it keeps anything of it:
+    what it read is then what its artifact is named by. Whoever edits those files later harms nothing.
+    """
 
     stage: str
     work_dir: Path  # unfinished work of this fingerprint: checkpoints/, metrics.jsonl; survives a kill
@@ -45,6 +53,7 @@ class Runtime:
     collective_timeout_s: float  # deadline for workers to meet: rank 0 may generate or write meanwhile
     num_threads: int  # cores this stage may compute with: fewer where stages run side by side
     stop_file: Path  # exists once the run was asked to stop: leave at the next step boundary, state saved
+    check_files: Callable[[], None] = _nothing  # DataError: a file of the settings, or a given model, changed
     joined_cluster: bool = False  # Ray was running already (resources.address)
     group: Any = None  # on Ray, once the stage is placed: the placement group of its workers and engines
 

@@ -19,7 +19,7 @@ from rollout.config import EngineConfig
 from rollout.errors import EnvironmentProblem
 from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
-from stages.errors import Interrupted, ModelError, TrainingStopped
+from stages.errors import DataError, Interrupted, ModelError, TrainingStopped
 from stages.ppo import _check_versions, run
 from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
@@ -546,6 +546,16 @@ def test_a_disk_that_does_not_take_the_rollouts_is_one_line(inputs, prompts, tmp
 def test_a_kl_beyond_its_cap_stops_the_run(inputs, prompts, tmp_path):
     with pytest.raises(TrainingStopped, match=r"ppo step \d+: KL to the reference is .* above ppo\.max_kl"):
         run_in(tmp_path, settings_for(prompts, lr=0.5, max_steps=3, max_kl=0.5, max_grad_norm=1e3), inputs)
+
+
+def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(inputs, prompts, tmp_path):
+    def found_changed() -> None:
+        raise DataError("prompts.jsonl: changed since the run was planned")
+
+    runtime = replace(runtime_in(tmp_path, "ppo"), check_files=found_changed)
+    with pytest.raises(DataError, match="changed since the run was planned"):
+        run(settings_for(prompts), inputs, tmp_path / "out", runtime)
+    assert not list((tmp_path / "out").iterdir()) and not list((tmp_path / "work").iterdir())
 
 
 def test_pin_18_a_reward_model_with_another_tokenizer_is_refused(inputs, prompts, tmp_path):

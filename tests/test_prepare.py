@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray import cloudpickle
 from transformers import AutoTokenizer
 
 from pipeline.executor import as_expected
+from pipeline.supervisor import _committed
 from rollout.errors import EnvironmentProblem
 from stages import prepare
 from stages.config import DataSource, ModelConfig, PrepareConfig, PrepareSettings
@@ -340,6 +342,39 @@ def test_a_stopped_run_ends_between_two_blocks_and_goes_on_to_the_same_bytes(tmp
     for _ in range(2):
         with pytest.raises(Interrupted, match="run the same command to go on"):
             prepare.run(chosen, {}, tmp_path / "out", runtime)
+    runtime.stop_file.unlink()
+    prepare.run(chosen, {}, tmp_path / "out", runtime)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_supervisor_counts_every_new_block_as_progress(tmp_path, runtime):
+    chosen = settings(corpus(tmp_path / "a.jsonl", DOCUMENTS), block_mb=0.002)
+    in_outputs = replace(runtime, work_dir=tmp_path / "work/prepare-0")
+    runtime.stop_file.touch()
+    seen = []
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            prepare.run(chosen, {}, tmp_path / "out", in_outputs)
+        seen.append(_committed(tmp_path))
+    assert len(seen[0]) == 1 and seen[1] == seen[0]
+    runtime.stop_file.unlink()
+    prepare.run(chosen, {}, tmp_path / "out", in_outputs)
+    assert _committed(tmp_path) > seen[0]
+
+
+def test_a_block_of_what_a_file_held_for_a_while_is_made_again(tmp_path, runtime):
+    """The file is edited under a running stage, which then dies, and gets back its content, size and date."""
+    path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    chosen = settings(path, block_mb=0.002)
+    prepare.run(chosen, {}, tmp_path / "whole", runtime_in(tmp_path / "undisturbed", "prepare"))
+    before, stamp = path.read_text(), path.stat()
+    path.write_text(before.replace("cat", "cow"))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    runtime.stop_file.touch()
+    with pytest.raises(Interrupted):
+        prepare.run(chosen, {}, tmp_path / "out", runtime)
+    path.write_text(before)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     runtime.stop_file.unlink()
     prepare.run(chosen, {}, tmp_path / "out", runtime)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

@@ -3,7 +3,7 @@
 import json
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -119,31 +119,36 @@ def reward_settings(data: Path, *, rows=None, context_length=64, **changes) -> R
     return RewardSettings(seed=1, model=model, reward=config, rollout=HF)
 
 
+def prepare_settings(data: Path) -> PrepareSettings:
+    texts = [{"text": f"The {a} {verb} the {b}. It is {len(a)} o'clock."} for a, verb, b in FACTS]
+    config = PrepareConfig(
+        data=written(data / "corpus.jsonl", texts), vocab_size=320, heldout_frac=0.1, shard_tokens=1024
+    )
+    return PrepareSettings(seed=1, model=MODEL, prepare=config)
+
+
+def evaluate_settings(data: Path) -> EvaluateSettings:
+    (data / "score.py").write_text(SCORE)
+    prompts = written(data / "prompts.jsonl", [{"prompt": f"Who likes the {noun}?"} for noun in NOUNS])
+    score = ScoreFunction(path=data / "score.py")
+    config = EvaluateConfig(prompts=prompts, score=score, max_prompts=6, max_response_tokens=6)
+    return EvaluateSettings(seed=1, model=MODEL, evaluate=config, rollout=HF)
+
+
+EVALUATED = ["prepare", "pretrain", "sft", "reward", "ppo"]
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Chain:
     """prepare, pretrain, sft, reward and evaluate; the sft model stands for ppo's too."""
     chain = Chain(root=tmp_path_factory.mktemp("recipes"))
     data = chain.root
-    texts = [{"text": f"The {a} {verb} the {b}. It is {len(a)} o'clock."} for a, verb, b in FACTS]
-    prepare = PrepareConfig(
-        data=written(data / "corpus.jsonl", texts), vocab_size=320, heldout_frac=0.1, shard_tokens=1024
-    )
-    chain.run("prepare", run_prepare, PrepareSettings(seed=1, model=MODEL, prepare=prepare))
+    chain.run("prepare", run_prepare, prepare_settings(data))
     chain.run("pretrain", pretrain.run, pretrain_settings(), inputs=["prepare"])
     chain.run("sft", sft.run, sft_settings(data), inputs=["pretrain"])
     chain.run("reward", reward.run, reward_settings(data, group_column="verb"), inputs=["sft"])
     chain.outputs["ppo"] = chain.outputs["sft"]
-    (data / "score.py").write_text(SCORE)
-    prompts = written(data / "prompts.jsonl", [{"prompt": f"Who likes the {noun}?"} for noun in NOUNS])
-    config = EvaluateConfig(
-        prompts=prompts, score=ScoreFunction(path=data / "score.py"), max_prompts=6, max_response_tokens=6
-    )
-    chain.run(
-        "evaluate",
-        evaluate.run,
-        EvaluateSettings(seed=1, model=MODEL, evaluate=config, rollout=HF),
-        inputs=["prepare", "pretrain", "sft", "reward", "ppo"],
-    )
+    chain.run("evaluate", evaluate.run, evaluate_settings(data), inputs=EVALUATED)
     return chain
 
 
@@ -445,6 +450,26 @@ def test_pretrain_refuses_rows_of_another_length_and_ids_the_model_does_not_know
     prepare = {"prepare": chain.outputs["prepare"]}
     assert "rows of 64 tokens, but model.context_length is 32" in failure(prepare, context_length=32)
     assert "a tokenizer of 320 tokens, but" in failure({**prepare, "model": tied_model_dir})
+
+
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "sft", "reward", "evaluate"])
+def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(chain, tmp_path, stage):
+    settings, run, inputs = {
+        "prepare": (prepare_settings(chain.root), run_prepare, []),
+        "pretrain": (pretrain_settings(), pretrain.run, ["prepare"]),
+        "sft": (sft_settings(chain.root), sft.run, ["pretrain"]),
+        "reward": (reward_settings(chain.root, group_column="verb"), reward.run, ["sft"]),
+        "evaluate": (evaluate_settings(chain.root), evaluate.run, EVALUATED),
+    }[stage]
+
+    def found_changed() -> None:
+        raise DataError("a.jsonl: changed since the run was planned")
+
+    runtime = replace(runtime_in(tmp_path, stage), check_files=found_changed)
+    with pytest.raises(DataError, match="changed since the run was planned"):
+        run(settings, {name: chain.outputs[name] for name in inputs}, tmp_path / "out", runtime)
+    assert not list((tmp_path / "out").iterdir())
+    assert {path.name.partition("-")[0] for path in (tmp_path / "work").iterdir()} <= {"blocks", "trainer"}
 
 
 # Resuming

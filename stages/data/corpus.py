@@ -33,7 +33,7 @@ from stages.data.durable import file_digest, sync, write_whole
 from stages.data.files import FileSplit, shown
 from stages.data.languages import identify
 from stages.data.quality import judge
-from stages.data.readers import Counts, read_split
+from stages.data.readers import Counts, read_split, split_digest
 from stages.errors import DataError
 
 NUM_EXAMPLES = 5
@@ -200,12 +200,13 @@ def check_passed(source: DataSource, num_passed: int, dropped: Mapping[str, Drop
 def filter_block(
     directory: Path, number: int, split: FileSplit, source: DataSource, config: PrepareConfig, keeps: Filter
 ) -> BlockReport:
-    """Read one split, keep what passes, write it to `directory`. What is whole there already is taken.
+    """Read one split, keep what passes, write it to `directory`. What is whole there already, and was made
+    from what the split holds now, is taken.
 
     Raises DataError.
     """
     record = directory / f"{number:06d}.filtered.json"
-    if (found := _whole(record)) is not None:
+    if (found := _whole(record)) is not None and found["split"] == split_digest(split, source):
         return BlockReport.from_json(found["report"])
     reader = read_split(source, split, "prepare")
     dropped = {step: Dropped() for step in STEPS}
@@ -239,7 +240,8 @@ def filter_block(
         num_kept=len(lengths),
         dropped=dropped,
     )
-    _write_record(record, [text_file, arrays_file, bands_file], {"report": report.to_json()})
+    content = {"report": report.to_json(), "split": split_digest(split, source)}
+    _write_record(record, [text_file, arrays_file, bands_file], content)
     return report
 
 

@@ -20,11 +20,12 @@ UNFINISHED = ".tmp"
 BLOCK_BYTES = 2**22
 
 
-def file_digest(path: Path) -> str:
-    """blake3 of a file's bytes, hex."""
+def file_digest(path: Path, start: int = 0, end: int | None = None) -> str:
+    """blake3 of a file's bytes from `start` up to `end` (None: the end of the file), hex. OSError."""
     hasher = blake3()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
+        file.seek(start)
+        while block := file.read(BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - file.tell())):
             hasher.update(block)
     return hasher.hexdigest()
 

@@ -217,6 +217,16 @@ def content_digest(source: DataSource) -> str:
     return total.hexdigest()
 
 
+def split_digest(split: FileSplit, source: DataSource) -> str:
+    """What a split of the source holds now: blake3 of its bytes; of a hub dataset nothing, its commit says
+    all. Raises DataError.
+    """
+    if is_hub_id(source.path):
+        return ""
+    with reading(split.path):
+        return file_digest(split.path, split.start, split.end)
+
+
 def _whole_files(source: DataSource) -> list[FileSplit]:
     """Every file whole."""
     if is_hub_id(source.path):

@@ -66,13 +66,15 @@ def fit(
     loss_of: Callable[[Batch], Tensor],
     observe: Callable[[], Mapping[str, float]] = dict,
 ) -> FitResult:
-    """Train from the last checkpoint (or from the start) to `max_steps`.
+    """Train from the last checkpoint (or from the start) to `max_steps`. Whatever the batches and the model
+    are made from has been read.
 
     `batch_of(position)` gives this rank's micro-batches of a step (the position is the step, unless data were
     left out), `loss_of` a micro-batch's share of the step's loss; `observe` further metrics of the steps
-    since it was last asked. Raises TrainingStopped when bad steps do not end, Interrupted when the run is to
-    stop.
+    since it was last asked. Raises DataError when a file changed meanwhile, TrainingStopped when bad steps
+    do not end, Interrupted when the run is to stop.
     """
+    runtime.check_files()
     parts = {"model": optimizer}
     checkpoints = Checkpoints(runtime.work_dir, keep=config.keep_checkpoints)
     step, extra = checkpoints.restore(parts)

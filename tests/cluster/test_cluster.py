@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cli_runs import CONFIG
-from two_nodes import CPUS_PER_NODE, TwoNodes
+from two_nodes import CPUS_PER_NODE, TwoNodes, another_raylet
 
 LOCAL_CONFIG = CONFIG.replace("rollout: {", "rollout: {engine: hf, ")
 
@@ -49,11 +49,12 @@ def test_bundles_that_can_never_be_placed_are_named_before_any_stage_starts(
     assert not list(directory.glob("outputs/artifacts/*"))
 
 
-def test_doctor_asks_every_node(cluster: TwoNodes, directory: Path):
-    result = cluster.rlhf(directory, "doctor", "--address", cluster.address)
+def test_doctor_asks_every_node_also_where_two_have_one_address(cluster: TwoNodes, directory: Path):
+    with another_raylet(cluster):
+        result = cluster.rlhf(directory, "doctor", "--address", cluster.address)
     nodes = [line for line in result.stdout.splitlines() if line.split()[1] == "node"]
-    assert len(nodes) == 2 and all(line.startswith("ok") for line in nodes), result.stdout
-    assert all(any(host in line for line in nodes) for host in cluster.hosts)
+    assert len(nodes) == 3 and all(line.startswith("ok") for line in nodes), result.stdout
+    assert [sum(host in line for line in nodes) for host in cluster.hosts] == [2, 1]
 
 
 def test_a_node_that_does_not_see_the_outputs_is_named(cluster: TwoNodes, directory: Path, tmp_path: Path):
@@ -61,7 +62,7 @@ def test_a_node_that_does_not_see_the_outputs_is_named(cluster: TwoNodes, direct
         from pipeline.cluster import nonce_in, problems, report
 
         with nonce_in(tmp_path) as (file, nonce):
-            ((node, line),) = problems({cluster.hosts[1]: report(tmp_path / "other")}, file, nonce)
+            ((node, line),) = problems([(cluster.hosts[1], report(tmp_path / "other"))], file, nonce)
         assert node == cluster.hosts[1] and "does not see" in line
         return
     override = f"outputs={cluster.hidden}"

@@ -36,6 +36,7 @@ class TwoNodes:
     hosts: tuple[str, str]
     namespaces: tuple[str, str] | None  # None: loopback addresses
     hidden: Path | None  # a directory whose content the second node does not see; None: cannot be made here
+    session: Path  # where the nodes keep what they write
 
     @property
     def address(self) -> str:
@@ -70,15 +71,27 @@ def two_nodes(*, namespaces: bool) -> Iterator[TwoNodes]:
             hosts=("10.77.0.1", "10.77.0.2") if names else ("127.0.0.2", "127.0.0.3"),
             namespaces=names,
             hidden=session / "hidden" if _may_unshare() else None,
+            session=session,
         )
         stack.callback(_end_all_with, str(session))
         head = ["--head", f"--port={cluster.port}", f"--temp-dir={session}/ray", "--include-dashboard=false"]
-        _start(cluster, 0, [*head, "--ray-client-server-port", str(_free_port())], session)
-        _start(cluster, 1, [f"--address={cluster.address}"], session)
+        _start(cluster, 0, [*head, "--ray-client-server-port", str(_free_port())])
+        _start(cluster, 1, [f"--address={cluster.address}"])
         yield cluster
 
 
-def _start(cluster: TwoNodes, index: int, options: list[str], session: Path) -> None:
+@contextlib.contextmanager
+def another_raylet(cluster: TwoNodes) -> Iterator[None]:
+    """A third node, at the address of the first."""
+    process = _start(cluster, 0, [f"--address={cluster.address}"])
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _start(cluster: TwoNodes, index: int, options: list[str]) -> "subprocess.Popen[bytes]":
     command = [
         *_inside(cluster.namespaces, index),
         *(_without(cluster.hidden) if index == 1 else []),
@@ -86,16 +99,16 @@ def _start(cluster: TwoNodes, index: int, options: list[str], session: Path) -> 
         *(f"--node-ip-address={cluster.hosts[index]}", f"--num-cpus={CPUS_PER_NODE}"),
         *options,
     ]
-    with (session / f"node-{index}.log").open("w") as log:
+    path = cluster.session / f"node-{index}-{len(list(cluster.session.glob('*.log')))}.log"
+    with path.open("w") as log:
         process = subprocess.Popen(
             command, env=_environment(cluster.token), stdout=log, stderr=log, start_new_session=True
         )
     deadline = time.monotonic() + START_TIMEOUT_S
-    while "runtime started" not in (session / f"node-{index}.log").read_text():
-        assert process.poll() is None and time.monotonic() < deadline, (
-            session / f"node-{index}.log"
-        ).read_text()
+    while "runtime started" not in path.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, path.read_text()
         time.sleep(0.2)
+    return process
 
 
 def _environment(token: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 $FAKE_STAGES/<stage>.json: {"error": "TrainingStopped" | "DataError" | "ValueError" | "OSError", "kill": true,
                             "sleep_s": 1 (cut short by a request to stop), "stubborn": true (it is not),
-                            "remove": "a directory", "metrics": {"more": 1}}
+                            "remove": "a directory", "edit": "a JSON file", "metrics": {"more": 1}}
 $FAKE_STAGES/calls.txt:    one line per execution: stage, process id
 """
 
@@ -61,6 +61,8 @@ def _obey(orders: dict[str, Any], path: Path, runtime: Runtime) -> None:
     if "remove" in orders:
         shutil.rmtree(str(orders["remove"]))
         raise FileNotFoundError(2, "No such file or directory", "metrics.jsonl")
+    if "edit" in orders:
+        Path(str(orders["edit"])).write_text('{"edited": true}')
     if "sleep_s" in orders:
         (path.parent / f"{path.stem}.sleeping").touch()
         _sleep(float(str(orders["sleep_s"])), runtime, stubborn="stubborn" in orders)

@@ -15,7 +15,7 @@ def nonce(tmp_path):
 
 
 def lines(nonce, answer) -> list[tuple[str, str]]:
-    return list(cluster.problems({"10.0.0.2": answer}, *nonce))
+    return list(cluster.problems([("10.0.0.2", answer)], *nonce))
 
 
 def test_a_node_like_this_one_is_fit(nonce):

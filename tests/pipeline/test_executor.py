@@ -208,6 +208,52 @@ def test_all_datasets_of_a_run_are_read_before_anything_starts(chain: Chain):
         executor.validate_data(plan_run(chain.config()))
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("corpus.jsonl", "prepare.data.0"),
+        ("chat.jinja", "model.chat_template"),
+        ("pairs.jsonl", "reward.data.0"),
+        ("score.py", "evaluate.score.path"),
+    ],
+)
+def test_a_file_that_changed_since_the_run_was_planned_stops_the_stage_that_is_to_read_it(
+    chain: Chain, name: str, key: str
+):
+    file = chain.directory / name
+    (chain.directory / "chat.jinja").write_text("{{ messages }}")
+    planned = plan_run(chain.config("model.chat_template=chat.jinja"))
+    before, stamp = file.read_text(), file.stat()
+    file.write_text(before[::-1])
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(DataError) as caught:
+        execute(planned, Progress(io.StringIO()))
+    assert (
+        str(caught.value) == f"{name}: {key}: changed since the run was planned; run the same command again"
+    )
+    stage = "prepare" if key.startswith("model") else key.partition(".")[0]
+    assert caught.value.exit_code == 3 and chain.calls() == ALL[: ALL.index(stage)]
+    file.write_text(before)
+    execute(planned, Progress(io.StringIO()))
+    assert chain.calls() == ALL[ALL.index(stage) :]
+
+
+@pytest.mark.parametrize("while_it_runs", [False, True])
+def test_a_given_model_that_changed_since_the_run_was_planned_is_not_published_from(
+    chain: Chain, while_it_runs: bool
+):
+    given = {"sft": write_model(chain.directory / "mine")}
+    planned = plan_stage(chain.config(), "reward", inputs=given, force=False, command=command)
+    if while_it_runs:
+        chain.order("reward", edit=str(given["sft"] / "config.json"))
+    else:
+        (given["sft"] / "config.json").write_text('{"other": 1}')
+    with pytest.raises(DataError, match="mine: sft: changed since the run was planned"):
+        execute(planned, Progress(io.StringIO()))
+    assert chain.calls() == ["reward"] * while_it_runs
+    assert not list(chain.outputs.glob("artifacts/*"))
+
+
 def test_a_piped_run_prints_one_plain_line_per_logged_step(chain: Chain):
     stream = io.StringIO()
     execute(plan_run(chain.config(), last="prepare"), Progress(stream))

@@ -11,6 +11,7 @@ from test_cli import complaint, rlhf
 from pipeline import progress
 from pipeline.artifacts import MANIFEST, Store, model_directory, read_manifest
 from pipeline.errors import CorruptArtifact
+from pipeline.executor import plan_run
 from stages.config import ScoreFunction
 from stages.data.scoring import load_judge
 from stages.errors import DataError
@@ -66,6 +67,45 @@ def test_a_link_in_the_place_of_an_artifact_or_of_its_work_is_code_4(chain: Chai
     code, stderr = complaint(capsys, "run", "demo.yaml")
     assert code == 4 and str(work) in stderr
     assert (moved / MANIFEST).is_file()
+
+
+@pytest.mark.parametrize(
+    "rest", [".lock", "/checkpoints", "/journal", "/out", "/blocks-0", "/metrics.jsonl", "/journal/x/y.tmp"]
+)
+def test_a_link_out_of_a_work_directory_is_code_4_and_what_it_leads_to_is_left_alone(
+    chain: Chain, capsys, rest: str
+):
+    elsewhere = chain.directory / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.tmp").write_text("mine")
+    node = plan_run(chain.config()).nodes["prepare"]
+    link = chain.outputs / "work" / f"prepare-{node.fingerprint}{rest}"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    code, stderr = complaint(capsys, "run", "demo.yaml")
+    assert code == 4 and f"{link}: leads out of" in stderr
+    assert [path.name for path in elsewhere.iterdir()] == ["mine.tmp"]
+    assert chain.calls() == []
+
+
+@pytest.mark.parametrize("below", ["logs", "logs/ray", "logs/sft.log"])
+def test_a_link_in_the_place_of_a_runs_logs_is_code_4(chain: Chain, capsys, below: str):
+    elsewhere = chain.directory / "elsewhere"
+    (elsewhere / "ray").mkdir(parents=True)
+    link = chain.outputs / "runs/demo" / below
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    code, stderr = complaint(capsys, "run", "demo.yaml")
+    assert code == 4 and f"{link}: leads out of" in stderr
+    assert [path.name for path in elsewhere.rglob("*")] == ["ray"]
+    assert chain.calls() == []
+
+
+def test_a_link_that_stays_within_outputs_is_followed(chain: Chain, capsys):
+    (chain.outputs / "runs/demo").mkdir(parents=True)
+    (chain.outputs / "all logs").mkdir()
+    (chain.outputs / "runs/demo/logs").symlink_to("../../all logs")
+    assert rlhf(capsys, "run", "demo.yaml", "--until", "prepare")[0] == 0
 
 
 def test_outputs_itself_may_be_a_link(chain: Chain, capsys):

@@ -80,16 +80,41 @@ def test_a_sound_directory_passes(directory: Path):
     assert read_header(directory / "model.safetensors")["b"].shape == (1, 1)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "model.ckpt", "model.pkl"])
+PICKLES = ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "consolidated.00.pth",
+           "model.ckpt", "model.pkl", "Model.BIN"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKLES)
 def test_weights_that_are_pickles_are_refused(directory: Path, name: str):
     (directory / "model.safetensors").rename(directory / name)
-    assert f"{name} is a pickle, which can run code" in complaint(directory)
+    line = complaint(directory)
+    assert f"{name} is a pickle, which can run code" in line and "save_pretrained" in line
 
 
-def test_a_pickle_beside_safetensors_is_let_be(directory: Path):
-    """Many models of the hub have both; whatever loads here asks for safetensors."""
-    (directory / "pytorch_model.bin").write_bytes(b"not even a pickle")
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_beside_safetensors_is_refused(directory: Path, name: str):
+    (directory / name).write_bytes(b"not even a pickle")
+    assert f"{name} is a pickle, which can run code; remove it" in complaint(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "scaler.pt", "README.md"]
+)
+def test_what_a_trainer_leaves_beside_the_weights_is_let_be(directory: Path, name: str):
+    (directory / name).write_bytes(b"")
     check_model_directory(directory, named="x")
+
+
+def test_a_pickle_beside_safetensors_in_the_cache_of_the_hub_is_let_be(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Other programs fetch it into the same snapshot."""
+    (directory / "pytorch_model.bin").write_bytes(b"")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(directory))
+    assert model_directory("owner/name", None) == directory
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(MissingStage, match=r"pytorch_model\.bin is a pickle"):
+        model_directory("owner/name", None)
 
 
 @pytest.mark.parametrize(
