@@ -118,7 +118,7 @@ class ChatTokenizer:
         self._marker_encoder, self._content_encoder = _encoders(tokenizer, self.template)
         self._bos_id: int | None = tokenizer.bos_token_id
         # The tokenizer itself puts BOS before plain text; most templates then write it, a few forget to.
-        self._adds_bos = self._bos_id is not None and self._bos_id in tokenizer("x")["input_ids"]
+        self._adds_bos = self._bos_id is not None and tokenizer("x")["input_ids"][:1] == [self._bos_id]
         self._pieces_cache: dict[tuple[tuple[str, ...], bool], list[_Piece]] = {}
         self._marker_cache: dict[str, list[int]] = {}
         self._end_of_turn, self.end_of_turn_id = self._find_end_of_turn()
@@ -149,20 +149,20 @@ class ChatTokenizer:
         return cls(tokenizer, template=source, stop_token_ids=_configured_stops(Path(directory)))
 
     @property
-    def pad_token_id(self) -> int:
+    def pad_token_id(self) -> int | None:
         """A token to pad with: no stop token, not BOS, in no rendered text. The tokenizer's own if possible.
 
         Many tokenizers pad with EOS; a model that looks for the last token that is not padding then reads the
-        wrong one. Raises ModelError when every special token has a meaning.
+        wrong one, and one whose embedding has a row for padding never trains EOS. None where every special
+        token has a meaning (GPT-2 has one, which ends everything): nothing is padded here, and who pads for
+        such a model chooses a token then.
         """
         written = {*self.prompt_ids((_QUESTION, _ANSWER, _QUESTION)), self._bos_id, *self.stop_token_ids}
         special = sorted(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         for token in (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *special):
             if token is not None and token not in written:
                 return int(token)
-        raise ModelError(
-            "the tokenizer has no special token left to pad with: each is a stop token or in the template"
-        )
+        return None
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Ids and mask of a conversation that ends with the assistant, up to its last end-of-turn token.
@@ -228,7 +228,8 @@ class ChatTokenizer:
         """What is wrong with a rendered conversation: BOS not once, a turn without one trained end token."""
         problems = []
         probe = self.prompt_ids((_QUESTION, _ANSWER, _QUESTION))
-        if self._bos_id is not None and self._bos_id in probe:
+        is_mere_end = self._bos_id == self.tokenizer.eos_token_id and not self._adds_bos  # as in GPT-2
+        if self._bos_id in probe and not is_mere_end:
             doubled = rendered.ids[:2] == (self._bos_id, self._bos_id)
             opens_turns = probe.count(self._bos_id) > 1  # SmolLM2: <|im_start|> is BOS too
             if (

@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 from stages.data.chat import ChatTokenizer, PairIds, Rendered, truncate, truncate_pair
 from stages.data.readers import Rows
 from stages.data.records import Conversation, Pair, Prompt
+from stages.errors import DataError
 
 E = TypeVar("E")
 
@@ -26,6 +27,12 @@ class Fitted(Generic[E]):
     example: E | None  # None: left out
     num_tokens: int  # before anything was cut; of a pair: prompt and longer response
     rule: str | None  # what was done to it; None: nothing
+
+
+def check_rendering(chat: ChatTokenizer, conversation: Conversation) -> None:
+    """Raise DataError when the chat template does not render this one, sft's first, as something to train."""
+    if problems := chat.lint(chat.render(conversation.messages)):
+        raise DataError(f"sft: the chat template does not render trainable turns: {'; '.join(problems)}")
 
 
 def fit_conversation(

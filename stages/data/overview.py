@@ -18,7 +18,7 @@ import numpy as np
 from stages.config import DataFormat, DataSource, PrepareConfig
 from stages.data.chat import CHATML, ChatTokenizer, Rendered, read_template
 from stages.data.corpus import STEPS, Dropped, Filter
-from stages.data.fitting import Fitted, fit_conversation, fit_pair, fit_prompt, rules_applied
+from stages.data.fitting import Fitted, check_rendering, fit_conversation, fit_pair, fit_prompt, rules_applied
 from stages.data.languages import check_languages
 from stages.data.readers import check_counts, read_whole
 from stages.data.records import Conversation, Document, Pair, Prompt
@@ -68,7 +68,7 @@ class Overview:
 
 
 def overview(source: DataSource, stage: StageName, chat: ChatTokenizer | None, limits: Limits) -> Overview:
-    """Read the whole of `source` as `stage` would. Raises DataError."""
+    """Read the whole of `source` as `stage` would. Raises DataError, ModelError."""
     reader = read_whole(source, stage)
     sample, num_records = _sample(reader)
     check_counts(source, reader.counts, num_records)
@@ -178,6 +178,7 @@ def _example(record: Record, chat: ChatTokenizer, limits: Limits) -> Iterator[Sp
         case Document(text=text):
             yield Span(text=_shortened(text), trained=True)
         case Conversation(messages=messages):
+            check_rendering(chat, record)
             yield from _spans(chat.render(messages), chat)
         case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
             yield Span(text="chosen: ", trained=False)

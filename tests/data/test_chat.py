@@ -116,7 +116,14 @@ def forgetful() -> ChatTokenizer:
     return ChatTokenizer(tokenizer(("<unk>", "<s>", "</s>"), adds_bos=True, chat_template=template, **names))
 
 
-MODELS = [chatml, smollm2, llama2, llama3, forgetful]
+@cache
+def gpt2() -> ChatTokenizer:
+    """As the real one: a single special token, which is BOS, EOS and unknown, and no text begins with it."""
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return ChatTokenizer(tokenizer(("<|endoftext|>",), **names))
+
+
+MODELS = [chatml, smollm2, llama2, llama3, forgetful, gpt2]
 every_model = pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 
 
@@ -178,12 +185,17 @@ def test_pin_9_every_assistant_turn_is_trained_with_exactly_one_end_token(make, 
 
 @every_model
 def test_pin_9_bos_occurs_exactly_once(make):
-    """Where BOS is also the turn marker (SmolLM2), it opens every turn and is never doubled."""
+    """Where BOS is also the turn marker (SmolLM2), it opens every turn and is never doubled; where it is EOS
+    (GPT-2), it only ends them.
+    """
     chat = make()
     ids = chat.render(TALKS[1]).ids
     bos = chat.tokenizer.bos_token_id
     if make is chatml:
         assert bos is None
+    elif make is gpt2:
+        assert ids[-1] == bos and ids.count(bos) == 4
+        return
     elif make is smollm2:
         assert ids[0] == bos and ids.count(bos) == 5  # default system + four turns
     else:
@@ -237,6 +249,7 @@ def test_the_pad_token_is_never_a_stop_token_or_in_a_rendered_text(make):
     chat = make()
     assert chat.pad_token_id not in chat.stop_token_ids
     assert all(chat.pad_token_id not in chat.render(messages).ids for messages in TALKS)
+    assert (chat.pad_token_id is None) == (make is gpt2)
 
 
 def test_pin_9_the_stop_set_is_the_union_of_generation_config_tokenizer_and_template(tmp_path):

@@ -8,6 +8,8 @@ import pytest
 from pipeline import cli
 from pipeline import config as configs
 from pipeline.preview import CONTEXT, MARKS, TRAINED, previews
+from stages.data.chat import CHATML, IM_START
+from stages.data.vocabulary import train_tokenizer
 from stages.errors import DataError
 
 CONFIG = """
@@ -89,6 +91,15 @@ def test_without_a_tokenizer_lengths_are_in_characters(directory: Path):
 def test_a_bad_row_after_the_sample_is_found_too(directory: Path):
     with pytest.raises(DataError, match=r"sft\.jsonl:3: "):
         blocks("sft.data.0.on_bad_row=error")
+
+
+def test_a_template_that_sft_would_refuse_is_refused(directory: Path):
+    tokenizer = train_tokenizer([], 300, 1)
+    tokenizer.bos_token = IM_START
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    tokenizer.save_pretrained("doubled")
+    with pytest.raises(DataError, match=r"sft: .* does not render trainable turns: BOS occurs 3 times"):
+        blocks("prepare.tokenizer=doubled")
 
 
 def test_check_prints_it_all(directory: Path, capsys: pytest.CaptureFixture[str]):
