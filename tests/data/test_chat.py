@@ -226,6 +226,39 @@ def test_pin_11_a_turn_marker_that_is_not_flagged_special_cannot_be_forged_eithe
     assert chat.end_of_turn_id in chat.stop_token_ids and base.eos_token_id in chat.stop_token_ids
 
 
+def test_pin_11_a_document_separator_that_is_not_flagged_special_cannot_be_forged_either():
+    base = tokenizer(("</s>",), eos_token="</s>")
+    base.add_tokens([AddedToken(chat_module.END_OF_TEXT, special=False, normalized=False)])
+    chat = ChatTokenizer(base)
+    assert chat.separator_id == base.convert_tokens_to_ids(chat_module.END_OF_TEXT) != base.eos_token_id
+    assert chat.separator_id not in chat.text_ids("a <|endoftext|> b")
+    assert chat.decode(chat.text_ids("a <|endoftext|> b")) == "a <|endoftext|> b"
+
+
+def test_an_added_token_that_means_nothing_is_text_like_any_other():
+    """Runs of spaces, in some tokenizers: their models have never seen them otherwise."""
+    base = tokenizer(("</s>",), eos_token="</s>")
+    base.add_tokens([AddedToken("    ", special=False, normalized=False)])
+    assert base.convert_tokens_to_ids("    ") in ChatTokenizer(base).text_ids("if x:\n    y")
+
+
+def test_pin_11_a_stop_token_that_is_not_flagged_special_cannot_be_forged_either():
+    base = tokenizer(("</s>",), eos_token="</s>")
+    base.add_tokens([AddedToken("<|halt|>", special=False, normalized=False)])
+    halt = base.convert_tokens_to_ids("<|halt|>")
+    assert halt not in ChatTokenizer(base, stop_token_ids=[halt]).text_ids("<|halt|>")
+
+
+def test_ids_with_gaps_count_up_to_the_highest():
+    spec = json.loads(_trained(("</s>",)))
+    (end,) = spec["added_tokens"]
+    spec["model"]["vocab"]["</s>"] = end["id"] = 1000
+    chat = ChatTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="</s>")
+    )
+    assert (chat.vocab_size, chat.separator_id) == (1001, 1000) and len(chat.tokenizer) < 400
+
+
 def test_a_default_system_message_is_written_by_the_template_and_not_trained():
     chat = smollm2()
     rendered = chat.render(talk("the cat", "sat"))
