@@ -10,20 +10,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from stages.config import DataFormat, DataSource, PrepareConfig
-from stages.data.chat import CHATML, ChatTokenizer, Rendered, read_template
+from stages.data.chat import ChatTokenizer, Rendered
 from stages.data.corpus import STEPS, Dropped, Filter
 from stages.data.fitting import Fitted, check_rendering, fit_conversation, fit_pair, fit_prompt, rules_applied
 from stages.data.languages import check_languages
 from stages.data.readers import check_counts, read_whole
 from stages.data.records import Conversation, Document, Pair, Prompt
 from stages.data.schemas import Record, StageName
-from stages.data.vocabulary import train_tokenizer
 
 SAMPLE_CHARS = 10_000_000
 """Of the records whose lengths and rules are counted."""
@@ -95,12 +93,6 @@ def overview(source: DataSource, stage: StageName, chat: ChatTokenizer | None, l
         rules=rules,
         example=tuple(example),
     )
-
-
-def tokenizer_for(texts: Sequence[str], config: PrepareConfig, template: Path | None) -> ChatTokenizer:
-    """What prepare's tokenizer will be like: trained on these texts."""
-    trained = train_tokenizer(texts, config.vocab_size, config.vocab_multiple)
-    return ChatTokenizer(trained, template=CHATML if template is None else read_template(template))
 
 
 def first_texts(source: DataSource) -> list[str]:

@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError, CorruptArtifact, MissingStage, StageFai
 from pipeline.executor import StageResult, execute, plan_run, plan_stage
 from pipeline.progress import Progress
 from rollout.errors import EnvironmentProblem
-from stages.errors import DataError, TrainingStopped
+from stages.errors import DataError, ModelError, TrainingStopped
 
 ALL = ["prepare", "pretrain", "sft", "reward", "ppo", "evaluate"]
 
@@ -206,6 +206,15 @@ def test_all_datasets_of_a_run_are_read_before_anything_starts(chain: Chain):
     (chain.directory / "prompts.jsonl").write_text("{broken\n")
     with pytest.raises(DataError, match=r"prompts\.jsonl:1"):
         executor.validate_data(plan_run(chain.config()))
+
+
+def test_a_tokenizer_or_template_that_prepare_cannot_use_is_refused_before_anything_starts(chain: Chain):
+    (chain.directory / "tokenizer").mkdir()
+    (chain.directory / "tokenizer/tokenizer.json").write_text("{}")
+    (chain.directory / "chat.jinja").write_text("{{ messages }}")
+    for setting in ("prepare.tokenizer=tokenizer", "model.chat_template=chat.jinja"):
+        with pytest.raises(ModelError):
+            executor.validate_data(plan_run(chain.config(setting)))
 
 
 def test_a_piped_run_prints_one_plain_line_per_logged_step(chain: Chain):
