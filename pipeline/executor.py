@@ -181,17 +181,36 @@ def plan_stage(
 
 
 def validate_data(planned: PlannedRun) -> None:
-    """Read every dataset of the stages that will run, and load the scoring function, before anything starts.
+    """Before anything starts: read every dataset of the stages that will run, load the scoring function and
+    the tokenizer that prepare is given.
 
-    Raises DataError.
+    Raises DataError, ModelError.
     """
     from stages.data.validation import validate
 
+    if "prepare" in planned.to_run:
+        _check_given_to_prepare(planned)
     for stage, sources in dag.datasets(planned.config, planned.to_run).items():
         validate(list(sources.values()), stage, getattr(planned.config, stage))
     evaluate = planned.config.evaluate
     if "evaluate" in planned.to_run and evaluate is not None and evaluate.score is not None:
         load_judge(evaluate.score)
+
+
+def _check_given_to_prepare(planned: PlannedRun) -> None:
+    """Raises DataError for unknown languages, ModelError for a tokenizer or template that cannot be used."""
+    prepare, template = planned.config.prepare, planned.config.model.chat_template
+    assert prepare is not None
+    if prepare.languages:
+        from stages.data.languages import check_languages
+
+        check_languages(prepare.languages)
+    model = planned.outside.get(dag.MODEL)
+    tokenizer = prepare.tokenizer if model is None else model.path
+    if tokenizer is not None or template is not None:
+        from stages.data.vocabulary import given_tokenizer
+
+        given_tokenizer(tokenizer, prepare, template)
 
 
 def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:

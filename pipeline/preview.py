@@ -48,7 +48,8 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
 def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer | None, str]":
     """The tokenizer that the stages will have, or one like it, and where it is from."""
     from stages.data.chat import ChatTokenizer
-    from stages.data.overview import first_texts, tokenizer_for
+    from stages.data.overview import first_texts
+    from stages.data.vocabulary import tokenizer_for
 
     template, prepare = config.model.chat_template, config.prepare
     if config.model.path is not None:

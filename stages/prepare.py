@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from rollout.errors import GO_ON, EnvironmentProblem, raise_expected
 from stages.config import DataSource, PrepareConfig, PrepareSettings
-from stages.data.chat import CHATML, ChatTokenizer, content_encoder, documents_ids, read_template
+from stages.data.chat import ChatTokenizer, content_encoder, documents_ids
 from stages.data.corpus import (
     BlockReport,
     Corpus,
@@ -42,7 +42,7 @@ from stages.data.languages import check_languages
 from stages.data.readers import NO_ROWS, Counts, check_counts, read_source, splits_of
 from stages.data.records import Prompt
 from stages.data.shards import ShardCounts, token_dtype, write_shards
-from stages.data.vocabulary import train_tokenizer
+from stages.data.vocabulary import given_tokenizer, tokenizer_for
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 
@@ -62,8 +62,9 @@ def run(
     `inputs` may hold `model`: its tokenizer is taken instead of training one. Raises DataError, ModelError,
     Interrupted.
     """
-    config = settings.prepare
+    config, template = settings.prepare, settings.model.chat_template
     check_languages(config.languages)
+    chat = given_tokenizer(inputs.get("model", config.tokenizer), config, template)  # now: it may be unusable
     blocks = _blocks(config)
     texts = evaluation_texts(settings.evaluation_prompts)
     directory = runtime.work_dir / f"blocks-{_digest(settings, inputs, blocks, texts)}"
@@ -81,7 +82,9 @@ def run(
     selection = select(corpus, config, settings.seed)
 
     # 3. The model's tokenizer, one that was given, or one trained on a sample of the training text.
-    chat = _tokenizer(settings, inputs, corpus, selection)
+    if chat is None:
+        sample = tokenizer_sample(corpus, selection.train, config.tokenizer_sample_chars)
+        chat = tokenizer_for(sample, config, template)
     runtime.check_files()
     out_dir.mkdir(parents=True, exist_ok=True)
     chat.save(out_dir)
@@ -307,19 +310,6 @@ def _counts(blocks: Sequence[_Block], reports: Sequence[BlockReport], config: Pr
             check_passed(source, sum(report.num_kept for report in own), dropped)
         total += counts
     return total
-
-
-def _tokenizer(
-    settings: PrepareSettings, inputs: Mapping[str, Path], corpus: Corpus, selection: Selection
-) -> ChatTokenizer:
-    config, template = settings.prepare, settings.model.chat_template
-    if "model" in inputs:
-        return ChatTokenizer.load(inputs["model"], template)
-    if config.tokenizer is not None:
-        return ChatTokenizer.load(config.tokenizer, template)
-    sample = tokenizer_sample(corpus, selection.train, config.tokenizer_sample_chars)
-    trained = train_tokenizer(sample, config.vocab_size, config.vocab_multiple)
-    return ChatTokenizer(trained, template=CHATML if template is None else read_template(template))
 
 
 def _dropped(reports: Sequence[BlockReport], selection: Selection) -> dict[str, Dropped]:

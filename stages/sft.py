@@ -18,10 +18,9 @@ from torch import Tensor
 from stages.config import SFTSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, Rendered
-from stages.data.fitting import check_left, data_metrics, fit_conversation
+from stages.data.fitting import check_left, check_rendering, data_metrics, fit_conversation
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.readers import read_conversations
-from stages.errors import DataError
 from stages.objectives.logprobs import token_logprobs
 from stages.runtime import Runtime
 from stages.training import ranks
@@ -112,8 +111,7 @@ def train(
 def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered], dict[str, float]]:
     """Rendered conversations cut to the context, and what became of the rows, as metrics."""
     rows = read_conversations(settings.sft.data, seed=stage_seed(settings.seed, "sft", "rows"))
-    if problems := chat.lint(chat.render(rows.records[0].messages)):
-        raise DataError(f"sft: the chat template does not render trainable turns: {'; '.join(problems)}")
+    check_rendering(chat, rows.records[0])
     fitted = [
         fit_conversation(chat, conversation, settings.model.context_length) for conversation in rows.records
     ]

@@ -15,7 +15,8 @@ import ray
 from blake3 import blake3
 from inline import runtime_in
 from ray import cloudpickle
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.executor import as_expected
 from pipeline.supervisor import _committed
@@ -25,7 +26,8 @@ from stages.config import DataSource, ModelConfig, PrepareConfig, PrepareSetting
 from stages.data.chat import CHATML, ChatTokenizer
 from stages.data.records import Message
 from stages.data.shards import TokenShards, heldout_sequences
-from stages.errors import DataError, Interrupted
+from stages.data.vocabulary import train_tokenizer
+from stages.errors import DataError, Interrupted, ModelError
 from stages.runtime import Runtime
 
 NOUNS = ["cat", "dog", "house", "tree", "river", "teacher", "window", "garden"]
@@ -197,6 +199,49 @@ def test_a_given_models_tokenizer_is_taken_with_its_template(tmp_path, runtime, 
     assert taken.get_vocab() == given.get_vocab() and taken.chat_template == given.chat_template
     assert TokenShards(tmp_path / "out").separator_id == given.eos_token_id
     assert metrics["vocab_size"] == len(given)
+
+
+def test_a_tokenizer_that_is_given_may_have_gaps_between_its_ids(tmp_path, runtime):
+    given = train_tokenizer([], 300, 1)
+    spec = json.loads(given.backend_tokenizer.to_str())
+    (end,) = (token for token in spec["added_tokens"] if token["content"] == given.eos_token)
+    spec["model"]["vocab"][given.eos_token] = end["id"] = 70_000
+    gap = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=given.eos_token
+    )
+    gap.save_pretrained(tmp_path / "gap")
+    chosen = settings(corpus(tmp_path / "a.jsonl", DOCUMENTS), tokenizer=tmp_path / "gap")
+    metrics = prepare.run(chosen, {}, tmp_path / "out", runtime)
+    shards = TokenShards(tmp_path / "out")
+    assert shards.vocab_size == metrics["vocab_size"] == 70_001 > shards.separator_id == 70_000
+    assert shards.row(0).ids[0] == shards.separator_id
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("no file", "no tokenizer that can be loaded"),
+        ("no end", "nor an EOS token"),
+        ("template", "writes no end-of-turn token"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_a_document_is_read(
+    tmp_path, runtime, given, words
+):
+    (tmp_path / "documents.jsonl").write_text("{broken")
+    (tmp_path / "no file").mkdir()
+    tokenizer = train_tokenizer([], 300, 1)
+    spec = tokenizer.backend_tokenizer.to_str().replace("<|endoftext|>", "<|start|>")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(spec), chat_template=CHATML).save_pretrained(
+        tmp_path / "no end"
+    )
+    (tmp_path / "template").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    taken: dict[str, Any] = {"tokenizer": tmp_path / given}
+    if given == "template":
+        taken = {"model": {"chat_template": tmp_path / given}}
+    with pytest.raises(ModelError, match=words):
+        prepare.run(settings(tmp_path / "documents.jsonl", **taken), {}, tmp_path / "out", runtime)
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_a_template_file_is_stored_with_the_tokenizer(tmp_path, runtime):

@@ -10,7 +10,13 @@ import pytest
 import torch
 from blake3 import blake3
 from inline import runtime_in
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from rollout.api import Rollout
 from rollout.config import EngineConfig
@@ -38,7 +44,9 @@ from stages.data.readers import read_prompts
 from stages.data.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
 from stages.prepare import run as run_prepare
+from stages.training.forwards import sequence_scores
 from stages.training.metrics import read_steps
+from stages.training.models import freeze, load_reward_model
 
 NOUNS = ["cat", "dog", "house", "tree", "river", "window", "garden", "teacher"]
 VERBS = ["sees", "likes", "finds"]
@@ -240,6 +248,53 @@ def test_samples_hold_what_the_means_are_of(chain):
         scores = [line[name]["score"] for line in lines]
         assert scores == [len(line[name]["response"]) % 5 / 4 for line in lines]
         assert chain.metrics["evaluate"][f"score_{name}"] == pytest.approx(sum(scores) / 6)
+
+
+def gpt2_like_tokenizer(directory: Path) -> Path:
+    """One special token, which is BOS, EOS and unknown; no template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=319, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(["<|im_start|>user\n", "<|im_start|>assistant\n", *NOUNS, *VERBS], trainer)
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(directory)
+    return directory
+
+
+def test_a_tokenizer_with_no_special_token_but_its_end_goes_through_the_chain_and_loads_as_it_is_used(
+    tmp_path,
+):
+    """As GPT-2's: nothing is left to pad with, so no saved model pads with what means something."""
+    made = Chain(root=tmp_path)
+    texts = [{"text": f"The {a} {verb} the {b}."} for a, verb, b in FACTS[:60]]
+    prepare = PrepareConfig(
+        data=written(tmp_path / "corpus.jsonl", texts), tokenizer=gpt2_like_tokenizer(tmp_path / "gpt2")
+    )
+    made.run("prepare", run_prepare, PrepareSettings(seed=1, model=MODEL, prepare=prepare))
+    made.run("pretrain", pretrain.run, pretrain_settings(max_steps=1), inputs=["prepare"])
+    made.run("sft", sft.run, sft_settings(tmp_path, max_steps=1), inputs=["pretrain"])
+    made.run("reward", reward.run, reward_settings(tmp_path, max_steps=1), inputs=["sft"])
+
+    tokenizer = AutoTokenizer.from_pretrained(made.outputs["sft"])
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "gpt2").get_vocab()
+    for stage in ("pretrain", "sft"):
+        model = AutoModelForCausalLM.from_pretrained(made.outputs[stage])
+        assert (model.config.pad_token_id, model.config.eos_token_id) == (None, tokenizer.eos_token_id)
+        assert model.get_input_embeddings().weight[tokenizer.eos_token_id].abs().sum() > 0
+        assert model.generate(**tokenizer("The cat", return_tensors="pt"), max_new_tokens=2).shape[1] > 1
+    ids = (
+        made.chat("reward")
+        .render((Message(role="user", content="x"), Message(role="assistant", content="y")))
+        .ids
+    )
+    model = freeze(load_reward_model(made.outputs["reward"]))
+    score = sequence_scores(model, [ids], device=torch.device("cpu"))
+    plain = AutoModelForSequenceClassification.from_pretrained(made.outputs["reward"])
+    torch.testing.assert_close(plain(torch.tensor([ids])).logits[0], score, atol=2e-6, rtol=0)
+    with pytest.raises(ValueError, match="no padding token is defined"):
+        plain(torch.tensor([ids, ids]))
 
 
 # The reward model's reading

@@ -12,7 +12,7 @@ otherwise add nothing at the start of a text: pieces are joined.
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -89,7 +89,7 @@ class ChatTokenizer:
     template: str  # Jinja source in use
     template_source: Literal["file", "tokenizer", "chatml"]
     warning: str | None  # one loud line when ChatML had to be assumed; also logged
-    vocab_size: int  # tokens the tokenizer knows, added ones included
+    vocab_size: int  # the highest id plus one: ids may have gaps
     end_of_turn_id: int  # the token the template writes after an assistant turn
     stop_token_ids: tuple[int, ...]  # sorted union of generation config, tokenizer and template
     separator_id: int  # stands between documents
@@ -110,19 +110,20 @@ class ChatTokenizer:
                 "the model's tokenizer has no tokenizer.json (a fast tokenizer); convert it once"
             )
         self.tokenizer = tokenizer
-        self.vocab_size = len(tokenizer)
         self.template, self.template_source, self.warning = _choose_template(tokenizer, template)
         tokenizer.chat_template = self.template
         if self.warning:
             _logger.warning(self.warning)
-        self._marker_encoder, self._content_encoder = _encoders(tokenizer, self.template)
+        self.separator_id = document_separator_id(tokenizer)
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        meant = {self.separator_id, *tokenizer.all_special_ids, *stop_token_ids}
+        self._marker_encoder, self._content_encoder = _encoders(tokenizer, self.template, meant)
         self._bos_id: int | None = tokenizer.bos_token_id
         # The tokenizer itself puts BOS before plain text; most templates then write it, a few forget to.
-        self._adds_bos = self._bos_id is not None and self._bos_id in tokenizer("x")["input_ids"]
+        self._adds_bos = self._bos_id is not None and tokenizer("x")["input_ids"][:1] == [self._bos_id]
         self._pieces_cache: dict[tuple[tuple[str, ...], bool], list[_Piece]] = {}
         self._marker_cache: dict[str, list[int]] = {}
         self._end_of_turn, self.end_of_turn_id = self._find_end_of_turn()
-        self.separator_id = document_separator_id(tokenizer)
         stops = {*stop_token_ids, self.end_of_turn_id, tokenizer.eos_token_id}
         self.stop_token_ids = tuple(sorted(token for token in stops if token is not None))
 
@@ -149,20 +150,20 @@ class ChatTokenizer:
         return cls(tokenizer, template=source, stop_token_ids=_configured_stops(Path(directory)))
 
     @property
-    def pad_token_id(self) -> int:
+    def pad_token_id(self) -> int | None:
         """A token to pad with: no stop token, not BOS, in no rendered text. The tokenizer's own if possible.
 
         Many tokenizers pad with EOS; a model that looks for the last token that is not padding then reads the
-        wrong one. Raises ModelError when every special token has a meaning.
+        wrong one, and one whose embedding has a row for padding never trains EOS. None where every special
+        token has a meaning (GPT-2 has one, which ends everything): nothing is padded here, and who pads for
+        such a model chooses a token then.
         """
         written = {*self.prompt_ids((_QUESTION, _ANSWER, _QUESTION)), self._bos_id, *self.stop_token_ids}
         special = sorted(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         for token in (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *special):
             if token is not None and token not in written:
                 return int(token)
-        raise ModelError(
-            "the tokenizer has no special token left to pad with: each is a stop token or in the template"
-        )
+        return None
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Ids and mask of a conversation that ends with the assistant, up to its last end-of-turn token.
@@ -228,7 +229,8 @@ class ChatTokenizer:
         """What is wrong with a rendered conversation: BOS not once, a turn without one trained end token."""
         problems = []
         probe = self.prompt_ids((_QUESTION, _ANSWER, _QUESTION))
-        if self._bos_id is not None and self._bos_id in probe:
+        is_mere_end = self._bos_id == self.tokenizer.eos_token_id and not self._adds_bos  # as in GPT-2
+        if self._bos_id in probe and not is_mere_end:
             doubled = rendered.ids[:2] == (self._bos_id, self._bos_id)
             opens_turns = probe.count(self._bos_id) > 1  # SmolLM2: <|im_start|> is BOS too
             if (
@@ -419,16 +421,19 @@ def _choose_template(
     )
 
 
-def _encoders(tokenizer: PreTrainedTokenizerFast, template: str) -> tuple[Tokenizer, Tokenizer]:
+def _encoders(
+    tokenizer: PreTrainedTokenizerFast, template: str, meant: Collection[int]
+) -> tuple[Tokenizer, Tokenizer]:
     """Private copies of the backend: for template text, and for content, where special tokens are mere text.
 
     `encode_special_tokens` is what transformers sets for `split_special_tokens`; it acts on tokens flagged
-    special only, so in the content copy every token that the template writes is flagged.
+    special only, so in the content copy every token that the template writes is flagged, and those `meant`
+    for something: BOS, EOS, padding, what stands between documents.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     markers = Tokenizer.from_str(json.dumps(spec))
     for token in spec["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in template
+        token["special"] |= token["id"] in meant or token["content"] in template
     return markers, content_encoder(json.dumps(spec))
 
 

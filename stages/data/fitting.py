@@ -34,6 +34,12 @@ class Fitted(Generic[E]):
     rule: str | None  # what was done to it; None: nothing
 
 
+def check_rendering(chat: ChatTokenizer, conversation: Conversation) -> None:
+    """Raise DataError when the chat template does not render this one, sft's first, as something to train."""
+    if problems := chat.lint(chat.render(conversation.messages)):
+        raise DataError(f"sft: the chat template does not render trainable turns: {'; '.join(problems)}")
+
+
 def fit_conversation(
     chat: ChatTokenizer, conversation: Conversation, context_length: int
 ) -> Fitted[Rendered]:

@@ -10,20 +10,26 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from stages.config import DataFormat, DataSource, PrepareConfig
-from stages.data.chat import CHATML, ChatTokenizer, Rendered, read_template
+from stages.data.chat import ChatTokenizer, Rendered
 from stages.data.corpus import STEPS, Dropped, Filter, check_passed
-from stages.data.fitting import Fitted, check_left, fit_conversation, fit_pair, fit_prompt, rules_applied
+from stages.data.fitting import (
+    Fitted,
+    check_left,
+    check_rendering,
+    fit_conversation,
+    fit_pair,
+    fit_prompt,
+    rules_applied,
+)
 from stages.data.readers import read_whole
 from stages.data.records import Conversation, Document, Pair, Prompt
 from stages.data.schemas import Record, StageName
 from stages.data.validation import Validated
-from stages.data.vocabulary import train_tokenizer
 
 SAMPLE_CHARS = 10_000_000
 """Of the records whose lengths and rules are counted."""
@@ -72,7 +78,7 @@ def overview(
     source: DataSource, stage: StageName, found: Validated, chat: ChatTokenizer | None, limits: Limits
 ) -> Overview:
     """Read the start of `source` as `stage` would; `found`: what is in all of it. Raises DataError where the
-    start is all, and nothing of it is left.
+    start is all, and nothing of it is left, and where the template does not render its first row; ModelError.
     """
     reader = read_whole(source, stage, limits.group_column if stage == "reward" else None)
     sample = _sample(reader)
@@ -100,12 +106,6 @@ def overview(
         rules=rules,
         example=tuple(example),
     )
-
-
-def tokenizer_for(texts: Sequence[str], config: PrepareConfig, template: Path | None) -> ChatTokenizer:
-    """What prepare's tokenizer will be like: trained on these texts."""
-    trained = train_tokenizer(texts, config.vocab_size, config.vocab_multiple)
-    return ChatTokenizer(trained, template=CHATML if template is None else read_template(template))
 
 
 def first_texts(source: DataSource) -> list[str]:
@@ -191,6 +191,7 @@ def _example(record: Record, chat: ChatTokenizer, limits: Limits) -> Iterator[Sp
         case Document(text=text):
             yield Span(text=_shortened(text), trained=True)
         case Conversation(messages=messages):
+            check_rendering(chat, record)
             yield from _spans(chat.render(messages), chat)
         case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
             yield Span(text="chosen: ", trained=False)

@@ -1,15 +1,36 @@
-"""The vocabulary: a byte-level BPE tokenizer trained on text.
+"""The vocabulary: a tokenizer that is given, or a byte-level BPE trained on text.
 
 Owns: how it is trained, and its size. Does not own: the special tokens and what they mean (chat), the sample
 (corpus).
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages.data.chat import END_OF_TEXT, PAD, SPECIAL_TOKENS
+from stages.config import PrepareConfig
+from stages.data.chat import CHATML, END_OF_TEXT, PAD, SPECIAL_TOKENS, ChatTokenizer, read_template
+
+
+def given_tokenizer(
+    directory: Path | None, config: PrepareConfig, template: Path | None
+) -> ChatTokenizer | None:
+    """The tokenizer of `directory`; None where one has to be trained first.
+
+    Raises ModelError in both cases when it could not be used, for a template does not depend on the text.
+    """
+    if directory is not None:
+        return ChatTokenizer.load(directory, template)
+    tokenizer_for((), config, template)
+    return None
+
+
+def tokenizer_for(texts: Iterable[str], config: PrepareConfig, template: Path | None) -> ChatTokenizer:
+    """prepare's own tokenizer, trained on `texts`, with the template of the config or ChatML."""
+    trained = train_tokenizer(texts, config.vocab_size, config.vocab_multiple)
+    return ChatTokenizer(trained, template=CHATML if template is None else read_template(template))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, multiple: int) -> PreTrainedTokenizerFast:

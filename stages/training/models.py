@@ -83,7 +83,7 @@ class TokenScorer(nn.Module):
 
 
 def build_causal_lm(
-    config: ModelConfig, *, vocab_size: int, eos_token_id: int, pad_token_id: int
+    config: ModelConfig, *, vocab_size: int, eos_token_id: int, pad_token_id: int | None
 ) -> CausalLM:
     """A LLaMA with fresh weights from torch's global generator, in fp32; seed that before."""
     architecture = LlamaConfig(
@@ -110,15 +110,16 @@ def load_causal_lm(directory: Path) -> CausalLM:
     return CausalLM(inner)
 
 
-def reward_from_causal_lm(directory: Path, *, pad_token_id: int) -> TokenScorer:
+def reward_from_causal_lm(directory: Path, *, pad_token_id: int | None) -> TokenScorer:
     """A reward model on the body of a language model; its head is drawn with std 1/sqrt(D + 1) from torch's
     global generator (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO").
 
-    `pad_token_id` must not be an end token: transformers reads the score before the first pad otherwise.
+    `pad_token_id` must not be an end token: transformers reads the score at the last token that is another.
+    With None it refuses a batch of several sequences.
     """
     inner, missing = _loaded(AutoModelForSequenceClassification, directory, num_labels=1)
     _check_nothing_missing(directory, [name for name in missing if not name.startswith("score.")])
-    inner.config.pad_token_id = pad_token_id
+    inner.config.pad_token_id = _with_a_row(inner, pad_token_id)
     scorer = TokenScorer(inner)
     nn.init.normal_(scorer.head.weight, std=1 / math.sqrt(inner.config.hidden_size + 1))
     return scorer
@@ -211,13 +212,21 @@ def freeze(model: Model) -> Model:
 
 
 def set_stop_tokens(
-    model: CausalLM, *, eos_token_id: int, stop_token_ids: Sequence[int], pad_token_id: int
+    model: CausalLM, *, eos_token_id: int, stop_token_ids: Sequence[int], pad_token_id: int | None
 ) -> None:
     """What a saved chat model ends at, in transformers' `generate` and in vLLM alike."""
+    pad_token_id = _with_a_row(model.inner, pad_token_id)
     model.inner.config.eos_token_id = eos_token_id
     model.inner.config.pad_token_id = pad_token_id
     model.inner.generation_config.eos_token_id = list(stop_token_ids)
     model.inner.generation_config.pad_token_id = pad_token_id
+
+
+def _with_a_row(inner: PreTrainedModel, token_id: int | None) -> int | None:
+    """`token_id` if the embedding has a row for it: with a pad token that has none, the model is saved and
+    never loads again.
+    """
+    return token_id if token_id is not None and token_id < inner.config.vocab_size else None
 
 
 def save_model(model: CausalLM | TokenScorer, directory: Path, state: dict[str, Tensor]) -> None:

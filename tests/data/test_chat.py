@@ -116,7 +116,14 @@ def forgetful() -> ChatTokenizer:
     return ChatTokenizer(tokenizer(("<unk>", "<s>", "</s>"), adds_bos=True, chat_template=template, **names))
 
 
-MODELS = [chatml, smollm2, llama2, llama3, forgetful]
+@cache
+def gpt2() -> ChatTokenizer:
+    """As the real one: a single special token, which is BOS, EOS and unknown, and no text begins with it."""
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return ChatTokenizer(tokenizer(("<|endoftext|>",), **names))
+
+
+MODELS = [chatml, smollm2, llama2, llama3, forgetful, gpt2]
 every_model = pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 
 
@@ -178,12 +185,17 @@ def test_pin_9_every_assistant_turn_is_trained_with_exactly_one_end_token(make, 
 
 @every_model
 def test_pin_9_bos_occurs_exactly_once(make):
-    """Where BOS is also the turn marker (SmolLM2), it opens every turn and is never doubled."""
+    """Where BOS is also the turn marker (SmolLM2), it opens every turn and is never doubled; where it is EOS
+    (GPT-2), it only ends them.
+    """
     chat = make()
     ids = chat.render(TALKS[1]).ids
     bos = chat.tokenizer.bos_token_id
     if make is chatml:
         assert bos is None
+    elif make is gpt2:
+        assert ids[-1] == bos and ids.count(bos) == 4
+        return
     elif make is smollm2:
         assert ids[0] == bos and ids.count(bos) == 5  # default system + four turns
     else:
@@ -214,6 +226,39 @@ def test_pin_11_a_turn_marker_that_is_not_flagged_special_cannot_be_forged_eithe
     assert chat.end_of_turn_id in chat.stop_token_ids and base.eos_token_id in chat.stop_token_ids
 
 
+def test_pin_11_a_document_separator_that_is_not_flagged_special_cannot_be_forged_either():
+    base = tokenizer(("</s>",), eos_token="</s>")
+    base.add_tokens([AddedToken(chat_module.END_OF_TEXT, special=False, normalized=False)])
+    chat = ChatTokenizer(base)
+    assert chat.separator_id == base.convert_tokens_to_ids(chat_module.END_OF_TEXT) != base.eos_token_id
+    assert chat.separator_id not in chat.text_ids("a <|endoftext|> b")
+    assert chat.decode(chat.text_ids("a <|endoftext|> b")) == "a <|endoftext|> b"
+
+
+def test_an_added_token_that_means_nothing_is_text_like_any_other():
+    """Runs of spaces, in some tokenizers: their models have never seen them otherwise."""
+    base = tokenizer(("</s>",), eos_token="</s>")
+    base.add_tokens([AddedToken("    ", special=False, normalized=False)])
+    assert base.convert_tokens_to_ids("    ") in ChatTokenizer(base).text_ids("if x:\n    y")
+
+
+def test_pin_11_a_stop_token_that_is_not_flagged_special_cannot_be_forged_either():
+    base = tokenizer(("</s>",), eos_token="</s>")
+    base.add_tokens([AddedToken("<|halt|>", special=False, normalized=False)])
+    halt = base.convert_tokens_to_ids("<|halt|>")
+    assert halt not in ChatTokenizer(base, stop_token_ids=[halt]).text_ids("<|halt|>")
+
+
+def test_ids_with_gaps_count_up_to_the_highest():
+    spec = json.loads(_trained(("</s>",)))
+    (end,) = spec["added_tokens"]
+    spec["model"]["vocab"]["</s>"] = end["id"] = 1000
+    chat = ChatTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="</s>")
+    )
+    assert (chat.vocab_size, chat.separator_id) == (1001, 1000) and len(chat.tokenizer) < 400
+
+
 def test_a_default_system_message_is_written_by_the_template_and_not_trained():
     chat = smollm2()
     rendered = chat.render(talk("the cat", "sat"))
@@ -237,6 +282,7 @@ def test_the_pad_token_is_never_a_stop_token_or_in_a_rendered_text(make):
     chat = make()
     assert chat.pad_token_id not in chat.stop_token_ids
     assert all(chat.pad_token_id not in chat.render(messages).ids for messages in TALKS)
+    assert (chat.pad_token_id is None) == (make is gpt2)
 
 
 def test_pin_9_the_stop_set_is_the_union_of_generation_config_tokenizer_and_template(tmp_path):

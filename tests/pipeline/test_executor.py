@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError, CorruptArtifact, MissingStage, StageFai
 from pipeline.executor import StageResult, execute, plan_run, plan_stage
 from pipeline.progress import Progress
 from rollout.errors import EnvironmentProblem
-from stages.errors import DataError, TrainingStopped
+from stages.errors import DataError, ModelError, TrainingStopped
 
 ALL = ["prepare", "pretrain", "sft", "reward", "ppo", "evaluate"]
 
@@ -252,6 +252,15 @@ def test_a_given_model_that_changed_since_the_run_was_planned_is_not_published_f
         execute(planned, Progress(io.StringIO()))
     assert chain.calls() == ["reward"] * while_it_runs
     assert not list(chain.outputs.glob("artifacts/*"))
+
+
+def test_a_tokenizer_or_template_that_prepare_cannot_use_is_refused_before_anything_starts(chain: Chain):
+    (chain.directory / "tokenizer").mkdir()
+    (chain.directory / "tokenizer/tokenizer.json").write_text("{}")
+    (chain.directory / "chat.jinja").write_text("{{ messages }}")
+    for setting in ("prepare.tokenizer=tokenizer", "model.chat_template=chat.jinja"):
+        with pytest.raises(ModelError):
+            executor.validate_data(plan_run(chain.config(setting)))
 
 
 def test_a_piped_run_prints_one_plain_line_per_logged_step(chain: Chain):

@@ -8,6 +8,8 @@ import pytest
 from pipeline import cli
 from pipeline import config as configs
 from pipeline.preview import CONTEXT, MARKS, TRAINED, previews
+from stages.data.chat import CHATML, IM_START
+from stages.data.vocabulary import train_tokenizer
 from stages.errors import DataError
 
 CONFIG = """
@@ -118,6 +120,15 @@ def test_what_is_certain_to_fail_is_said_before_any_dataset_is_shown(directory: 
     )
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: kind: missing"):
         next(found)
+
+
+def test_a_template_that_sft_would_refuse_is_refused(directory: Path):
+    tokenizer = train_tokenizer([], 300, 1)
+    tokenizer.bos_token = IM_START
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    tokenizer.save_pretrained("doubled")
+    with pytest.raises(DataError, match=r"sft: .* does not render trainable turns: BOS occurs 3 times"):
+        blocks("prepare.tokenizer=doubled")
 
 
 def test_check_prints_it_all(directory: Path, capsys: pytest.CaptureFixture[str]):

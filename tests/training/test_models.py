@@ -32,6 +32,7 @@ from stages.training.models import (
     load_reward_model,
     reward_from_causal_lm,
     save_model,
+    set_stop_tokens,
     value_from_reward_model,
 )
 from stages.training.packed_attention import PACKED_ATTENTION
@@ -78,6 +79,18 @@ def test_pin_13_a_score_is_the_same_padded_left_or_right_alone_and_in_a_pack(rew
 def test_pin_13_a_saved_reward_model_never_pads_with_an_end_token(reward_dir):
     config = AutoModelForSequenceClassification.from_pretrained(reward_dir).config
     assert config.pad_token_id == PAD != EOS
+
+
+def test_a_pad_token_that_the_embedding_has_no_row_for_does_not_keep_a_saved_model_from_loading(
+    tied_model_dir, tmp_path
+):
+    """Tokenizers are given a pad token more often than models are given a row for it."""
+    model = load_causal_lm(tied_model_dir)
+    rows = model.inner.config.vocab_size
+    set_stop_tokens(model, eos_token_id=EOS, stop_token_ids=[EOS], pad_token_id=rows)
+    save_model(model, tmp_path, full_state(model))
+    again = reward_from_causal_lm(tmp_path, pad_token_id=rows)
+    assert load_causal_lm(tmp_path).inner.config.pad_token_id is again.inner.config.pad_token_id is None
 
 
 def test_pin_13_a_cut_off_response_is_scored_with_its_end_token_and_an_ended_one_gets_no_second():
