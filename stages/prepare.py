@@ -45,7 +45,7 @@ from stages.data.vocabulary import train_tokenizer
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 DECIDING_PACKAGES = ("numpy", "py3langid", "pyarrow", "rensa", "rlhf-pipeline", "tokenizers")
 """Blocks of other versions of these are not taken up."""
