@@ -11,7 +11,6 @@ that sees all documents, with some 200 bytes for each. Owns: files and order of 
 rules (languages, quality, near_duplicates, decontamination), rows (readers), layout of the result (shards).
 """
 
-import json
 import math
 import os
 import unicodedata
@@ -29,7 +28,7 @@ from stages.config import DataSource, PrepareConfig
 from stages.data import near_duplicates
 from stages.data.batches import repeats, stage_seed
 from stages.data.decontamination import Contamination
-from stages.data.durable import file_digest, sync, write_whole
+from stages.data.durable import file_digest, record_content, record_text, sync, write_whole
 from stages.data.files import FileSplit
 from stages.data.languages import identify
 from stages.data.quality import judge
@@ -250,17 +249,17 @@ def _write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any
     for file in files:
         sync(file)
     digests = {file.name: file_digest(file) for file in files}
-    write_whole(record, json.dumps({**content, "digests": digests}).encode())
+    write_whole(record, record_text({**content, "digests": digests}).encode())
 
 
 def _whole(record: Path) -> dict[str, Any] | None:
-    """The content of a record whose files are as they were written; else None."""
+    """The content of a record that is, with its files, as it was written; else None."""
     try:
-        content = json.loads(record.read_bytes())
+        content = record_content(record.read_text(encoding="utf-8"))
         whole = all(
             file_digest(record.with_name(name)) == digest for name, digest in content["digests"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError):  # never written, or damaged: it is made again
+    except (OSError, ValueError):  # never written, or damaged: it is made again
         return None
     return content if whole else None
 

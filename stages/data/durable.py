@@ -7,9 +7,11 @@ checkpoints, the rollout journal, artifacts and their records. Light import.
 """
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
@@ -26,6 +28,24 @@ def file_digest(path: Path) -> str:
         while block := file.read(BLOCK_BYTES):
             hasher.update(block)
     return hasher.hexdigest()
+
+
+def record_text(content: Mapping[str, Any]) -> str:
+    """Canonical JSON with a blake3 over the rest of itself: no other text is what `record_content` takes."""
+    text = json.dumps(content, sort_keys=True)
+    digest = blake3(text.encode()).hexdigest()
+    return json.dumps({**content, "blake3": digest}, sort_keys=True) + "\n"
+
+
+def record_content(text: str) -> dict[str, Any]:
+    """What `record_text` was given. Raises ValueError for a text that it did not write."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("not a record") from error
+    if not isinstance(content, dict) or content.pop("blake3", None) is None or record_text(content) != text:
+        raise ValueError("not a record")
+    return content
 
 
 def write_whole(path: Path, content: bytes) -> None:

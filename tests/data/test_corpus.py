@@ -82,6 +82,35 @@ def test_whole_blocks_are_taken_up_and_damaged_ones_made_again(tmp_path, monkeyp
         filter_block(tmp_path / "blocks", 0, splits[0], source, config, never)  # type: ignore[arg-type]
 
 
+RECORDS = {
+    "a changed number": lambda text: text.replace('"num_kept": 40', '"num_kept": 39'),
+    "a longer number": lambda text: text.replace('"num_kept": 40', '"num_kept": 400'),
+    "cut": lambda text: text[: len(text) // 2],
+    "no digest of itself": lambda text: json.dumps({**json.loads(text), "blake3": None}),
+    "no report": lambda text: '{"digests": {}}',
+    "digests in a list": lambda text: '{"digests": [], "report": {}}',
+    "a list": lambda text: "[]",
+    "null": lambda text: "null",
+    "deep": lambda text: "[" * 100_000,
+    "half a character": lambda text: "\udcff",
+}
+
+
+@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
+def test_a_block_whose_record_is_damaged_is_made_again(tmp_path, damage):
+    source = written(tmp_path / "a.jsonl", TEXTS)
+    config = PrepareConfig(data=[source])
+    (split,) = splits_of(source, 10**9)
+    keeps = Filter(config, ())
+    report = filter_block(tmp_path, 0, split, source, config, keeps)
+    record = tmp_path / "000000.filtered.json"
+    whole = record.read_text()
+    record.write_text(damage(whole), errors="surrogateescape")
+    assert record.read_bytes() != whole.encode()
+    assert filter_block(tmp_path, 0, split, source, config, keeps) == report
+    assert record.read_text() == whole
+
+
 def test_tokens_come_back_in_the_order_asked_for_and_only_of_wanted_documents(tmp_path):
     _, corpus = made(tmp_path / "blocks", [written(tmp_path / "a.jsonl", TEXTS)])
     wanted = np.arange(len(corpus)) % 3 == 0
