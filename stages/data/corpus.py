@@ -28,7 +28,7 @@ from stages.config import DataSource, PrepareConfig
 from stages.data import near_duplicates
 from stages.data.batches import repeats, stage_seed
 from stages.data.decontamination import Contamination
-from stages.data.durable import file_digest, record_content, record_text, sync, write_whole
+from stages.data.durable import whole_record, write_record
 from stages.data.files import FileSplit
 from stages.data.languages import identify
 from stages.data.quality import judge
@@ -183,7 +183,7 @@ def filter_block(
     Raises DataError.
     """
     record = directory / f"{number:06d}.filtered.json"
-    if (found := _whole(record)) is not None:
+    if (found := whole_record(record)) is not None:
         return BlockReport.from_json(found["report"])
     reader = read_split(source, split, "prepare")
     dropped = {step: Dropped() for step in STEPS}
@@ -217,7 +217,7 @@ def filter_block(
         num_kept=len(lengths),
         dropped=dropped,
     )
-    _write_record(record, [text_file, arrays_file, bands_file], {"report": report.to_json()})
+    write_record(record, [text_file, arrays_file, bands_file], {"report": report.to_json()})
     return report
 
 
@@ -242,26 +242,6 @@ def _batches(items: Iterator[T], size: Callable[[T], int]) -> Iterator[list[T]]:
             batch, total = [], 0
     if batch:
         yield batch
-
-
-def _write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any]) -> None:
-    """The record of files that are whole: their digests and what is known of them."""
-    for file in files:
-        sync(file)
-    digests = {file.name: file_digest(file) for file in files}
-    write_whole(record, record_text({**content, "digests": digests}).encode())
-
-
-def _whole(record: Path) -> dict[str, Any] | None:
-    """The content of a record that is, with its files, as it was written; else None."""
-    try:
-        content = record_content(record.read_text(encoding="utf-8"))
-        whole = all(
-            file_digest(record.with_name(name)) == digest for name, digest in content["digests"].items()
-        )
-    except (OSError, ValueError):  # never written, or damaged: it is made again
-        return None
-    return content if whole else None
 
 
 class Corpus:
@@ -486,7 +466,7 @@ def encode_block(
     same `tokenizer` (a digest), is taken.
     """
     record = corpus.directory / f"{block:06d}.encoded.json"
-    if (found := _whole(record)) is not None and found["tokenizer"] == tokenizer:
+    if (found := whole_record(record)) is not None and found["tokenizer"] == tokenizer:
         return
     lengths = np.zeros(len(wanted), np.int64)
     tokens_file = corpus.directory / f"{block:06d}.tokens"
@@ -498,7 +478,7 @@ def encode_block(
                 stream.write(ids.astype(dtype, copy=False).tobytes())
     lengths_file = corpus.directory / f"{block:06d}.lengths"
     lengths_file.write_bytes(lengths.tobytes())
-    _write_record(record, [tokens_file, lengths_file], {"tokenizer": tokenizer})
+    write_record(record, [tokens_file, lengths_file], {"tokenizer": tokenizer})
 
 
 def documents(corpus: Corpus, which: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:

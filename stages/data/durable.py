@@ -9,7 +9,7 @@ checkpoints, the rollout journal, artifacts and their records. Light import.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,26 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any]) -> None:
+    """The record of `files` beside it that are whole: their digests, and what is known of them. OSError."""
+    for file in files:
+        sync(file)
+    digests = {file.name: file_digest(file) for file in files}
+    write_whole(record, record_text({**content, "digests": digests}).encode())
+
+
+def whole_record(record: Path) -> dict[str, Any] | None:
+    """The content of a record that is, with its files, as `write_record` left it; else None."""
+    try:
+        content = record_content(record.read_text(encoding="utf-8"))
+        whole = all(
+            file_digest(record.with_name(name)) == digest for name, digest in content["digests"].items()
+        )
+    except (OSError, ValueError):  # never written, or damaged: it is made again
+        return None
+    return content if whole else None
 
 
 @contextlib.contextmanager
