@@ -108,8 +108,10 @@ class BlockReport:
 
 def normalise(text: str, unicode_form: str | None) -> str:
     """Line ends to `\\n`, the Unicode normal form, no white space around the document."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-    return text if unicode_form is None else unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if unicode_form is not None:  # first: NFKC makes spaces of other signs
+        text = unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+    return text.strip()
 
 
 class Filter:
@@ -126,19 +128,22 @@ class Filter:
 
         A step gives for each text (the text it leaves or shows, the rule it breaks or None).
         """
-        kept = [normalise(text, self._config.unicode_form) for text in texts]
+        kept = [(at, normalise(text, self._config.unicode_form)) for at, text in enumerate(texts)]
+        left_out: list[tuple[int, str, str, str]] = []
         for step, broken_rules in (
             ("length", self._lengths),
             ("language", self._languages),
             ("quality", self._quality),
+            ("length", self._lengths),  # c4 removes lines
             ("contamination", self._contaminated),
         ):
-            verdicts = broken_rules(kept)
-            for shown, rule in verdicts:
-                if rule is not None:
-                    dropped[step].add(rule, shown)
-            kept = [text for text, rule in verdicts if rule is None]
-        return kept
+            verdicts = broken_rules([text for _, text in kept])
+            judged = [(at, *verdict) for (at, _), verdict in zip(kept, verdicts, strict=True)]
+            left_out += [(at, step, rule, shown) for at, shown, rule in judged if rule is not None]
+            kept = [(at, text) for at, text, rule in judged if rule is None]
+        for _, step, rule, shown in sorted(left_out):  # as the documents come, however they are batched
+            dropped[step].add(rule, shown)
+        return [text for _, text in kept]
 
     def _lengths(self, texts: Sequence[str]) -> list[tuple[str, str | None]]:
         def rule(text: str) -> str | None:

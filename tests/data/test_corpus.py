@@ -10,7 +10,18 @@ import pytest
 from stages.config import DataSource, PrepareConfig
 from stages.data import corpus as corpora
 from stages.data.batches import content_share
-from stages.data.corpus import Corpus, Filter, documents, encode_block, filter_block, mixing_weights, select
+from stages.data.corpus import (
+    STEPS,
+    Corpus,
+    Dropped,
+    Filter,
+    documents,
+    encode_block,
+    filter_block,
+    mixing_weights,
+    normalise,
+    select,
+)
 from stages.data.readers import splits_of
 
 TEXTS = [f"document {number} about {'cats' if number % 2 else 'dogs'}" for number in range(40)]
@@ -63,6 +74,22 @@ def test_a_near_copy_is_dropped_and_counted(tmp_path):
     selection = select(corpus, config, 0)
     assert selection.dropped["near_duplicate"].total == 1 and selection.num_kept == 41
     assert selection.dropped["near_duplicate"].examples[0][1].startswith("word0 word1")
+
+
+def test_white_space_that_the_normal_form_makes_is_no_part_of_a_document():
+    assert normalise("\u00a8 a text", "NFKC") == "\u0308 a text"
+
+
+def test_a_document_of_which_c4_leaves_too_little_is_too_short(tmp_path):
+    sentences = [f"This is sentence {number} of a longer page." for number in range(5)]
+    menu = ["home", "about us", "contact", "a longer entry of the menu, without a full stop"]
+    texts = ["short", "\n".join([*menu, *sentences]), "\n".join([*sentences, *sentences]), "small"]
+    config = PrepareConfig(data=[written(tmp_path / "a.jsonl", texts)], quality=["c4"], min_chars=250)
+    dropped = {step: Dropped() for step in STEPS}
+    assert Filter(config, ())(texts, dropped) == ["\n".join([*sentences, *sentences])]
+    assert dropped["length"].counts == {"too_short": 3} and dropped["quality"].total == 0
+    shown = [text for _, text in dropped["length"].examples]
+    assert shown == ["short", "\n".join(sentences)[:200], "small"], "in the order of the documents"
 
 
 def test_whole_blocks_are_taken_up_and_damaged_ones_made_again(tmp_path, monkeypatch):
