@@ -36,6 +36,7 @@ from stages.data.corpus import (
     select,
     tokenizer_sample,
 )
+from stages.data.decontamination import num_too_short
 from stages.data.durable import file_digest
 from stages.data.files import FileSplit, whole
 from stages.data.languages import check_languages
@@ -122,8 +123,13 @@ def run(
         )
 
     # 5. Statistics.
-    metrics = _metrics(reports, counts, selection, corpus, shards, chat)
-    statistics = {**metrics, "steps": _steps(reports, selection)}
+    metrics = {
+        **_metrics(reports, counts, selection, corpus, shards, chat),
+        "evaluation_texts": len(texts),
+        "evaluation_texts_too_short": num_too_short(texts, config.decontaminate_ngram),
+    }
+    sources = _sources(blocks, reports, selection, corpus)
+    statistics = {**metrics, "sources": sources, "steps": _steps(reports, selection)}
     text = json.dumps(statistics, indent=1, ensure_ascii=False)
     (out_dir / "statistics.json").write_text(text + "\n", encoding="utf-8")
     return {name: float(value) for name, value in metrics.items()}
@@ -415,6 +421,30 @@ def _steps(reports: Sequence[BlockReport], selection: Selection) -> list[dict[st
             {"step": step, "kept": left, "dropped": dropped.total, "rules": rules, "examples": examples}
         )
     return steps
+
+
+def _sources(
+    blocks: Sequence[_Block], reports: Sequence[BlockReport], selection: Selection, corpus: Corpus
+) -> list[dict[str, int]]:
+    """Per source, by its index in prepare.data: the documents read, those that no step dropped, and what the
+    training text takes of them, as often as it does.
+    """
+    sources = []
+    for source in sorted({block.source for block in blocks}):
+        is_own = corpus.source_of == source
+        kept, train = is_own & selection.is_kept, selection.train[is_own[selection.train]]
+        numbered = zip(blocks, reports, strict=True)
+        sources.append(
+            {
+                "source": source,
+                "documents": sum(one.num_documents for block, one in numbered if block.source == source),
+                "documents_kept": int(kept.sum()),
+                "chars_kept": int(corpus.chars[kept].sum()),
+                "documents_train": len(train),
+                "chars_train": int(corpus.chars[train].sum()),
+            }
+        )
+    return sources
 
 
 def _metrics(

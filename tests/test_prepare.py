@@ -221,6 +221,34 @@ def test_weights_repeat_training_documents_only(tmp_path, runtime):
     )
 
 
+def test_statistics_say_what_each_source_gives_to_the_mixture(tmp_path, runtime):
+    first = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    second = corpus(tmp_path / "b.csv", [*DOCUMENTS[:9], "New."])
+    unused = DataSource(path=str(corpus(tmp_path / "c.jsonl", ["no"])), weight=0)
+    often = DataSource(path=str(second), weight=3)
+    metrics = prepare.run(settings(first, unused, often), {}, tmp_path / "out", runtime)
+    one, other = statistics(tmp_path / "out")["sources"]
+    num = len(DOCUMENTS)
+    assert (one["source"], one["documents"], one["documents_kept"]) == (0, num, num)
+    assert one["chars_kept"] == sum(map(len, DOCUMENTS))
+    assert one["documents_train"] == num - metrics["documents_heldout"]
+    assert other == {
+        "source": 2,
+        "documents": 10,
+        "documents_kept": 1,
+        "chars_kept": 4,
+        "documents_train": 3,
+        "chars_train": 12,
+    }
+    assert one["chars_train"] + other["chars_train"] == metrics["chars_train"]
+
+
+def test_evaluation_texts_that_are_too_short_to_be_looked_for_are_counted(tmp_path, runtime):
+    path, question = corpus(tmp_path / "a.jsonl", DOCUMENTS), evaluation(tmp_path / "e.jsonl")
+    metrics = prepare.run(settings(path, evaluation=(question,)), {}, tmp_path / "out", runtime)
+    assert (metrics["evaluation_texts"], metrics["evaluation_texts_too_short"]) == (2, 1)  # the answer
+
+
 def test_a_given_models_tokenizer_is_taken_with_its_template(tmp_path, runtime, tied_model_dir):
     path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
     metrics = prepare.run(settings(path), {"model": tied_model_dir}, tmp_path / "out", runtime)

@@ -354,8 +354,13 @@ class Selection:
 
     train: np.ndarray  # int64: documents in the order of the training text, repeated by weight
     heldout: np.ndarray  # int64: documents held out, in file order
-    num_kept: int  # documents that are no duplicate
+    is_kept: np.ndarray  # bool (D,): whether a document is no duplicate
     dropped: Mapping[str, Dropped]  # duplicate, near_duplicate
+
+    @property
+    def num_kept(self) -> int:
+        """Documents that are no duplicate."""
+        return int(self.is_kept.sum())
 
 
 def select(corpus: Corpus, config: PrepareConfig, seed: int) -> Selection:
@@ -378,7 +383,7 @@ def select(corpus: Corpus, config: PrepareConfig, seed: int) -> Selection:
     return Selection(
         train=_mixed(corpus, kept & ~is_heldout, config, seed),
         heldout=np.flatnonzero(is_heldout),
-        num_kept=int(kept.sum()),
+        is_kept=kept,
         dropped=dropped,
     )
 

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from stages.data import words
-from stages.data.decontamination import Contamination
+from stages.data.decontamination import Contamination, num_too_short
 from stages.data.words import BLOCK_CHARS, blocks_of, hash_words, ngrams, normalised_words
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
@@ -113,9 +113,9 @@ def test_a_run_lies_within_one_text_and_one_document():
 
 
 def test_texts_with_too_few_words_are_counted_and_not_looked_for():
-    contamination = Contamination(["What is 2 + 2?", "", RUN, " ".join(RUN.split()[:12])])
-    assert contamination.num_too_short == 3
-    assert contamination.shared_runs(["What is 2 + 2?", "", RUN]) == [None, None, RUN]
+    texts = ["What is 2 + 2?", "", RUN, " ".join(RUN.split()[:12])]
+    assert num_too_short(texts, 13) == 3 and num_too_short(texts, 12) == 2
+    assert Contamination(texts).shared_runs(["What is 2 + 2?", "", RUN]) == [None, None, RUN]
 
 
 def test_nothing_to_look_for_finds_nothing():
