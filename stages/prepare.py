@@ -68,7 +68,7 @@ def run(
     check_languages(config.languages)
     blocks = _blocks(config)
     texts = evaluation_texts(settings.evaluation_prompts)
-    directory = runtime.work_dir / f"blocks-{_digest(settings, inputs, blocks, texts)}"
+    directory = runtime.work_dir / f"blocks-{_digest(settings, blocks, texts)}"
     directory.mkdir(parents=True, exist_ok=True)
     work = _Workers(runtime=runtime, on_ray_data=_is_large(blocks, config) or runtime.joined_cluster)
 
@@ -178,15 +178,14 @@ def _pieces(block: _Block, answer: Mapping[str, Any]) -> list[_Block]:
     ]
 
 
-def _digest(
-    settings: PrepareSettings, inputs: Mapping[str, Path], blocks: Sequence[_Block], texts: Sequence[str]
-) -> str:
-    """Of all that decides the blocks on disk: those of other settings or other files are not taken up."""
+def _digest(settings: PrepareSettings, blocks: Sequence[_Block], texts: Sequence[str]) -> str:
+    """Of all that decides the filtered blocks: those of other settings or other files are not taken up. (The
+    tokenizer is in the record of every encoded block.)
+    """
     files = {path: path.stat() for path in {block.split.path: None for block in blocks} if path.exists()}
     parts = [
         repr([(name, metadata.version(name)) for name in DECIDING_PACKAGES]),
-        settings.model_dump_json(),
-        repr(sorted(inputs.items())),
+        settings.model_dump_json(exclude={"prepare": {"tokenizer", "ray_data_mb"}}),
         repr(blocks),
         repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files.items()]),
         repr(texts),

@@ -443,6 +443,18 @@ def test_a_stopped_run_ends_between_two_blocks_and_goes_on_to_the_same_bytes(tmp
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_another_tokenizer_takes_up_the_filtered_blocks(tmp_path, runtime, tied_model_dir):
+    path = corpus(tmp_path / "a.csv", varied())
+    others = settings(path, block_mb=0.002, tokenizer=tied_model_dir, ray_data_mb=7)
+    prepare.run(others, {}, tmp_path / "fresh", runtime_in(tmp_path / "undisturbed", "prepare"))
+    prepare.run(settings(path, block_mb=0.002), {}, tmp_path / "trained", runtime)
+    before = {record: record.stat().st_mtime_ns for record in blocks_of(runtime)}
+    prepare.run(others, {}, tmp_path / "given", runtime)
+    assert digests(tmp_path / "given") == digests(tmp_path / "fresh")
+    assert {record: record.stat().st_mtime_ns for record in blocks_of(runtime)} == before
+    assert len(list(runtime.work_dir.glob("blocks-*"))) == 1
+
+
 def test_a_directory_of_a_tokenizer_is_taken(tmp_path, runtime, tied_model_dir):
     path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
     prepare.run(settings(path, tokenizer=tied_model_dir), {}, tmp_path / "out", runtime)
