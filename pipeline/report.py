@@ -330,8 +330,22 @@ def _data(stages: Sequence[_Stage]) -> Html | None:
                 if _as_number(value) is not None
             ]
             if rows:
-                return join(_filter_steps(statistics), table(["prepare", ""], rows, class_="numbers"))
+                numbers = table(["prepare", ""], rows, class_="numbers")
+                return join(_filter_steps(statistics), _sources(statistics), numbers)
     return None
+
+
+def _sources(statistics: Mapping[str, Any]) -> Html:
+    """What became of each source of prepare, in documents and characters."""
+    sources = [_mapping(source) for source in _sequence(statistics.get("sources"))]
+    if not sources:
+        return join()
+    columns = ("documents", "documents_kept", "chars_kept", "documents_train", "chars_train")
+    rows = [
+        [f"prepare.data.{number(source.get('source'))}", *(number(source.get(key)) for key in columns)]
+        for source in sources
+    ]
+    return table(["source", *(key.replace("_", " ") for key in columns)], rows, class_="numbers")
 
 
 def _filter_steps(statistics: Mapping[str, Any]) -> Html:

@@ -1,6 +1,7 @@
 """prepare: documents in; tokenizer, packed token shards and statistics out.
 
     split -> filter (block by block) -> select (all) -> tokenizer -> encode (block by block) -> pack -> shards
+      files that cannot be split -> read into pieces: blocks like the others
 
 Everything is a function of the documents' contents and the settings: the same input gives the same bytes,
 whatever the size and number of blocks and whoever works on them - this process, or Ray Data's workers. A
@@ -10,7 +11,7 @@ does not own the formats (readers), the work on a block (corpus) or the layout o
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -36,9 +37,11 @@ from stages.data.corpus import (
     select,
     tokenizer_sample,
 )
+from stages.data.decontamination import num_too_short
 from stages.data.durable import file_digest
-from stages.data.files import FileSplit
+from stages.data.files import FileSplit, whole
 from stages.data.languages import check_languages
+from stages.data.pieces import piece_source, read_pieces
 from stages.data.readers import NO_ROWS, Counts, check_counts, read_source, splits_of
 from stages.data.records import Prompt
 from stages.data.shards import ShardCounts, token_dtype, write_shards
@@ -46,7 +49,7 @@ from stages.data.vocabulary import given_tokenizer, tokenizer_for
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 DECIDING_PACKAGES = ("numpy", "py3langid", "pyarrow", "rensa", "rlhf-pipeline", "tokenizers")
 """Blocks of other versions of these are not taken up."""
@@ -67,11 +70,12 @@ def run(
     chat = given_tokenizer(inputs.get("model", config.tokenizer), config, template)  # now: it may be unusable
     blocks = _blocks(config)
     texts = evaluation_texts(settings.evaluation_prompts)
-    directory = runtime.work_dir / f"blocks-{_digest(settings, inputs, blocks, texts)}"
+    directory = runtime.work_dir / f"blocks-{_digest(settings, blocks, texts)}"
     directory.mkdir(parents=True, exist_ok=True)
     work = _Workers(runtime=runtime, on_ray_data=_is_large(blocks, config) or runtime.joined_cluster)
 
     # 1. Every document by itself: normal form, length, language, quality, overlap with evaluation prompts.
+    blocks = _with_pieces(blocks, directory, config, work)
     given = {"directory": directory, "config": config, "blocks": blocks, "evaluation_texts": texts}
     reports = [BlockReport.from_json(row["report"]) for row in work.map(_FilterWorker, given, len(blocks))]
     counts = _counts(blocks, reports, config)
@@ -119,8 +123,13 @@ def run(
         )
 
     # 5. Statistics.
-    metrics = _metrics(reports, counts, selection, corpus, shards, chat)
-    statistics = {**metrics, "steps": _steps(reports, selection)}
+    metrics = {
+        **_metrics(reports, counts, selection, corpus, shards, chat),
+        "evaluation_texts": len(texts),
+        "evaluation_texts_too_short": num_too_short(texts, config.decontaminate_ngram),
+    }
+    sources = _sources(blocks, reports, selection, corpus)
+    statistics = {**metrics, "sources": sources, "steps": _steps(reports, selection)}
     text = json.dumps(statistics, indent=1, ensure_ascii=False)
     (out_dir / "statistics.json").write_text(text + "\n", encoding="utf-8")
     return {name: float(value) for name, value in metrics.items()}
@@ -132,6 +141,7 @@ class _Block:
 
     source: int  # index in prepare.data
     split: FileSplit
+    counts: Counts | None = None  # of the rows that a piece stands for; None: it is no piece
 
 
 def _blocks(config: PrepareConfig) -> list[_Block]:
@@ -145,14 +155,36 @@ def _blocks(config: PrepareConfig) -> list[_Block]:
     ]
 
 
-def _digest(
-    settings: PrepareSettings, inputs: Mapping[str, Path], blocks: Sequence[_Block], texts: Sequence[str]
-) -> str:
-    """Of all that decides the blocks on disk but the bytes they are made from: those are in their records."""
+def _with_pieces(
+    blocks: Sequence[_Block], directory: Path, config: PrepareConfig, work: "_Workers"
+) -> list[_Block]:
+    """The blocks, and in place of each file that cannot be cut its pieces."""
+    uncut = [block for block in blocks if block.split.end is None]
+    given = {"directory": directory, "config": config, "blocks": uncut, "runtime": work.runtime}
+    answers = iter([*work.map(_ReadWorker, given, len(uncut), has_deadline=False)] if uncut else [])
+    parts: list[_Block] = []
+    for block in blocks:
+        parts += [block] if block.split.end is not None else _pieces(block, next(answers))
+    return parts
+
+
+def _pieces(block: _Block, answer: Mapping[str, Any]) -> list[_Block]:
+    """The pieces of a file as blocks; its rows are counted with the first."""
+    splits = [whole(Path(path)) for path in answer["pieces"]]
+    counts = [Counts(**answer["counts"]), *[NO_ROWS] * (len(splits) - 1)]
+    return [
+        _Block(source=block.source, split=split, counts=own)
+        for split, own in zip(splits, counts, strict=True)
+    ]
+
+
+def _digest(settings: PrepareSettings, blocks: Sequence[_Block], texts: Sequence[str]) -> str:
+    """Of all that decides the filtered blocks but the bytes they are made from: those are in their records,
+    as the tokenizer is in those of encoded blocks.
+    """
     parts = [
         repr([(name, metadata.version(name)) for name in DECIDING_PACKAGES]),
-        settings.model_dump_json(),
-        repr(sorted(inputs.items())),
+        settings.model_dump_json(exclude={"prepare": {"tokenizer", "ray_data_mb"}}),
         repr(blocks),
         repr(texts),
     ]
@@ -177,6 +209,29 @@ def evaluation_texts(sources: Sequence[DataSource]) -> list[str]:
     return texts
 
 
+class _ReadWorker:
+    """Reads files that cannot be cut, by their number, into pieces."""
+
+    def __init__(
+        self, directory: Path, config: PrepareConfig, blocks: Sequence[_Block], runtime: Runtime
+    ) -> None:
+        self._directory, self._config, self._blocks = directory, config, blocks
+        self._between = partial(_unless_stopped, runtime)
+
+    def __call__(self, row: Mapping[str, int]) -> dict[str, Any]:
+        block = self._blocks[row["number"]]
+        pieces = read_pieces(
+            self._directory,
+            row["number"],
+            block.split,
+            self._config.data[block.source],
+            int(self._config.block_mb * 1e6),
+            self._between,
+        )
+        paths = [str(self._directory / name) for name in pieces.names]
+        return {"pieces": paths, "counts": asdict(pieces.counts)}
+
+
 class _FilterWorker:
     """Filters blocks by their number; one in every process that takes part."""
 
@@ -193,9 +248,10 @@ class _FilterWorker:
     def __call__(self, row: Mapping[str, int]) -> dict[str, Any]:
         number = row["number"]
         block = self._blocks[number]
-        source = self._config.data[block.source]
+        source = self._config.data[block.source] if block.counts is None else piece_source(block.split.path)
         report = filter_block(self._directory, number, block.split, source, self._config, self._keeps)
-        return {"report": report.to_json()}
+        counts = report.counts if block.counts is None else block.counts
+        return {"report": replace(report, counts=counts).to_json()}
 
 
 class _EncodeWorker:
@@ -222,22 +278,36 @@ class _Workers:
     runtime: Runtime
     on_ray_data: bool
 
-    def map(self, work: Callable[..., Any], given: Mapping[str, Any], num: int) -> Iterator[dict[str, Any]]:
-        """`work(**given)({"number": n})` for n below `num`, in order. Raises DataError, Interrupted."""
+    def map(
+        self, work: Callable[..., Any], given: Mapping[str, Any], num: int, *, has_deadline: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """`work(**given)({"number": n})` for n below `num`, in order. Raises DataError, Interrupted.
+
+        `has_deadline`: on Ray Data some answer must come within every `collective_timeout_s`.
+        """
         numbers = [{"number": number} for number in range(num)]
         spread = self.on_ray_data or self.runtime.resources.num_workers > 1
         if spread and self.runtime.executor == "ray":
-            answers = _on_ray_data(work, given, numbers, self.runtime)
+            answers = _on_ray_data(work, given, numbers, self.runtime, has_deadline=has_deadline)
         else:
             answers = map(work(**given), numbers)
         for answer in answers:
             yield answer
-            if self.runtime.stop_requested():
-                raise Interrupted(f"prepare: stopped between two blocks, state saved; {GO_ON}")
+            _unless_stopped(self.runtime)
+
+
+def _unless_stopped(runtime: Runtime) -> None:
+    if runtime.stop_requested():
+        raise Interrupted(f"prepare: stopped between two blocks, state saved; {GO_ON}")
 
 
 def _on_ray_data(
-    work: Callable[..., Any], given: Mapping[str, Any], numbers: list[dict[str, int]], runtime: Runtime
+    work: Callable[..., Any],
+    given: Mapping[str, Any],
+    numbers: list[dict[str, int]],
+    runtime: Runtime,
+    *,
+    has_deadline: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """The same through Ray Data: one process per CPU, or `resources.prepare.num_workers` of them."""
     import ray
@@ -256,7 +326,7 @@ def _on_ray_data(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True
-    context.execution_no_progress_timeout_s = runtime.collective_timeout_s
+    context.execution_no_progress_timeout_s = runtime.collective_timeout_s if has_deadline else -1
     rows = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map(
         _AsText,  # type: ignore[arg-type]  # a class: one instance per worker
         fn_constructor_kwargs={"work": work, "given": dict(given)},
@@ -269,12 +339,12 @@ def _on_ray_data(
     try:
         for row in rows.iter_rows():
             if row["problem"]:
-                raise DataError(row["problem"])
+                raise (Interrupted if row["is_stop"] else DataError)(row["problem"])
             yield json.loads(row["answer"])
     except ray.data.exceptions.ExecutionTimeoutError as error:
         raise EnvironmentProblem(
-            f"prepare: no block was finished within {runtime.collective_timeout_s:g} s; cut the input into "
-            f"more files, or raise resources.collective_timeout_s, then {GO_ON}"
+            f"prepare: no block was finished within {runtime.collective_timeout_s:g} s; set a smaller "
+            f"prepare.block_mb, or raise resources.collective_timeout_s, then {GO_ON}"
         ) from error
     except ray.exceptions.RayTaskError as error:
         raise_expected(error)
@@ -284,18 +354,18 @@ def _nothing() -> None: ...
 
 
 class _AsText:
-    """A worker whose answers, and what is wrong with its data, travel as text: Ray Data would make columns
-    of the former, and adds lines of its own to the latter.
+    """A worker whose answers, and what ends it (bad data, a stop), travel as text: Ray Data would make
+    columns of the former, and adds lines of its own to the latter.
     """
 
     def __init__(self, work: Callable[..., Any], given: Mapping[str, Any]) -> None:
         self._work = work(**given)
 
-    def __call__(self, row: Mapping[str, int]) -> dict[str, str]:
+    def __call__(self, row: Mapping[str, int]) -> dict[str, str | bool]:
         try:
-            return {"answer": json.dumps(self._work(row)), "problem": ""}
-        except DataError as error:
-            return {"answer": "", "problem": str(error)}
+            return {"answer": json.dumps(self._work(row)), "problem": "", "is_stop": False}
+        except (DataError, Interrupted) as error:
+            return {"answer": "", "problem": str(error), "is_stop": isinstance(error, Interrupted)}
 
 
 def _counts(blocks: Sequence[_Block], reports: Sequence[BlockReport], config: PrepareConfig) -> Counts:
@@ -329,6 +399,30 @@ def _steps(reports: Sequence[BlockReport], selection: Selection) -> list[dict[st
             {"step": step, "kept": left, "dropped": dropped.total, "rules": rules, "examples": examples}
         )
     return steps
+
+
+def _sources(
+    blocks: Sequence[_Block], reports: Sequence[BlockReport], selection: Selection, corpus: Corpus
+) -> list[dict[str, int]]:
+    """Per source, by its index in prepare.data: the documents read, those that no step dropped, and what the
+    training text takes of them, as often as it does.
+    """
+    sources = []
+    for source in sorted({block.source for block in blocks}):
+        is_own = corpus.source_of == source
+        kept, train = is_own & selection.is_kept, selection.train[is_own[selection.train]]
+        numbered = zip(blocks, reports, strict=True)
+        sources.append(
+            {
+                "source": source,
+                "documents": sum(one.num_documents for block, one in numbered if block.source == source),
+                "documents_kept": int(kept.sum()),
+                "chars_kept": int(corpus.chars[kept].sum()),
+                "documents_train": len(train),
+                "chars_train": int(corpus.chars[train].sum()),
+            }
+        )
+    return sources
 
 
 def _metrics(

@@ -1,6 +1,7 @@
 """prepare: documents in; tokenizer, shards and statistics out, byte for byte the same each time."""
 
 import errno
+import gzip
 import json
 import os
 import sys
@@ -10,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import ray
 from blake3 import blake3
@@ -46,18 +49,48 @@ def runtime(tmp_path: Path) -> Runtime:
 
 
 def corpus(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    """The texts in a file of the kind that its name says."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+        return path
+    cells = ["text", *('"{}"'.format(text.replace('"', '""')) for text in texts)]
+    match path.name.split(".")[1]:
+        case "jsonl":
+            data = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        case "json":
+            data = json.dumps([{"text": text} for text in texts])
+        case "csv":
+            data = "\n".join(cells)
+        case "tsv":
+            data = "\n".join(["text", *texts])
+        case "txt":
+            data = "\n\n".join(texts)
+    path.write_bytes(compressed(data.encode(), path.suffix))
     return path
 
 
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".zst":
+        return pyarrow.Codec("zstd").compress(data, asbytes=True)
+    return gzip.compress(data) if suffix == ".gz" else data
+
+
+def blocks_of(runtime: Runtime) -> list[Path]:
+    """Records of the blocks that a run left, of the one with most of them."""
+    found = [list(directory.glob("*.filtered.json")) for directory in runtime.work_dir.glob("blocks-*")]
+    return max(found, key=len)
+
+
 def settings(
-    *paths: Path,
+    *paths: Path | DataSource,
     weight: float = 1.0,
     model: dict[str, Any] | None = None,
     evaluation: tuple[Path, ...] = (),
     **config: Any,
 ) -> PrepareSettings:
-    sources = [DataSource(path=str(path), weight=weight) for path in paths]
+    sources = [
+        path if isinstance(path, DataSource) else DataSource(path=str(path), weight=weight) for path in paths
+    ]
     config = {"vocab_size": 320, "heldout_frac": 0.1, "shard_tokens": 1024, **config}
     return PrepareSettings(
         seed=0,
@@ -192,6 +225,34 @@ def test_weights_repeat_training_documents_only(tmp_path, runtime):
     )
 
 
+def test_statistics_say_what_each_source_gives_to_the_mixture(tmp_path, runtime):
+    first = corpus(tmp_path / "a.jsonl", DOCUMENTS)
+    second = corpus(tmp_path / "b.csv", [*DOCUMENTS[:9], "New."])
+    unused = DataSource(path=str(corpus(tmp_path / "c.jsonl", ["no"])), weight=0)
+    often = DataSource(path=str(second), weight=3)
+    metrics = prepare.run(settings(first, unused, often), {}, tmp_path / "out", runtime)
+    one, other = statistics(tmp_path / "out")["sources"]
+    num = len(DOCUMENTS)
+    assert (one["source"], one["documents"], one["documents_kept"]) == (0, num, num)
+    assert one["chars_kept"] == sum(map(len, DOCUMENTS))
+    assert one["documents_train"] == num - metrics["documents_heldout"]
+    assert other == {
+        "source": 2,
+        "documents": 10,
+        "documents_kept": 1,
+        "chars_kept": 4,
+        "documents_train": 3,
+        "chars_train": 12,
+    }
+    assert one["chars_train"] + other["chars_train"] == metrics["chars_train"]
+
+
+def test_evaluation_texts_that_are_too_short_to_be_looked_for_are_counted(tmp_path, runtime):
+    path, question = corpus(tmp_path / "a.jsonl", DOCUMENTS), evaluation(tmp_path / "e.jsonl")
+    metrics = prepare.run(settings(path, evaluation=(question,)), {}, tmp_path / "out", runtime)
+    assert (metrics["evaluation_texts"], metrics["evaluation_texts_too_short"]) == (2, 1)  # the answer
+
+
 def test_a_given_models_tokenizer_is_taken_with_its_template(tmp_path, runtime, tied_model_dir):
     path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
     metrics = prepare.run(settings(path), {"model": tied_model_dir}, tmp_path / "out", runtime)
@@ -311,17 +372,53 @@ def test_every_step_counts_what_it_drops_and_shows_some_of_it(tmp_path, runtime)
 def test_the_bytes_depend_on_neither_the_size_of_blocks_nor_the_number_of_workers(
     tmp_path, start_ray, monkeypatch
 ):
-    path = corpus(tmp_path / "a.jsonl", varied())
+    texts = varied()
+    parts = {"a.jsonl": texts[:90], "b.csv": texts[90:180], "c.jsonl.gz": texts[180:]}
+    paths = [corpus(tmp_path / name, part) for name, part in parts.items()]
     given = {"evaluation": (evaluation(tmp_path / "e.jsonl"),), **EVERY_STEP}
     inline = runtime_in(tmp_path / "inline", "prepare")
-    prepare.run(settings(path, **given), {}, tmp_path / "whole", inline)
+    prepare.run(settings(*paths, **given), {}, tmp_path / "whole", inline)
     whole = digests(tmp_path / "whole")
-    prepare.run(settings(path, block_mb=0.002, **given), {}, tmp_path / "small", inline)
+    prepare.run(settings(*paths, block_mb=0.002, **given), {}, tmp_path / "small", inline)
     assert digests(tmp_path / "small") == whole
     start_ray()
     spread = runtime_in(tmp_path / "ray", "prepare", num_workers=2)
-    prepare.run(settings(path, block_mb=0.002, **given), {}, tmp_path / "spread", spread)
+    prepare.run(settings(*paths, block_mb=0.002, **given), {}, tmp_path / "spread", spread)
     assert digests(tmp_path / "spread") == whole
+    assert all(len(blocks_of(runtime)) > 3 * len(paths) for runtime in (inline, spread))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.csv", "a.tsv", "a.txt", "a.json", "a.jsonl.gz", "a.csv.zst", "a.parquet"]
+)
+def test_every_kind_of_file_is_worked_on_in_blocks_and_gives_the_same_bytes(tmp_path, runtime, name):
+    prepare.run(settings(corpus(tmp_path / "plain.jsonl", DOCUMENTS)), {}, tmp_path / "plain", runtime)
+    path = corpus(tmp_path / name, DOCUMENTS)
+    undisturbed = runtime_in(tmp_path / "other", "prepare")
+    prepare.run(settings(path, block_mb=0.001), {}, tmp_path / "out", undisturbed)
+    assert digests(tmp_path / "out") == digests(tmp_path / "plain")
+    assert len(blocks_of(undisturbed)) > 10
+
+
+def test_bad_rows_of_a_file_that_cannot_be_cut_are_counted_once_and_named_by_its_lines(tmp_path, runtime):
+    path = corpus(tmp_path / "a.csv", DOCUMENTS)
+    path.write_text(path.read_text() + "\ntoo,many\n")
+    with pytest.raises(DataError, match=r"a\.csv:258: expected 1 cells, got 2"):
+        prepare.run(settings(path, block_mb=0.001), {}, tmp_path / "out", runtime)
+    source = DataSource(path=str(path), on_bad_row="skip")
+    metrics = prepare.run(settings(source, block_mb=0.001), {}, tmp_path / "out", runtime)
+    assert (metrics["rows_skipped"], metrics["documents"]) == (1, len(DOCUMENTS))
+    assert len(blocks_of(runtime)) > 10
+
+
+def test_ray_datas_workers_stop_while_they_read_a_file_that_cannot_be_cut(tmp_path, start_ray):
+    path = corpus(tmp_path / "a.jsonl.gz", DOCUMENTS)
+    start_ray()
+    runtime = runtime_in(tmp_path / "ray", "prepare", num_workers=2)
+    runtime.stop_file.touch()
+    with pytest.raises(Interrupted, match="run the same command to go on"):
+        prepare.run(settings(path, block_mb=0.002), {}, tmp_path / "out", runtime)
+    assert not list(runtime.work_dir.rglob("*.read.json"))
 
 
 def test_ray_datas_workers_report_bad_data_as_one_line(tmp_path, start_ray):
@@ -379,8 +476,9 @@ def test_what_stops_ray_datas_workers_is_the_machines_fault_and_ends_the_stage(
         time.sleep(0.1)
 
 
-def test_a_stopped_run_ends_between_two_blocks_and_goes_on_to_the_same_bytes(tmp_path, runtime):
-    path = corpus(tmp_path / "a.jsonl", varied())
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz"])
+def test_a_stopped_run_ends_between_two_blocks_and_goes_on_to_the_same_bytes(tmp_path, runtime, name):
+    path = corpus(tmp_path / name, varied())
     chosen = settings(path, block_mb=0.002, **EVERY_STEP)
     prepare.run(chosen, {}, tmp_path / "whole", runtime_in(tmp_path / "undisturbed", "prepare"))
     runtime.stop_file.touch()
@@ -423,6 +521,18 @@ def test_a_block_of_what_a_file_held_for_a_while_is_made_again(tmp_path, runtime
     runtime.stop_file.unlink()
     prepare.run(chosen, {}, tmp_path / "out", runtime)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_another_tokenizer_takes_up_the_filtered_blocks(tmp_path, runtime, tied_model_dir):
+    path = corpus(tmp_path / "a.csv", varied())
+    others = settings(path, block_mb=0.002, tokenizer=tied_model_dir, ray_data_mb=7)
+    prepare.run(others, {}, tmp_path / "fresh", runtime_in(tmp_path / "undisturbed", "prepare"))
+    prepare.run(settings(path, block_mb=0.002), {}, tmp_path / "trained", runtime)
+    before = {record: record.stat().st_mtime_ns for record in blocks_of(runtime)}
+    prepare.run(others, {}, tmp_path / "given", runtime)
+    assert digests(tmp_path / "given") == digests(tmp_path / "fresh")
+    assert {record: record.stat().st_mtime_ns for record in blocks_of(runtime)} == before
+    assert len(list(runtime.work_dir.glob("blocks-*"))) == 1
 
 
 def test_a_directory_of_a_tokenizer_is_taken(tmp_path, runtime, tied_model_dir):

@@ -11,7 +11,6 @@ that sees all documents, with some 200 bytes for each. Owns: files and order of 
 rules (languages, quality, near_duplicates, decontamination), rows (readers), layout of the result (shards).
 """
 
-import json
 import math
 import os
 import unicodedata
@@ -29,7 +28,7 @@ from stages.config import DataSource, PrepareConfig
 from stages.data import near_duplicates
 from stages.data.batches import repeats, stage_seed
 from stages.data.decontamination import Contamination
-from stages.data.durable import file_digest, sync, write_whole
+from stages.data.durable import whole_record, write_record
 from stages.data.files import FileSplit, shown
 from stages.data.languages import identify
 from stages.data.quality import judge
@@ -119,8 +118,10 @@ class BlockReport:
 
 def normalise(text: str, unicode_form: str | None) -> str:
     """Line ends to `\\n`, the Unicode normal form, no white space around the document."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-    return text if unicode_form is None else unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if unicode_form is not None:  # first: NFKC makes spaces of other signs
+        text = unicodedata.normalize(unicode_form, text)  # type: ignore[arg-type]
+    return text.strip()
 
 
 class Filter:
@@ -137,19 +138,22 @@ class Filter:
 
         A step gives for each text (the text it leaves or shows, the rule it breaks or None).
         """
-        kept = [normalise(text, self._config.unicode_form) for text in texts]
+        kept = [(at, normalise(text, self._config.unicode_form)) for at, text in enumerate(texts)]
+        left_out: list[tuple[int, str, str, str]] = []
         for step, broken_rules in (
             ("length", self._lengths),
             ("language", self._languages),
             ("quality", self._quality),
+            ("length", self._lengths),  # c4 removes lines
             ("contamination", self._contaminated),
         ):
-            verdicts = broken_rules(kept)
-            for text, rule in verdicts:
-                if rule is not None:
-                    dropped[step].add(rule, text)
-            kept = [text for text, rule in verdicts if rule is None]
-        return kept
+            verdicts = broken_rules([text for _, text in kept])
+            judged = [(at, *verdict) for (at, _), verdict in zip(kept, verdicts, strict=True)]
+            left_out += [(at, step, rule, text) for at, text, rule in judged if rule is not None]
+            kept = [(at, text) for at, text, rule in judged if rule is None]
+        for _, step, rule, text in sorted(left_out):  # as the documents come, however they are batched
+            dropped[step].add(rule, text)
+        return [text for _, text in kept]
 
     def _lengths(self, texts: Sequence[str]) -> list[tuple[str, str | None]]:
         def rule(text: str) -> str | None:
@@ -206,7 +210,7 @@ def filter_block(
     Raises DataError.
     """
     record = directory / f"{number:06d}.filtered.json"
-    if (found := _whole(record)) is not None and found["split"] == split_digest(split, source):
+    if (found := whole_record(record)) is not None and found["split"] == split_digest(split, source):
         return BlockReport.from_json(found["report"])
     reader = read_split(source, split, "prepare")
     dropped = {step: Dropped() for step in STEPS}
@@ -241,7 +245,7 @@ def filter_block(
         dropped=dropped,
     )
     content = {"report": report.to_json(), "split": split_digest(split, source)}
-    _write_record(record, [text_file, arrays_file, bands_file], content)
+    write_record(record, [text_file, arrays_file, bands_file], content)
     return report
 
 
@@ -266,26 +270,6 @@ def _batches(items: Iterator[T], size: Callable[[T], int]) -> Iterator[list[T]]:
             batch, total = [], 0
     if batch:
         yield batch
-
-
-def _write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any]) -> None:
-    """The record of files that are whole: their digests and what is known of them."""
-    for file in files:
-        sync(file)
-    digests = {file.name: file_digest(file) for file in files}
-    write_whole(record, json.dumps({**content, "digests": digests}).encode())
-
-
-def _whole(record: Path) -> dict[str, Any] | None:
-    """The content of a record whose files are as they were written; else None."""
-    try:
-        content = json.loads(record.read_bytes())
-        whole = all(
-            file_digest(record.with_name(name)) == digest for name, digest in content["digests"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # never written, or damaged: it is made again
-        return None
-    return content if whole else None
 
 
 class Corpus:
@@ -393,8 +377,13 @@ class Selection:
 
     train: np.ndarray  # int64: documents in the order of the training text, repeated by weight
     heldout: np.ndarray  # int64: documents held out, in file order
-    num_kept: int  # documents that are no duplicate
+    is_kept: np.ndarray  # bool (D,): whether a document is no duplicate
     dropped: Mapping[str, Dropped]  # duplicate, near_duplicate
+
+    @property
+    def num_kept(self) -> int:
+        """Documents that are no duplicate."""
+        return int(self.is_kept.sum())
 
 
 def select(corpus: Corpus, config: PrepareConfig, seed: int) -> Selection:
@@ -417,7 +406,7 @@ def select(corpus: Corpus, config: PrepareConfig, seed: int) -> Selection:
     return Selection(
         train=_mixed(corpus, unique, is_heldout, config, seed),
         heldout=unique[is_heldout],
-        num_kept=len(unique),
+        is_kept=kept,
         dropped=dropped,
     )
 
@@ -541,7 +530,7 @@ def encode_block(
     same `tokenizer` (a digest), is taken.
     """
     record = corpus.directory / f"{block:06d}.encoded.json"
-    if (found := _whole(record)) is not None and found["tokenizer"] == tokenizer:
+    if (found := whole_record(record)) is not None and found["tokenizer"] == tokenizer:
         return
     lengths = np.zeros(len(wanted), np.int64)
     tokens_file = corpus.directory / f"{block:06d}.tokens"
@@ -553,7 +542,7 @@ def encode_block(
                 stream.write(ids.astype(dtype, copy=False).tobytes())
     lengths_file = corpus.directory / f"{block:06d}.lengths"
     lengths_file.write_bytes(lengths.tobytes())
-    _write_record(record, [tokens_file, lengths_file], {"tokenizer": tokenizer})
+    write_record(record, [tokens_file, lengths_file], {"tokenizer": tokenizer})
 
 
 def documents(corpus: Corpus, which: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:

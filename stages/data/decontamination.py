@@ -34,8 +34,6 @@ class Contamination:
         self._ngram = ngram
         words_of_texts = [normalised_words(text) for text in texts]
         long = [text for text, words in zip(texts, words_of_texts, strict=True) if len(words) >= ngram]
-        self.num_too_short = len(texts) - len(long)
-        """Texts with fewer words than a run: they are not looked for."""
         self._words = [word for words in words_of_texts if len(words) >= ngram for word in words]
         hashes_E, starts_E, _ = _runs(long, ngram)
         order = np.argsort(hashes_E, kind="stable")
@@ -82,6 +80,11 @@ class Contamination:
             if run == self._words[start : start + self._ngram]:
                 return " ".join(run)
         return None
+
+
+def num_too_short(texts: Sequence[str], ngram: int) -> int:
+    """How many of the texts have fewer words than a run: they are not looked for."""
+    return sum(len(normalised_words(text)) < ngram for text in texts)
 
 
 def _runs(

@@ -8,9 +8,11 @@ checkpoints, the rollout journal, artifacts and their records. Light import.
 
 import contextlib
 import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
@@ -28,6 +30,24 @@ def file_digest(path: Path, start: int = 0, end: int | None = None) -> str:
         while block := file.read(BLOCK_BYTES if end is None else min(BLOCK_BYTES, end - file.tell())):
             hasher.update(block)
     return hasher.hexdigest()
+
+
+def record_text(content: Mapping[str, Any]) -> str:
+    """Canonical JSON with a blake3 over the rest of itself: no other text is what `record_content` takes."""
+    text = json.dumps(content, sort_keys=True)
+    digest = blake3(text.encode()).hexdigest()
+    return json.dumps({**content, "blake3": digest}, sort_keys=True) + "\n"
+
+
+def record_content(text: str) -> dict[str, Any]:
+    """What `record_text` was given. Raises ValueError for a text that it did not write."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("not a record") from error
+    if not isinstance(content, dict) or content.pop("blake3", None) is None or record_text(content) != text:
+        raise ValueError("not a record")
+    return content
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -55,6 +75,26 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any]) -> None:
+    """The record of `files` beside it that are whole: their digests, and what is known of them. OSError."""
+    for file in files:
+        sync(file)
+    digests = {file.name: file_digest(file) for file in files}
+    write_whole(record, record_text({**content, "digests": digests}).encode())
+
+
+def whole_record(record: Path) -> dict[str, Any] | None:
+    """The content of a record that is, with its files, as `write_record` left it; else None."""
+    try:
+        content = record_content(record.read_text(encoding="utf-8"))
+        whole = all(
+            file_digest(record.with_name(name)) == digest for name, digest in content["digests"].items()
+        )
+    except (OSError, ValueError):  # never written, or damaged: it is made again
+        return None
+    return content if whole else None
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@
 
 Legend: D documents, W words of all of them end to end.
 
-A word is a run of letters and digits after NFKC and lower-casing; everything else (punctuation, symbols, the
-underscore, white space, line ends) only separates words. Ideographs and kana are written without spaces and
-stand alone. So "Don't stop!" and "don\u2019t  STOP" are the same words: don, t, stop.
+A word is a run of letters, digits and the marks on them (accents, vowel signs) after NFKC and lower-casing;
+everything else (punctuation, symbols, the underscore, white space, line ends) only separates words. Scripts
+that are written without spaces (ideographs, kana, Thai, Lao, Khmer, Myanmar) give a word for each letter with
+its marks. So "Don't stop!" and "don\u2019t  STOP" are the same words: don, t, stop.
 A hash depends on the words alone: not on the process, the block or the other documents.
 Does not own which words quality rules count (quality), nor what is done with equal hashes.
 """
@@ -17,12 +18,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain, groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and CJK ideographs
-_WORD = re.compile(rf"[^\W_{_UNSPACED}]+|[{_UNSPACED}]")
+
+def _marks() -> str:
+    """The combining marks of Unicode, which `\\w` leaves out, as ranges of a character class."""
+    codes = chain(range(0x300, 0x20000), range(0xE0100, 0xE01F0))
+    marks = (code for code in codes if unicodedata.category(chr(code)).startswith("M"))
+    runs = [[*run] for _, run in groupby(enumerate(marks), lambda numbered: numbered[1] - numbered[0])]
+    return "".join(f"{chr(run[0][1])}-{chr(run[-1][1])}" for run in runs)
+
+
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"  # Thai, Lao, Myanmar, Khmer
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and CJK ideographs
+)
+_LETTER, _MARK = rf"[^\W_{_UNSPACED}]", f"[{_marks()}]"
+_WORD = re.compile(  # what looks for ASCII saves most of the time: few words have marks
+    rf"{_LETTER}+(?:(?![\0-\x7f]){_MARK}+{_LETTER}*)*|(?=\w)[{_UNSPACED}]{_MARK}*"
+)
 _ASCII_SEPARATORS = {code: " " for code in range(128) if not chr(code).isalnum()}
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses no bits
 
@@ -39,7 +56,8 @@ def normalised_words(text: str) -> list[str]:
     """
     if text.isascii():  # the same words in a third of the time
         return text.lower().translate(_ASCII_SEPARATORS).split()
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    lowered = unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i")  # Turkish \u0130
+    return _WORD.findall(lowered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

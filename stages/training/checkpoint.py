@@ -30,14 +30,21 @@ from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
-from blake3 import blake3
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from rollout.errors import GO_ON, EnvironmentProblem
-from stages.data.durable import UNFINISHED, disk_line, disk_problems, file_digest, is_bad_sector, sync
+from stages.data.durable import (
+    UNFINISHED,
+    disk_line,
+    disk_problems,
+    file_digest,
+    is_bad_sector,
+    record_text,
+    sync,
+)
 from stages.training import ranks
 from stages.training.optimize import Optimizer
 
@@ -90,9 +97,7 @@ class Record:
 
     def text(self) -> str:
         """Canonical JSON with a digest over itself: the only text that `read` accepts."""
-        content = asdict(self)
-        digest = blake3(_canonical(content).encode()).hexdigest()
-        return _canonical(content | {"blake3": digest}) + "\n"
+        return record_text(asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -515,7 +520,3 @@ def _step_of(directory: Path) -> int:
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True)

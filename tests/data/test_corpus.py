@@ -10,7 +10,18 @@ import pytest
 from stages.config import DataSource, PrepareConfig
 from stages.data import corpus as corpora
 from stages.data.batches import content_share
-from stages.data.corpus import Corpus, Filter, documents, encode_block, filter_block, mixing_weights, select
+from stages.data.corpus import (
+    STEPS,
+    Corpus,
+    Dropped,
+    Filter,
+    documents,
+    encode_block,
+    filter_block,
+    mixing_weights,
+    normalise,
+    select,
+)
 from stages.data.readers import splits_of
 from stages.errors import DataError
 
@@ -66,6 +77,22 @@ def test_a_near_copy_is_dropped_and_counted(tmp_path):
     assert selection.dropped["near_duplicate"].examples[0][1].startswith("word0 word1")
 
 
+def test_white_space_that_the_normal_form_makes_is_no_part_of_a_document():
+    assert normalise("\u00a8 a text", "NFKC") == "\u0308 a text"
+
+
+def test_a_document_of_which_c4_leaves_too_little_is_too_short(tmp_path):
+    sentences = [f"This is sentence {number} of a longer page." for number in range(5)]
+    menu = ["home", "about us", "contact", "a longer entry of the menu, without a full stop"]
+    texts = ["short", "\n".join([*menu, *sentences]), "\n".join([*sentences, *sentences]), "small"]
+    config = PrepareConfig(data=[written(tmp_path / "a.jsonl", texts)], quality=["c4"], min_chars=250)
+    dropped = {step: Dropped() for step in STEPS}
+    assert Filter(config, ())(texts, dropped) == ["\n".join([*sentences, *sentences])]
+    assert dropped["length"].counts == {"too_short": 3} and dropped["quality"].total == 0
+    shown = [text for _, text in dropped["length"].examples]
+    assert shown == ["short", "\n".join(sentences)[:200], "small"], "in the order of the documents"
+
+
 def test_whole_blocks_are_taken_up_and_damaged_ones_made_again(tmp_path, monkeypatch):
     source = written(tmp_path / "a.jsonl", TEXTS)
     config = PrepareConfig(data=[source])
@@ -81,6 +108,35 @@ def test_whole_blocks_are_taken_up_and_damaged_ones_made_again(tmp_path, monkeyp
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"X")
     with pytest.raises(AssertionError, match="filtered again"):
         filter_block(tmp_path / "blocks", 0, splits[0], source, config, never)  # type: ignore[arg-type]
+
+
+RECORDS = {
+    "a changed number": lambda text: text.replace('"num_kept": 40', '"num_kept": 39'),
+    "a longer number": lambda text: text.replace('"num_kept": 40', '"num_kept": 400'),
+    "cut": lambda text: text[: len(text) // 2],
+    "no digest of itself": lambda text: json.dumps({**json.loads(text), "blake3": None}),
+    "no report": lambda text: '{"digests": {}}',
+    "digests in a list": lambda text: '{"digests": [], "report": {}}',
+    "a list": lambda text: "[]",
+    "null": lambda text: "null",
+    "deep": lambda text: "[" * 100_000,
+    "half a character": lambda text: "\udcff",
+}
+
+
+@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
+def test_a_block_whose_record_is_damaged_is_made_again(tmp_path, damage):
+    source = written(tmp_path / "a.jsonl", TEXTS)
+    config = PrepareConfig(data=[source])
+    (split,) = splits_of(source, 10**9)
+    keeps = Filter(config, ())
+    report = filter_block(tmp_path, 0, split, source, config, keeps)
+    record = tmp_path / "000000.filtered.json"
+    whole = record.read_text()
+    record.write_text(damage(whole), errors="surrogateescape")
+    assert record.read_bytes() != whole.encode()
+    assert filter_block(tmp_path, 0, split, source, config, keeps) == report
+    assert record.read_text() == whole
 
 
 def test_tokens_come_back_in_the_order_asked_for_and_only_of_wanted_documents(tmp_path):

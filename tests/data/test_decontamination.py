@@ -1,11 +1,13 @@
 """Decontamination: runs of words are found whatever stands between them, and nothing shorter is."""
 
 import random
+import sys
+import unicodedata
 
 import pytest
 
 from stages.data import words
-from stages.data.decontamination import Contamination
+from stages.data.decontamination import Contamination, num_too_short
 from stages.data.words import BLOCK_CHARS, blocks_of, hash_words, ngrams, normalised_words
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
@@ -26,6 +28,37 @@ def test_words_are_lower_case_without_punctuation_line_ends_or_typographic_varia
         "gpu",
     ]
     assert normalised_words("... \u2014 !") == []
+
+
+def test_marks_belong_to_the_word_they_stand_in():
+    hindi = "\u0939\u093f\u0928\u094d\u0926\u0940"  # Hindi, with vowel signs and a virama
+    arabic = "\u0643\u064e\u062a\u064e\u0628\u064e"  # kataba, vocalised
+    assert normalised_words(f"{hindi}, {arabic}!") == [hindi, arabic]
+    assert normalised_words("\u0130stanbul i\u0307") == ["istanbul", "i"]
+    assert normalised_words("x\u0301y \u0301") == ["x\u0301y"]
+    keys, dogs = "\u0915\u0940", "\u0915\u0941"  # one consonant with two vowel signs
+    assert Contamination([f"{keys} " * 13]).shared_run(f"{dogs} " * 13) is None
+
+
+def test_scripts_without_spaces_give_a_word_for_each_letter_with_its_marks():
+    thai = ["\u0e14\u0e35", "\u0e04", "\u0e23\u0e31", "\u0e1a"]
+    khmer = ["\u1781\u17d2", "\u1798\u17c2", "\u179a"]
+    assert normalised_words("".join(thai) + "!") == thai
+    assert normalised_words("".join(khmer) + " \u17d4") == khmer  # a full stop is no word
+    assert normalised_words("\u0eaa\u0eb0 \u1019\u103c\u1014\u103a") == [
+        "\u0eaa",
+        "\u0eb0",
+        "\u1019\u103c",
+        "\u1014\u103a",
+    ]
+
+
+def test_every_mark_of_unicode_continues_a_word():
+    characters = map(chr, range(sys.maxunicode + 1))
+    marks = [one for one in characters if unicodedata.category(one)[0] == "M"]
+    texts = [unicodedata.normalize("NFKC", f"a{mark}b") for mark in marks]
+    split = [text for text in texts if len(normalised_words(text)) > 1]
+    assert len(marks) > 2000 and [text for text in split if " " not in text] == []
 
 
 def test_a_character_beyond_ascii_changes_no_other_word():
@@ -80,9 +113,9 @@ def test_a_run_lies_within_one_text_and_one_document():
 
 
 def test_texts_with_too_few_words_are_counted_and_not_looked_for():
-    contamination = Contamination(["What is 2 + 2?", "", RUN, " ".join(RUN.split()[:12])])
-    assert contamination.num_too_short == 3
-    assert contamination.shared_runs(["What is 2 + 2?", "", RUN]) == [None, None, RUN]
+    texts = ["What is 2 + 2?", "", RUN, " ".join(RUN.split()[:12])]
+    assert num_too_short(texts, 13) == 3 and num_too_short(texts, 12) == 2
+    assert Contamination(texts).shared_runs(["What is 2 + 2?", "", RUN]) == [None, None, RUN]
 
 
 def test_nothing_to_look_for_finds_nothing():

@@ -44,6 +44,7 @@ SHOWN = (
     "abc123-dirty",
     "ran, 7.0 s",
     "+0.375",
+    "prepare.data.2",
 )
 READ = (
     "config.yaml",
@@ -96,7 +97,7 @@ def run_dir(tmp_path) -> Path:
     rows = [{"prompt": HOSTILE, "base": answer, "sft": answer, "ppo": answer}] * 20
     (run_dir / "evaluate/samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (run_dir / "prepare/statistics.json").write_text(
-        '{"documents": 12345, "dropped_examples": {"short": ["x"]}}'
+        '{"documents": 12345, "sources": [{"source": 2, "chars_kept": 77}, 5], "steps": [5]}'
     )
     config = "name: demo\nevaluate: {num_samples_shown: 3, base_prompt: '{prompt}<script>'}\n"
     (run_dir / "config.yaml").write_text(config)
