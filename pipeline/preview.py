@@ -53,7 +53,7 @@ def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer
         return None, "in characters, for the config names no model"
     if prepare.tokenizer is not None:
         return ChatTokenizer.load(prepare.tokenizer, template), f"in tokens of {prepare.tokenizer}"
-    texts = [text for source in prepare.data if source.weight > 0 for text in first_texts(source)]
+    texts = [text for source in prepare.data if source.weight > 0 for text in first_texts(source, prepare)]
     chat = tokenizer_for(texts, prepare, template)
     return chat, "in tokens like prepare's, trained on the start of its data"
 

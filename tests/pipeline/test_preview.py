@@ -8,6 +8,7 @@ import pytest
 from pipeline import cli
 from pipeline import config as configs
 from pipeline.preview import CONTEXT, MARKS, TRAINED, previews
+from stages.data.overview import first_texts
 from stages.errors import DataError
 
 CONFIG = """
@@ -78,6 +79,14 @@ def test_the_mask_has_colours(directory: Path):
     styled = {block.plain[span.start : span.end]: span.style for span in block.spans}
     assert styled[f"{OPENING}Ho<|im_end|>{CLOSING}"] == TRAINED
     assert all(style == CONTEXT for text, style in styled.items() if OPENING not in text)
+
+
+def test_the_tokenizer_is_trained_on_what_prepares_lengths_leave(directory: Path):
+    texts = ["\r\na cat ", "n\u0303", "x" * 50]
+    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = configs.load(Path("look.yaml"), ["prepare.min_chars=1", "prepare.max_chars=49"]).config.prepare
+    assert config is not None
+    assert first_texts(config.data[0], config) == ["a cat", "ñ"]
 
 
 def test_without_a_tokenizer_lengths_are_in_characters(directory: Path):
