@@ -5,6 +5,7 @@ import decimal
 import gzip
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,10 @@ def test_a_list_names_the_columns_of_a_file_without_header_line(tmp_path, name, 
     [
         ("a.csv", b'text\n"never closed\n', {}, "a.csv:2: quote opened and never closed"),
         ("a.csv", b'text,b\n"one\n",x\ny,"two\nmore\n', {}, "a.csv:4: quote opened and never closed"),
+        ("a.csv", b'text,b\n"one\ntwo","say ""hi""\n" now,x\n', {},
+         "a.csv:3: quote opened and never closed; the next one, in line 4, has text after it"),
+        ("a.csv", b'text,b,c\n"one\ntwo",5" disk,"open\nmore\n', {},
+         "a.csv:3: quote opened and never closed"),
         ("a.csv", b'text\n"a"b\n', {},
          'a.csv:2: text after a closing quote; a quote within a cell is written ""'),
         ("a.csv", b"text\na\rb\n", {}, 
@@ -158,6 +163,18 @@ def test_a_bad_csv_row_is_skipped_and_reading_goes_on_after_it(tmp_path):
 def test_an_unclosed_quote_is_never_skipped_for_it_swallows_the_rows_after_it(tmp_path):
     path = written(tmp_path / "a.csv", b'text\none\n"two\nthree\nfour\n')
     assert failure(path, on_bad_row="skip") == "a.csv:3: quote opened and never closed"
+    path = written(tmp_path / "a.csv", b'text,b\n"one,1\ntwo,2\n"three",3\nfour,4\n' + b"five,5\n" * 300)
+    assert failure(path, on_bad_row="skip") == (
+        "a.csv:2: quote opened and never closed; the next one, in line 4, has text after it"
+    )
+
+
+def test_an_unclosed_quote_ends_at_the_longest_cell_and_not_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.data.raw_rows.MAX_CELL_CHARS", 2000)
+    path = written(tmp_path / "a.csv", b'text,b\none,1\n"two,2\n' + b"three,3\n" * 300 + b"\xe9")
+    assert failure(path) == (
+        "a.csv:3: quote opened and never closed, or a cell of more than 2,000 characters"
+    )
 
 
 def test_a_nameless_first_column_as_pandas_writes_it_is_read(tmp_path):
@@ -299,6 +316,14 @@ def test_a_time_that_python_cannot_hold_is_a_bad_row(tmp_path):
     (_, sound), odd = rows(parquet(tmp_path / "a.parquet", text=["x", "y"], when=when))
     assert sound == {"text": "x", "when": "1970-01-01T00:00:00"}
     assert odd == (2, "when: a timestamp[us] that Python cannot hold")
+
+
+def test_of_a_map_with_a_key_twice_the_last_one_counts_and_nothing_is_printed(tmp_path):
+    entries = pyarrow.array([[("k", 1), ("k", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int32()))
+    path = parquet(tmp_path / "a.parquet", text=["x"], entries=entries)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rows(path) == [(1, {"text": "x", "entries": {"k": 2}})]
 
 
 def test_truncated_damaged_and_empty_parquet_files_are_told_apart(tmp_path):
