@@ -29,6 +29,8 @@ COMPRESSIONS = ("gz", "zst")
 MAX_SHOWN_CHARS = 2000
 """An error line longer than this (a column name of a megabyte) is shortened in the middle."""
 _READ_BYTES = 1 << 20
+_HALF_A_GZIP_MAGIC = r"(b'\x1f')"
+"""What gzip did not take for the beginning of a file when only the first byte of one is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +172,8 @@ def reading(path: Path) -> Iterator[None]:
     except EOFError as error:
         raise DataError(f"{shown(path)}: file ends early (truncated?)") from error
     except (gzip.BadGzipFile, zlib.error) as error:
+        if str(error).endswith(_HALF_A_GZIP_MAGIC):
+            raise DataError(f"{shown(path)}: file ends early (truncated?)") from error
         raise DataError(f"{shown(path)}: not a valid gzip file, or damaged") from error
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {one_line(error.strerror or str(error))}") from error
