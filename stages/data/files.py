@@ -68,9 +68,14 @@ def one_line(text: str | Path) -> str:
     plain = str(text)
     if len(plain) > MAX_SHOWN_CHARS:
         plain = f"{plain[: MAX_SHOWN_CHARS // 2]} … {plain[-MAX_SHOWN_CHARS // 2 :]}"
-    if plain.isprintable():
-        return plain
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in plain)
+    return printable(plain)
+
+
+def printable(text: str, but_also: str = "") -> str:
+    """`text` with the signs that do not print written as Python would, except those of `but_also`."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in but_also else ascii(sign)[1:-1] for sign in text)
 
 
 def shown(path: str | Path) -> str:

@@ -89,6 +89,18 @@ def test_the_tokenizer_is_trained_on_what_prepares_lengths_leave(directory: Path
     assert first_texts(config.data[0], config) == ["a cat", "ñ"]
 
 
+@pytest.mark.parametrize("overrides", [(), ("prepare=null",)])
+def test_what_would_steer_a_terminal_is_written_out(directory: Path, overrides: tuple[str, ...]):
+    emoji = "\U0001f469\u200d\U0001f467\ufe0f"
+    signs = {"\x1b[31m": "\\x1b[31m", "\x9b": "\\x9b", "\0": "\\x00", "\a": "\\x07", "\r": "\\r"}
+    signs |= {"\u202e": "\\u202e", "\u2066": "\\u2066", "\u2028": "\\u2028"}
+    row = {"question": f"a\tb\nc\u3000{emoji}" + "".join(signs), "answer": "Ho"}
+    (directory / "sft.jsonl").write_text(json.dumps(row) + "\n")
+    shown = blocks(*overrides)["sft.data.0"]
+    assert f"a\tb\nc\u3000{emoji}" + "".join(signs.values()) in shown
+    assert not set("".join(signs)) - set("[31m") & set(shown)
+
+
 def test_without_a_tokenizer_lengths_are_in_characters(directory: Path):
     shown = blocks("prepare=null")
     assert "characters, for the config names no model" in shown["lengths"]
