@@ -231,7 +231,8 @@ def _exit_code(argv: list[str]) -> int:
 
 
 def _complain(text: str, code: int) -> int:
-    print(short(" ".join(text.split()), MAX_LINE_CHARS), file=sys.stderr, flush=True)
+    lines = filter(None, map(str.strip, text.splitlines()))
+    print(short(" ".join(lines), MAX_LINE_CHARS), file=sys.stderr, flush=True)
     return code
 
 

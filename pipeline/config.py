@@ -28,6 +28,7 @@ from pipeline.yaml_source import KeyPath, Node, describe, dotted, parse_scalar, 
 from rollout.config import Section
 from stages.config import DataSource, ModelConfig, PrepareConfig, ScoreFunction
 from stages.data import hub
+from stages.data.files import files_matching
 from stages.errors import DataError
 
 UNION_BRANCHES = ("dict[str,str]", "list[str]")
@@ -172,14 +173,18 @@ class _StatedPath:
     stated: Node
     path: str  # absolute, or a hub id
     kind: PathKind
+    section: Section  # that it is a setting of
 
 
 def check_paths(loaded: LoadedConfig, sections: Collection[str] | None = None) -> None:
     """Raises DataError, one line, if a file that the config (or these sections of it) names is not there.
 
-    A dataset may be a file, a directory or a glob; what is in it is for the readers to check.
+    A dataset may be a file, a directory or a glob; what is in it is for the readers to check. One of weight 0
+    is not read.
     """
     for item in _stated_paths(loaded.config, loaded.tree):
+        if isinstance(item.section, DataSource) and item.section.weight == 0:
+            continue
         if (sections is None or item.key[0] in sections) and (problem := _path_problem(item)):
             raise DataError(f"{item.stated.origin.label}: {_indexed(item.key)}: {problem}")
 
@@ -195,11 +200,12 @@ def _path_problem(item: _StatedPath) -> str | None:
     if not os.path.isabs(os.path.expanduser(text)):
         stated += f" (in {short(str(item.stated.origin.directory), 200)})"
     if not os.path.exists(item.path):
-        if item.kind == "data" and hub.is_hub_id(item.path):
-            return None
-        if item.kind == "data" and glob.has_magic(item.path):
-            found = next(glob.iglob(item.path, recursive=True), None)
-            return None if found else f"no file matches: {stated}"
+        if isinstance(item.section, DataSource) and hub.is_hub_id(item.path):
+            is_likely_local = (item.stated.origin.directory / item.path).parent.is_dir()
+            unknown = _hub_problem(item.section) if is_likely_local else None
+            return unknown and f"{unknown}; there is no file or directory {stated} either"
+        if item.kind == "data" and glob.has_magic(text):
+            return None if files_matching(item.path) else f"no file matches: {stated}"
         if item.kind == "model":
             is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", item.path)
             return None if is_hub_id else f"no such directory: {stated}"
@@ -209,6 +215,15 @@ def _path_problem(item: _StatedPath) -> str | None:
     if item.kind == "file" and not os.path.isfile(item.path):
         return f"not a file: {stated}"
     return None if os.access(item.path, os.R_OK) else f"no permission to read: {stated}"
+
+
+def _hub_problem(source: DataSource) -> str | None:
+    """Why the hub does not say which commit is meant."""
+    try:
+        hub.hub_commit(source)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]:
@@ -231,13 +246,16 @@ def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]
                 continue
             stated = tree.nearest((*key, name))
             text = str(getattr(section, name))
-            path = str(stated.origin.directory / os.path.expanduser(text))
+            directory = stated.origin.directory
+            path = str(directory / os.path.expanduser(text))
+            if kind == "data" and glob.has_magic(text) and not os.path.exists(path):
+                path = str(Path(glob.escape(str(directory))) / os.path.expanduser(text))
             is_hub_id = (kind == "model" and not text.startswith((".", "/", "~"))) or (
                 kind == "data" and hub.is_hub_id(text)
             )
             if is_hub_id and not os.path.exists(path):
                 path = text
-            yield _StatedPath(key=(*key, name), stated=stated, path=path, kind=kind)
+            yield _StatedPath(key=(*key, name), stated=stated, path=path, kind=kind, section=section)
 
 
 def _sections(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Section]]:

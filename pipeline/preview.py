@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pipeline import dag
 from pipeline.experiment import ExperimentConfig
+from stages.data.files import one_line, printable
 
 if TYPE_CHECKING:
     from stages.data.chat import ChatTokenizer
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 TRAINED, CONTEXT = "bold green", "dim"
 MARKS = "\u27e6", "\u27e7"
 """Around what is trained, so that the mask is seen without colours too."""
+LAID_OUT = "\n\t\u00a0\u3000\u200c\u200d"
+"""Line ends, tabs, wide spaces and the joiners of emoji and scripts: they do not print, and do no harm."""
 
 
 def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]:
@@ -42,7 +45,7 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
             shown = overview(source, stage, found, chat, _limits(config, stage))
             lines = "".join(f"  {line}\n" for line in _figures(shown))
             example = (_marked(span.text, span.trained) for span in shown.example)
-            yield Text.assemble(f"\n{key}: {source.path}\n{lines}", *example)
+            yield Text.assemble(f"\n{key}: {one_line(source.path)}\n{lines}", *example)
 
 
 def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer | None, str]":
@@ -61,7 +64,7 @@ def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer
         return None, "in characters, for the config names no model"
     if prepare.tokenizer is not None:
         return ChatTokenizer.load(prepare.tokenizer, template), f"in tokens of {prepare.tokenizer}"
-    texts = [text for source in prepare.data if source.weight > 0 for text in first_texts(source)]
+    texts = [text for source in prepare.data if source.weight > 0 for text in first_texts(source, prepare)]
     chat = tokenizer_for(texts, prepare, template)
     return chat, "in tokens like prepare's, trained on the start of its data"
 
@@ -93,5 +96,7 @@ def _figures(found: "Overview") -> Iterator[str]:
 
 
 def _marked(text: str, trained: bool) -> Text:
+    """As a terminal may be given it: data may hold what moves the cursor, or turns the line round."""
     opening, closing = MARKS if trained else ("", "")
-    return Text(f"{opening}{text}{closing}", style=TRAINED if trained else CONTEXT)
+    shown = printable(text, but_also=LAID_OUT)
+    return Text(f"{opening}{shown}{closing}", style=TRAINED if trained else CONTEXT)

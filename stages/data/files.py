@@ -6,14 +6,17 @@ Owns names, kinds, compression, what the operating system and a decompressor com
 be cut. Does not own what is in a file (rows, json_rows) nor what a row means (schemas). Light import.
 """
 
+import fnmatch
 import glob
 import gzip
 import io
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -29,6 +32,8 @@ COMPRESSIONS = ("gz", "zst")
 MAX_SHOWN_CHARS = 2000
 """An error line longer than this (a column name of a megabyte) is shortened in the middle."""
 _READ_BYTES = 1 << 20
+_HALF_A_GZIP_MAGIC = r"(b'\x1f')"
+"""What gzip did not take for the beginning of a file when only the first byte of one is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +68,14 @@ def one_line(text: str | Path) -> str:
     plain = str(text)
     if len(plain) > MAX_SHOWN_CHARS:
         plain = f"{plain[: MAX_SHOWN_CHARS // 2]} … {plain[-MAX_SHOWN_CHARS // 2 :]}"
-    if plain.isprintable():
-        return plain
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in plain)
+    return printable(plain)
+
+
+def printable(text: str, but_also: str = "") -> str:
+    """`text` with the signs that do not print written as Python would, except those of `but_also`."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() or sign in but_also else ascii(sign)[1:-1] for sign in text)
 
 
 def shown(path: str | Path) -> str:
@@ -112,35 +122,90 @@ def files_of(path: str) -> list[Path]:
             return _files_in(place)
         if place.exists():
             return [_plain_file(place)]
-        found = [] if "\0" in path else sorted(glob.glob(path, recursive=True))
-        files = _once([Path(match) for match in found])
+        files = files_matching(path)
     if not files:
         raise DataError(f"no such file: {shown(path)}")
     return files
 
 
 def _files_in(directory: Path) -> list[Path]:
-    files = _once([file for file in sorted(_below(directory)) if has_data_suffix(file)])
+    below = sorted(place / name for place, names in _walk([directory]) for name in names)
+    files = _once([file for file in below if has_data_suffix(file)])
     if not files:
         raise DataError(f"{shown(directory)}: no {', '.join(KINDS)} file in this directory")
     return files
 
 
-def _below(directory: Path) -> Iterator[Path]:
-    """What is in the directory, links followed, each directory once, nothing hidden. Raises OSError."""
-    seen = {os.path.realpath(directory)}
-    for place, inner, names in os.walk(directory, followlinks=True, onerror=_refuse):
-        yield from (Path(place, name) for name in names if not name.startswith("."))
-        wanted = sorted(name for name in inner if not name.startswith("."))
-        inner.clear()
-        for name in wanted:
-            if (real := os.path.realpath(Path(place, name))) not in seen:
-                seen.add(real)
-                inner.append(name)  # to be walked
+def files_matching(pattern: str) -> list[Path]:
+    """The files that a glob leads to, sorted, each once: `*`, `?` and `[...]` as in the shell, `**` for any
+    directories between, or for all that is below. Raises DataError for a directory that cannot be read.
+    """
+    if "\0" in pattern or os.path.basename(pattern) in ("", "."):  # no name, or one of a directory
+        return []
+    path = Path(pattern)
+    places = [Path(path.anchor)]
+    parts = path.relative_to(path.anchor).parts
+    for at, part in enumerate(parts, start=1):
+        if part == "**":
+            walked = list(_walk(places))
+            places = [place for place, _ in walked]
+            if at == len(parts):
+                places = [place / name for place, names in walked for name in names]
+        elif glob.has_magic(part):
+            fits = re.compile(fnmatch.translate(part)).match
+            takes_hidden = part.startswith(".")
+            places = [
+                place / entry.name
+                for place in places
+                for entry in _entries(place)
+                if fits(entry.name) and (takes_hidden or not entry.name.startswith("."))
+            ]
+        else:
+            places = [place / part for place in places if _is_there(place / part)]
+    return _once(sorted(places, key=str))
 
 
-def _refuse(error: OSError) -> None:
-    raise error
+def _walk(tops: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Those directories and all below, each once, by its shortest path, with the names of the files in it;
+    links are followed, nothing hidden is seen. Raises DataError.
+    """
+    seen = set()
+    waiting = [(len(top.parts), top) for top in tops]
+    heapify(waiting)
+    while waiting:
+        depth, place = heappop(waiting)
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        names = []
+        for entry in _entries(place):
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry):
+                heappush(waiting, (depth + 1, place / entry.name))
+            else:
+                names.append(entry.name)
+        yield place, names
+
+
+def _is_there(place: Path) -> bool:
+    """Whether a file, directory or link of this name exists. Raises DataError where that is kept secret."""
+    try:
+        place.lstat()
+    except PermissionError as error:
+        raise DataError(f"{shown(place)}: cannot be read: {error.strerror}") from error
+    except OSError:
+        return False
+    return True
+
+
+def _entries(place: Path) -> list[os.DirEntry[str]]:
+    """What is in a directory; nothing is in what is none. Raises DataError."""
+    if not os.path.isdir(place):
+        return []
+    with reading(place), os.scandir(place) as entries:
+        return list(entries)
 
 
 def _once(paths: Sequence[Path]) -> list[Path]:
@@ -170,6 +235,8 @@ def reading(path: Path) -> Iterator[None]:
     except EOFError as error:
         raise DataError(f"{shown(path)}: file ends early (truncated?)") from error
     except (gzip.BadGzipFile, zlib.error) as error:
+        if str(error).endswith(_HALF_A_GZIP_MAGIC):
+            raise DataError(f"{shown(path)}: file ends early (truncated?)") from error
         raise DataError(f"{shown(path)}: not a valid gzip file, or damaged") from error
     except OSError as error:
         raise DataError(f"{shown(path)}: cannot be read: {one_line(error.strerror or str(error))}") from error

@@ -66,7 +66,6 @@ def _asked_commit(path: str, revision: str | None) -> str:
     except (RepositoryNotFoundError, HFValidationError):
         raise DataError(
             f"{path}: neither a local path nor a dataset of the hub (a private one needs a login)"
-            f"{_hint(path)}"
         ) from None
     except HfHubHTTPError as error:
         raise DataError(
@@ -81,13 +80,7 @@ def _asked_commit(path: str, revision: str | None) -> str:
 
 
 def _offline(path: str) -> DataError:
-    return DataError(f"cannot reach the hub for {path}: offline; give a local path{_hint(path)}")
-
-
-def _hint(path: str) -> str:
-    """For what looks like a local path that was mistyped: the directory it begins with is here."""
-    is_likely_local = Path(path).parent.is_dir()
-    return f" (there is no file or directory {path} here)" if is_likely_local else ""
+    return DataError(f"cannot reach the hub for {path}: offline; give a local path")
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:

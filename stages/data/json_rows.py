@@ -155,7 +155,7 @@ _JSON_WORDS = {
     "Extra data": "more text after the end of the object",
     "Invalid control character at": "control character inside text",
 }
-_JSON_STRING = re.compile(r'"(?:\\.|[^"\\])*"', re.DOTALL)
+_JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 def json_problem(error: Exception, text: str) -> str:

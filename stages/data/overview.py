@@ -108,9 +108,16 @@ def overview(
     )
 
 
-def first_texts(source: DataSource) -> list[str]:
-    """The first SAMPLE_CHARS characters of a source of documents."""
-    return [document.text for document in _sample(read_whole(source, "prepare"))]
+def first_texts(source: DataSource, config: PrepareConfig) -> list[str]:
+    """The first SAMPLE_CHARS characters of a source of documents, as prepare's first step leaves them."""
+    by_length = Filter(config.model_copy(update={"languages": [], "quality": []}), ())
+    dropped = {step: Dropped() for step in STEPS}
+    kept = (
+        Document(text=text)
+        for document in read_whole(source, "prepare")
+        for text in by_length([document.text], dropped)
+    )
+    return [document.text for document in _sample(kept)]
 
 
 def _sample(records: Iterator[Record]) -> list[Any]:

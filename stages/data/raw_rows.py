@@ -15,6 +15,8 @@ import base64
 import csv
 import datetime
 import decimal
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +31,11 @@ from stages.errors import DataError
 if TYPE_CHECKING:
     import pyarrow
 
-MAX_CELL_CHARS = 1 << 28
+MAX_CELL_CHARS = 32_000_000
 """A csv cell longer than this is taken for a quote that is never closed."""
+_AFTER_QUOTE = "expected after"
+"""In what the csv module says where a quote is followed by text."""
+_WHOLE_CELLS = re.compile(r'(?:(?:"[^"]*+(?:""[^"]*+)*+"|(?!")[^,]*+),)*+')
 BATCH_ROWS = 256
 """Rows of a parquet file or hub dataset held as Python values at once."""
 
@@ -194,14 +199,23 @@ class _CsvLines:
 
     def start_row(self) -> None:
         """The next line begins a row."""
-        self.row_line = self.quote_line = self.number + 1  # quote_line: where a quote still open was opened
+        self.row_line = self.number + 1
         self.problem: RawRow | None = None
-        self._in_quotes = False
+        self._row: list[str] = []
+
+    @property
+    def cell_line(self) -> int:
+        """Number of the line in which the cell begins that the csv module could not read."""
+        text = "".join(self._row)
+        whole_cells = _WHOLE_CELLS.match(text)
+        assert whole_cells is not None, "it matches no cell too"
+        return self.row_line + text.count("\n", 0, whole_cells.end())
 
     def __iter__(self) -> Iterator[str]:
         for data in self._lines:
             self.number += 1
-            yield self._text(data)
+            self._row.append(self._text(data))
+            yield self._row[-1]
         self.is_at_end = True
 
     def _text(self, data: bytes) -> str:
@@ -214,9 +228,6 @@ class _CsvLines:
         text = text.removeprefix("\ufeff") if self.number == 1 else text
         if "\0" in text:
             self.problem = self.problem or _with_nul(self.number, text)
-        if text.count('"') % 2:
-            self._in_quotes = not self._in_quotes
-            self.quote_line = self.number if self._in_quotes else self.row_line
         return text
 
 
@@ -231,8 +242,8 @@ def _csv_cells(lines: Iterable[bytes], path: Path) -> Iterator[RawRow | tuple[in
         except StopIteration:
             return
         except csv.Error as error:
-            if feed.is_at_end or "field limit" in str(error):  # where the next row starts is not known
-                raise DataError(f"{shown(path)}:{feed.quote_line}: quote opened and never closed") from None
+            if (problem := _open_quote(error, feed)) is not None:  # where the next row starts is not known
+                raise DataError(f"{shown(path)}:{feed.cell_line}: {problem}") from None
             yield feed.problem or RawRow(feed.number, None, _csv_problem(error))
             continue
         if feed.problem is not None:
@@ -241,8 +252,19 @@ def _csv_cells(lines: Iterable[bytes], path: Path) -> Iterator[RawRow | tuple[in
             yield feed.row_line, cells
 
 
+def _open_quote(error: csv.Error, feed: _CsvLines) -> str | None:
+    """What is wrong with the row, if it is that a quote was not closed where it should be."""
+    if feed.is_at_end:
+        return "quote opened and never closed"
+    if "field limit" in str(error):
+        return f"quote opened and never closed, or a cell of more than {MAX_CELL_CHARS:,} characters"
+    if _AFTER_QUOTE in str(error) and feed.cell_line < feed.number:
+        return f"quote opened and never closed; the next one, in line {feed.number}, has text after it"
+    return None
+
+
 def _csv_problem(error: csv.Error) -> str:
-    if "expected after" in str(error):
+    if _AFTER_QUOTE in str(error):
         return 'text after a closing quote; a quote within a cell is written ""'
     if "new-line character" in str(error):
         return "a carriage return that ends no line; convert the line ends to \\n"
@@ -316,9 +338,11 @@ def batch_rows(batch: "pyarrow.RecordBatch", first_row: int) -> Iterator[RawRow]
 
 
 def _plain_rows(batch: "pyarrow.RecordBatch") -> list[dict[str, Any]]:
-    rows = batch.to_pylist(maps_as_pydicts="lossy")
     if all(_is_plain(kind) for kind in batch.schema.types):
-        return rows
+        return batch.to_pylist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a map with a key twice: the last one counts
+        rows = batch.to_pylist(maps_as_pydicts="lossy")
     return [{name: plain(value) for name, value in row.items()} for row in rows]
 
 

@@ -7,7 +7,7 @@ Owns: how it is trained, and its size. Does not own: the special tokens and what
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from stages.config import PrepareConfig
@@ -33,6 +33,18 @@ def tokenizer_for(texts: Iterable[str], config: PrepareConfig, template: Path | 
     return ChatTokenizer(trained, template=CHATML if template is None else read_template(template))
 
 
+MAX_WORD_BYTES = 256
+"""Training takes time with the square of a word's length, so a longer one (a megabyte of one sign) is learned
+from in pieces; what is encoded is not cut.
+"""
+WORDS = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
+TRAINING_WORDS = pre_tokenizers.Sequence(
+    [WORDS, pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_WORD_BYTES}}}"), behavior="isolated")]
+)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, multiple: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text comes back as it was; digits stand alone; the special tokens have ids 0 to 3.
 
@@ -40,9 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, multiple: int) -> Pre
     reserved special tokens, so that tokenizer and output layer agree on every id.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = TRAINING_WORDS
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=rounded_up(vocab_size, multiple),
@@ -51,6 +61,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, multiple: int) -> Pre
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = WORDS
     size = tokenizer.get_vocab_size()
     reserved = rounded_up(size, multiple) - size
     tokenizer.add_special_tokens([f"<|reserved_{number}|>" for number in range(reserved)])

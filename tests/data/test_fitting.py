@@ -8,7 +8,7 @@ from stages.config import DataSource
 from stages.data.chat import CHATML, ChatTokenizer
 from stages.data.fitting import check_left, fit_conversation, fit_pair, fit_prompt, rules_applied
 from stages.data.records import Conversation, Message, Pair, Prompt
-from stages.data.vocabulary import rounded_up, train_tokenizer
+from stages.data.vocabulary import train_tokenizer
 from stages.errors import DataError
 
 
@@ -66,21 +66,6 @@ def test_rules_are_counted():
     prompts = [Prompt(messages=messages("q" * length), row={}) for length in (1, 2, 30, 40)]
     fitted = [fit_prompt(chat(), prompt, 25) for prompt in prompts]
     assert rules_applied(fitted) == {"no room left for a response": 2}
-
-
-def test_a_vocabulary_is_filled_up_to_its_multiple_with_reserved_tokens():
-    assert [rounded_up(n, 64) for n in (1, 64, 65)] == [64, 64, 128]
-    tokenizer = train_tokenizer(["a cat and a dog"], 512, 64)
-    reserved = [token for token in tokenizer.get_vocab() if token.startswith("<|reserved_")]
-    assert (
-        len(tokenizer) == 320
-        and reserved
-        and set(reserved) <= set(tokenizer.all_special_tokens) | set(reserved)
-    )
-    forged = ChatTokenizer(tokenizer, template=CHATML).text_ids("<|reserved_0|>")
-    assert tokenizer.convert_tokens_to_ids("<|reserved_0|>") not in forged, (
-        "text never becomes a special token"
-    )
 
 
 def test_a_source_of_which_all_is_left_out_is_named_beside_others():

@@ -84,12 +84,6 @@ def test_splits_are_read_at_the_commit_that_a_revision_means(tmp_path, hub):
     assert any(f"/resolve/{COMMIT}/train.jsonl" in request for request in hub.requests)
 
 
-def test_what_looks_like_a_mistyped_local_path_is_met_as_such(tmp_path):
-    hint = " (there is no file or directory tests/gone here)"
-    (line,) = read(tmp_path, {"path": "tests/gone"}, HF_HUB_OFFLINE="1")
-    assert line == f"cannot reach the hub for tests/gone: offline; give a local path{hint}"
-
-
 def test_a_new_commit_has_other_rows_and_another_digest(tmp_path, hub):
     (before,) = read(tmp_path, {"path": "org/name"}, HF_ENDPOINT=hub.url)
     hub.commit, hub.files = OTHER, {**FILES, "train.jsonl": b'{"text": "new"}\n'}

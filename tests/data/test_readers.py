@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,12 @@ def test_a_reader_reads_no_further_than_asked(tmp_path):
          "the text ones are read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "prepare",
          "a.jsonl.gz: file ends early (truncated?)"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:1], "prepare",
+         "a.jsonl.gz: file ends early (truncated?)"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n') + gzip.compress(b"")[:1], "prepare",
+         "a.jsonl.gz: file ends early (truncated?)"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n') + b"x", "prepare",
+         "a.jsonl.gz: not a valid gzip file, or damaged"),
         ("a.jsonl.gz", b'{"text": "x"}\n', "prepare", "a.jsonl.gz: not a valid gzip file, or damaged"),
     ],
     ids=lambda value: value if isinstance(value, str) and ":" in value else "",
@@ -366,6 +373,18 @@ def test_a_reader_reads_no_further_than_asked(tmp_path):
 def test_bad_input_is_named_by_file_line_field_and_fix(tmp_path, name, data, stage, line):
     (tmp_path / name).write_bytes(data)
     assert failure(tmp_path / name, stage) == line
+
+
+def test_a_broken_line_takes_a_few_times_its_size_in_memory(tmp_path):
+    line = b'{"text": "' + b"\\n" * 200_000 + b"x" * 200_000 + b'" "b": 1}\n'
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line)
+    tracemalloc.start()
+    try:
+        assert failure(path, "prepare") == "a.jsonl:1: not valid JSON: missing ',' or '}' (column 600013)"
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(line)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,10 +1,15 @@
 """Sources: every kind of file gives its rows with the line they start at, and every damaged one one line."""
 
+import ctypes
 import datetime
 import decimal
+import glob
 import gzip
 import json
 import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,11 @@ import pytest
 
 from stages.config import DataSource
 from stages.data import readers
-from stages.data.files import files_of, whole
+from stages.data.files import files_matching, files_of, whole
 from stages.data.raw_rows import raw_rows
 from stages.errors import DataError
 
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 PAIRS = b"prompt,completion\nq1,a1\n"
 
 
@@ -96,6 +102,10 @@ def test_a_list_names_the_columns_of_a_file_without_header_line(tmp_path, name, 
     [
         ("a.csv", b'text\n"never closed\n', {}, "a.csv:2: quote opened and never closed"),
         ("a.csv", b'text,b\n"one\n",x\ny,"two\nmore\n', {}, "a.csv:4: quote opened and never closed"),
+        ("a.csv", b'text,b\n"one\ntwo","say ""hi""\n" now,x\n', {},
+         "a.csv:3: quote opened and never closed; the next one, in line 4, has text after it"),
+        ("a.csv", b'text,b,c\n"one\ntwo",5" disk,"open\nmore\n', {},
+         "a.csv:3: quote opened and never closed"),
         ("a.csv", b'text\n"a"b\n', {},
          'a.csv:2: text after a closing quote; a quote within a cell is written ""'),
         ("a.csv", b"text\na\rb\n", {}, 
@@ -158,6 +168,18 @@ def test_a_bad_csv_row_is_skipped_and_reading_goes_on_after_it(tmp_path):
 def test_an_unclosed_quote_is_never_skipped_for_it_swallows_the_rows_after_it(tmp_path):
     path = written(tmp_path / "a.csv", b'text\none\n"two\nthree\nfour\n')
     assert failure(path, on_bad_row="skip") == "a.csv:3: quote opened and never closed"
+    path = written(tmp_path / "a.csv", b'text,b\n"one,1\ntwo,2\n"three",3\nfour,4\n' + b"five,5\n" * 300)
+    assert failure(path, on_bad_row="skip") == (
+        "a.csv:2: quote opened and never closed; the next one, in line 4, has text after it"
+    )
+
+
+def test_an_unclosed_quote_ends_at_the_longest_cell_and_not_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.data.raw_rows.MAX_CELL_CHARS", 2000)
+    path = written(tmp_path / "a.csv", b'text,b\none,1\n"two,2\n' + b"three,3\n" * 300 + b"\xe9")
+    assert failure(path) == (
+        "a.csv:3: quote opened and never closed, or a cell of more than 2,000 characters"
+    )
 
 
 def test_a_nameless_first_column_as_pandas_writes_it_is_read(tmp_path):
@@ -301,6 +323,14 @@ def test_a_time_that_python_cannot_hold_is_a_bad_row(tmp_path):
     assert odd == (2, "when: a timestamp[us] that Python cannot hold")
 
 
+def test_of_a_map_with_a_key_twice_the_last_one_counts_and_nothing_is_printed(tmp_path):
+    entries = pyarrow.array([[("k", 1), ("k", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int32()))
+    path = parquet(tmp_path / "a.parquet", text=["x"], entries=entries)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rows(path) == [(1, {"text": "x", "entries": {"k": 2}})]
+
+
 def test_truncated_damaged_and_empty_parquet_files_are_told_apart(tmp_path):
     data = parquet(tmp_path / "a.parquet", text=[os.urandom(50).hex() for _ in range(2000)]).read_bytes()
     for cut in (len(data) - 1, len(data) // 2, 4, 0):
@@ -344,6 +374,69 @@ def test_links_are_followed_and_a_row_is_read_once_however_many_names_it_has(tmp
     assert sorted(texts(tmp_path / "data" / "**" / "*.jsonl")) == ["data", "elsewhere"]
     (tmp_path / "data" / "self").rename(tmp_path / "data" / "0")  # sorts before the file it leads to
     assert texts(tmp_path / "data" / "**" / "*.jsonl") == ["data", "elsewhere"]
+
+
+def test_links_upwards_do_not_lead_round_and_round(tmp_path):
+    below = tmp_path / "data" / "inner"
+    below.mkdir(parents=True)
+    written(below / "a.jsonl", b'{"text": "one"}')
+    for name in ("up", "again", "top"):
+        (below / name).symlink_to(tmp_path / "data")
+    for pattern in ("**", "**/*.jsonl", "**/inner/**/*.jsonl", "*/**"):
+        assert files_of(str(tmp_path / pattern)) == [below / "a.jsonl"], pattern
+
+
+def test_a_directory_is_taken_by_its_shortest_path(tmp_path):
+    for place in ("a/b", "z"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "a/b/far").symlink_to(tmp_path / "z")
+    written(tmp_path / "z/x.jsonl", b'{"text": "one"}')
+    for place in ("", "**", "**/x.jsonl", "**/*.jsonl"):
+        assert files_of(str(tmp_path / place)) == [tmp_path / "z/x.jsonl"], place
+
+
+PATTERNS = (
+    "*", "**", "*/*", "*/", "**/", "**/*.jsonl", "a/**", "a/**/*.jsonl", "**/a/*", "?", "[ab]*", "[!a]*",
+    "*/c.jsonl", "**/c.jsonl", ".*", ".*/*", "**/.*", "[.]*", "x[[]1]/*", "x[1]/*", "a/../*.jsonl", "gone/*",
+    "*/gone", "c.jsonl", "./*", "*.jsonl/*",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_match_what_they_match_in_the_standard_library(tmp_path, monkeypatch, pattern):
+    for folder in (".", "a", "a/b", "a/.h", ".h", "x[1]", "x1", "a-b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in ("c.jsonl", "d.txt", ".e.jsonl", "a-c.jsonl"):
+            written(tmp_path / folder / name, b"")
+    monkeypatch.chdir(tmp_path)
+    expected = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
+    assert files_matching(pattern) == expected
+    assert files_matching(f"{tmp_path}/{pattern}") == [tmp_path / path for path in expected]
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.jsonl", "*/*.jsonl", "*/a.jsonl"])
+def test_a_directory_that_may_not_be_read_is_not_left_out_in_silence(tmp_path, pattern):
+    for folder in ("open", "shut"):
+        (tmp_path / folder).mkdir()
+        written(tmp_path / folder / "a.jsonl", b'{"text": "one"}')
+    code = "import sys, stages.data.files as files; print(files.files_of(sys.argv[1]))"
+    (tmp_path / "shut").chmod(0)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / pattern)],
+        capture_output=True,
+        text=True,
+        preexec_fn=no_override,
+        check=False,
+    )
+    (tmp_path / "shut").chmod(0o755)
+    problem = done.stderr.splitlines()[-1].partition("DataError: ")[2]
+    assert problem.startswith(f"{tmp_path}/shut") and problem.endswith(": cannot be read: Permission denied")
+
+
+def no_override() -> None:
+    """From here on permissions hold for root too: exec gives no capability outside of the bounding set."""
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def test_a_link_that_leads_nowhere_is_named(tmp_path):

@@ -52,6 +52,7 @@ def test_a_setting_that_does_not_exist_is_code_2(chain: Chain, capsys: pytest.Ca
     ("arguments", "said"),
     [
         (["run", "nowhere.yaml"], "nowhere.yaml"),
+        (["run", "two  spaces.yaml"], "two  spaces.yaml"),
         (["run", "demo.yaml", "--until", "sfft"], "--until sfft: no such stage; did you mean 'sft'?"),
         (["run", "demo.yaml", "--force", "dpo"], "--force dpo: no such stage; did you mean 'ppo'?"),
         (["run", "demo.yaml", "--untill", "sft"], "--untill"),

@@ -1,6 +1,7 @@
 """Loading: scalars, `base:`, overrides, paths, the resolved config; the manual and the schema."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline import config_docs
 from pipeline.config import ConfigError, check_paths, json_schema, load, resolved_yaml
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig, ResourcesConfig
 from pipeline.yaml_source import parse_scalar, short
+from stages.data.files import files_of
 from stages.errors import DataError
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("configs/**/*.yaml"))
@@ -165,6 +167,40 @@ def test_a_hub_id_of_a_dataset_stays_as_it_is(write, tmp_path, monkeypatch):
     write("{}", "configs/org/name/a.jsonl")
     loaded = load(write(MINIMAL, "configs/demo.yaml"), ["sft.data.0.path=configs/org/name"])
     assert loaded.config.sft.data[0].path == f"{tmp_path}/configs/org/name", "what lies here comes first"
+
+
+def test_what_looks_like_a_mistyped_local_path_is_met_as_such(write, tmp_path, monkeypatch):
+    write("{}", "configs/data/train/a.jsonl")
+    config = write(MINIMAL.replace("data/sft.jsonl", "data/trian"), "configs/demo.yaml")
+    code = f"import pipeline.config as c; c.check_paths(c.load(c.Path({str(tmp_path / config)!r})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=SHIPPED[0].parents[1],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.endswith(
+        f"demo.yaml:4: sft.data[0].path: cannot reach the hub for data/trian: offline; give a local path; "
+        f"there is no file or directory data/trian (in {tmp_path}/configs) either\n"
+    )
+
+
+def test_a_source_of_weight_0_need_not_be_there(write):
+    write("{}", "a.jsonl")
+    check_paths(load(write("name: tiny\nsft: {data: [{path: a.jsonl}, {path: gone.jsonl, weight: 0}]}\n")))
+
+
+def test_signs_of_a_pattern_in_the_name_of_the_directory_are_signs_of_the_name(write):
+    write("{}", "run[1]/a.jsonl")
+    for stated in ("*.jsonl", "a.jsonl", "../run[[]1]/*.jsonl"):
+        loaded = load(write(MINIMAL.replace("data/sft.jsonl", f'"{stated}"'), "run[1]/demo.yaml"))
+        check_paths(loaded)
+        assert [file.name for file in files_of(loaded.config.sft.data[0].path)] == ["a.jsonl"]
+    loaded = load(write(MINIMAL.replace("data/sft.jsonl", "gone.jsonl"), "run[1]/demo.yaml"))
+    with pytest.raises(DataError, match="no such file: gone"):
+        check_paths(loaded)
 
 
 @pytest.mark.parametrize(

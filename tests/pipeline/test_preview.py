@@ -9,6 +9,7 @@ from pipeline import cli
 from pipeline import config as configs
 from pipeline.preview import CONTEXT, MARKS, TRAINED, previews
 from stages.data.chat import CHATML, IM_START
+from stages.data.overview import first_texts
 from stages.data.vocabulary import train_tokenizer
 from stages.errors import DataError
 
@@ -81,6 +82,26 @@ def test_the_mask_has_colours(directory: Path):
     styled = {block.plain[span.start : span.end]: span.style for span in block.spans}
     assert styled[f"{OPENING}Ho<|im_end|>{CLOSING}"] == TRAINED
     assert all(style == CONTEXT for text, style in styled.items() if OPENING not in text)
+
+
+def test_the_tokenizer_is_trained_on_what_prepares_lengths_leave(directory: Path):
+    texts = ["\r\na cat ", "n\u0303", "x" * 50]
+    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = configs.load(Path("look.yaml"), ["prepare.min_chars=1", "prepare.max_chars=49"]).config.prepare
+    assert config is not None
+    assert first_texts(config.data[0], config) == ["a cat", "ñ"]
+
+
+@pytest.mark.parametrize("overrides", [(), ("prepare=null",)])
+def test_what_would_steer_a_terminal_is_written_out(directory: Path, overrides: tuple[str, ...]):
+    emoji = "\U0001f469\u200d\U0001f467\ufe0f"
+    signs = {"\x1b[31m": "\\x1b[31m", "\x9b": "\\x9b", "\0": "\\x00", "\a": "\\x07", "\r": "\\r"}
+    signs |= {"\u202e": "\\u202e", "\u2066": "\\u2066", "\u2028": "\\u2028"}
+    row = {"question": f"a\tb\nc\u3000{emoji}" + "".join(signs), "answer": "Ho"}
+    (directory / "sft.jsonl").write_text(json.dumps(row) + "\n")
+    shown = blocks(*overrides)["sft.data.0"]
+    assert f"a\tb\nc\u3000{emoji}" + "".join(signs.values()) in shown
+    assert not set("".join(signs)) - set("[31m") & set(shown)
 
 
 def test_without_a_tokenizer_lengths_are_in_characters(directory: Path):
