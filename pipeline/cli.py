@@ -1,6 +1,6 @@
 """The `rlhf` command: parses, calls, prints; nothing else.
 
-    argv --> main --> command --> config.load --> executor.plan_* --> executor.execute --> summary lines
+    argv --> main --> command --> config.load --> planning.plan_* --> executor.execute --> summary lines
                          `--> ExpectedError: one line on stderr and its exit code; never a traceback
 
 Exit codes: 0 done, 1 our bug, 2 config or a missing stage, 3 data, 4 environment, 5 training stopped itself,
@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
-from pipeline import changes, dag, doctor, executor, placement, supervisor
+from pipeline import changes, dag, doctor, executor, placement, planning, supervisor
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand, model_directory
 from pipeline.errors import ConfigError
@@ -97,7 +97,7 @@ def run(
     if resume:
         _check_unchanged(loaded.config)
     configs.check_paths(loaded, {"model", *dag.until(loaded.config, last)})
-    _execute(executor.plan_run(loaded.config, last=last, force=forced))
+    _execute(planning.plan_run(loaded.config, last=last, force=forced))
 
 
 def _run_one(stage: str) -> Callable[..., None]:
@@ -115,7 +115,7 @@ def _run_one(stage: str) -> Callable[..., None]:
         loaded = configs.load(config, overrides or [])
         configs.check_paths(loaded, {"model", stage})
         _execute(
-            executor.plan_stage(
+            planning.plan_stage(
                 loaded.config,
                 stage,
                 inputs=dict(map(_input, inputs or [])),
@@ -155,7 +155,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
             needs = ", ".join(dag.needs(loaded.config, stage)) or "nothing"
             typer.echo(f"  {stage:9} run   needs {needs:40} {_steps(loaded.config, stage)}")
         return
-    planned = executor.plan_run(loaded.config)
+    planned = planning.plan_run(loaded.config)
     typer.echo("\nstages:")
     for stage, node in planned.nodes.items():
         action = "skip" if stage in planned.present else "run"
@@ -249,7 +249,7 @@ def _check_unchanged(config: ExperimentConfig) -> None:
         )
 
 
-def _tell_changes(planned: executor.PlannedRun) -> None:
+def _tell_changes(planned: planning.PlannedRun) -> None:
     """One line when the run had other settings before: what changed, and which stages start anew."""
     config, path = planned.config, planned.store.config_file(planned.config.name)
     try:
@@ -263,8 +263,8 @@ def _tell_changes(planned: executor.PlannedRun) -> None:
         typer.echo(f"changed since the last run {config.name!r}: {changes.listed(found)}; anew: {anew}")
 
 
-def _execute(planned: executor.PlannedRun) -> None:
-    executor.validate_data(planned)
+def _execute(planned: planning.PlannedRun) -> None:
+    planning.validate_data(planned)
     _tell_changes(planned)
     run_dir = planned.store.run_dir(planned.config.name)
     try:

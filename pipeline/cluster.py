@@ -1,9 +1,10 @@
 """Whether a Ray cluster can do a run: the token, and what every node has to have.
 
-    require_token, require_answer --(executor connects)--> report(file) on every node --> problems(...)
+    require_token, require_answer --(ray_session connects)--> report(file) on every node --> problems(...)
 
 Owns: what is asked of a node and the line for each wrong answer. Does not own: the connection and the remote
-calls (executor), bundles (placement). A node needs the same code, the same packages and the same `outputs/`.
+calls (ray_session), bundles (placement). A node needs the same code, the same packages and the same
+`outputs/`.
 """
 
 import contextlib

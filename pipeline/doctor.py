@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline import cluster
-from pipeline.executor import ask_every_node
+from pipeline.ray_session import ask_every_node
 from rollout.errors import EnvironmentProblem
 
 IMPORT_TIMEOUT_S = 120

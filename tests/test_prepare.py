@@ -21,7 +21,7 @@ from ray import cloudpickle
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.executor import as_expected
+from pipeline.stage_task import as_expected
 from pipeline.supervisor import _committed
 from rollout.errors import EnvironmentProblem
 from stages import prepare

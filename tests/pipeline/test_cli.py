@@ -136,7 +136,7 @@ def test_a_bug_elsewhere_is_code_1_and_names_the_traceback(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("pipeline.executor.plan_run", broken)
+    monkeypatch.setattr("pipeline.planning.plan_run", broken)
     code, stderr = complaint(capsys, "run", "demo.yaml")
     assert code == 1
     log = Path(stderr.split()[-1])

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from test_cli import complaint, rlhf
 
 from pipeline.artifacts import MANIFEST, Store
-from pipeline.executor import as_expected
+from pipeline.stage_task import as_expected
 from rollout.errors import EnvironmentProblem
 from rollout.weight_file import WeightFileWriter
 
@@ -197,7 +197,7 @@ def test_outputs_that_vanish_under_a_stage_are_code_4(chain: Chain, where: str):
 
 def test_two_runs_on_one_stage_do_not_race_the_second_waits_or_is_code_4(chain: Chain, capsys):
     config = chain.config()
-    from pipeline.executor import plan_run
+    from pipeline.planning import plan_run
 
     node = plan_run(config, last="prepare").nodes["prepare"]
     with Store(config.outputs).lock("prepare", node.fingerprint, timeout_s=1):

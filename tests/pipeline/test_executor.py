@@ -8,10 +8,11 @@ import psutil
 import pytest
 from fake_chain import Chain, wait_for, write_model
 
-from pipeline import executor
 from pipeline.errors import ConfigError, CorruptArtifact, MissingStage, StageFailed
-from pipeline.executor import StageResult, execute, plan_run, plan_stage
+from pipeline.executor import execute
+from pipeline.planning import plan_run, plan_stage, validate_data
 from pipeline.progress import Progress
+from pipeline.stage_task import StageResult
 from rollout.errors import EnvironmentProblem
 from stages.errors import DataError, ModelError, TrainingStopped
 
@@ -205,7 +206,7 @@ def test_links_of_an_older_config_disappear_and_current_ones_stay(chain: Chain):
 def test_all_datasets_of_a_run_are_read_before_anything_starts(chain: Chain):
     (chain.directory / "prompts.jsonl").write_text("{broken\n")
     with pytest.raises(DataError, match=r"prompts\.jsonl:1"):
-        executor.validate_data(plan_run(chain.config()))
+        validate_data(plan_run(chain.config()))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_a_tokenizer_or_template_that_prepare_cannot_use_is_refused_before_anyth
     (chain.directory / "chat.jinja").write_text("{{ messages }}")
     for setting in ("prepare.tokenizer=tokenizer", "model.chat_template=chat.jinja"):
         with pytest.raises(ModelError):
-            executor.validate_data(plan_run(chain.config(setting)))
+            validate_data(plan_run(chain.config(setting)))
 
 
 def test_a_piped_run_prints_one_plain_line_per_logged_step(chain: Chain):

@@ -11,7 +11,7 @@ from test_cli import complaint, rlhf
 from pipeline import progress
 from pipeline.artifacts import MANIFEST, Store, model_directory, read_manifest
 from pipeline.errors import CorruptArtifact
-from pipeline.executor import plan_run
+from pipeline.planning import plan_run
 from stages.config import ScoreFunction
 from stages.data.scoring import load_judge
 from stages.errors import DataError

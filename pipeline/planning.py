@@ -1,0 +1,175 @@
+"""What a command has to run: which stages, which artifacts it takes as they are, on which inputs.
+
+    config --dag.select--> what comes from outside, identified --dag.plan--> nodes
+       --Store.find--> PlannedRun --validate_data--> executor
+
+Owns: what is made anew, what is missing, and reading all data and given files before anything starts.
+Does not own: edges and fingerprints (dag), what is found under `outputs/` (artifacts), running it (executor).
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import dag
+from pipeline.artifacts import Given, Manifest, Store, model_directory
+from pipeline.errors import ConfigError, MissingStage
+from pipeline.experiment import ExperimentConfig
+from rollout.errors import ExpectedError
+from stages.data.scoring import load_judge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """What one command is going to do."""
+
+    config: ExperimentConfig
+    store: Store
+    nodes: Mapping[str, dag.Node]  # in the order of the stage table
+    outside: Mapping[str, Given]  # input keys that no stage of this run makes
+    present: Mapping[str, Manifest]  # verified artifacts that are taken as they are
+    to_run: tuple[str, ...]
+    replaced: frozenset[str]  # stages of to_run whose artifact is made anew
+
+
+def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | None = None) -> PlannedRun:
+    """All configured stages up to `last`; `force` and what needs it are made anew.
+
+    Raises ConfigError, DataError (a missing dataset), CorruptArtifact.
+    """
+    stages = dag.until(config, last)
+    if not stages:
+        raise ConfigError("no stage has a section, so there is nothing to run; add `sft:` or another")
+    if force is not None and force not in stages:
+        raise ConfigError(f"--force {force}: not a stage of this run, which has {', '.join(stages)}")
+    forced = frozenset() if force is None else dag.downstream(config, force)
+    store = Store(config.outputs)
+    selection = dag.select(config, stages)
+    outside = _identified(config, store, selection, {})
+    nodes = dag.plan(config, selection, _fingerprints(outside))
+    present = _present(store, [node for stage, node in nodes.items() if stage not in forced])
+    return PlannedRun(
+        config=config,
+        store=store,
+        nodes=nodes,
+        outside=outside,
+        present=present,
+        to_run=tuple(stage for stage in nodes if stage not in present),
+        replaced=forced,
+    )
+
+
+def plan_stage(
+    config: ExperimentConfig,
+    stage: str,
+    *,
+    inputs: Mapping[str, Path],
+    force: bool,
+    command: Callable[[str], str],
+) -> PlannedRun:
+    """One stage on what the stages before it left, or on `inputs`.
+
+    `command(stage)` is how a user makes a missing stage. Raises MissingStage besides what `plan_run` raises.
+    """
+    unused = inputs.keys() - set(dag.needs(config, stage))
+    if unused:
+        wanted = ", ".join(dag.needs(config, stage)) or "nothing"
+        raise ConfigError(f"--input {min(unused)}: {stage} takes {wanted}")
+    store = Store(config.outputs)
+    selection = dag.select(config, [stage], inputs.keys())
+    outside = _identified(config, store, selection, inputs)
+    nodes = dag.plan(config, selection, _fingerprints(outside))
+    needed = [nodes[key] for key in dag.needs(config, stage) if key in nodes]
+    present = _present(store, needed)
+    for node in needed:
+        if node.stage not in present:
+            raise MissingStage(
+                f"{stage}: needs {node.stage}, which has not finished with this config; run "
+                f"`{command(node.stage)}`, or give --input {node.stage}=DIR"
+            )
+    if not force:
+        present |= _present(store, [nodes[stage]])
+    return PlannedRun(
+        config=config,
+        store=store,
+        nodes={key: node for key, node in nodes.items() if key in present or key == stage},
+        outside=outside,
+        present=present,
+        to_run=() if stage in present else (stage,),
+        replaced=frozenset({stage} if force else ()),
+    )
+
+
+def validate_data(planned: PlannedRun) -> None:
+    """Before anything starts: read every dataset of the stages that will run, load the scoring function and
+    the tokenizer that prepare is given.
+
+    Raises DataError, ModelError.
+    """
+    from stages.data.validation import validate
+
+    if "prepare" in planned.to_run:
+        _check_given_to_prepare(planned)
+    for stage, sources in dag.datasets(planned.config, planned.to_run).items():
+        validate(list(sources.values()), stage, getattr(planned.config, stage))
+    evaluate = planned.config.evaluate
+    if "evaluate" in planned.to_run and evaluate is not None and evaluate.score is not None:
+        load_judge(evaluate.score)
+
+
+def current_fingerprints(planned: PlannedRun) -> dict[str, str]:
+    """Of every configured stage, as far as what this run does not need (later datasets) lets us tell."""
+    known = {stage: node.fingerprint for stage, node in planned.nodes.items()}
+    config, outside = planned.config, _fingerprints(planned.outside)
+    for stage in dag.configured(config):
+        with contextlib.suppress(ExpectedError):
+            if stage not in known and outside.keys() | known.keys() >= set(dag.needs(config, stage)):
+                selection = dag.Selection(stages=(stage,), outside=dag.needs(config, stage))
+                known[stage] = dag.plan(config, selection, outside | known)[stage].fingerprint
+    return known
+
+
+def given_input(store: Store, key: str, path: Path) -> Given:
+    """The directory at `path`, given as the input `key`, with the fingerprint of what it now holds."""
+    if key == dag.MODEL:
+        return Given(path=path, fingerprint=store.content_of(path))
+    return store.identify(key, path)
+
+
+def _check_given_to_prepare(planned: PlannedRun) -> None:
+    """Raises DataError for unknown languages, ModelError for a tokenizer or template that cannot be used."""
+    prepare, template = planned.config.prepare, planned.config.model.chat_template
+    assert prepare is not None
+    if prepare.languages:
+        from stages.data.languages import check_languages
+
+        check_languages(prepare.languages)
+    model = planned.outside.get(dag.MODEL)
+    tokenizer = prepare.tokenizer if model is None else model.path
+    if tokenizer is not None or template is not None:
+        from stages.data.vocabulary import given_tokenizer
+
+        given_tokenizer(tokenizer, prepare, template)
+
+
+def _identified(
+    config: ExperimentConfig, store: Store, selection: dag.Selection, inputs: Mapping[str, Path]
+) -> dict[str, Given]:
+    outside = {}
+    for key in selection.outside:
+        if key == dag.MODEL:
+            assert config.model.path is not None
+            outside[key] = given_input(store, key, model_directory(config.model.path, config.model.revision))
+        else:
+            outside[key] = given_input(store, key, inputs[key])
+    return outside
+
+
+def _fingerprints(outside: Mapping[str, Given]) -> dict[str, str]:
+    return {key: given.fingerprint for key, given in outside.items()}
+
+
+def _present(store: Store, nodes: Sequence[dag.Node]) -> dict[str, Manifest]:
+    found = {node.stage: store.find(node.stage, node.fingerprint) for node in nodes}
+    return {stage: manifest for stage, manifest in found.items() if manifest is not None}

@@ -1,0 +1,263 @@
+"""The body of a stage task, wherever it runs: in a process of its own on Ray, or in the driver's.
+
+    StageJob --> lock -> already there? -> inputs verified -> recipe -> seal -> publish --> StageResult
+                   `--any failure--> traceback in the run's logs, one ExpectedError
+
+Owns: the order of these steps, the settings of a stage's process, what an error becomes for the user.
+Does not own: when a stage runs (executor), files and locks (artifacts), what a stage does (recipes).
+"""
+
+import contextlib
+import errno
+import importlib
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pipeline import dag, placement
+from pipeline.artifacts import MANIFEST, METRICS, Exactness, Manifest, Store, exactness_of, read_manifest
+from pipeline.errors import StageFailed
+from pipeline.planning import given_input
+from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
+from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
+from stages.data.durable import disk_problems, write_whole
+from stages.errors import DataError, Interrupted
+from stages.runtime import Runtime, StageResources
+
+USED_UP = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+LOST_FILE_SERVER = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO}
+BROKEN_DISK = {errno.EROFS, errno.EIO} | LOST_FILE_SERVER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageJob:
+    """Everything a stage task needs, wherever it runs."""
+
+    node: dag.Node
+    outputs: Path
+    log_dir: Path
+    outside: Mapping[str, Path]
+    resources: StageResources
+    executor: Literal["ray", "inline"]
+    placement_timeout_s: float
+    collective_timeout_s: float
+    lock_timeout_s: float
+    side_by_side: int  # stages that may run at the same time: their threads share the cores
+    replace: bool
+    stop_file: Path
+    joined_cluster: bool
+
+    @property
+    def num_threads(self) -> int:
+        """This stage's share of the cores of the machine it is asked on."""
+        return max(1, len(os.sched_getaffinity(0)) // self.side_by_side)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """One finished stage of a run."""
+
+    stage: str
+    fingerprint: str
+    skipped: bool
+    seconds: float  # of the execution that made the artifact
+    metrics: Mapping[str, float]
+
+
+def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
+    """The body of a stage task: skip, resume or run, then publish. `upstream` only orders the tasks.
+
+    Raises ExpectedError and nothing else, so that the driver can print one line.
+    """
+    node, store = job.node, Store(job.outputs)
+    if job.executor == "ray":
+        _settle_process(job)
+    with _failure_recorded(job), store.lock(node.stage, node.fingerprint, timeout_s=job.lock_timeout_s):
+        if job.stop_file.exists():
+            raise Interrupted(f"{node.stage}: not started, for the run was asked to stop; {GO_ON}")
+        present = None if job.replace else store.find(node.stage, node.fingerprint)
+        if present is not None:
+            return result_of(present, skipped=True)
+        if job.replace:
+            store.begin_anew(node.stage, node.fingerprint)
+        if not store.left_complete(node.stage, node.fingerprint):
+            _run_recipe(job, store)
+        return result_of(store.publish(node, replace=job.replace), skipped=False)
+
+
+def result_of(manifest: Manifest, *, skipped: bool) -> StageResult:
+    """What a run reports of the stage whose artifact has this manifest."""
+    return StageResult(
+        stage=manifest.stage,
+        fingerprint=manifest.fingerprint,
+        skipped=skipped,
+        seconds=manifest.seconds,
+        metrics=manifest.metrics,
+    )
+
+
+def check_files(job: StageJob) -> None:
+    """Compare what a stage reads from outside of `outputs` with what it was planned on: every byte of its
+    datasets, scoring function, template and tokenizer, and given directories. Raises DataError.
+
+    Recipes ask too, as soon as they have read (`Runtime`). Sealing does not: training goes on for days after
+    that, and whoever edits a dataset meanwhile should not lose it.
+    """
+    dag.check_contents(job.node)
+    _check_given(job)
+
+
+def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
+    """The line that `error` becomes: itself when meant for the user, else the machine's fault or our bug."""
+    if isinstance(cause := root_cause(error), ExpectedError):
+        return cause
+    if any(kind.__module__ == "ray.exceptions" for kind in type(cause).__mro__):
+        return ProcessDied(
+            f"{stage}: a process of it died ({type(cause).__name__}; killed, or out of memory?); logs in "
+            f"{log}; {GO_ON}"
+        )
+    if (fault := _machine_fault(cause)) is not None:
+        return EnvironmentProblem(f"{stage}: {fault}, then {GO_ON}")
+    first_line = next(iter(str(cause).splitlines()), "")
+    return StageFailed(
+        f"{stage}: {type(cause).__name__}: {first_line}; this is a bug of the pipeline; traceback in {log}"
+    )
+
+
+def json_number(value: float) -> float | None:
+    """A JSON number; JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _machine_fault(error: BaseException) -> str | None:
+    """What the machine lacks or refuses, and the cure, if that is behind `error`: libraries wrap it, or only
+    quote its text. A missing permission counts where it is the error itself: some code asks, and goes on.
+    """
+    if isinstance(error, PermissionError):
+        return f"{error}; allow it, or set outputs=DIR"
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    for link in chain:
+        if isinstance(link, MemoryError):
+            return f"{str(link) or 'out of memory'}; free some"
+        for numbers, cure in ((USED_UP, "free some"), (BROKEN_DISK, "check the disk, or set outputs=DIR")):
+            quoted = any(os.strerror(number) in str(link) for number in numbers)
+            if quoted or (isinstance(link, OSError) and link.errno in numbers):
+                return f"{next(iter(str(link).splitlines()))}; {cure}"
+    return None
+
+
+@contextlib.contextmanager
+def _failure_recorded(job: StageJob) -> Iterator[None]:
+    log = job.log_dir / f"{job.node.stage}.traceback.txt"
+    work = Store(job.outputs).work_dir(job.node.stage, job.node.fingerprint)
+    try:
+        yield
+    except Exception as error:  # the one place where any failure of a stage is recorded and raised again
+        if isinstance(error, OSError) and not work.parent.exists():
+            raise EnvironmentProblem(
+                f"{job.node.stage}: {work} disappeared under it; check the disk, or set outputs=DIR"
+            ) from error
+        with contextlib.suppress(OSError):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("".join(traceback.format_exception(error)))
+        raise as_expected(job.node.stage, error, log) from error
+
+
+def _settle_process(job: StageJob) -> None:
+    """A stage's own process: output to a file, passive waiting, its share of the cores, no GPU not its own.
+
+    Before torch is imported here; Ray sets OMP_NUM_THREADS=1 for a task with no CPUs of its own.
+    """
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
+    if not job.resources.num_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with disk_problems(job.log_dir):
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+        with (job.log_dir / f"{job.node.stage}.log").open("ab") as log:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+
+
+def _run_recipe(job: StageJob, store: Store) -> None:
+    node, started = job.node, time.time()
+    inputs = {key: _verified_input(job, store, key) for key in node.inputs}
+    check_files(job)  # hours may lie behind the plan
+    work = store.begin(node.stage, node.fingerprint)
+    module, _, function = node.entry.partition(":")
+    recipe = getattr(importlib.import_module(module), function)
+    runtime = Runtime(
+        stage=node.stage,
+        work_dir=work,
+        log_dir=job.log_dir,
+        resources=job.resources,
+        executor=job.executor,
+        placement_timeout_s=job.placement_timeout_s,
+        collective_timeout_s=job.collective_timeout_s,
+        num_threads=job.num_threads,
+        stop_file=job.stop_file,
+        check_files=partial(check_files, job),
+        joined_cluster=job.joined_cluster,
+    )
+    metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
+    _check_given(job)  # an engine that is started anew opens its model again
+    if not (work / METRICS).exists():  # a stage of one step
+        line: dict[str, float | None] = {"step": 1, "max_steps": 1, "time": round(time.time(), 3)}
+        line |= {f"{node.stage}/{key}": json_number(value) for key, value in metrics.items()}
+        write_whole(work / METRICS, (json.dumps(line) + "\n").encode())
+    store.seal(
+        node,
+        resolved=node.settings.model_dump(mode="json"),
+        metrics=metrics,
+        started=started,
+        exactness=_exactness(job, work / "out", inputs.values()),
+    )
+
+
+def _verified_input(job: StageJob, store: Store, key: str) -> Path:
+    """The directory of an input, verified on this host. Given ones: see `check_files`."""
+    if key in job.outside:
+        return job.outside[key]
+    directory = store.artifact_dir(key, job.node.inputs[key])
+    store.verified(directory, hint=f"run again with --force {key} to make it anew")
+    return directory
+
+
+def _check_given(job: StageJob) -> None:
+    store = Store(job.outputs)
+    for key in job.node.inputs.keys() & job.outside.keys():
+        if given_input(store, key, job.outside[key]).fingerprint != job.node.inputs[key]:
+            raise DataError(f"{job.outside[key]}: {key}: {dag.CHANGED}")
+
+
+def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:
+    settings, stage = job.node.settings, job.node.stage
+    section = getattr(settings, stage)
+    return exactness_of(
+        precision=section.precision if isinstance(section, TrainingConfig) else "fp32",
+        num_workers=1 if stage in placement.IN_THE_STAGE_TASK else job.resources.num_workers,
+        num_gpus=job.resources.num_gpus,
+        max_staleness=_max_staleness(settings),
+        weights=[path for directory in (out, *inputs) for path in directory.glob("*.safetensors")],
+        inputs=[read_manifest(path, hint="").exactness for path in inputs if (path / MANIFEST).is_file()],
+    )
+
+
+def _max_staleness(settings: StageSettings) -> int:
+    if isinstance(settings, RewardSettings | PPOSettings | EvaluateSettings):
+        return settings.rollout.max_staleness
+    return 0
