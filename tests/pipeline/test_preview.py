@@ -99,7 +99,7 @@ def test_what_would_steer_a_terminal_is_written_out(directory: Path, overrides: 
     signs |= {"\u202e": "\\u202e", "\u2066": "\\u2066", "\u2028": "\\u2028"}
     row = {"question": f"a\tb\nc\u3000{emoji}" + "".join(signs), "answer": "Ho"}
     (directory / "sft.jsonl").write_text(json.dumps(row) + "\n")
-    shown = blocks(*overrides)["sft.data.0"]
+    shown = blocks(*overrides, "model.context_length=128")["sft.data.0"]
     assert f"a\tb\nc\u3000{emoji}" + "".join(signs.values()) in shown
     assert not set("".join(signs)) - set("[31m") & set(shown)
 
