@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TRAINED, CONTEXT = "bold green", "dim"
 MARKS = "\u27e6", "\u27e7"
 """Around what is trained, so that the mask is seen without colours too."""
+NUM_RULES = 12
+"""Shown of each dataset, the most frequent ones: every language is a rule."""
 LAID_OUT = "\n\t\u00a0\u3000\u200c\u200d"
 """Line ends, tabs, wide spaces and the joiners of emoji and scripts: they do not print, and do no harm."""
 
@@ -91,8 +93,11 @@ def _figures(found: "Overview") -> Iterator[str]:
     )
     of = "" if found.num_sampled == found.num_records else f" of the first {found.num_sampled}"
     yield f"{found.unit}{of}: median {found.median}, p95 {found.p95}, longest {found.max}"
-    for rule, count in sorted(found.rules.items()):
+    rules = sorted(found.rules.items(), key=lambda counted: (-counted[1], counted[0]))
+    for rule, count in rules[:NUM_RULES]:
         yield f"{count}{of} {'is' if count == 1 else 'are'} affected: {rule}"
+    if others := rules[NUM_RULES:]:
+        yield f"{sum(count for _, count in others)}{of} affected by {len(others)} further rules"
 
 
 def _marked(text: str, trained: bool) -> Text:

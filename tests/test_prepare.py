@@ -318,7 +318,7 @@ def test_a_template_file_is_stored_with_the_tokenizer(tmp_path, runtime):
     [
         (["only one document"], {}, r"a\.jsonl: no rows left to train on: held out 1 of 1"),
         (["a short text", "another text", "a third"], {}, "do not fill one row of model.context_length 64"),
-        (["x", "y"], {"min_chars": 5}, r"a\.jsonl: no rows left of 2 \(dropped: length 2\)"),
+        (["x", "y"], {"min_chars": 5}, r"a\.jsonl: no rows left of 2 \(dropped: 2 by length \(too_short\)\)"),
     ],
 )
 def test_too_little_data_is_one_line_that_says_what_to_do(tmp_path, runtime, texts, config, words):

@@ -193,11 +193,15 @@ class Filter:
 def check_passed(source: DataSource, num_passed: int, dropped: Mapping[str, Dropped]) -> None:
     """Raise DataError where no document of a source passed the steps that look at one at a time."""
     if not num_passed:
-        steps = ", ".join(f"{step} {one.total}" for step, one in dropped.items() if one.total)
         total = sum(one.total for one in dropped.values())
+        rules = [
+            f"{num} by {step} ({rule})"
+            for step, one in dropped.items()
+            for rule, num in sorted(one.counts.items())
+        ]
         raise DataError(
-            f"{shown(source.path)}: no rows left of {total} (dropped: {steps}); set milder rules, or "
-            "weight: 0"
+            f"{shown(source.path)}: no rows left of {total} (dropped: {', '.join(rules)}); set milder rules, "
+            "or weight: 0"
         )
 
 

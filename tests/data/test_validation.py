@@ -88,7 +88,7 @@ def test_pairs_are_needed_on_both_sides_of_the_held_out_share():
 def test_a_source_whose_documents_are_all_blank_is_named_beside_a_good_one():
     good = documents("good.jsonl", "one text", "another text", "a third")
     blank = documents("blank.jsonl", "", " \n")
-    line = "blank.jsonl: no rows left of 2 (dropped: length 2); set milder rules, or weight: 0"
+    line = "blank.jsonl: no rows left of 2 (dropped: 2 by length (too_short)); set milder rules, or weight: 0"
     assert failure("prepare", PrepareConfig, good, blank) == line
 
 

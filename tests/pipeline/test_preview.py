@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
+from pipeline import cli, preview
 from pipeline import config as configs
 from pipeline.preview import CONTEXT, MARKS, TRAINED, previews
 from stages.data.chat import CHATML, IM_START
@@ -104,6 +104,15 @@ def test_what_would_steer_a_terminal_is_written_out(directory: Path, overrides: 
     assert not set("".join(signs)) - set("[31m") & set(shown)
 
 
+def test_of_many_rules_the_most_frequent_are_shown(directory: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = ["Der Hund und die Katze schlafen im Haus."] * 2 + ["Le chat dort dans la maison."]
+    texts += ["The dog and the cat sleep in the house."] * 2
+    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(preview, "NUM_RULES", 1)
+    shown = blocks("prepare.languages=[en]", "prepare.min_language_score=0")["prepare.data.0"]
+    assert "2 are affected: language: de\n  1 affected by 1 further rules\n" in shown
+
+
 def test_without_a_tokenizer_lengths_are_in_characters(directory: Path):
     shown = blocks("prepare=null")
     assert "characters, for the config names no model" in shown["lengths"]
@@ -131,7 +140,9 @@ def test_a_dataset_of_which_all_is_left_out_is_an_error(directory: Path, key, an
 
 
 def test_documents_that_the_rules_all_drop_are_an_error(directory: Path):
-    with pytest.raises(DataError, match=r"text\.jsonl: no rows left of 3 \(dropped: length 1, quality 2\)"):
+    with pytest.raises(
+        DataError, match=r"text\.jsonl: no rows left of 3 \(dropped: 1 by length \(too_short\), 2 by q"
+    ):
         blocks("prepare.quality=[gopher_quality]")
 
 
