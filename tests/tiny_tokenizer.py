@@ -1,4 +1,4 @@
-"""The tokenizer of every tiny model in the tests: byte-level BPE over a few sentences, with a chat template."""
+"""The tokenizer of the tests' tiny models: byte-level BPE over a few sentences, with a chat template."""
 
 from functools import cache
 from typing import Any

@@ -1,11 +1,11 @@
 """Tiny random models of many families: each is what transformers builds from a config of its type.
 
-    FAMILIES["gemma2"].make(seed) -> model in memory | .directory(path) -> save_pretrained layout with tokenizer
+    FAMILIES["gemma2"].make(seed) -> model | .directory(path) -> save_pretrained layout with a tokenizer
 
-Two to four layers, so that every kind of layer of the family occurs; 64 wide, heads of 32 (vLLM's CPU attention
-has no 16), the tokenizer of all tests. Sliding windows are shorter than the sequences of the tests, caps and
-scales are set where they bite. Weights are five times as large as usual and biases are not zero, so that
-distributions are far from flat and a part that is left out is seen.
+Two to four layers, so that every kind of layer of the family occurs; 64 wide, heads of 32 (vLLM's CPU
+attention has no 16), the tokenizer of all tests. Sliding windows are shorter than the sequences of the tests,
+caps and scales are set where they bite. Weights are five times as large as usual and biases are not zero, so
+that distributions are far from flat and a part that is left out is seen.
 """
 
 from collections.abc import Mapping
