@@ -100,7 +100,9 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
         return model if precision == "fp32" else _with_bf16_parameters(model)
     _ensure_process_group(worker)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs stay as the model computes them: some families hand fp32 rotary tables to their layers, and in
+    # bf16 those would be other positions than those of the frozen copy and of the engine.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
     for part in (*_layers(model), model):
         # Resharded also after a forward without backward: parameters() would be the compute copies until
