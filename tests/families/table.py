@@ -112,6 +112,13 @@ DELTA_NET = {
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"],
 }
+DYNAMIC_NTK = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -163,7 +170,7 @@ FAMILIES: dict[str, Family] = _table(
     # attention alone
     _family("starcoder2", {**LLAMA_LIKE, "sliding_window": WINDOW}),
     _family("smollm3", {**LLAMA_LIKE, "no_rope_layers": [1, 0]}),
-    _family("ministral", {**LLAMA_LIKE, **WINDOW_THEN_FULL}),
+    _family("ministral", {**WITH_HEAD_DIM, **WINDOW_THEN_FULL}),
     _family("ministral3", WITH_HEAD_DIM),
     _family("olmo", LLAMA_LIKE),
     _family("olmo3", {**LLAMA_LIKE, **WINDOW_THEN_FULL}),
@@ -173,6 +180,8 @@ FAMILIES: dict[str, Family] = _table(
         {**LLAMA_LIKE, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
         model_type="phi3",
     ),
+    _family("llama_dynamic_ntk", {**LLAMA_LIKE, "rope_parameters": DYNAMIC_NTK}, model_type="llama"),
+    _family("llama_yarn", {**LLAMA_LIKE, "rope_parameters": YARN}, model_type="llama"),
     _family("gpt_neox", LLAMA_LIKE),
     _family("gpt_neox_japanese", {**LLAMA_LIKE, "intermediate_multiple_size": 2}),
     _family("cohere2", {**LLAMA_LIKE, **WINDOW_THEN_FULL, "logit_scale": 1.0}),
@@ -191,7 +200,7 @@ FAMILIES: dict[str, Family] = _table(
     _family("nanochat", LLAMA_LIKE),
     _family("vaultgemma", {**GEMMA2_LIKE, **SOFTCAPS}),
     _family("diffllama", MULTI_HEAD),
-    _family("minicpm3", {**MULTI_HEAD, **LATENT_ATTENTION}),
+    _family("minicpm3", {**MULTI_HEAD, **LATENT_ATTENTION, "dim_model_base": 64, "scale_emb": 3}),
     _family(
         "falcon",
         {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256},
@@ -272,7 +281,7 @@ FAMILIES: dict[str, Family] = _table(
             "n_heads": 2,
             "n_layers": 2,
             "max_seq_len": 256,
-            "attn_config": {"kv_n_heads": 1, "clip_qkv": 1.0},
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 1.0, "rope_theta": 10000.0},
             "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         },
         moe=True,
