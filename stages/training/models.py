@@ -28,9 +28,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from stages.config import ModelConfig
+from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import ranks
-from stages.training.packed_attention import no_unread_mask, register_packed_attention
+from stages.training.packed_attention import packed, register_packed_attention
+from stages.training.packing_probe import check_packed
 
 Precision = Literal["fp32", "bf16"]
 NORMALISER_FILE = "score_normaliser.json"
@@ -50,8 +52,13 @@ class CausalLM(nn.Module):
         `inputs`: `PackedRow.model_inputs()`, or `input_ids` [R, N] of unpacked rows with `use_cache=False`.
         """
         assert inputs["use_cache"] is False
-        with no_unread_mask(inputs):
-            return self.inner(**inputs, logits_to_keep=positions_K).logits
+        with packed(inputs) as keywords:
+            return self.inner(**keywords, logits_to_keep=positions_K).logits
+
+    @property
+    def head(self) -> nn.Module:
+        """What gives logits for hidden states."""
+        return self.inner.get_output_embeddings()
 
 
 class TokenScorer(nn.Module):
@@ -70,8 +77,8 @@ class TokenScorer(nn.Module):
         """
         assert inputs["use_cache"] is False
         body: Any = self.inner.base_model
-        with no_unread_mask(inputs):
-            output = body(**inputs)
+        with packed(inputs) as keywords:
+            output = body(**keywords)
         scores_K = self.head(output.last_hidden_state[0, positions_K]).squeeze(-1).float()
         return scores_K if self.bias is None else scores_K + self.bias.float()
 
@@ -107,7 +114,7 @@ def load_causal_lm(directory: Path) -> CausalLM:
     """The language model of a model directory, in fp32 on the CPU, dropout off."""
     inner, missing = _loaded(AutoModelForCausalLM, directory)
     _check_nothing_missing(directory, missing)
-    return CausalLM(inner)
+    return _probed(CausalLM(inner), directory)
 
 
 def reward_from_causal_lm(directory: Path, *, pad_token_id: int | None) -> TokenScorer:
@@ -122,7 +129,7 @@ def reward_from_causal_lm(directory: Path, *, pad_token_id: int | None) -> Token
     inner.config.pad_token_id = _with_a_row(inner, pad_token_id)
     scorer = TokenScorer(inner)
     nn.init.normal_(scorer.head.weight, std=1 / math.sqrt(inner.config.hidden_size + 1))
-    return scorer
+    return _probed(scorer, directory)
 
 
 def load_reward_model(directory: Path) -> TokenScorer:
@@ -133,7 +140,7 @@ def load_reward_model(directory: Path) -> TokenScorer:
     if any(name.startswith("score.") for name in missing):
         raise ModelError(f"{directory}: no score head in it; give a reward model (rlhf reward makes one)")
     _check_nothing_missing(directory, missing)
-    return TokenScorer(inner)
+    return _probed(TokenScorer(inner), directory)
 
 
 def value_from_reward_model(directory: Path) -> TokenScorer:
@@ -187,7 +194,7 @@ def compute_head_in_fp32(model: CausalLM) -> None:
 
     bf16 has 8 bits: logits near 20 would be rounded to eighths, by trainer and engine each in its own way.
     """
-    head = model.inner.get_output_embeddings()
+    head = model.head
     assert isinstance(head, nn.Linear)
 
     def forward(hidden: Tensor) -> Tensor:
@@ -285,6 +292,19 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model, list(info["missing_keys"])
+
+
+def _probed(model: Model, directory: Path) -> Model:
+    """`model`, which computes packed rows as it should. Raises ModelError for one that does not."""
+
+    def forward(sequences: Sequence[Sequence[int]]) -> Tensor:
+        row = pack(sequences)
+        outputs: Tensor = model(row.model_inputs(), torch.arange(row.num_tokens))
+        return outputs[0].log_softmax(-1) if isinstance(model, CausalLM) else outputs
+
+    assert isinstance(model, CausalLM | TokenScorer)
+    check_packed(model.inner, model.head, forward, directory)
+    return model
 
 
 def _attention() -> dict[str, str]:
