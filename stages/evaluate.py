@@ -94,7 +94,7 @@ def evaluate(
     normaliser = ScoreNormaliser.load(inputs["reward"])
     for candidate in candidates:
         candidate.texts = [_text(candidate, rollout, chat) for rollout in candidate.rollouts]
-        sequences = _scored_sequences(candidate, prompts, chat)
+        sequences = _scored_sequences(candidate, prompts, chat, settings.model.context_length)
         raw = scores_in_packs(
             reward_model, sequences, micro_batch_size=MICRO_BATCH_SIZE, device=worker.device
         )
@@ -119,7 +119,7 @@ def evaluate(
 def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> list[Prompt]:
     """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation."""
     config = settings.evaluate
-    longest = settings.model.context_length - config.max_response_tokens
+    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
 
     def fitted(prompt: Prompt) -> Fitted[tuple[int, ...]]:
         as_text = len(_continuation(prompt, chat, config))
@@ -235,20 +235,29 @@ def _sample(
 
 
 def _scored_sequences(
-    candidate: Candidate, prompts: Sequence[Prompt], chat: ChatTokenizer
+    candidate: Candidate, prompts: Sequence[Prompt], chat: ChatTokenizer, context_length: int
 ) -> list[tuple[int, ...]]:
     """What the reward model reads: the sampled ids themselves, but for base, whose answer is put into the
-    chat.
+    chat: its text encoded again, which may take more tokens than were sampled (bytes that are no character),
+    and so is cut to the context, its end token kept.
     """
     if candidate.name == "base":
         return [
-            (*chat.prompt_ids(prompt.messages), *chat.response_ids(text))
+            _within(context_length, chat.prompt_ids(prompt.messages), chat.response_ids(text))
             for prompt, text in zip(prompts, candidate.texts, strict=True)
         ]
     return [
         (*rollout.prompt_ids, *with_end(rollout.response_ids, chat.end_of_turn_id, chat.stop_token_ids))
         for rollout in candidate.rollouts
     ]
+
+
+def _within(context_length: int, prompt: tuple[int, ...], response: tuple[int, ...]) -> tuple[int, ...]:
+    """Prompt and response in `context_length` tokens: a response that is too long is cut before its last
+    token, which stays.
+    """
+    too_many = max(0, len(prompt) + len(response) - context_length)
+    return (*prompt, *response[: len(response) - 1 - too_many], response[-1])
 
 
 def _text(candidate: Candidate, rollout: Rollout, chat: ChatTokenizer) -> str:
