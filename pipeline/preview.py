@@ -82,6 +82,7 @@ def _limits(config: ExperimentConfig, stage: str) -> "Limits":
             if stage in ("ppo", "evaluate")
             else config.model.context_length
         ),
+        base_prompt=config.evaluate.base_prompt if config.evaluate and stage == "evaluate" else None,
         pairs_too_long="drop" if config.reward is None else config.reward.too_long,
         group_column=None if config.reward is None else config.reward.group_column,
         prepare=config.prepare,

@@ -23,7 +23,7 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.fitting import NO_ROOM, Fitted, check_left, fit_prompt
+from stages.data.fitting import check_left, continuation_ids, fit_prompt
 from stages.data.readers import Rows, read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
@@ -120,21 +120,10 @@ def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings
     """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation."""
     config = settings.evaluate
     longest = settings.model.max_prompt_tokens(config.max_response_tokens)
-
-    def fitted(prompt: Prompt) -> Fitted[tuple[int, ...]]:
-        as_text = len(_continuation(prompt, chat, config))
-        if as_text > longest:
-            return Fitted(example=None, num_tokens=as_text, rule=NO_ROOM)
-        return fit_prompt(chat, prompt, longest)
-
-    found = [fitted(prompt) for prompt in rows.records]
+    found = [fit_prompt(chat, prompt, longest, config.base_prompt) for prompt in rows.records]
     check_left(rows.sizes, found)
     kept = [prompt for prompt, one in zip(rows.records, found, strict=True) if one.example is not None]
     return kept[: config.max_prompts]
-
-
-def _continuation(prompt: Prompt, chat: ChatTokenizer, config: EvaluateConfig) -> tuple[int, ...]:
-    return chat.continuation_ids(config.base_prompt.replace("{prompt}", prompt.messages[-1].content))
 
 
 def _candidates(
@@ -145,7 +134,7 @@ def _candidates(
     device: torch.device,
 ) -> list[Candidate]:
     as_chat = [chat.prompt_ids(prompt.messages) for prompt in prompts]
-    as_text = [_continuation(prompt, chat, config) for prompt in prompts]
+    as_text = [continuation_ids(chat, prompt, config.base_prompt) for prompt in prompts]
     directories = {"base": base_model(inputs), "sft": inputs["sft"], "ppo": inputs["ppo"]}
     return [
         Candidate(
