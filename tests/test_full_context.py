@@ -60,9 +60,10 @@ def prompts_of(chat: ChatTokenizer, num_tokens: int) -> list[str]:
     return texts
 
 
-def longest(inputs) -> list[str]:
-    """Prompts that leave room for a response and its end, and for no token more."""
-    return prompts_of(ChatTokenizer.load(inputs["sft"]), CONTEXT - RESPONSE - 1)
+def fitting_and_not(inputs) -> list[str]:
+    """Four prompts that leave room for a response and its end, and four that are a token too long for it."""
+    chat = ChatTokenizer.load(inputs["sft"])
+    return prompts_of(chat, CONTEXT - RESPONSE - 1) + prompts_of(chat, CONTEXT - RESPONSE)
 
 
 def written(path: Path, rows: list[dict]) -> list[DataSource]:
@@ -92,7 +93,7 @@ def check_full(scored, *, num_at_least: int) -> None:
 
 
 def test_ppo_scores_responses_that_the_context_cut_off(inputs, tmp_path, scored):
-    rows = [{"prompt": text} for text in longest(inputs)]
+    rows = [{"prompt": text} for text in fitting_and_not(inputs)]
     config = PPOConfig(
         data=written(tmp_path / "prompts.jsonl", rows),
         num_prompts=4,
@@ -102,7 +103,7 @@ def test_ppo_scores_responses_that_the_context_cut_off(inputs, tmp_path, scored)
     )
     settings = PPOSettings(seed=1, model=MODEL, ppo=config, rollout=HF)
     metrics = ppo.run(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "ppo"))
-    assert metrics["prompts"] == 4 and metrics["prompts_dropped"] == 0
+    assert metrics["prompts"] == 4 and metrics["prompts_dropped"] == 4
     check_full(scored, num_at_least=3)
 
 
@@ -130,18 +131,9 @@ def test_one_token_more_would_be_one_too_many(inputs, tmp_path):
         judged(room + 1)
 
 
-def test_ppo_leaves_out_prompts_without_room_for_the_end_token(inputs, tmp_path):
-    chat = ChatTokenizer.load(inputs["sft"])
-    texts = [*longest(inputs), *prompts_of(chat, CONTEXT - RESPONSE)]
-    data = written(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts])
-    config = PPOConfig(data=data, max_response_tokens=RESPONSE)
-    kept, metrics = ppo._prompts(PPOSettings(seed=1, model=MODEL, ppo=config, rollout=HF), chat)
-    assert {len(ids) for ids in kept} == {CONTEXT - RESPONSE - 1} and metrics["prompts_dropped"] == 4
-
-
 def reward_settings(path: Path, texts: list[str], **changes) -> RewardSettings:
     rows = [{"prompt": text, "chosen": "oh", "rejected": "o"} for text in texts]
-    own = {"heldout_frac": 0.5, "min_accuracy": 0.0, "normaliser_prompts": 4}
+    own = {"heldout_frac": 0.5, "min_accuracy": 0.0, "normaliser_prompts": 8}
     config = RewardConfig(data=written(path, rows), **STEPS | own | changes)
     ppo_config = PPOConfig(data=[DataSource(path="x")], max_response_tokens=RESPONSE, temperature=0.7)
     return RewardSettings(seed=1, model=MODEL, reward=config, rollout=HF, ppo_sampling=ppo_config.sampling)
@@ -169,11 +161,12 @@ def test_the_normaliser_scores_responses_that_the_context_cut_off_sampled_as_ppo
         return Opened()
 
     monkeypatch.setattr(reward, "open_engines", remembering)
-    settings = reward_settings(tmp_path / "pairs.jsonl", longest(inputs))
+    settings = reward_settings(tmp_path / "pairs.jsonl", fitting_and_not(inputs))
     reward.run(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward"))
     assert {(request.sampling.max_tokens, request.sampling.temperature) for request in asked} == {
         (RESPONSE, 0.7)
     }
+    assert {len(request.prompt_ids) for request in asked} == {CONTEXT - RESPONSE - 1} and len(asked) == 4
     check_full(scored, num_at_least=3)
 
 
@@ -203,7 +196,7 @@ def test_evaluation_scores_responses_that_the_context_cut_off_the_base_models_an
     """
     chat = ChatTokenizer.load(inputs["sft"])
     config = EvaluateConfig(
-        prompts=written(tmp_path / "prompts.jsonl", [{"prompt": text} for text in longest(inputs)]),
+        prompts=written(tmp_path / "prompts.jsonl", [{"prompt": text} for text in fitting_and_not(inputs)]),
         max_response_tokens=RESPONSE,
         base_prompt=BASE_PROMPT,
     )

@@ -120,7 +120,7 @@ def reward_settings(data: Path, *, rows=None, context_length=64, **changes) -> R
         "heldout_frac": 0.3,
         "min_accuracy": 0.0,
         "normaliser_prompts": 8,
-        "normaliser_max_response_tokens": 6,
+        "normaliser_max_response_tokens": None if "init_from" in changes else 6,
     }
     config = RewardConfig(data=written(data / "pairs.jsonl", rows), **STEPS | options | changes)
     model = MODEL.model_copy(update={"context_length": context_length})
