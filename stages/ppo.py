@@ -176,12 +176,17 @@ def train(
                     update = learner.update(step, experiences, kl_coef=state.controller.coef)
             except RollBack:
                 back, extra = checkpoints.roll_back(learner.parts)
-                step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
-                state.restore({**extra, "health": health.state_dict()} if extra else {})
-                log.cut(step)
-                rollouts_log.cut(step)
-                _synced(sync, gate, step, state.totals)
-                continue
+                next_step = health.rolled_back(
+                    step, back if extra else None, extra["health"] if extra else {}
+                )
+                if extra:
+                    step = next_step
+                    state.restore({**extra, "health": health.state_dict()})
+                    log.cut(step)
+                    rollouts_log.cut(step)
+                    _synced(sync, gate, step, state.totals)
+                    continue
+                update = {}  # on behind the bad data, with the steps that were taken before them
             with clock.measure("sync"):
                 report, parity = _synced(sync, gate, step + 1, state.totals)
             state.see(summary, num_sequences=len(batch.rollouts))
@@ -342,7 +347,7 @@ def _prompts(
     """Prompt ids in file order, and what became of the rows, as metrics."""
     config = settings.ppo
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
-    longest = settings.model.context_length - config.max_response_tokens
+    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
     fitted = [fit_prompt(chat, prompt, longest) for prompt in rows.records]
     check_left(rows.sizes, fitted)
     kept = tuple(one.example for one in fitted if one.example is not None)

@@ -27,8 +27,10 @@ class Clock:
     @contextmanager
     def measure(self, phase: Phase) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds[phase] = time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
         return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
