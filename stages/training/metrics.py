@@ -58,7 +58,7 @@ METRICS: dict[str, str] = {
     "sync/version": "weight version the engines hold",
     "sync/parity_max_abs_diff": "largest |log-prob difference| of the probe after the sync, nats",
     "sync/parity_mean_abs_diff": "mean |log-prob difference| of that probe, nats",
-    "sync/comparison_seconds": "seconds in the comparison of the engines' tensors with the trainer's, where due",
+    "sync/comparison_seconds": "seconds of comparing the engines' tensors with the trainer's, where due",
     "time/generation": "seconds waiting for rollouts",
     "time/scoring": "seconds in reward, reference and value forwards",
     "time/training": "seconds in PPO updates",
