@@ -124,6 +124,12 @@ class ModelConfig(Section):
     chat_template: Path | None = Field(default=None, json_schema_extra=EXECUTION)
     """Jinja file; absent: the tokenizer's own template, else ChatML. Identified by its content."""
 
+    def max_prompt_tokens(self, max_response_tokens: int) -> int:
+        """Tokens of the longest prompt whose responses can be scored within the context: a response that was
+        cut off at `max_response_tokens` has no end token yet, and scoring appends one.
+        """
+        return self.context_length - max_response_tokens - 1
+
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.path is None:
@@ -301,6 +307,19 @@ class SFTConfig(TrainingConfig):
     """
 
 
+class ResponseSampling(Section):
+    """How responses are sampled that a reward model scores: what the distribution of the scores hangs on."""
+
+    max_response_tokens: int
+    """Response tokens at most, the end token included."""
+    temperature: float
+    """Sampling temperature."""
+
+
+NORMALISER_SAMPLING = ResponseSampling(max_response_tokens=32, temperature=1.0)
+"""Of the reward stage where no ppo section says how responses will be sampled."""
+
+
 class RewardConfig(TrainingConfig):
     """`reward:` - a Bradley-Terry reward model from preference pairs."""
 
@@ -327,11 +346,33 @@ class RewardConfig(TrainingConfig):
     min_score_std: float = Field(default=1e-3, ge=0)
     """Gate: a smaller spread of the scores over sampled responses ends the run (exit 5)."""
     normaliser_prompts: int = Field(default=128, ge=2)
-    """Prompts answered by the sft model for the mean and std that scores are normalised by; with init_from:
-    pretrain the held-out pairs' own responses are scored instead.
+    """Prompts answered by the sft model for the mean and std that scores are normalised by, sampled as ppo
+    samples (ppo.temperature; 1.0 without a ppo section). With init_from: pretrain nothing is sampled and this
+    is not read: the held-out pairs' own responses are scored.
     """
-    normaliser_max_response_tokens: int = Field(default=32, ge=1)
-    """Length bound of those responses."""
+    normaliser_max_response_tokens: int | None = Field(default=None, ge=1)
+    """Length bound of those responses; absent: ppo.max_response_tokens, or 32 without a ppo section. With
+    init_from: pretrain it has no meaning and is refused.
+    """
+
+    def normaliser_sampling(self, ppo: ResponseSampling | None) -> ResponseSampling | None:
+        """How the responses of the normaliser are sampled: as `ppo` will sample (None: no such section), up
+        to a length of their own where one is set. None with init_from: pretrain: nothing is sampled.
+        """
+        if self.init_from == "pretrain":
+            return None
+        like = NORMALISER_SAMPLING if ppo is None else ppo
+        own_length = self.normaliser_max_response_tokens
+        return like if own_length is None else like.model_copy(update={"max_response_tokens": own_length})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.init_from == "pretrain" and self.normaliser_max_response_tokens is not None:
+            raise ValueError(
+                "normaliser_max_response_tokens bounds nothing with init_from: pretrain, where the held-out "
+                "pairs' own responses are scored; remove it"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,7 +472,9 @@ class PPOConfig(TrainingConfig):
     value_lr: float = Field(default=1e-3, gt=0, le=1)
     """Peak learning rate of the value model."""
     value_warmup_steps: int = Field(default=0, ge=0)
-    """Iterations in which only the value model learns."""
+    """Iterations, the first ones, in which only the value model learns; the policy's learning rate warms up
+    and decays over those that are left.
+    """
     batch_size: int = Field(default=64, ge=1)
     """Responses per optimizer step; all of a batch of rollouts where it has fewer."""
     micro_batch_size: int = Field(default=16, ge=1)
@@ -476,7 +519,8 @@ class PPOConfig(TrainingConfig):
     """Estimator of the KL (Schulman 2020)."""
     kl_placement: Literal["reward", "loss", "kl_surrogate"] = "reward"
     """Where the KL acts: per token in the reward (k1), as a loss on the sequence log-ratio (k2), or per token
-    in the loss (k2, k3), which optimises another objective.
+    in the loss (k2, k3), which optimises another objective. `loss` divides the KL by what loss_aggregation
+    divides the policy loss by, so kl_coef means the same in all; it refuses sequence_mean_token_mean.
     """
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether kl_coef stays or is steered towards kl_target."""
@@ -514,6 +558,11 @@ class PPOConfig(TrainingConfig):
         return min(self.micro_batch_size, self.batch_size)
 
     @property
+    def sampling(self) -> ResponseSampling:
+        """How its responses are sampled."""
+        return ResponseSampling(max_response_tokens=self.max_response_tokens, temperature=self.temperature)
+
+    @property
     def reads_reference(self) -> bool:
         """Whether anything weighs the KL to the reference."""
         return self.kl_coef > 0
@@ -530,6 +579,18 @@ class PPOConfig(TrainingConfig):
             raise ValueError(
                 f"kl_estimator {self.kl_estimator} in the {self.kl_placement} does not optimise the "
                 f"KL-regularised objective; use {' or '.join(sorted(allowed))}, or another kl_placement"
+            )
+        if self.kl_placement == "loss" and self.loss_aggregation == "sequence_mean_token_mean":
+            raise ValueError(
+                "kl_placement loss takes the KL of whole responses, but loss_aggregation "
+                "sequence_mean_token_mean divides each response's policy loss by its own length, so no "
+                "kl_coef weighs both alike; use another loss_aggregation, or kl_placement reward with "
+                "kl_estimator k1"
+            )
+        if self.value_warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"value_warmup_steps {self.value_warmup_steps} leaves the policy none of the max_steps "
+                f"{self.max_steps} to learn in; use {self.max_steps - 1} at most, or more max_steps"
             )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("kl_controller adaptive scales kl_coef, which is 0; give it a start value")
@@ -620,6 +681,29 @@ class RewardSettings(StageSettings):
 
     reward: RewardConfig
     rollout: EngineConfig
+    ppo_sampling: ResponseSampling | None = None
+    """How ppo will sample the responses that this model scores; none without a ppo section."""
+
+    @property
+    def normaliser(self) -> ResponseSampling | None:
+        """How the responses of the normaliser are sampled; None: they are not."""
+        return self.reward.normaliser_sampling(self.ppo_sampling)
+
+    @property
+    def normaliser_length_key(self) -> str:
+        """The setting that bounds their length."""
+        follows_ppo = self.reward.normaliser_max_response_tokens is None and self.ppo_sampling is not None
+        return "ppo.max_response_tokens" if follows_ppo else "reward.normaliser_max_response_tokens"
+
+    def identity(self) -> dict[str, Any]:
+        """With the sampling that holds, whichever section states it: stating what is so changes nothing."""
+        identity, sampling = super().identity(), self.normaliser
+        del identity["ppo_sampling"]
+        identity["reward"] |= {
+            "normaliser_max_response_tokens": None if sampling is None else sampling.max_response_tokens,
+            "normaliser_temperature": None if sampling is None else sampling.temperature,
+        }
+        return identity
 
 
 class PPOSettings(StageSettings):

@@ -182,13 +182,18 @@ def train(
                     update = learner.update(step, experiences, kl_coef=state.controller.coef)
             except RollBack:
                 back, extra = checkpoints.roll_back(learner.parts)
-                step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
-                state.restore({**extra, "health": health.state_dict()} if extra else {})
-                log.cut(step)
-                rollouts_log.cut(step)
-                published = publisher.publish(step, has_moved=learner.policy_steps > 0)
-                state.totals.see_parity(published.parity.max_abs_diff)
-                continue
+                next_step = health.rolled_back(
+                    step, back if extra else None, extra["health"] if extra else {}
+                )
+                if extra:
+                    step = next_step
+                    state.restore({**extra, "health": health.state_dict()})
+                    log.cut(step)
+                    rollouts_log.cut(step)
+                    published = publisher.publish(step, has_moved=learner.policy_steps > 0)
+                    state.totals.see_parity(published.parity.max_abs_diff)
+                    continue
+                update = {}  # on behind the bad data, with the steps that were taken before them
             with clock.measure("sync"):
                 published = publisher.publish(step + 1, has_moved=learner.policy_steps > 0)
             state.totals.see_parity(published.parity.max_abs_diff)
@@ -348,7 +353,7 @@ def _prompts(
     """Prompt ids in file order, and what became of the rows, as metrics."""
     config = settings.ppo
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
-    longest = settings.model.context_length - config.max_response_tokens
+    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
     fitted = [fit_prompt(chat, prompt, longest) for prompt in rows.records]
     check_left(rows.sizes, fitted)
     kept = tuple(one.example for one in fitted if one.example is not None)

@@ -255,8 +255,10 @@ def sequence_kl_loss(
 
     On the policy's own samples its expected gradient is that of KL(policy || reference), exactly. Off-policy
     pass w = `sequence_importance_weights` of the policy against what sampled (detached here); None says the
-    samples are the policy's own. `denominator` is that of "sequence_mean_token_sum"; the policy loss beside
-    it needs the same aggregation for pi* to be the optimum of the sum.
+    samples are the policy's own. `denominator` is that of the policy loss beside it: the sum of both is then
+    a constant times the KL-regularised objective, whose optimum is pi*, with "token_mean",
+    "sequence_mean_token_sum" and "constant" alike. Not with "sequence_mean_token_mean": there each policy
+    term is divided by its own length besides, and no factor is common to both.
     """
     log_ratio_B = sequence_log_ratio(
         policy_logprobs_BT=policy_logprobs_BT,

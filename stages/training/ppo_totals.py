@@ -14,7 +14,7 @@ Phase = Literal["generation", "scoring", "training", "sync"]
 
 
 class Clock:
-    """Seconds per phase of one iteration."""
+    """Seconds per phase of one iteration, all its parts together."""
 
     def __init__(self) -> None:
         self.seconds: dict[Phase, float] = {}
@@ -27,8 +27,10 @@ class Clock:
     @contextmanager
     def measure(self, phase: Phase) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.setdefault(phase, 0.0) + time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.setdefault(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
         return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
