@@ -165,8 +165,12 @@ class ExperimentConfig(Section):
         yield from self._not_supported_yet()
 
     def remarks(self) -> Iterator[str]:
-        """One line per thing that is as it was asked for, and yet may surprise: `rlhf check` shows them."""
+        """One line per thing that is as it was asked for, and yet may surprise, and per setting whose value
+        follows from others: `rlhf check` shows them.
+        """
         yield from self._normaliser_remarks()
+        if self.ppo is not None:
+            yield self._correction_remark(self.ppo)
 
     @property
     def ppo_sampling(self) -> ResponseSampling | None:
@@ -207,6 +211,16 @@ class ExperimentConfig(Section):
                 f"ppo.max_response_tokens {ppo.max_response_tokens}, and the scores of responses of another "
                 "length have another mean and spread; remove it to follow ppo"
             )
+
+    def _correction_remark(self, ppo: PPOConfig) -> str:
+        """What `ppo.rollout_correction` resolves to, and why."""
+        correction = f"ppo.rollout_correction: {ppo.correction(max_staleness=self.rollout.max_staleness)}"
+        if ppo.rollout_correction.type != "auto":
+            return correction
+        if ppo.precision == "bf16":
+            return f"{correction} (auto: ppo.precision is bf16)"
+        stale = "up to {} versions old" if self.rollout.max_staleness else "synchronous"
+        return f"{correction} (auto: rollouts are fp32 and {stale.format(self.rollout.max_staleness)})"
 
     def _workers_do_not_fit(self) -> Iterator[str]:
         for stage in STAGE_FIELDS:
