@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from stages.config import ModelConfig
 from stages.errors import ModelError
 from stages.training import ranks
+from stages.training.model_rules import check_length
 from stages.training.packed_attention import no_unread_mask, register_packed_attention
 
 Precision = Literal["fp32", "bf16"]
@@ -198,12 +199,8 @@ def compute_head_in_fp32(model: CausalLM) -> None:
 
 
 def check_context(model: CausalLM, length: int) -> None:
-    """Raise ModelError when a given model has no positions for `model.context_length` tokens."""
-    limit = model.inner.config.max_position_embeddings
-    if length > limit:
-        raise ModelError(
-            f"model.context_length {length} is more than the model's own {limit} positions; lower it"
-        )
+    """Raise ModelError when a given model is not made for sequences of `model.context_length` tokens."""
+    check_length(model.inner.config, length, named="the model")
 
 
 def freeze(model: Model) -> Model:
