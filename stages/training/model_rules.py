@@ -149,11 +149,7 @@ def _check_text_alone(config: "PreTrainedConfig", name: str) -> None:
     parts = ", ".join(key for key in sorted(config.sub_configs) if key != "text_config")
     remedy = "give a model of text alone"
     if text is not config and _has_class(text, scores=False):
-        found = _class_of(text, name, scores=False).__name__
-        remedy = (
-            f"save its language model alone ({found}.from_pretrained(OLD, config=AutoConfig"
-            ".from_pretrained(OLD).get_text_config()).save_pretrained(NEW)) with its tokenizer, and give that"
-        )
+        remedy = f"give its language model alone, saved as {_class_of(text, name, scores=False).__name__}"
     raise ModelError(f"{name} is a model of more than text ({parts}), which cannot be trained here; {remedy}")
 
 
@@ -302,8 +298,8 @@ def _built(config: "PreTrainedConfig", named: str, *, scores: bool) -> "PreTrain
         name, found = _name(config, named), _class_of(config, named, scores=scores).__name__
         if _can_be_built(config, "eager", scores=scores):
             raise ModelError(
-                f"{name} cannot be trained here: transformers cannot exchange the attention of {found}, so packed "
-                f"sequences would see each other; {ANOTHER_FAMILY}"
+                f"{name} cannot be trained here: transformers cannot exchange the attention of {found}, so "
+                f"packed sequences would see each other; {ANOTHER_FAMILY}"
             ) from error
         raise ModelError(
             f"{name}: transformers cannot build {found} ({_in_short(error)}); correct its config.json"
