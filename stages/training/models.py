@@ -31,6 +31,7 @@ from stages.config import ModelConfig
 from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import ranks
+from stages.training.model_rules import check_length
 from stages.training.packed_attention import packed, register_packed_attention
 from stages.training.packing_probe import check_packed
 
@@ -205,12 +206,8 @@ def compute_head_in_fp32(model: CausalLM) -> None:
 
 
 def check_context(model: CausalLM, length: int) -> None:
-    """Raise ModelError when a given model has no positions for `model.context_length` tokens."""
-    limit = model.inner.config.max_position_embeddings
-    if length > limit:
-        raise ModelError(
-            f"model.context_length {length} is more than the model's own {limit} positions; lower it"
-        )
+    """Raise ModelError when a given model is not made for sequences of `model.context_length` tokens."""
+    check_length(model.inner.config, length, named="the model")
 
 
 def freeze(model: Model) -> Model:
