@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stages.errors import ModelError
 from stages.objectives.balance import dead_experts, expert_counts, load_balancing_loss, max_load
@@ -73,7 +72,8 @@ class RouterBalance:
         if not router_logits:  # the config names experts, and every layer as dense
             self._check_nothing_is_asked()
             return loss
-        num_chosen = self._model.inner.num_experts_per_tok
+        inner: Any = self._model.inner
+        num_chosen: int = inner.num_experts_per_tok
         balance = load_balancing_loss(router_logits=router_logits, num_chosen=num_chosen)
         self._add(balance.detach(), expert_counts(router_logits=router_logits, num_chosen=num_chosen))
         return loss + self._coef * share * balance if self._coef else loss
@@ -96,7 +96,9 @@ class RouterBalance:
         }
 
 
-def has_routers(model: PreTrainedModel) -> bool:
-    """Whether transformers gives a balance loss for `model`: its class does, and its config has experts."""
+def has_routers(model: Any) -> bool:
+    """Whether transformers gives a balance loss for `model`, a PreTrainedModel: its class does, and its
+    config has experts.
+    """
     gives_logits = "output_router_logits" in inspect.signature(model.forward).parameters
-    return gives_logits and int(model.num_experts) > 1
+    return gives_logits and model.num_experts > 1

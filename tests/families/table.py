@@ -272,7 +272,7 @@ FAMILIES: dict[str, Family] = _table(
             "n_heads": 2,
             "n_layers": 2,
             "max_seq_len": 256,
-            "attn_config": {"kv_n_heads": 1, "clip_qkv": 1.0},
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 1.0, "rope_theta": 1e4},
             "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         },
         moe=True,
