@@ -9,7 +9,7 @@ calls (vLLM), pausing and caches (vllm_engine), what is sent (weight_sync). Tens
 of a linear layer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rollout.api import TensorSpec, WeightUpdate
+from rollout.api import Diagnosis, TensorSpec, WeightUpdate
 from rollout.weight_file import DTYPES, Layout, check_manifest, fetch_tensors, load_verified, nccl_meeting
 
 READ_OUT_COLUMNS = 1024
@@ -109,15 +109,14 @@ class FetchReceiver(WeightTransferEngine[FetchInit, FetchUpdate]):
     def shutdown(self) -> None:
         """Nothing is kept open between updates."""
 
-    def diagnose(self, update: WeightUpdate) -> list[str]:
-        """Names of the tensors that the live model does not hold bit for bit, as far as they can be found in
-        it.
-        """
+    def diagnose(self, update: WeightUpdate) -> Diagnosis:
+        """See `RolloutEngine.diagnose`, for this worker."""
         assert self._layout is not None, "init_transfer_engine comes first"
         if self.parallel_config.world_size > 1:
-            return [f"weights (not compared: split over {self.parallel_config.world_size} GPUs)"]
+            reason = f"all weights (split over {self.parallel_config.world_size} GPUs)"
+            return Diagnosis(differing=(), not_compared=(reason,))
         tensors = fetch_tensors(update, timeout_s=self._timeout_s)
-        return list(_differing(self.model, tensors, DTYPES[self._layout.dtype]))
+        return _diagnosis(self.model, tensors, DTYPES[self._layout.dtype])
 
     def _rebuild_tied_heads(self) -> None:
         """On CPU an output head keeps a packed copy of its weight. A tied head has no tensor of its own in a
@@ -185,26 +184,29 @@ class WorkerExtension:
         """The version this worker's weights have; answered by the process that decodes."""
         return self.weight_transfer_engine.held_version
 
-    def rlhf_diagnose(self, update: dict[str, Any]) -> list[str]:
-        """See `FetchReceiver.diagnose`."""
+    def rlhf_diagnose(self, update: dict[str, Any]) -> dict[str, list[str]]:
+        """See `FetchReceiver.diagnose`; as plain types, which is all that may cross a process boundary."""
         receiver = self.weight_transfer_engine
-        return receiver.diagnose(receiver.parse_update_info(update).record())
+        found = receiver.diagnose(receiver.parse_update_info(update).record())
+        return {"differing": list(found.differing), "not_compared": list(found.not_compared)}
 
 
-def _differing(model: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Iterator[str]:
+def _diagnosis(model: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Diagnosis:
+    differing, not_compared = [], []
     modules = dict(model.named_modules())
     # q, k and v are read from one packed layer
     latest: tuple[torch.nn.Module, str, torch.Tensor] | None = None
     for name, tensor in tensors.items():
         place = _place(name, modules, tensors, model.packed_modules_mapping)
         if place is None:
-            yield f"{name} (not compared: no such module)"
+            not_compared.append(f"{name} (no such module)")
             continue
         module, leaf, first_row = place
         if latest is None or latest[0] is not module or latest[1] != leaf:
             latest = (module, leaf, _held(module, leaf, dtype))
         if not torch.equal(latest[2][first_row : first_row + len(tensor)].cpu(), tensor):
-            yield name
+            differing.append(name)
+    return Diagnosis(differing=tuple(differing), not_compared=tuple(not_compared))
 
 
 def _place(

@@ -8,7 +8,7 @@ import torch
 from fakes import FakeEngine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling
+from rollout.api import Diagnosis, Rollout, RolloutEngine, RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
 from rollout.loop import LoopThread
@@ -24,6 +24,7 @@ CONFIG = EngineConfig(
     parity_max_tokens=12,
 )
 MAX_MODEL_LEN = 768
+SAME = Diagnosis(differing=(), not_compared=())
 
 
 @dataclass
