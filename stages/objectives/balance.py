@@ -23,7 +23,9 @@ def load_balancing_loss(*, router_logits: Sequence[Tensor], num_chosen: int) -> 
     padding. `num_chosen` when tokens are spread evenly, at most E; its gradient passes the probabilities
     alone. It is no sum over tokens: that of a batch is not made of those of its parts.
     Source: Fedus et al. 2021, "Switch Transformers" (arXiv 2101.03961), eq. 4-6 without alpha. As in
-    transformers, both factors are means over tokens and layers, and all choices of a token count.
+    transformers, all choices of a token count, and both factors are means over tokens *and layers*, where
+    Switch takes each layer by itself: two layers that each use another half of the experts count as even.
+    `max_load` and `dead_experts` look at each layer.
     """
     logits_LNE = torch.stack([widened(logits_NE) for logits_NE in router_logits])
     num_layers, num_tokens, num_experts = logits_LNE.shape

@@ -190,3 +190,28 @@ def test_the_weights_of_micro_batches_sum_to_one_so_that_more_of_them_do_not_wei
         for _ in range(3)
     ]
     torch.testing.assert_close(torch.stack(added).sum(), one, atol=1e-6, rtol=0)
+
+
+def test_the_balance_loss_and_nothing_else_evens_the_load_of_decided_routers():
+    """Trained on no other loss. Without a coefficient the routers have no gradient and stay as they are."""
+    row = pack(SEQUENCES)
+    results: dict[float, list[dict[str, float]]] = {0.0: [], 1.0: []}
+    for coef, found in results.items():
+        model = model_of("mixtral")
+        routers = [layer.mlp.gate.weight for layer in model.inner.model.layers]
+        with torch.no_grad():
+            for weight_EH in routers:
+                weight_EH *= 3
+        adam = torch.optim.Adam(routers, lr=0.02)
+        balance = RouterBalance(model, coef=coef, setting="sft.router_aux_loss_coef")
+        for _ in range(40):
+            adam.zero_grad()
+            balance.added_to(lambda forward: 0 * cross_entropy(forward, row), share=1.0).backward()
+            adam.step()
+            found.append(balance.take())
+    assert results[0.0][0] == results[0.0][-1] == results[1.0][0]
+    assert results[1.0][-1]["train/router_aux_loss"] < results[1.0][0]["train/router_aux_loss"] - 0.2
+    assert (
+        results[1.0][0]["train/router_dead_experts"] == 1
+        and results[1.0][-1]["train/router_dead_experts"] == 0
+    )
