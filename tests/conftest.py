@@ -62,7 +62,7 @@ def make_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], P
 
     def make(num_positions: int) -> Path:
         model_dir = tmp_path_factory.mktemp("gpt2")
-        tokenizer = _tokenizer()
+        tokenizer = tiny_tokenizer()
         tokenizer.save_pretrained(model_dir)
         _gpt2(len(tokenizer), num_positions).save_pretrained(model_dir)
         return model_dir

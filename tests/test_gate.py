@@ -1,5 +1,5 @@
-"""The gate in whole PPO runs: engines that lag, and batches that engine and trainer do not agree about, end the
-run before it learns from them.
+"""The gate in whole PPO runs: engines that lag, and batches that engine and trainer do not agree about, end
+the run before it learns from them.
 """
 
 import json
