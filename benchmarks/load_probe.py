@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from stages.config import ModelConfig
 from stages.training import models
@@ -26,6 +27,7 @@ REPEATS = 5
 
 
 def main() -> None:
+    disable_progress_bar()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {REPEATS} loads")
     with tempfile.TemporaryDirectory() as work:
         demo = Path(work)
@@ -38,26 +40,43 @@ def main() -> None:
 
 
 def measure(name: str, directory: Path) -> None:
-    """Print the seconds of a load, and of the probe within it."""
-    probes: list[float] = []
+    """Print what a load takes, and the probe within it: on the clock, and of all cores."""
+    probes: list[Spent] = []
 
     def timed(*arguments: Any) -> None:
-        start = time.perf_counter()
+        start = now()
         check_packed(*arguments)
-        probes.append(time.perf_counter() - start)
+        probes.append(now() - start)
 
     models.check_packed = timed
     loads = []
     for _ in range(1 + REPEATS):
-        start = time.perf_counter()
+        start = now()
         model = models.load_causal_lm(directory)
-        loads.append(time.perf_counter() - start)
-    load, probe = statistics.median(loads[1:]), statistics.median(probes[1:])  # the first one warms up
+        loads.append(now() - start)
+    loads, probes = loads[1:], probes[1:]  # the first one warms up
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(
-        f"{name}: {millions:.1f} M parameters, load {(load - probe) * 1e3:.0f} ms, "
-        f"probe {probe * 1e3:.0f} ms, {probe / (load - probe):.0%} of the load"
-    )
+    without = [load - probe for load, probe in zip(loads, probes, strict=True)]
+    print(f"{name}, {millions:.1f} M parameters: {medians('load', without)}; {medians('probe', probes)}")
+
+
+class Spent(NamedTuple):
+    """Seconds on the clock, and of all cores together: the second say more where others use the machine."""
+
+    clock: float
+    cores: float
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        return Spent(self.clock - other.clock, self.cores - other.cores)
+
+
+def now() -> Spent:
+    return Spent(time.perf_counter(), time.process_time())
+
+
+def medians(what: str, spent: list[Spent]) -> str:
+    clock, cores = (statistics.median(each) for each in zip(*spent, strict=True))
+    return f"{what} {clock * 1e3:.0f} ms ({cores * 1e3:.0f} ms of cores)"
 
 
 if __name__ == "__main__":
