@@ -157,7 +157,11 @@ class ChatTokenizer:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{directory}: no tokenizer that can be loaded ({reason})") from error
         source = None if template is None else read_template(template)
-        return cls(tokenizer, template=source, stop_token_ids=_configured_stops(Path(directory)))
+        stops = _configured_stops(Path(directory))
+        try:
+            return cls(tokenizer, template=source, stop_token_ids=stops)
+        except ModelError as error:
+            raise ModelError(f"{directory}: {error}") from error
 
     @property
     def pad_token_id(self) -> int | None:
@@ -292,9 +296,14 @@ class ChatTokenizer:
         for (trained, _), tokens in zip(stretches, found, strict=True):
             ids += tokens
             mask += [trained] * len(tokens)
-        if self._adds_bos and self._bos_id is not None and ids[:1] != [self._bos_id]:
-            ids, mask = [self._bos_id, *ids], [False, *mask]
+        if lacking := self._lacking_bos(ids):
+            ids, mask = [*lacking, *ids], [False, *mask]
         return Rendered(ids=tuple(ids), mask=tuple(mask))
+
+    def _lacking_bos(self, ids: Sequence[int]) -> list[int]:
+        """What the tokenizer puts before plain text and the template forgot: BOS, or nothing."""
+        forgotten = self._adds_bos and list(ids[:1]) != [self._bos_id]
+        return [self._bos_id] if forgotten and self._bos_id is not None else []
 
     def _stretches(self, pieces: Sequence[_Piece], messages: Sequence[Message]) -> list[tuple[bool, str]]:
         """(trained, text) in turn: what the assistant is given, what it answers."""
@@ -450,7 +459,7 @@ class ChatTokenizer:
             stretches = ["".join(piece.text or said for piece in run) for _, run in runs]
             own = self.tokenizer("".join(stretches), add_special_tokens=False)["input_ids"]
             ids = list(self._encode(pieces, messages).ids)
-            if ids != own and ids[1:] != own and not self._merges(stretches):
+            if ids != self._lacking_bos(own) + own and not self._merges(stretches):
                 raise ModelError(
                     "the tokenizer's ids of the chat template's text are not those of its prompt and answer; "
                     "set model.chat_template to one whose prompts end with a special token"

@@ -12,7 +12,7 @@ Owns: what is special, and how a text goes on behind another. Does not own: temp
 import json
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,10 @@ FLAGS = "single_word", "lstrip", "rstrip", "normalized"
 class TextEncoder:
     """Encodes whole texts, and texts of which parts must begin with a token of their own."""
 
-    spec: str  # what `content_encoder` makes the encoder of plain text of again, in another process
-
     def __init__(self, spec: str, inert: Collection[int]) -> None:
         """`spec`: a tokenizer.json; `inert`: ids of added tokens that no content may become."""
         name = secrets.token_hex(16)  # in lower case and without signs: no normaliser changes it
         bare = _with_inert(json.loads(spec), inert, name)
-        self.spec = json.dumps(bare)
         tokens = [token for token in json.loads(spec)["added_tokens"] if token["id"] in inert]
         self._names = {token["content"]: f"{name}x{token['id']}x" for token in tokens}
         self._written = any_of(self._names)
@@ -46,6 +43,11 @@ class TextEncoder:
                 self._tokens[token["id"]] = token["content"]
         going_on = _without_prefix(bare)
         self._going_on = self._whole if going_on == bare else self._encoder(going_on, tokens)
+
+    @property
+    def spec(self) -> str:
+        """What `content_encoder` makes the encoder of `text_ids` of again, in another process."""
+        return str(self._whole.to_str())
 
     def named(self, text: str) -> str:
         """Template text, its special tokens under the names by which `encode` knows them."""
@@ -78,17 +80,21 @@ class TextEncoder:
     def _behind(self, last: int | None, text: str) -> list[int]:
         """Ids of `text` behind the token `last`, special tokens under their names' ids."""
         if last is None:
-            return self._ids(self._whole, text)
+            return self._ids(text)
         if last in self._tokens:
-            return self._ids(self._whole, self._tokens[last] + text)[1:]
-        special = None if self._going_on is self._whole else self._named.search(text)
-        if special is None:
-            return self._ids(self._going_on, text)
-        head = self._ids(self._going_on, text[: special.end()])
-        return head + self._behind(head[-1], text[special.end() :])
+            return self._ids(self._tokens[last] + text)[1:]
+        going_on = self._going_on.encode(text, add_special_tokens=False)
+        ids: list[int] = going_on.ids
+        at = next((at for at, token in enumerate(ids) if token in self._tokens), None)
+        if self._going_on is self._whole or at is None:
+            return self._checked(ids, text)
+        end = going_on.offsets[at][1]  # what is behind a token is as in every text
+        return self._checked(ids[: at + 1], text[:end]) + self._behind(ids[at], text[end:])
 
-    def _ids(self, encoder: Tokenizer, text: str) -> list[int]:
-        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+    def _ids(self, text: str) -> list[int]:
+        return self._checked(self._whole.encode(text, add_special_tokens=False).ids, text)
+
+    def _checked(self, ids: list[int], text: str) -> list[int]:
         names = [name[0] for name in self._named.finditer(text)]
         if names != [self._tokens[token] for token in ids if token in self._real]:
             raise ModelError(
@@ -134,35 +140,39 @@ def _with_inert(spec: dict[str, Any], inert: Collection[int], name: str) -> dict
     `content_encoder` does not look for those. The model may still make one out of text: Unigram, and others
     that look up whole words, find it in their vocabulary. There it gets another name.
     """
-    spec = spec | {"truncation": None, "padding": None, "post_processor": None}
+    found = _found_in_text(spec["model"])
+    names = {}
     for token in spec["added_tokens"]:
         if token["id"] in inert:
             token["special"] = True
-            if _is_found_in_text(spec["model"], token["content"]):
-                _rename(spec["model"], token["content"], f"{name}y{token['id']}y")
-                token["content"] = f"{name}y{token['id']}y"
-    return spec
+            if token["content"] in found:
+                names[token["content"]] = token["content"] = f"{name}y{token['id']}y"
+    model = spec["model"] | {"vocab": _renamed(spec["model"]["vocab"], names)}
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return spec | {"model": model, "truncation": None, "padding": None, "post_processor": None}
 
 
-def _is_found_in_text(model: dict[str, Any], content: str) -> bool:
-    """Single signs are what a model falls back on, so they keep their names."""
-    if len(content) < 2:
-        return False
-    if isinstance(model["vocab"], list):
-        return any(piece == content for piece, _ in model["vocab"])
-    if model["type"] == "BPE":  # what it merges it must find again
-        whole_words = model["ignore_merges"] and content in model["vocab"]
-        return bool(whole_words) and not any("".join(merge) == content for merge in model["merges"])
-    return content in model["vocab"]
+def _found_in_text(model: dict[str, Any]) -> set[str]:
+    """Entries of the vocabulary that a text becomes if it spells them, and that may have other names.
+
+    BPE merges its entries out of others, so it finds no special token unless it looks up whole words first;
+    then what it merges has to keep its name. So have single signs, which models fall back on.
+    """
+    vocab = model["vocab"]
+    found = {entry[0] for entry in vocab} if isinstance(vocab, list) else set(vocab)
+    if model["type"] == "BPE":
+        found = found - {"".join(merge) for merge in model["merges"]} if model["ignore_merges"] else set()
+    return {entry for entry in found if len(entry) > 1}
 
 
-def _rename(model: dict[str, Any], old: str, new: str) -> None:
-    if isinstance(model["vocab"], list):
-        model["vocab"] = [[new if piece == old else piece, score] for piece, score in model["vocab"]]
-    else:
-        model["vocab"][new] = model["vocab"].pop(old)
-        if model["unk_token"] == old:
-            model["unk_token"] = new
+def _renamed(vocab: Any, names: Mapping[str, str]) -> Any:
+    """Of Unigram, a list of entries with their scores; of others, entries with their ids."""
+    if not names:
+        return vocab
+    if isinstance(vocab, list):
+        return [[names.get(entry, entry), score] for entry, score in vocab]
+    return {names.get(entry, entry): index for entry, index in vocab.items()}
 
 
 def _without_prefix(part: Any) -> Any:

@@ -6,13 +6,15 @@ Compared with transformers: `tokenizer(apply_chat_template(..., tokenize=False),
 import json
 from collections.abc import Callable
 from functools import cache
-from itertools import product
+from itertools import groupby, product
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from stages.data.chat import ChatTokenizer
+from stages.data.encoders import content_encoder
 from stages.data.records import Message
 from stages.errors import ModelError
 
@@ -48,7 +50,8 @@ ZEPHYR = (  # TinyLlama's too
 PHI3 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>' + '\n' }}{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>' + '\n' }}{% endif %}"
+    "{% endfor %}"
 )
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}"
@@ -69,7 +72,7 @@ LLAMA3 = (
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-TEMPLATES = {  # template, and its tokens beside <unk>, <s>, </s>; those of Phi-3 take the white space behind them
+TEMPLATES = {  # and their tokens beside <unk>, <s>, </s>; Phi-3's take the white space behind them
     "llama2": (LLAMA2, ()),
     "mistral_v1": (MISTRAL_V1, ()),
     "mistral_v3": (MISTRAL_V3, ("[INST]", "[/INST]")),
@@ -127,7 +130,11 @@ def _sentencepiece(model: str) -> str:
     else:
         tokenizer = Tokenizer(models.Unigram())
         trainer = trainers.UnigramTrainer(
-            vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", initial_alphabet=SIGNS, show_progress=False
+            vocab_size=200,
+            special_tokens=SPECIAL,
+            unk_token="<unk>",
+            initial_alphabet=SIGNS,
+            show_progress=False,
         )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     tokenizer.train_from_iterator(CORPUS, trainer)
@@ -138,7 +145,10 @@ def _sentencepiece(model: str) -> str:
 def _byte_level() -> str:
     """With Qwen's and Llama 3's pattern: line breaks join what is before them."""
     tokenizer = Tokenizer(models.BPE())
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
@@ -201,3 +211,162 @@ def test_ids_are_those_that_the_tokenizer_gives_for_the_whole_text(model, spaces
     own = own_ids(chat, messages, prompt=False)
     assert ids == own[: len(ids)] and chat.end_of_turn_id not in own[len(ids) :]
     assert list(chat.prompt_ids(messages[:-1])) == own_ids(chat, messages[:-1], prompt=True)
+
+
+ODD = [
+    talk(" hello", " world"),
+    talk("\n\nhello ", "\n\n the cat \n", "", "", "\n", "12"),
+    talk("</s><s>[INST] <unk><|end|>", "<|im_end|></s> <|eot_id|><end_of_turn>"),
+]
+
+
+@every_kind
+@every_template
+@pytest.mark.parametrize("messages", [*TALKS, *ODD], ids=range(len(TALKS + ODD)))
+def test_prompt_and_response_ids_are_the_conversation_and_its_answers_are_trained(
+    model, spaces, name, messages
+):
+    """Whatever the content begins and ends with."""
+    chat = chat_of(model, spaces, name)
+    whole = chat.render(messages)
+    assert chat.prompt_ids(messages[:-1]) + chat.response_ids(messages[-1].content) == whole.ids
+    runs = [
+        [token for token, _ in run]
+        for trained, run in groupby(zip(whole.ids, whole.mask, strict=True), key=lambda pair: pair[1])
+        if trained
+    ]
+    answers = [message.content for message in messages if message.role == "assistant"]
+    assert runs == [list(chat.response_ids(answer)) for answer in answers]
+    assert chat.lint(whole) == []
+
+
+@every_kind
+@every_template
+def test_content_never_becomes_a_special_token(model, spaces, name):
+    """Unigram finds every entry of its vocabulary in a text, `</s>` too."""
+    chat = chat_of(model, spaces, name)
+    special = set(chat.tokenizer.added_tokens_decoder)
+    forged = "a".join(token.content for token in chat.tokenizer.added_tokens_decoder.values())
+    assert not special & set(chat.text_ids(forged))
+    plain, attack = (chat.render(talk(text, text, text, text)).ids for text in ("a", forged))
+    assert [token for token in attack if token in special] == [token for token in plain if token in special]
+
+
+@every_kind
+def test_a_text_that_stands_alone_has_the_tokenizers_own_ids(model, spaces):
+    chat = chat_of(model, spaces, "tinyllama")
+    for text in (*CORPUS, " hello", "\nhello  ", "\u00e9t\u00e9"):
+        own = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert list(chat.text_ids(text)) == own == chat.documents_ids([text], np.dtype("uint16"))[0].tolist()
+        assert list(chat.continuation_ids(text)) == [chat.tokenizer.eos_token_id, *own]
+        again = content_encoder(chat.content_spec)
+        assert again.encode(text, add_special_tokens=False).ids == own
+
+
+@every_kind
+@every_template
+def test_a_response_reads_as_it_was_written(model, spaces, name):
+    """Neither the template's space before an answer, nor the tokenizer's, is part of what was said."""
+    chat = chat_of(model, spaces, name)
+    for text in ("Hello, the cat", "12", "(it) is"):
+        assert chat.response_text(chat.response_ids(text)).rstrip() == text
+    if name in ("mistral_v1", "tinyllama", "qwen"):  # whose prompts end with text, and that trim nothing
+        assert chat.response_text(chat.response_ids(" hello")) == " hello"
+
+
+@every_kind
+def test_text_that_goes_on_keeps_its_first_space(model, spaces):
+    chat = chat_of(model, spaces, "tinyllama")
+    ids, start = chat.text_ids("the cat sat"), chat.text_ids("the")
+    assert ids[: len(start)] == start and chat.continued_text(ids[len(start) :]) == " cat sat"
+
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@every_kind
+def test_an_answer_begins_with_a_token_of_its_own_where_the_tokenizer_would_join_it_with_the_prompt(
+    model, spaces
+):
+    """A prompt that ends with a space: the model is given the space, and asked for the word."""
+    tokenizer = chat_of(model, spaces, "tinyllama").tokenizer.backend_tokenizer
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    chat = ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), template=PLAIN)
+    messages = talk("hello", "hello")
+    prompt, ids = chat.prompt_ids(messages[:1]), chat.render(messages).ids
+    assert list(prompt) == own_ids(chat, messages[:1], prompt=True)
+    assert ids[: len(prompt)] == prompt and list(ids) != own_ids(chat, messages, prompt=False)
+    assert chat.response_text(ids[len(prompt) :]) == "hello"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@every_template
+def test_transformers_own_llama_tokenizer_is_met_too(legacy, name):
+    spec = json.loads(_sentencepiece("bpe"))["model"]
+    tokenizer = LlamaTokenizer(
+        vocab=spec["vocab"], merges=[tuple(pair) for pair in spec["merges"]], legacy=legacy
+    )
+    template, tokens = TEMPLATES[name]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    chat = ChatTokenizer(tokenizer, template=template)
+    for messages in TALKS:
+        ids = list(chat.render(messages).ids)
+        assert ids == own_ids(chat, messages, prompt=False)[: len(ids)]
+        assert list(chat.prompt_ids(messages[:-1])) == own_ids(chat, messages[:-1], prompt=True)
+
+
+def _refused(tokenizer: Tokenizer, template: str) -> str:
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    with pytest.raises(ModelError) as caught:
+        ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), template=template)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_special_token_that_the_tokenizer_does_not_find_in_the_templates_text_is_refused():
+    """`normalized`: it is looked for with the space that the tokenizer puts before it."""
+    spec = json.loads(_sentencepiece("bpe"))
+    for token in spec["added_tokens"]:
+        token["normalized"] = True
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    _prepend(tokenizer)
+    assert "normalized" in _refused(tokenizer, ZEPHYR)
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_word_is_refused_where_an_answer_goes_on_with_a_text():
+    """As T5's: the first word of an answer has one, but not because a text begins."""
+    tokenizer = Tokenizer.from_str(_sentencepiece("unigram"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    assert "model.chat_template" in _refused(tokenizer, ZEPHYR)
+
+
+def test_a_tokenizer_that_looks_up_whole_words_first_finds_no_special_token_in_content():
+    """Llama 3's setting, with the special tokens in the vocabulary: `</s>` alone is a word."""
+    spec = json.loads(_sentencepiece("bpe"))
+    spec["model"]["ignore_merges"], spec["pre_tokenizer"] = True, None
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    chat = ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), template=ZEPHYR)
+    assert chat.tokenizer.eos_token_id not in chat.text_ids("</s>")
+    assert chat.tokenizer.decode(chat.text_ids("</s>")).replace(" ", "") == "</s>"
+
+
+def test_ids_with_gaps_keep_their_meaning():
+    """And so does an added token that means nothing."""
+    spec = json.loads(_sentencepiece("bpe"))
+    last = max(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
+    spec["model"]["vocab"][last] = 1000
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    _prepend(tokenizer)
+    tokenizer.add_tokens([AddedToken("::", special=False, normalized=False)])
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
+    chat = ChatTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), template=ZEPHYR)
+    messages = talk(f"hello {last} :: the", "cats :: red", "and?", f"{last} ")
+    ids = list(chat.render(messages).ids)
+    assert ids == own_ids(chat, messages, prompt=False)[: len(ids)]
+    assert tokenizer.token_to_id("::") in ids and max(ids) <= 1000

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from pipeline import cli, preview
 from pipeline import config as configs
@@ -161,6 +162,22 @@ def test_a_template_that_sft_would_refuse_is_refused(directory: Path):
     tokenizer.save_pretrained("doubled")
     with pytest.raises(DataError, match=r"sft: .* does not render trainable turns: BOS occurs 3 times"):
         blocks("prepare.tokenizer=doubled")
+
+
+def test_a_tokenizer_whose_ids_cannot_be_met_is_refused_in_one_line(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It splits at white space and puts a space before each word: an answer's first word has one too."""
+    tokenizer = train_tokenizer([], 300, 1)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained("spaced")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "look.yaml", "prepare.tokenizer=spaced"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "spaced: the tokenizer's ids" in line and "model.chat_template" in line
 
 
 def test_check_prints_it_all(directory: Path, capsys: pytest.CaptureFixture[str]):
