@@ -189,7 +189,8 @@ def train(
                 update = {}  # on behind the bad data, with the steps that were taken before them
             with clock.measure("sync"):
                 report, parity = _synced(sync, gate, step + 1, state.totals)
-            state.see(summary, num_sequences=len(batch.rollouts))
+            if step >= config.value_warmup_steps:  # the policy was the reference until then
+                state.see(summary, num_sequences=len(batch.rollouts))
             step += 1
             if step % config.log_every_steps == 0 or step == config.max_steps:
                 seen = {**summary, **update, **health.metrics()}
