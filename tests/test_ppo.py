@@ -60,7 +60,8 @@ def judged_batch(inputs, tmp_path, config=CONFIG):
 
 
 def learner_of(models, config, tmp_path):
-    return Learner(models, config, seed=0, health=Health(config.health, runtime_in(tmp_path, "ppo")))
+    health = Health(config.health, runtime_in(tmp_path, "ppo"))
+    return Learner(models, config, correction=config.correction(max_staleness=0), seed=0, health=health)
 
 
 def test_pin_10_the_ids_that_are_trained_on_are_the_engines_and_never_encoded_again(tied_model_dir):

@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stages.config import PPOConfig
+from stages.config import Correction, PPOConfig
 from stages.data.batches import stage_seed
 from stages.data.experience import Experience, minibatches
+from stages.objectives.correction import correction_weights
 from stages.objectives.losses import (
     aggregation_denominator,
     entropy_bonus,
@@ -39,12 +40,17 @@ from stages.training.ppo_models import PPOModels
 class Learner:
     """Policy and value model under training.
 
-    Example: learner = Learner(models, config, seed=0, health=health)
+    Example: learner = Learner(models, config, correction=settings.correction, seed=0, health=health)
              metrics = learner.update(step, experiences, kl_coef=0.05)
     """
 
-    def __init__(self, models: PPOModels, config: PPOConfig, *, seed: int, health: Health) -> None:
+    def __init__(
+        self, models: PPOModels, config: PPOConfig, *, correction: Correction, seed: int, health: Health
+    ) -> None:
+        """`correction`: the rollout correction in force."""
         self.health = health
+        self.policy_steps = 0  # taken by this process: after the first one the policy has moved
+        self._correction = correction
         self._models = models
         self._config = config
         self._seed = seed
@@ -107,6 +113,7 @@ class Learner:
             lambda pack: self._policy_loss(pack, denominator, kl_coef, num_tokens, watch),
             partial(self.health.accepts, "policy loss", step),
         )
+        self.policy_steps += policy.taken
         seen = watch.close_step() if policy.taken else {}
         seen |= {
             "ppo/policy_loss": policy.loss,
@@ -152,11 +159,20 @@ class Learner:
         config = self._config
         policy_BT, entropies_BT = self._policy_forward(pack)
         single_update = config.num_epochs == 1 and self._steps_per_epoch == 1
+        anchor_BT = policy_BT.detach() if single_update else pack.anchor_logprobs_BT
+        corrected = correction_weights(
+            anchor_logprobs_BT=anchor_BT,
+            rollout_logprobs_BT=pack.rollout_logprobs_BT,
+            mask_BT=pack.mask_BT,
+            kind=self._correction.type,
+            min_weight=self._correction.min_weight,
+            max_weight=self._correction.max_weight,
+        )
         result = policy_loss(
             policy_logprobs_BT=policy_BT,
-            anchor_logprobs_BT=policy_BT.detach() if single_update else pack.anchor_logprobs_BT,
+            anchor_logprobs_BT=anchor_BT,
             advantages_BT=pack.advantages_BT,
-            importance_weights_BT=None,
+            importance_weights_BT=corrected.weights_BT,
             mask_BT=pack.mask_BT,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
