@@ -197,7 +197,8 @@ def train(
             with clock.measure("sync"):
                 published = publisher.publish(step + 1, has_moved=learner.policy_steps > 0)
             state.totals.see_parity(published.parity.max_abs_diff)
-            state.see(summary, num_sequences=len(batch.rollouts))
+            if step >= config.value_warmup_steps:  # the policy was the reference until then
+                state.see(summary, num_sequences=len(batch.rollouts))
             step += 1
             if step % config.log_every_steps == 0 or step == config.max_steps:
                 seen = {**summary, **update, **health.metrics()}
