@@ -146,7 +146,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     console = Console(soft_wrap=True)
     for block in previews(loaded.config, model_at_hand=at_hand):
         console.print(block)
-    typer.echo("\nplan (memory without activations):")
+    typer.echo("\nplan (memory at its peak, without what allocators keep):")
     for line in placement.plan(loaded.config, dag.configured(loaded.config)):
         typer.echo(f"  {line}")
     if not at_hand:
