@@ -75,7 +75,7 @@ class Architecture:
     def activations(self, itemsize: int, *, recomputed: bool) -> int:
         """Bytes that the backward pass of one token needs of its forward, counted on transformers' LLaMA.
 
-        Each norm keeps its input in fp32 and two tensors, attention queries, keys, values and two outputs, the
+        Each norm keeps its input in fp32 and two tensors, attention queries, keys, values, two outputs, the
         MLP four tensors. `recomputed`: with gradient checkpointing, the inputs of all layers and one layer.
         """
         norm = (4 + 2 * itemsize) * self.hidden_size
