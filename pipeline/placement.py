@@ -224,6 +224,10 @@ def _from_scratch(model: ModelConfig, config: ExperimentConfig) -> Architecture 
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.hidden_size // model.num_heads,
         tie_word_embeddings=model.tie_embeddings,
+        num_experts=model.num_experts or 0,
+        expert_size=model.intermediate_size,
+        experts_per_token=model.num_experts_per_token,
+        shared_size=0,
     )
 
 

@@ -18,7 +18,15 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
-from rollout.api import FinishReason, Rollout, RolloutRequest, Sampling, WeightUpdate
+from rollout.api import (
+    Diagnosis,
+    FinishReason,
+    Rollout,
+    RolloutRequest,
+    Sampling,
+    WeightUpdate,
+    joined_diagnosis,
+)
 from rollout.config import EngineConfig
 from rollout.errors import GO_ON, EngineError, WeightSyncError
 from rollout.loop import before_deadline, while_healthy
@@ -152,13 +160,16 @@ class VLLMEngine:
         await self._call("resume", lambda llm: llm.resume_generation())
         self._paused = False
 
-    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
-        """See `RolloutEngine.diagnose`."""
+    async def diagnose(self, update: WeightUpdate) -> Diagnosis:
+        """See `RolloutEngine.diagnose`: what any of its workers says."""
         payload = dataclasses.asdict(update)
-        differing: list[list[str]] = await self._call(
+        answers: list[dict[str, list[str]]] = await self._call(
             "diagnosis", lambda llm: llm.collective_rpc("rlhf_diagnose", args=(payload,))
         )
-        return tuple(dict.fromkeys(name for names in differing for name in names))
+        return joined_diagnosis(
+            Diagnosis(differing=tuple(one["differing"]), not_compared=tuple(one["not_compared"]))
+            for one in answers
+        )
 
     async def version(self) -> int:
         """See `RolloutEngine.version`: asks the scheduler, and through it the process that holds the

@@ -25,9 +25,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling, WeightUpdate
+from rollout.api import Diagnosis, Rollout, RolloutEngine, RolloutRequest, Sampling, WeightUpdate
 from rollout.config import EngineConfig
-from rollout.errors import EngineError, ParityError, WeightSyncError
+from rollout.errors import EngineError, ParityError, WeightSyncError, root_cause
 from rollout.loop import LoopThread
 from rollout.run_mark import WEIGHTS_PREFIX, weights_prefix
 from rollout.shared_memory import SHARED_MEMORY
@@ -179,18 +179,24 @@ class WeightSync:
                 self._send(update)
         return SyncReport(version=version, seconds=time.perf_counter() - started, num_bytes=num_bytes)
 
-    def diagnose(self) -> tuple[str, ...]:
-        """Every rank, together: names of the trainer's tensors, as they are now, that the engine does not
-        hold bit for bit. Empty on ranks that do not send.
+    def diagnose(self) -> Diagnosis:
+        """Every rank, together: which of the trainer's tensors, as they are now, the engine does not hold bit
+        for bit, and which could not be compared. Empty on ranks that do not send.
+
+        Raises nothing: what a diagnosis explains must not be hidden by a failure of its own. Whatever keeps
+        the tensors from being compared is told in `not_compared`.
         """
         if self._comparable is None:
             self._only_gather()
-            return ()
-        update = self._comparable.pack(self.source, version=0)
-        with self._comparable.serving(update):
-            return self.on_engine(
-                lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s
-            )
+            return Diagnosis(differing=(), not_compared=())
+        try:
+            update = self._comparable.pack(self.source, version=0)
+            with self._comparable.serving(update):
+                return self.on_engine(
+                    lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s
+                )
+        except Exception as error:  # the engine's, the transport's or a bug: its caller has more to say
+            return Diagnosis(differing=(), not_compared=(f"all weights ({_reason(error)})",))
 
     def on_engine(
         self, call: Callable[[RolloutEngine], Coroutine[Any, Any, T]], what: str, timeout_s: float
@@ -329,18 +335,33 @@ class ParityGate:
         return math.exp(min(report.mean_abs_diff, 1.0)) < config.parity_max_mean_ratio
 
     def _verdict(self, report: ParityReport) -> str:
-        differing = self._sync.diagnose()
-        cause = (
-            f"the engine does not hold the trainer's {in_short(differing)}"
-            if differing
-            else "the engine holds every tensor of the trainer, so the two compute differently "
-            "(precision, mask, temperature)"
-        )
         return (
             f"engine and trainer disagree at weight version {report.version}: log-probs of "
             f"{report.num_tokens} tokens differ by {report.max_abs_diff:.2g} at most, "
-            f"{report.mean_abs_diff:.2g} on average; {cause}"
+            f"{report.mean_abs_diff:.2g} on average; {in_words(self._sync.diagnose())}"
         )
+
+
+def in_words(diagnosis: Diagnosis) -> str:
+    """For one line of an error: which tensors differ, and which are not known to agree."""
+    parts = []
+    if diagnosis.differing:
+        parts.append(f"the engine does not hold the trainer's {in_short(diagnosis.differing)}")
+    if diagnosis.not_compared:
+        parts.append(f"could not be compared: {in_short(diagnosis.not_compared)}")
+    if not parts:
+        parts.append(
+            "the engine holds every tensor of the trainer, so the two compute differently "
+            "(precision, mask, temperature)"
+        )
+    return "; ".join(parts)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what was raised first. Ray repeats a whole traceback in its message."""
+    cause = root_cause(error)
+    first, *_ = str(cause).splitlines() or [""]
+    return f"{type(cause).__name__}: {first}"
 
 
 def _nan_last(value: float) -> float:

@@ -93,7 +93,6 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
     bf16 model on one worker is simply cast. Gradients are *summed* over the workers, not averaged: losses
     arrive divided by the counts of the whole step. The weights must be the same on every worker before.
     """
-    model.train(trained)  # without dropout; gradient checkpointing needs to be told
     if precision == "bf16" and isinstance(model, CausalLM):
         compute_head_in_fp32(model)
     if worker.world_size == 1 and (precision == "fp32" or not trained):

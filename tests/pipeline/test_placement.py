@@ -146,6 +146,8 @@ def test_the_activations_counted_of_a_token_are_those_autograd_keeps(dtype: str,
 
     sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    no_experts = {"num_experts": 0, "expert_size": 1, "experts_per_token": 1, "shared_size": 0}
+    others = {**heads, **no_experts, "tie_word_embeddings": False}
     inner = AutoModelForCausalLM.from_config(
         LlamaConfig(**sizes, **heads),
         dtype=getattr(torch, dtype),
@@ -166,11 +168,11 @@ def test_the_activations_counted_of_a_token_are_those_autograd_keeps(dtype: str,
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.inner.model(**row.model_inputs())
     per_token = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 64
-    architecture = Architecture(**sizes, **heads, tie_word_embeddings=False)
+    architecture = Architecture(**sizes, **others)
     itemsize = torch.finfo(getattr(torch, dtype)).bits // 8
     counted = architecture.activations(itemsize, recomputed=recomputed)
     if recomputed:
-        one_layer = Architecture(**sizes | {"num_hidden_layers": 1}, **heads, tie_word_embeddings=False)
+        one_layer = Architecture(**sizes | {"num_hidden_layers": 1}, **others)
         counted -= one_layer.activations(itemsize, recomputed=False)
         assert per_token == pytest.approx(counted + 4 * 128 + itemsize * 128, rel=0.01)  # and the last norm
     else:
