@@ -2,11 +2,11 @@
 
 python benchmarks/gpu_check.py [--device cpu --small] [--only NAME...] [--out DIR]
 
-    ceilings -> attention -> parity -> state -> speed -> ppo -> chain     a JSON line per finding, a table last
+    ceilings -> attention -> parity -> state -> speed -> ppo -> chain   a JSON line per finding, a table last
 
-Made for less than 8 minutes of one GPU, and NOT YET RUN on one; `--device cpu --small` rehearses it. Exit 1 when
-a check failed: an error, or numbers that do not hold (the gate, a restored checkpoint, the first ratio). Times
-are of this machine.
+Made for less than 8 minutes of one GPU, and NOT YET RUN on one; `--device cpu --small` rehearses it. Exit 1
+when a check failed: an error, or numbers that do not hold (the gate, a restored checkpoint, the first ratio).
+Times are of this machine.
 """
 
 import argparse

@@ -113,7 +113,7 @@ async def _sampled(directory: Path, dtype: str) -> list[Rollout]:
 
 
 def state(setting: Setting) -> None:
-    """A checkpoint gives back the weights and the next loss; seconds of the parts of a sync by shared file."""
+    """A checkpoint gives back the weights and the next loss; seconds of what a sync by shared file does."""
     with setting.clean():
         _state(setting)
 
