@@ -121,13 +121,18 @@ def _placed(setting: Setting, size: str, variant: Variant) -> CausalLM:
             if isinstance(part, FSDPModule):
                 part.set_reshard_after_forward(False)
     if variant.head_in_bf16:
-        head = model.head
-        head.forward = (
-            lambda hidden: _BF16Head.apply(hidden.flatten(0, -2), head.weight).unflatten(  # type: ignore[assignment]
-                0, hidden.shape[:-1]
-            )
-        )
+        _compute_head_in_bf16(model)
     return model
+
+
+def _compute_head_in_bf16(model: CausalLM) -> None:
+    head: Any = model.head
+
+    def forward(hidden: Tensor) -> Tensor:
+        logits = _BF16Head.apply(hidden.flatten(0, -2), head.weight)
+        return logits.unflatten(0, hidden.shape[:-1])
+
+    head.forward = forward
 
 
 class _BF16Head(torch.autograd.Function):

@@ -15,6 +15,8 @@ import pytest
 import torch
 from inline import runtime_in
 
+from rollout.config import EngineConfig
+from stages import rollout_source
 from stages.training import distributed
 from stages.training.distributed import launch
 
@@ -118,3 +120,26 @@ def test_fp32_matrix_products_of_a_trainer_are_fp32_whatever_was_set_before(tmp_
     finally:
         torch.set_float32_matmul_precision("highest")
     assert found == "highest"
+
+
+def test_a_process_gives_cached_gpu_memory_back_before_it_opens_an_engine(
+    tied_model_dir, tmp_path, monkeypatch
+):
+    """vLLM does not start where less than its share of a GPU is free."""
+    happened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("given back"))
+    opened = rollout_source.open_engine
+
+    async def open_engine(*arguments: Any, **options: Any) -> Any:
+        happened.append("opened")
+        return await opened(*arguments, **options)
+
+    monkeypatch.setattr(rollout_source, "open_engine", open_engine)
+    with rollout_source.open_engines(
+        EngineConfig(engine="hf"),
+        model_dir=tied_model_dir,
+        dtype="float32",
+        max_model_len=64,
+        runtime=runtime_in(tmp_path, "reward"),
+    ):
+        assert happened == ["given back", "opened"]
