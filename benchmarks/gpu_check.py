@@ -27,9 +27,10 @@ from gpu_parts.kernels import attention, ceilings
 from gpu_parts.numbers import parity, ppo, state
 from gpu_parts.setting import Setting, refused
 from gpu_parts.speed import speed
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAIN_TIMEOUT_S = 240
+CHAIN_TIMEOUT_S = 180
 CHAIN = (
     "pipeline.executor=inline",
     "rollout.engine=hf",  # with which the config refuses ppo.precision bf16
@@ -88,6 +89,7 @@ def main() -> int:
         )
         return 1
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
+    transformers_logging.disable_progress_bar()
     torch.set_float32_matmul_precision("highest")  # as in every process of a run
     with tempfile.TemporaryDirectory(prefix="rlhf-gpu-check-") as scratch:
         setting = Setting(device=device, is_small=arguments.small, scratch=Path(scratch))
