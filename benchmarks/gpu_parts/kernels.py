@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_parts.setting import Setting, refused
+from gpu_parts.setting import UNSUPPORTED, Setting, refused
 from stages.training.packed_attention import packed_attention
 
 Way = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
@@ -92,7 +92,7 @@ def _measured(
     try:
         first_s = setting.once(step)
         median_s = setting.seconds(step)
-    except (RuntimeError, ValueError, TypeError) as error:  # a kernel that does not take such inputs
+    except UNSUPPORTED as error:
         return refused(error)
     error = None
     if sum(lengths) <= MAX_EXACT:

@@ -40,6 +40,9 @@ MODELS = {
 }
 """Shapes of Qwen2.5-0.5B, of Llama-3.2-1B, and one for a rehearsal on a CPU."""
 
+UNSUPPORTED = (RuntimeError, ValueError, TypeError, ImportError)
+"""What a way raises that this torch or this card does not have, or has no memory for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface
 
-from gpu_parts.setting import MODELS, PEAK_BF16_FLOPS, VOCABULARY, Setting, refused
+from gpu_parts.setting import MODELS, PEAK_BF16_FLOPS, UNSUPPORTED, VOCABULARY, Setting, refused
 from stages.config import DataSource, SFTConfig
 from stages.data.packing import PackedRow
 from stages.objectives.logprobs import token_logprobs
@@ -76,7 +76,7 @@ def speed(setting: Setting) -> None:
                 with setting.clean():
                     try:
                         figures = _measured(setting, size, lengths, num_rows, variant)
-                    except (RuntimeError, ValueError) as error:  # out of memory, say: the others still count
+                    except UNSUPPORTED as error:
                         figures = {"failed": refused(error)}
                     setting.say("speed", **shape, **figures)
 
