@@ -1,4 +1,4 @@
-"""`make gpu-check` as far as a CPU goes: every check of it runs against the present code, and finds it right."""
+"""`make gpu-check` as far as a CPU goes: every check of it runs on the present code, and finds it right."""
 
 import json
 import os
