@@ -86,16 +86,17 @@ def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
 
 
 def host_memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory | None:
-    """What each worker needs of its machine's memory while it loads: whole models in fp32, before they are
-    sharded or go to a GPU. None for a worker that keeps them there anyway.
+    """What each worker needs of its machine's memory while it loads: one model after the other, whole and in
+    fp32, before it is sharded or goes to a GPU. None for a worker that keeps them there anyway.
     """
     section, resources = getattr(config, stage), resources_of(config, stage)
     if not resources.num_gpus and resources.num_workers == 1:
         return None
-    if not isinstance(section, TrainingConfig):
-        return Memory(parts={"a whole model": 4 * architecture.whole})
-    trained, frozen = _models(section, stage, architecture)
-    return Memory(parts={"whole models": 4 * max(sum(trained), sum(frozen))})
+    largest = architecture.whole
+    if isinstance(section, TrainingConfig):
+        trained, frozen = _models(section, stage, architecture)
+        largest = max(trained + frozen)
+    return Memory(parts={"a whole model": 4 * largest})
 
 
 def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, Memory]:
