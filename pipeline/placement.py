@@ -77,7 +77,7 @@ def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
             for who, memory in memory_of(config, stage, architecture).items():
                 yield f"  each {who} {memory}"
             if (loading := host_memory_of(config, stage, architecture)) is not None:
-                yield f"  each worker, of its machine while it loads, {loading}"
+                yield f"  each worker while it loads, in its machine's memory, {loading}"
     if architecture is None:
         yield (
             f"memory: size unknown, for {config.model.path} is not on this machine; "

@@ -74,6 +74,26 @@ def test_trainers_and_engines_see_the_gpus_they_reserved_shared_or_alone(tied_mo
     assert len(of_the_engine.split(",")) == 2
 
 
+STAGE_TASK = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+from pipeline.stage_task import _settle_process
+from stages.runtime import StageResources
+node, resources = SimpleNamespace(stage="sft"), StageResources(num_gpus=1)
+job = SimpleNamespace(num_threads=1, log_dir=Path(sys.argv[1]), node=node, resources=resources)
+_settle_process(job)
+print(repr(os.environ["CUDA_VISIBLE_DEVICES"]))
+"""
+
+
+def test_the_process_of_a_stage_whose_workers_have_gpus_uses_none(tmp_path):
+    """Ray hides none from it, and it has reserved none: its output goes to the stage's log."""
+    environment = os.environ | {"PYTHONPATH": IMPORTABLE, "CUDA_VISIBLE_DEVICES": "0,1"}
+    subprocess.run([sys.executable, "-c", STAGE_TASK, tmp_path], env=environment, timeout=60, check=True)
+    assert (tmp_path / "sft.log").read_text() == "''\n"
+
+
 @pytest.fixture
 def two_interfaces(monkeypatch):
     """A machine with loopback and one network, and none of ours in its environment."""
