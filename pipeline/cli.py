@@ -149,7 +149,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
         console.print(block)
     for remark in loaded.config.remarks():
         typer.echo(f"\nnote: {remark}")
-    typer.echo("\nplan (memory without activations):")
+    typer.echo("\nplan (memory at its peak, without what allocators keep):")
     for line in placement.plan(loaded.config, dag.configured(loaded.config)):
         typer.echo(f"  {line}")
     if not at_hand:
