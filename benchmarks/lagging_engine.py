@@ -29,11 +29,11 @@ from rollout.weight_sync import ModuleSource, WeightSync
 from stages.config import ModelConfig, PPOSettings, PrepareConfig
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.experience import assemble, engine_differences, pack_rollouts
+from stages.data.experience import Judgement, RolloutPack, assemble, engine_differences, pack_rollouts
 from stages.data.fitting import fit_prompt
 from stages.data.readers import read_prompts
 from stages.data.vocabulary import tokenizer_for
-from stages.rollout_source import ENGINE_DTYPE, EngineClient, Source, SourcePlan, open_engines, open_source
+from stages.rollout_source import ENGINE_DTYPE, EngineClient, SourcePlan, open_engines, open_source
 from stages.runtime import Runtime, StageResources
 from stages.training.distributed import Worker
 from stages.training.health import Health
@@ -73,16 +73,12 @@ class Experiment:
     """A PPO trainer beside one engine, and what it takes to put the engine back in time."""
 
     def __init__(
-        self,
-        settings: PPOSettings,
-        inputs: dict[str, Path],
-        client: EngineClient,
-        source: Source,
-        worker: Worker,
+        self, settings: PPOSettings, inputs: dict[str, Path], client: EngineClient, worker: Worker
     ) -> None:
         self._config = settings.ppo
         self._chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
-        self._client, self._source, self._worker = client, source, worker
+        self._plan = plan_of(settings, self._chat)
+        self._client, self._worker = client, worker
         self.models: PPOModels = load_ppo_models(self._config, inputs, worker)
         self._learner = Learner(
             self.models,
@@ -99,11 +95,15 @@ class Experiment:
             source, engine=client.engine, loop=client.loop, config=client.config, host=client.host
         )
 
-    def drawn(self, position: int):
+    def drawn(self, position: int) -> tuple[list[RolloutPack], list[Judgement]]:
         """The batch at `position`, by what the engine holds now, and what the policy says of it now."""
         config = self._config
+        with open_source(
+            self._client, self._plan, runtime=self._worker.runtime
+        ) as source:  # it keeps a batch
+            rollouts = source.next(position).rollouts
         packs = pack_rollouts(
-            self._source.next(position).rollouts,
+            rollouts,
             micro_batch_size=config.pack_size,
             max_length=config.max_response_tokens,
             device=self._worker.device,
@@ -121,11 +121,11 @@ class Experiment:
         """One PPO step, on what the engine samples with the weights it was given last."""
         packs, judgements = self.drawn(number)
         experiences, summary = assemble(packs, judgements, self._config, kl_coef=self._config.kl_coef)
-        seen = self._learner.update(number, experiences, kl_coef=self._config.kl_coef)
+        self._learner.update(number, experiences, kl_coef=self._config.kl_coef)
         print(
             f"step {number + 1}: score {summary['rollout/score']:+.2f}, "
             f"engine - trainer {summary['rollout/engine_mean_abs_diff']:.4f} on average, "
-            f"{summary['rollout/engine_max_abs_diff']:.2f} at most; move (k3) {seen['ppo/approx_kl']:.1e}",
+            f"{summary['rollout/engine_max_abs_diff']:.2f} at most",
             flush=True,
         )
 
@@ -243,19 +243,15 @@ def main() -> None:
         )
         torch.set_num_threads(runtime.num_threads)
         worker = Worker(rank=0, world_size=1, device=torch.device("cpu"), runtime=runtime)
-        chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
-        with (
-            open_engines(
-                settings.rollout,
-                model_dir=inputs["sft"],
-                dtype=ENGINE_DTYPE[settings.ppo.precision],
-                max_model_len=settings.model.context_length,
-                runtime=runtime,
-            ) as client,
-            open_source(client, plan_of(settings, chat), runtime=runtime) as source,
-        ):
+        with open_engines(
+            settings.rollout,
+            model_dir=inputs["sft"],
+            dtype=ENGINE_DTYPE[settings.ppo.precision],
+            max_model_len=settings.model.context_length,
+            runtime=runtime,
+        ) as client:
             measure(
-                Experiment(settings, inputs, client, source, worker),
+                Experiment(settings, inputs, client, worker),
                 steps=arguments.steps,
                 lags=arguments.lags,
                 batches=arguments.batches,
