@@ -154,6 +154,7 @@ class ExperimentConfig(Section):
                 f"sft.batch_tokens: {self.sft.batch_tokens} do not hold one row of model.context_length "
                 f"{context}; use {context} or more"
             )
+        yield from self._nothing_to_balance()
         if self.ppo is not None and self.ppo.precision == "bf16" and self.rollout.engine == "hf":
             yield "rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"
         if self.rollout.num_engines > 1 and self.pipeline.executor == "inline":
@@ -221,6 +222,18 @@ class ExperimentConfig(Section):
             return f"{correction} (auto: ppo.precision is bf16)"
         stale = "up to {} versions old" if self.rollout.max_staleness else "synchronous"
         return f"{correction} (auto: rollouts are fp32 and {stale.format(self.rollout.max_staleness)})"
+
+    def _nothing_to_balance(self) -> Iterator[str]:
+        """Of a chain that trains a dense model from scratch; for others the model itself says it."""
+        if self.pretrain is None or self.model.path is not None or self.model.num_experts is not None:
+            return
+        sections = {"pretrain": self.pretrain, "sft": self.sft}
+        for stage, section in sections.items():
+            if section is not None and section.router_aux_loss_coef:
+                yield (
+                    f"{stage}.router_aux_loss_coef: {section.router_aux_loss_coef:g}, but the model has no "
+                    "experts to balance; set model.num_experts, or 0"
+                )
 
     def _workers_do_not_fit(self) -> Iterator[str]:
         for stage in STAGE_FIELDS:

@@ -30,6 +30,11 @@ from rollout.weight_source import ModuleSource
 
 T = TypeVar("T")
 
+ATTENTION = "eager"
+"""Each architecture's own formula. Torch's sdpa leaves out gemma2's softcap and gpt-oss's sinks, in silence;
+what it would save in time and memory does not matter here.
+"""
+
 
 class HFEngine:
     """One transformers model in the caller's process. Use it on the event loop that opened it."""
@@ -173,7 +178,11 @@ class HFEngine:
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         with _no_progress_bar():
             model = type(self._model).from_pretrained(
-                None, config=self._model.config, state_dict=copies, dtype=DTYPES[self._layout.dtype]
+                None,
+                config=self._model.config,
+                state_dict=copies,
+                dtype=DTYPES[self._layout.dtype],
+                attn_implementation=ATTENTION,
             )
         self._model = model.to(self._model.device).eval()  # type: ignore[arg-type]  # hidden overload
 
@@ -317,11 +326,12 @@ def _inverse_cdf(logprobs_V: torch.Tensor, uniform: float) -> int:
 
 
 def _load(model_dir: Path, dtype: str) -> PreTrainedModel:
+    torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
     with _no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
         )

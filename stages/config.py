@@ -97,7 +97,9 @@ class ScoreFunction(Section):
 
 
 class ModelConfig(Section):
-    """`model:` - take a model (`path`) or describe one to train from scratch (LLaMA architecture)."""
+    """`model:` - take a model (`path`) or describe one to train from scratch: a LLaMA, or with num_experts a
+    Mixtral.
+    """
 
     path: str | None = Field(default=None, json_schema_extra=EXECUTION)
     """Model directory or hub id to start from; identified by its content. Absent: train from scratch."""
@@ -110,7 +112,11 @@ class ModelConfig(Section):
     hidden_size: int = Field(default=160, ge=32)
     """Width of the residual stream."""
     intermediate_size: int = Field(default=432, ge=32)
-    """Width of the MLP."""
+    """Width of the MLP; of each expert where there are experts."""
+    num_experts: int | None = Field(default=None, ge=2, le=4096)
+    """Experts of each layer, a mixture (MoE) in place of the MLP; absent: none."""
+    num_experts_per_token: int = Field(default=2, ge=1)
+    """Experts that work for each token, chosen and weighed by a router."""
     num_heads: int = Field(default=5, ge=1)
     """Attention heads; vLLM on CPU wants hidden_size / num_heads to be 32 or a larger multiple of 16."""
     num_kv_heads: int = Field(default=5, ge=1)
@@ -145,6 +151,23 @@ class ModelConfig(Section):
                 raise ValueError(
                     "hidden_size / num_heads is below 32, which vLLM's CPU attention rejects; use 32 or more"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        if self.num_experts is None:
+            return self
+        if self.path is not None:
+            raise ValueError("num_experts describes a model from scratch, path takes one; remove either")
+        if self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token {self.num_experts_per_token} is more than num_experts "
+                f"{self.num_experts}"
+            )
+        if self.hidden_size % 32:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 32, which vLLM's experts on CPU ask for"
+            )
         return self
 
 
@@ -288,6 +311,10 @@ class PretrainConfig(TrainingConfig):
     """Rows per forward."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW: decoupled weight decay on matrices."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0, le=10)
+    """Weight of the routers' balance loss (Switch Transformers), added to the loss of each micro-batch;
+    absent: 0.01 where `model.num_experts` describes a mixture from scratch, else 0.
+    """
 
 
 class SFTConfig(TrainingConfig):
@@ -301,6 +328,10 @@ class SFTConfig(TrainingConfig):
     """Conversations per optimizer step."""
     micro_batch_size: int = Field(default=16, ge=1)
     """Conversations per forward."""
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, le=10)
+    """Weight of the routers' balance loss (Switch Transformers), added to the loss of each micro-batch; 0:
+    none. The value in the model's own config is not used.
+    """
     batch_tokens: int | None = Field(default=None, ge=16)
     """Token slots per optimizer step instead of batch_size: conversations are packed best-fit into rows of
     model.context_length slots, and a step takes batch_tokens // context_length rows, one per forward.
@@ -668,6 +699,13 @@ class PretrainSettings(StageSettings):
     """What the pretrain recipe may read."""
 
     pretrain: PretrainConfig
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """The weight in force. 0.01 is Switch Transformers' own (Fedus et al. 2021, section 2.2)."""
+        if self.pretrain.router_aux_loss_coef is not None:
+            return self.pretrain.router_aux_loss_coef
+        return 0.0 if self.model.num_experts is None else 0.01
 
 
 class SFTSettings(StageSettings):

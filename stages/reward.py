@@ -39,6 +39,7 @@ from stages.training.models import (
     save_model,
 )
 from stages.training.optimize import Optimizer
+from stages.training.randomness import recompute_activations
 
 RECIPE_VERSION = 3
 
@@ -113,7 +114,7 @@ def train(
     torch.manual_seed(stage_seed(settings.seed, "reward", "head"))
     model = reward_from_causal_lm(source, pad_token_id=chat.pad_token_id)
     if config.gradient_checkpointing:
-        model.inner.gradient_checkpointing_enable()
+        recompute_activations(model.inner)
     place(model, worker, precision=config.precision, trained=True)
     max_steps = num_steps(config, order)
     optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)

@@ -15,20 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny_tokenizer import BOS, EOS, PAD, tiny_tokenizer
 from watched_run import WatchedRun, watch
 
 from rollout.loop import LoopThread
 
-CORPUS = [
-    "the cat sat on the mat",
-    "a dog ran to the red house",
-    "two and three are five",
-    "please say thank you",
-]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
 MAX_LENGTH = 1024
 
 
@@ -43,7 +34,7 @@ def make_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 
     def make(*, tied: bool = True, seed: int = 0, num_layers: int = 2) -> Path:
         model_dir = tmp_path_factory.mktemp("model")
-        tokenizer = _tokenizer()
+        tokenizer = tiny_tokenizer()
         tokenizer.save_pretrained(model_dir)
         _model(len(tokenizer), tied=tied, seed=seed, num_layers=num_layers).save_pretrained(model_dir)
         return model_dir
@@ -61,6 +52,22 @@ def tied_model_dir(make_model_dir: Callable[..., Path]) -> Path:
 def untied_model_dir(make_model_dir: Callable[..., Path]) -> Path:
     """One tiny model directory with an output head of its own."""
     return make_model_dir(tied=False)
+
+
+@pytest.fixture(scope="session")
+def make_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A factory of GPT-2 directories with a table of so many positions: a longer sequence is an IndexError.
+    Tokenizer and chat template are those of `make_model_dir`.
+    """
+
+    def make(num_positions: int) -> Path:
+        model_dir = tmp_path_factory.mktemp("gpt2")
+        tokenizer = tiny_tokenizer()
+        tokenizer.save_pretrained(model_dir)
+        _gpt2(len(tokenizer), num_positions).save_pretrained(model_dir)
+        return model_dir
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -106,32 +113,6 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> WatchedRun:
     return run
 
 
-def _tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
-    bpe.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=320,
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
 def _model(vocab_size: int, *, tied: bool, seed: int, num_layers: int):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -147,10 +128,30 @@ def _model(vocab_size: int, *, tied: bool, seed: int, num_layers: int):
         tie_word_embeddings=tied,
         max_position_embeddings=MAX_LENGTH,
         initializer_range=0.1,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def _gpt2(vocab_size: int, num_positions: int):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=num_positions,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.1,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).eval()

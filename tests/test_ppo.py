@@ -667,7 +667,7 @@ def test_a_run_whose_only_iteration_ends_in_bad_steps_keeps_what_was_learnt_befo
 
 
 def test_a_run_that_trained_on_no_token_at_all_is_no_success(inputs, prompts, tmp_path):
-    """One token is never an end, or nearly so; what is cut off is left out."""
+    """No response of one token has an end; what is cut off is left out."""
     settings = settings_for(prompts, max_response_tokens=1, truncation="mask", max_steps=2)
     with pytest.raises(
         TrainingStopped, match=r"^ppo: none of the steps was taken: every response was cut off, .*penalty$"

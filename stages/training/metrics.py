@@ -19,12 +19,15 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 
 METRICS: dict[str, str] = {
-    "train/loss": "loss per token (pretrain, sft) or per pair (reward), nats",
+    "train/loss": "loss per token (pretrain, sft; with the routers' balance loss) or per pair (reward), nats",
     "train/lr": "learning rate of this step",
     "train/grad_norm": "global gradient norm before clipping",
     "train/tokens_per_second": "tokens in forward and backward, per second",
     "train/accuracy": "share of training pairs ranked as labelled",
     "train/margin": "mean chosen - rejected score",
+    "train/router_aux_loss": "balance loss of the routers without its coefficient; even: experts per token",
+    "train/router_max_load": "load of a layer's busiest expert over an even one, mean over layers",
+    "train/router_dead_experts": "experts of all layers that worked for no token since the last line",
     "train/skipped_steps": "optimizer steps skipped so far: not finite, or a spike with on_spike: skip",
     "train/loss_spikes": "losses so far that lay far above the recent ones",
     "rollout/score": "mean normalised reward-model score of the batch",
