@@ -93,6 +93,12 @@ IN_FILES = [
     (NAME + SFT + "pipeline: {stop_timeout_s: 1e300}\n",
      "demo.yaml:5: pipeline.stop_timeout_s: 1e300 is out of range; must be > 0 and <= 1000000"),
     (NAME + "sft:\n  data: []\n", "demo.yaml:3: sft.data: must not be empty"),
+    (NAME + "ppo:\n  data:\n    - path: a.jsonl\n  rollout_correction: {type: token_truncate, min: 0.5}\n",
+     "demo.yaml:5: ppo.rollout_correction: min 0.5 has no meaning with type token_truncate: truncation caps "
+     "weights from above only; remove min, or use type token_mask"),
+    (NAME + "ppo:\n  data:\n    - path: a.jsonl\n  rollout_correction: {type: tis}\n",
+     "demo.yaml:5: ppo.rollout_correction.type: must be 'auto' or 'off' or 'token_truncate' or 'token_mask' "
+     "or 'sequence_truncate' or 'sequence_mask' or 'geometric_mask', not 'tis'"),
     # YAML
     (NAME + "name: again\n", "demo.yaml:2: name: stated twice (first in line 1); keep one"),
     (NAME + SFT + "  lr: 1\n  lr: 2\n", "demo.yaml:6: sft.lr: stated twice (first in line 5); keep one"),
