@@ -459,18 +459,6 @@ FAMILIES: dict[str, Family] = _table(
         },
         moe=True,
     ),
-    _family(
-        "zamba",
-        {
-            **MULTI_HEAD,
-            "num_hidden_layers": 4,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "use_mamba_kernels": False,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 4,
-        },
-    ),
     _family("olmo_hybrid", {**LLAMA_LIKE, **DELTA_NET}),
     _family(
         "minimax",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.figures import reason, record
+from families.figures import record, why_refused
 from families.table import FAMILIES
 from tiny_tokenizer import PAD
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from stages.data.packing import PackedRow, pack
 from stages.errors import ModelError
 from stages.training.forwards import sequence_scores
+from stages.training.model_rules import check_length, check_model
 from stages.training.models import (
     CausalLM,
     check_context,
@@ -55,8 +56,9 @@ def test_a_packed_family_is_each_sequence_alone_or_refused(
         model = load_causal_lm(directory)
         check_context(model, max(LENGTHS))
     except ModelError as error:
-        record(name, "packed", reason(error, directory))
+        record(name, "packed", why_refused(directory, error, context_length=max(LENGTHS)))
         return
+    check_model(directory, named=name, context_length=max(LENGTHS), scores=False, chats={})
     plain = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     expected = torch.cat([plain_logprobs(plain, ids) for ids in sequences])
     expected_gradient = gradient(plain, expected)
@@ -80,9 +82,11 @@ def test_packed_scores_of_a_reward_model_are_those_of_transformers_or_it_is_refu
     torch.manual_seed(0)
     try:
         model = reward_from_causal_lm(directory, pad_token_id=PAD)
+        check_length(model.inner.config, max(LENGTHS), named=name)
     except ModelError as error:
-        record(name, "reward", reason(error, directory))
+        record(name, "reward", why_refused(directory, error, context_length=max(LENGTHS), scores=True))
         return
+    check_model(directory, named=name, context_length=max(LENGTHS), scores=True, chats={})
     save_model(model, tmp_path, full_state(model))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
