@@ -81,7 +81,7 @@ def check_model(
     named: str,
     context_length: int,
     scores: bool,
-    chats: "Mapping[str, ChatTokenizer]",
+    highest_ids: Mapping[str, int],
 ) -> None:
     """Raise ModelError for what `check_model_config` refuses in the config of `directory`, for what its class
     cannot build, and for one of `chats` (what the user gave -> it) with tokens that have no embedding.

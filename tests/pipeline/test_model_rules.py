@@ -248,7 +248,7 @@ def test_falcon_is_refused_in_words(project: Path, refused, settings: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("family", "said"),
+    ("family", "reason"),
     [
         ("bloom", "BloomForCausalLM takes no position_ids"),
         ("mpt", "MptForCausalLM takes no position_ids"),
@@ -257,10 +257,10 @@ def test_falcon_is_refused_in_words(project: Path, refused, settings: dict[str, 
     ],
 )
 def test_a_family_that_cannot_be_packed_is_refused_by_what_its_class_says(
-    project: Path, refused, family: str, said: str
+    project: Path, refused, family: str, reason: str
 ):
     save_config(project / "model", config_of(family))
-    assert said in refused()
+    assert reason in refused()
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "t5", "bart", "xlm"])
@@ -348,7 +348,7 @@ def test_longrope_is_refused_above_its_original_length_for_there_a_neighbour_cha
     line = refused("model.context_length=33")
     assert line.startswith("model.context_length 33 is more than the 32 positions that model.path ")
     assert "longrope" in line and "use 32 at most" in line
-    assert said("run", "c.yaml", "model.context_length=32")[1] == STARTED
+    assert said("run", "c.yaml", "model.context_length=32", "reward=null", "ppo=null")[1] == STARTED
 
     model = FAMILIES["phi3_longrope"].make()
     ids = torch.arange(5, 13)[None]
