@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # Waiting OpenMP threads sleep: else trainer and engine starve each other on a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install demo test test-all chaos lint bench closure recipe-lock clean
+.PHONY: install demo test test-all chaos lint bench models-page closure recipe-lock clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -45,6 +45,10 @@ lint: install
 
 bench: install  ## side-by-side measurements, more than an hour: data.py also prepares 1 and 2 GB
 	set -e; for script in benchmarks/*.py; do test ! -f "$$script" || $(BIN)/python "$$script"; done
+
+models-page: install  ## measure every family of models and write docs/models.md
+	RLHF_MODELS_PAGE=write $(BIN)/python -m pytest tests/families --ignore=tests/families/test_models_page.py
+	$(BIN)/python -m pytest tests/families/test_models_page.py
 
 closure: install  ## resolve requirements/cpu.txt anew
 	$(BIN)/python requirements/resolve.py

@@ -147,6 +147,8 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     console = Console(soft_wrap=True)
     for block in previews(loaded.config, model_at_hand=at_hand):
         console.print(block)
+    for remark in loaded.config.remarks():
+        typer.echo(f"\nnote: {remark}")
     typer.echo("\nplan (memory without activations):")
     for line in placement.plan(loaded.config, dag.configured(loaded.config)):
         typer.echo(f"  {line}")

@@ -25,13 +25,21 @@ GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2}
 MAX_SIZE = 2**31  # of one dimension
 ADAM_BYTES = 8  # two fp32 moments per parameter
+NAMES_OF_EXPERTS = {
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "expert_size": ("moe_intermediate_size",),
+    "shared_size": ("shared_expert_intermediate_size", "shared_intermediate_size"),
+}
+"""Field of Architecture -> its names in the config.json of one family or another."""
 IN_THE_STAGE_TASK = frozenset({"prepare"})
 """Stages that reserve nothing: they have no workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The sizes of a decoder-only transformer with gated MLPs, under the names of its config.json."""
+    """The sizes of a decoder-only transformer with gated MLPs, under the names of its config.json; all layers
+    have experts, or none has.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -41,6 +49,9 @@ class Architecture:
     num_key_value_heads: int
     head_dim: int
     tie_word_embeddings: bool
+    num_experts: int  # of each layer, in place of its MLP; 0: none
+    expert_size: int  # intermediate size of one of them
+    shared_size: int  # of an expert beside them that every token goes through; 0: none
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -51,8 +62,18 @@ class Architecture:
                 "num_key_value_heads": stated["num_attention_heads"],
                 "head_dim": stated["hidden_size"] // stated["num_attention_heads"],
                 "tie_word_embeddings": False,  # transformers' own default for these three
+                "num_experts": 0,
+                "expert_size": stated["intermediate_size"],
+                "shared_size": 0,
             }
-            known = optional | {name: value for name, value in stated.items() if value is not None}
+            given = {name: value for name, value in stated.items() if value is not None}
+            experts = {
+                field: given[name]
+                for field, names in NAMES_OF_EXPERTS.items()
+                for name in names
+                if name in given
+            }
+            known = optional | given | experts
             architecture = cls(**{field.name: known[field.name] for field in fields(cls)})
             architecture._check()
             return architecture
@@ -65,7 +86,8 @@ class Architecture:
         """Raises ValueError: what a file states may be of any type and size."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is not field.type or (field.type is int and not 0 < value < MAX_SIZE):
+            smallest = 0 if field.name in ("num_experts", "shared_size") else 1
+            if type(value) is not field.type or (field.type is int and not smallest <= value < MAX_SIZE):
                 raise ValueError(f"{field.name} is not {'a size' if field.type is int else 'true or false'}")
 
     @property
@@ -75,9 +97,14 @@ class Architecture:
 
     @property
     def layer(self) -> int:
-        """Parameters of one layer: four projections of attention, three of the MLP, two norms."""
+        """Parameters of one layer: four projections of attention, three of the MLP or of each expert, the
+        router, two norms.
+        """
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size + 2)
+        mlp = 3 * self.intermediate_size
+        if self.num_experts:
+            mlp = self.num_experts * (3 * self.expert_size + 1) + 3 * self.shared_size
+        return self.hidden_size * (heads * self.head_dim + mlp + 2)
 
     @property
     def whole(self) -> int:
@@ -220,6 +247,9 @@ def _from_scratch(model: ModelConfig, config: ExperimentConfig) -> Architecture 
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.hidden_size // model.num_heads,
         tie_word_embeddings=model.tie_embeddings,
+        num_experts=model.num_experts or 0,
+        expert_size=model.intermediate_size,
+        shared_size=0,
     )
 
 

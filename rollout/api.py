@@ -8,7 +8,7 @@ Owns: what travels between a trainer and an engine. Text-free: nothing here know
 import time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -106,6 +106,26 @@ class WeightUpdate:
     receiver: int = 0  # which engine of the pool this is for: ranks of an nccl group are counted by it
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """What comparing every tensor of an update with what an engine holds has shown.
+
+    Example: Diagnosis(differing=("model.norm.weight",), not_compared=("lm_head.weight (split over 2 GPUs)",))
+    """
+
+    differing: tuple[str, ...]  # checkpoint names of tensors that the engine does not hold bit for bit
+    not_compared: tuple[str, ...]  # "name (reason)": what could not be read out of the engine
+
+
+def joined_diagnosis(parts: Iterable[Diagnosis]) -> Diagnosis:
+    """What any of several engines or workers found, every name once."""
+    found = list(parts)
+    return Diagnosis(
+        differing=tuple(dict.fromkeys(name for one in found for name in one.differing)),
+        not_compared=tuple(dict.fromkeys(name for one in found for name in one.not_compared)),
+    )
+
+
 class RolloutEngine(Protocol):
     """Request-level and asynchronous. Every call has a deadline (EngineConfig) and raises EngineError beyond
     it.
@@ -130,10 +150,8 @@ class RolloutEngine(Protocol):
     async def resume(self) -> None:
         """Decode again after `pause`."""
 
-    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
-        """Names of the tensors of `update` that the engine does not hold, bit for bit, now. Changes
-        nothing.
-        """
+    async def diagnose(self, update: WeightUpdate) -> Diagnosis:
+        """Compare every tensor of `update` with what the engine computes with now. Changes nothing."""
 
     async def version(self) -> int:
         """The weight version in force: a real round trip to the process that decodes, so also the health

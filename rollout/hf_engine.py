@@ -21,7 +21,7 @@ import torch
 import transformers.utils.logging
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from rollout.api import FinishReason, Rollout, RolloutRequest, WeightUpdate
+from rollout.api import Diagnosis, FinishReason, Rollout, RolloutRequest, WeightUpdate
 from rollout.config import EngineConfig
 from rollout.errors import EngineError, WeightSyncError
 from rollout.loop import before_deadline
@@ -29,6 +29,11 @@ from rollout.weight_file import DTYPES, Layout, checkpoint_layout, fetch_tensors
 from rollout.weight_source import ModuleSource
 
 T = TypeVar("T")
+
+ATTENTION = "eager"
+"""Each architecture's own formula. Torch's sdpa leaves out gemma2's softcap and gpt-oss's sinks, in silence;
+what it would save in time and memory does not matter here.
+"""
 
 
 class HFEngine:
@@ -114,10 +119,10 @@ class HFEngine:
         self._check_open()
         self._running.set()
 
-    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+    async def diagnose(self, update: WeightUpdate) -> Diagnosis:
         """See `RolloutEngine.diagnose`."""
         return await self._on_worker(
-            lambda: _differing(self._model, update, timeout_s=self._config.sync_timeout_s), "diagnosis"
+            lambda: _diagnosis(self._model, update, timeout_s=self._config.sync_timeout_s), "diagnosis"
         )
 
     async def version(self) -> int:
@@ -173,7 +178,11 @@ class HFEngine:
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         with _no_progress_bar():
             model = type(self._model).from_pretrained(
-                None, config=self._model.config, state_dict=copies, dtype=DTYPES[self._layout.dtype]
+                None,
+                config=self._model.config,
+                state_dict=copies,
+                dtype=DTYPES[self._layout.dtype],
+                attn_implementation=ATTENTION,
             )
         self._model = model.to(self._model.device).eval()  # type: ignore[arg-type]  # hidden overload
 
@@ -317,11 +326,12 @@ def _inverse_cdf(logprobs_V: torch.Tensor, uniform: float) -> int:
 
 
 def _load(model_dir: Path, dtype: str) -> PreTrainedModel:
+    torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
     with _no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -341,10 +351,11 @@ def _no_progress_bar() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _differing(model: PreTrainedModel, update: WeightUpdate, *, timeout_s: float) -> tuple[str, ...]:
-    """Names of the tensors in `update` that the model does not hold."""
+def _diagnosis(model: PreTrainedModel, update: WeightUpdate, *, timeout_s: float) -> Diagnosis:
+    """See `RolloutEngine.diagnose`. Every tensor can be compared: both sides are transformers' models."""
     sent = fetch_tensors(update, timeout_s=timeout_s)
     held = ModuleSource(model, dtype=update.tensors[0].dtype).whole()
-    return tuple(
+    differing = tuple(
         name for name, tensor in sent.items() if name not in held or not torch.equal(held[name].cpu(), tensor)
     )
+    return Diagnosis(differing=differing, not_compared=())

@@ -20,7 +20,14 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rollout.api import Rollout, RolloutEngine, RolloutRequest, WeightUpdate
+from rollout.api import (
+    Diagnosis,
+    Rollout,
+    RolloutEngine,
+    RolloutRequest,
+    WeightUpdate,
+    joined_diagnosis,
+)
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
 from rollout.errors import GO_ON, EngineError, ExpectedError, WeightSyncError, raise_expected, root_cause
@@ -72,7 +79,7 @@ class EngineActor:
     async def resume(self) -> None:
         await self._engine.resume()
 
-    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+    async def diagnose(self, update: WeightUpdate) -> Diagnosis:
         return await self._engine.diagnose(update)
 
     async def version(self) -> int:
@@ -123,7 +130,7 @@ class ActorEngine:
         """See `RolloutEngine.resume`."""
         await self._control(self._actor.resume.remote(), "resume")
 
-    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+    async def diagnose(self, update: WeightUpdate) -> Diagnosis:
         """See `RolloutEngine.diagnose`."""
         return await self._control(self._actor.diagnose.remote(update), "diagnosis")
 
@@ -210,10 +217,9 @@ class EnginePool:
         """See `RolloutEngine.resume`."""
         await asyncio.gather(*(engine.resume() for engine in self._engines))
 
-    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+    async def diagnose(self, update: WeightUpdate) -> Diagnosis:
         """See `RolloutEngine.diagnose`: what any engine lacks."""
-        answers = await asyncio.gather(*(engine.diagnose(update) for engine in self._engines))
-        return tuple(dict.fromkeys(name for names in answers for name in names))
+        return joined_diagnosis(await asyncio.gather(*(engine.diagnose(update) for engine in self._engines)))
 
     async def version(self) -> int:
         """See `RolloutEngine.version`. WeightSyncError when the engines do not agree."""

@@ -2,18 +2,17 @@
 worker really holds.
 
     init (layout) -> start -> update (fetch, verify, load) -> finish (rebuild tied heads, take the version)
-    diagnose: fetch -> read every live layer out -> names of those that differ
+    diagnose: fetch -> compare with every live layer (vllm_places) -> `Diagnosis`
 
-Owns: verification before loading, the tied output head, reading packed layers. Does not own: the control
-calls (vLLM), pausing and caches (vllm_engine), what is sent (weight_sync). Tensor shapes: N outputs, K inputs
-of a linear layer.
+Owns: verification before loading, and what vLLM's own reload leaves stale: the tied output head, packed
+experts. Does not own: the control calls (vLLM), pausing and caches (vllm_engine), what is sent (weight_sync).
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -24,15 +23,13 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
     NCCLWeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rollout.api import TensorSpec, WeightUpdate
-from rollout.weight_file import DTYPES, Layout, check_manifest, fetch_tensors, load_verified, nccl_meeting
-
-READ_OUT_COLUMNS = 1024
-"""Columns of a packed weight that are read out at once: bounds the memory of `diagnose`."""
+from rollout.api import Diagnosis, TensorSpec, WeightUpdate
+from rollout.vllm_places import diagnosis, takes_head
+from rollout.weight_file import Layout, check_manifest, fetch_tensors, load_verified, nccl_meeting
 
 
 @dataclass
@@ -95,9 +92,10 @@ class FetchReceiver(WeightTransferEngine[FetchInit, FetchUpdate]):
         assert self._layout is not None, "init_transfer_engine comes first"
         update = update_info.record()
         tensors = load_verified(update, self._layout, timeout_s=self._timeout_s)
-        initialize_layerwise_reload(self.model)
+        known = self._known(update)
+        self._start_loading()
         model: Any = self.model  # torch types what a module may have as tensors
-        model.load_weights(tensors.items())
+        model.load_weights((name, tensors[name]) for name in known)
         self._arriving = update.version
 
     def finish_weight_update(self) -> None:
@@ -109,15 +107,40 @@ class FetchReceiver(WeightTransferEngine[FetchInit, FetchUpdate]):
     def shutdown(self) -> None:
         """Nothing is kept open between updates."""
 
-    def diagnose(self, update: WeightUpdate) -> list[str]:
-        """Names of the tensors that the live model does not hold bit for bit, as far as they can be found in
-        it.
-        """
+    def diagnose(self, update: WeightUpdate) -> Diagnosis:
+        """See `RolloutEngine.diagnose`, for this worker."""
         assert self._layout is not None, "init_transfer_engine comes first"
         if self.parallel_config.world_size > 1:
-            return [f"weights (not compared: split over {self.parallel_config.world_size} GPUs)"]
+            reason = f"all weights (split over {self.parallel_config.world_size} GPUs)"
+            return Diagnosis(differing=(), not_compared=(reason,))
         tensors = fetch_tensors(update, timeout_s=self._timeout_s)
-        return list(_differing(self.model, tensors, DTYPES[self._layout.dtype]))
+        with set_current_vllm_config(self.vllm_config):
+            return diagnosis(self.model, {name: tensors[name] for name in self._known(update)})
+
+    def _known(self, update: WeightUpdate) -> list[str]:
+        """Names of `update` without those of tied heads that this architecture has no head for: gemma2 takes
+        its embedding for one, and refuses the name. Their bytes come under the name of the embedding anyway.
+        An nccl broadcast has no tied names.
+        """
+        assert self._layout is not None
+        return [
+            spec.name
+            for spec in update.tensors
+            if spec.name in self._layout.shapes or takes_head(self.model, spec.name, spec.shape)
+        ]
+
+    def _start_loading(self) -> None:
+        """Make the model ready for whole new weights, layer by layer.
+
+        On CPU a kernel of fused experts packs their weights when it is made, and vLLM makes it at the first
+        load only: later loads would leave plain weights where packed ones are read, with no error. Without
+        a kernel, vLLM makes it again. Kernels on a GPU read the weights that a load leaves.
+        """
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                if isinstance(module, RoutedExperts):
+                    module.quant_method.moe_kernel = None
+        initialize_layerwise_reload(self.model)
 
     def _rebuild_tied_heads(self) -> None:
         """On CPU an output head keeps a packed copy of its weight. A tied head has no tensor of its own in a
@@ -149,7 +172,7 @@ class NcclReceiver(FetchReceiver):
         wire = NCCLWeightTransferEngine(self.config, self.vllm_config, self.device, self.model)
         wire.init_transfer_engine(self.nccl_group_of(update))
         try:
-            initialize_layerwise_reload(self.model)
+            self._start_loading()
             wire.receive_weights(nccl_tensors_of(update))
             torch.accelerator.synchronize()  # leaving the group aborts what is under way
         finally:
@@ -185,70 +208,8 @@ class WorkerExtension:
         """The version this worker's weights have; answered by the process that decodes."""
         return self.weight_transfer_engine.held_version
 
-    def rlhf_diagnose(self, update: dict[str, Any]) -> list[str]:
-        """See `FetchReceiver.diagnose`."""
+    def rlhf_diagnose(self, update: dict[str, Any]) -> dict[str, list[str]]:
+        """See `FetchReceiver.diagnose`; as plain types, which is all that may cross a process boundary."""
         receiver = self.weight_transfer_engine
-        return receiver.diagnose(receiver.parse_update_info(update).record())
-
-
-def _differing(model: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Iterator[str]:
-    modules = dict(model.named_modules())
-    # q, k and v are read from one packed layer
-    latest: tuple[torch.nn.Module, str, torch.Tensor] | None = None
-    for name, tensor in tensors.items():
-        place = _place(name, modules, tensors, model.packed_modules_mapping)
-        if place is None:
-            yield f"{name} (not compared: no such module)"
-            continue
-        module, leaf, first_row = place
-        if latest is None or latest[0] is not module or latest[1] != leaf:
-            latest = (module, leaf, _held(module, leaf, dtype))
-        if not torch.equal(latest[2][first_row : first_row + len(tensor)].cpu(), tensor):
-            yield name
-
-
-def _place(
-    name: str,
-    modules: Mapping[str, torch.nn.Module],
-    tensors: Mapping[str, torch.Tensor],
-    packing: Mapping[str, list[str]],
-) -> tuple[torch.nn.Module, str, int] | None:
-    """(module, parameter, first row) where the engine keeps a checkpoint tensor; None if nothing has that
-    name.
-    """
-    owner, _, leaf = name.rpartition(".")
-    if owner in modules:
-        return modules[owner], leaf, 0
-    parent, _, child = owner.rpartition(".")
-    for whole, parts in packing.items():
-        if child in parts and f"{parent}.{whole}" in modules:
-            before = parts[: parts.index(child)]
-            return (
-                modules[f"{parent}.{whole}"],
-                leaf,
-                sum(len(tensors[f"{parent}.{part}.{leaf}"]) for part in before),
-            )
-    return None
-
-
-def _held(module: torch.nn.Module, leaf: str, dtype: torch.dtype) -> torch.Tensor:
-    if leaf == "weight" and isinstance(module, LinearBase):
-        return _read_out(module, module.input_size, dtype)
-    if leaf == "weight" and isinstance(module, ParallelLMHead):
-        return _read_out(module, module.embedding_dim, dtype)
-    return module.get_parameter(leaf)
-
-
-def _read_out(module: Any, num_inputs: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (N, K) that the layer computes with: its outputs for the rows of the identity. Exact in any
-    precision, for each output is one weight times one, plus zeros. A packed layer keeps no other readable
-    copy.
-    """
-    device = module.weight.device
-    columns = []
-    for start in range(0, num_inputs, READ_OUT_COLUMNS):
-        num_rows = min(READ_OUT_COLUMNS, num_inputs - start)
-        basis = torch.zeros(num_rows, num_inputs, dtype=dtype, device=device)
-        basis[:, start : start + num_rows].fill_diagonal_(1)
-        columns.append(module.quant_method.apply(module, basis, None).T)
-    return torch.cat(columns, dim=1)
+        found = receiver.diagnose(receiver.parse_update_info(update).record())
+        return {"differing": list(found.differing), "not_compared": list(found.not_compared)}

@@ -40,7 +40,7 @@ class ModuleSource:
         of the model's mesh has to iterate, at the same time.
         """
         aliases = self.aliases()
-        for group in _by_layer(_merged_state(self._model)):
+        for group in by_layer(_merged_state(self._model)):
             whole = {name: self._whole(tensor) for name, tensor in group.items() if name not in aliases}
             if whole:
                 yield revert_weight_conversion(self._model, whole)
@@ -60,7 +60,7 @@ class ModuleSource:
         """{name: shape} of everything in the groups, in their order. Gathers nothing: no collective."""
         aliases = self.aliases()
         shapes: dict[str, tuple[int, ...]] = {}
-        for group in _by_layer(_merged_state(self._model)):
+        for group in by_layer(_merged_state(self._model)):
             empty = {
                 name: torch.empty(tensor.shape, dtype=DTYPES[self.dtype], device="meta")
                 for name, tensor in group.items()
@@ -141,7 +141,7 @@ def _lora_deltas(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return deltas
 
 
-def _by_layer(state: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+def by_layer(state: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Neighbours with the same first number in their name ("model.layers.3."): a whole layer, experts
     included.
     """

@@ -2,7 +2,8 @@
 
     ModuleSource --one layer at a time--> Transport.pack --pause, update, resume--> engines hold `version`
                                              `--serving: the bytes, by shm or gloo--^
-    ParityGate: the engine samples a probe, the trainer scores it; beyond the limit: which tensors differ?
+    ParityGate: the engine samples a probe or a batch, the trainer scores it; beyond the limit: which tensors
+    differ? And now and then, whatever the log-probs say: do any?
 
 Owns: order, versions, deadlines, what a transport is, the sync's error. Does not own: names and gathering
 (weight_source), bytes and checks (weight_file), pairs of hosts (weight_gloo), loading (engines). Blocks its
@@ -21,13 +22,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling, WeightUpdate
+from rollout.api import Diagnosis, Rollout, RolloutEngine, RolloutRequest, Sampling, WeightUpdate
 from rollout.config import EngineConfig
-from rollout.errors import EngineError, ParityError, WeightSyncError
+from rollout.errors import EngineError, ParityError, WeightSyncError, root_cause
 from rollout.loop import LoopThread
 from rollout.run_mark import WEIGHTS_PREFIX, weights_prefix
 from rollout.shared_memory import SHARED_MEMORY
@@ -179,18 +180,24 @@ class WeightSync:
                 self._send(update)
         return SyncReport(version=version, seconds=time.perf_counter() - started, num_bytes=num_bytes)
 
-    def diagnose(self) -> tuple[str, ...]:
-        """Every rank, together: names of the trainer's tensors, as they are now, that the engine does not
-        hold bit for bit. Empty on ranks that do not send.
+    def diagnose(self) -> Diagnosis:
+        """Every rank, together: which of the trainer's tensors, as they are now, the engine does not hold bit
+        for bit, and which could not be compared. Empty on ranks that do not send.
+
+        Raises nothing: what a diagnosis explains must not be hidden by a failure of its own. Whatever keeps
+        the tensors from being compared is told in `not_compared`.
         """
         if self._comparable is None:
             self._only_gather()
-            return ()
-        update = self._comparable.pack(self.source, version=0)
-        with self._comparable.serving(update):
-            return self.on_engine(
-                lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s
-            )
+            return Diagnosis(differing=(), not_compared=())
+        try:
+            update = self._comparable.pack(self.source, version=0)
+            with self._comparable.serving(update):
+                return self.on_engine(
+                    lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s
+                )
+        except Exception as error:  # the engine's, the transport's or a bug: its caller has more to say
+            return Diagnosis(differing=(), not_compared=(f"all weights ({_reason(error)})",))
 
     def on_engine(
         self, call: Callable[[RolloutEngine], Coroutine[Any, Any, T]], what: str, timeout_s: float
@@ -237,20 +244,34 @@ nats.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
-    """How far engine and trainer are apart on the probe."""
+    """How far engine and trainer are apart on what the engine sampled: the probe, or a training batch."""
 
+    sample: str  # "probe" | "training batch"
     version: int
     num_tokens: int
     max_abs_diff: float  # nats
     mean_abs_diff: float  # nats
 
+    @classmethod
+    def of(cls, diffs_N: torch.Tensor, *, sample: str, version: int) -> Self:
+        """`diffs_N`: |log-prob of the engine - of the trainer| of every token. NaN stays NaN."""
+        return cls(
+            sample=sample,
+            version=version,
+            num_tokens=len(diffs_N),
+            max_abs_diff=float(diffs_N.max()),
+            mean_abs_diff=float(diffs_N.double().mean()),
+        )
+
 
 class ParityGate:
-    """Stops a run whose engine and trainer disagree about log-probs: at the start, and after every sync.
+    """Stops a run whose engine and trainer disagree about log-probs: at the start, after every sync, and
+    before the update on a training batch. In bf16, where log-probs cannot tell an engine that is a few steps
+    behind, `compare_tensors` does.
 
     Example, one trainer process: gate.check(version=3). With several: rank 0 calls `probe` and broadcasts,
-    then every rank calls `compare` on the same rollouts, for `logprobs_of` and the diagnosis may be
-    collectives.
+    then every rank calls `measure` and `require` on the same rollouts, for `logprobs_of` and the diagnosis
+    may be collectives.
     """
 
     def __init__(
@@ -291,7 +312,13 @@ class ParityGate:
         return rollouts
 
     def compare(self, rollouts: Sequence[Rollout]) -> ParityReport:
-        """Every rank, together. Raises ParityError that names the tensors that differ (on rank 0)."""
+        """Every rank, together: `measure` and `require`. Raises ParityError."""
+        report = self.measure(rollouts)
+        self.require(report)
+        return report
+
+    def measure(self, rollouts: Sequence[Rollout]) -> ParityReport:
+        """Every rank, together: how far the trainer's log-probs are from those of the probe's `rollouts`."""
         policy = self._logprobs_of(
             [rollout.prompt_ids for rollout in rollouts],
             [rollout.response_ids for rollout in rollouts],
@@ -302,15 +329,41 @@ class ParityGate:
             for rollout, row in zip(rollouts, policy, strict=True)
             for ours, theirs in zip(row, rollout.logprobs, strict=True)
         ]
-        report = ParityReport(
-            version=rollouts[0].weight_versions[0],
-            num_tokens=len(diffs),
-            max_abs_diff=max(diffs, key=_nan_last),
-            mean_abs_diff=sum(diffs) / len(diffs),
-        )
-        if not self._within_limits(report):
-            raise ParityError(self._verdict(report))
-        return report
+        diffs_N = torch.tensor(diffs, dtype=torch.float64)
+        return ParityReport.of(diffs_N, sample="probe", version=rollouts[0].weight_versions[0])
+
+    def accepts(self, report: ParityReport) -> bool:
+        """Whether the report is within the limits of the config; NaN never is. In bf16 a maximum means
+        nothing.
+        """
+        config = self._sync.config
+        if self._sync.source.dtype == "float32":
+            return report.max_abs_diff <= config.parity_max_abs_diff
+        return report.mean_abs_diff < math.log(config.parity_max_mean_ratio)
+
+    def require(self, report: ParityReport) -> None:
+        """Every rank, together, with the same report. Raises ParityError unless it is accepted; the tensors
+        that differ are named on rank 0.
+        """
+        if not self.accepts(report):
+            raise ParityError(
+                f"engine and trainer disagree at weight version {report.version}: log-probs of the "
+                f"{report.num_tokens} tokens of the {report.sample} differ by {report.max_abs_diff:.2g} at "
+                f"most, {report.mean_abs_diff:.2g} on average; {in_words(self._sync.diagnose())}"
+            )
+
+    def compare_tensors(self, version: int) -> Diagnosis:
+        """Every rank, together, after the sync of `version`: does the engine hold every tensor of the
+        trainer? Raises ParityError that names some of those that differ (on rank 0).
+        """
+        found = self._sync.diagnose()
+        if found.differing:
+            raise ParityError(
+                f"after the sync of weight version {version}, which reported no error, {in_words(found)}: "
+                "it samples from other weights; run again with another rollout.sync, to tell whether the "
+                "transport or the engine is at fault"
+            )
+        return found
 
     def _request(self, version: int, index: int, prompt: tuple[int, ...]) -> RolloutRequest:
         sampling = Sampling(
@@ -321,30 +374,27 @@ class ParityGate:
         )
         return RolloutRequest(request_id=f"parity-{version}-{index}", prompt_ids=prompt, sampling=sampling)
 
-    def _within_limits(self, report: ParityReport) -> bool:
-        """False on NaN too. In bf16 a maximum means nothing."""
-        config = self._sync.config
-        if self._sync.source.dtype == "float32":
-            return report.max_abs_diff <= config.parity_max_abs_diff
-        return math.exp(min(report.mean_abs_diff, 1.0)) < config.parity_max_mean_ratio
 
-    def _verdict(self, report: ParityReport) -> str:
-        differing = self._sync.diagnose()
-        cause = (
-            f"the engine does not hold the trainer's {in_short(differing)}"
-            if differing
-            else "the engine holds every tensor of the trainer, so the two compute differently "
+def in_words(diagnosis: Diagnosis) -> str:
+    """For one line of an error: which tensors differ, and which are not known to agree."""
+    parts = []
+    if diagnosis.differing:
+        parts.append(f"the engine does not hold the trainer's {in_short(diagnosis.differing)}")
+    if diagnosis.not_compared:
+        parts.append(f"could not be compared: {in_short(diagnosis.not_compared)}")
+    if not parts:
+        parts.append(
+            "the engine holds every tensor of the trainer, so the two compute differently "
             "(precision, mask, temperature)"
         )
-        return (
-            f"engine and trainer disagree at weight version {report.version}: log-probs of "
-            f"{report.num_tokens} tokens differ by {report.max_abs_diff:.2g} at most, "
-            f"{report.mean_abs_diff:.2g} on average; {cause}"
-        )
+    return "; ".join(parts)
 
 
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+def _reason(error: Exception) -> str:
+    """The first line of what was raised first. Ray repeats a whole traceback in its message."""
+    cause = root_cause(error)
+    first, *_ = str(cause).splitlines() or [""]
+    return f"{type(cause).__name__}: {first}"
 
 
 class _SharedDirectory:

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from rollout.api import FinishReason, Rollout, RolloutRequest, WeightUpdate
+from rollout.api import Diagnosis, FinishReason, Rollout, RolloutRequest, WeightUpdate
 from rollout.errors import EngineError
 
 
@@ -61,11 +61,12 @@ class FakeEngine:
         self._check_open()
         self._running.set()
 
-    async def diagnose(self, update: WeightUpdate) -> tuple[str, ...]:
+    async def diagnose(self, update: WeightUpdate) -> Diagnosis:
         held = {spec.name: spec.digest for spec in self.updates[-1].tensors} if self.updates else {}
-        return tuple(
+        differing = tuple(
             spec.name for spec in update.tensors if spec.name not in held or held[spec.name] != spec.digest
         )
+        return Diagnosis(differing=differing, not_compared=())
 
     async def version(self) -> int:
         self._check_open()

@@ -36,6 +36,7 @@ from stages.training.models import (
     load_reward_model,
     value_from_reward_model,
 )
+from stages.training.randomness import recompute_activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worke
     value_model = value_from_reward_model(inputs["reward"])
     for trained in (policy, value_model):
         if config.gradient_checkpointing:
-            trained.inner.gradient_checkpointing_enable()
+            recompute_activations(trained.inner)
         place(trained, worker, precision=config.precision, trained=True)
     reference = load_causal_lm(inputs["sft"]) if config.reads_reference else None
     reward_model = load_reward_model(inputs["reward"])

@@ -30,6 +30,4 @@ def rigs(
 
     yield get
     for rig in started.values():
-        rig.run(rig.engine.close())
-        if rig.sync is not None:
-            rig.sync.close()
+        rig.close()

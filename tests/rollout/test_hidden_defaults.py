@@ -32,8 +32,7 @@ def close_at_the_end():
     rigs: list[Rig] = []
     yield rigs.append
     for rig in rigs:
-        rig.run(rig.engine.close())
-        rig.sync.close()
+        rig.close()
 
 
 @pytest.mark.parametrize("kind", ["vllm", "hf"])

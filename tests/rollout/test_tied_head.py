@@ -28,10 +28,10 @@ def test_pin_36_a_tied_head_stays_stale_unless_it_is_rebuilt_or_sent(tied_model_
         "checkpoint names, with cure": cured,
         "tied name sent, no cure": told,
     }
-    assert stale_tensors(tied_model_dir, cases, tmp_path) == {
-        "checkpoint names, no cure": ["lm_head.weight"],
-        "checkpoint names, with cure": [],
-        "tied name sent, no cure": [],
+    assert diagnoses(tied_model_dir, cases, tmp_path) == {
+        "checkpoint names, no cure": {"differing": ["lm_head.weight"], "not_compared": []},
+        "checkpoint names, with cure": {"differing": [], "not_compared": []},
+        "tied name sent, no cure": {"differing": [], "not_compared": []},
     }
 
 
@@ -46,10 +46,10 @@ def moved(model: PreTrainedModel, path: Path, *, factor: float, alias: bool = Tr
         return writer.finish(1)
 
 
-def stale_tensors(
+def diagnoses(
     model_dir: Path, cases: dict[str, tuple[WeightUpdate, WeightUpdate]], tmp_path: Path
-) -> dict[str, list[str]]:
-    """{case: what the engine does not hold of the second update, after it was sent the first}."""
+) -> dict[str, dict[str, list[str]]]:
+    """{case: what the engine says of the second update, after it was sent the first}."""
     message = tmp_path / "message.json"
     message.write_text(
         json.dumps(

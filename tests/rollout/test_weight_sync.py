@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rigs import Rig, logprobs_of, request
+from rigs import SAME, Rig, logprobs_of, request
 
 from rollout.api import WeightUpdate
 from rollout.errors import EnvironmentProblem, WeightSyncError
@@ -81,7 +81,7 @@ def test_pin_36_each_parameter_group_reaches_the_engine_alone(rig, group):
     assert rig.max_diff(before) > 1e-3, "the perturbation has to matter, else the next line proves nothing"
     assert rig.max_diff(after) < 1e-5
     assert {drawn for rollout in after for drawn in rollout.weight_versions} == {version}
-    assert rig.sync.diagnose() == ()
+    assert rig.sync.diagnose() == SAME
 
 
 def test_engine_generates_with_new_weights_after_sync(rig):

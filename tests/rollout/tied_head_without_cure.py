@@ -1,7 +1,7 @@
 """A program, run by test_tied_head.py: syncs inside an in-process vLLM whose receiver is taken apart, here
 and nowhere else.
 
-    python tied_head_without_cure.py MESSAGE_JSON  ->  one JSON line: {case: tensors the engine does not hold}
+    python tied_head_without_cure.py MESSAGE_JSON  ->  one JSON line: {case: its `Diagnosis`}
 """
 
 import json

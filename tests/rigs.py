@@ -8,7 +8,7 @@ import torch
 from fakes import FakeEngine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling
+from rollout.api import Diagnosis, Rollout, RolloutEngine, RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
 from rollout.loop import LoopThread
@@ -24,6 +24,7 @@ CONFIG = EngineConfig(
     parity_max_tokens=12,
 )
 MAX_MODEL_LEN = 768
+SAME = Diagnosis(differing=(), not_compared=())
 
 
 @dataclass
@@ -58,6 +59,12 @@ class Rig:
         if self.sync is not None:
             self.model.load_state_dict(self.initial)
             self.sync_next()
+
+    def close(self) -> None:
+        """End the engine and free what the sync holds."""
+        self.run(self.engine.close())
+        if self.sync is not None:
+            self.sync.close()
 
     def oracle(self, rollout: Rollout, temperature: float = 1.0) -> list[float]:
         if isinstance(self.engine, FakeEngine):
@@ -107,7 +114,10 @@ def request(
     return RolloutRequest(request_id=f"{name}-{index}", prompt_ids=tuple(prompt), sampling=sampling)
 
 
-def start_rig(kind: str, loop: LoopThread, model_dir: Path, log_dir: Path) -> Rig:
+def start_rig(
+    kind: str, loop: LoopThread, model_dir: Path, log_dir: Path, *, max_model_len: int = MAX_MODEL_LEN
+) -> Rig:
+    """The trainer's model attends eagerly: softcaps and sinks are in it whatever an engine makes of them."""
     if kind == "fake":
         return Rig(kind=kind, engine=loop.run(_fake(), timeout_s=5, what="fake"), loop=loop)
     config = CONFIG.model_copy(update={"engine": "hf" if kind == "hf" else "vllm"})
@@ -115,7 +125,7 @@ def start_rig(kind: str, loop: LoopThread, model_dir: Path, log_dir: Path) -> Ri
         from rollout.pool import start_actor_engines
 
         engine = start_actor_engines(
-            config, model_dir=model_dir, dtype="float32", max_model_len=MAX_MODEL_LEN, log_dir=log_dir
+            config, model_dir=model_dir, dtype="float32", max_model_len=max_model_len, log_dir=log_dir
         )
     else:
         engine = loop.run(
@@ -123,13 +133,15 @@ def start_rig(kind: str, loop: LoopThread, model_dir: Path, log_dir: Path) -> Ri
                 config,
                 model_dir=model_dir,
                 dtype="float32",
-                max_model_len=MAX_MODEL_LEN,
+                max_model_len=max_model_len,
                 log_path=log_dir / "engine.log",
             ),
             timeout_s=150,
             what="start",
         )
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     sync = WeightSync(ModuleSource(model, dtype="float32"), engine=engine, loop=loop, config=config)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return Rig(kind=kind, engine=engine, loop=loop, config=config, model=model, sync=sync, initial=initial)
