@@ -151,7 +151,7 @@ def architecture_of(config: ExperimentConfig) -> Architecture | None:
     if model.path is None:
         return _from_scratch(model, config)
     described = _local_config(model.path, model.revision)
-    return None if described is None else Architecture.from_file(described)
+    return None if described is None else _stated_in(described)
 
 
 def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
@@ -163,10 +163,15 @@ def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
             for who, memory in memory_of(config, stage, architecture).items():
                 yield f"  each {who} {memory}"
     if architecture is None:
-        yield (
-            f"memory: size unknown, for {config.model.path} is not on this machine; "
-            "give its config.json as model.architecture"
-        )
+        yield f"memory: size unknown, for {_why_unknown(config.model)} as model.architecture"
+
+
+def _why_unknown(model: ModelConfig) -> str:
+    if model.path is None:
+        return "no `prepare:` tells the vocabulary; give the config.json of a model like it"
+    if _local_config(model.path, model.revision) is None:
+        return f"{model.path} is not on this machine; give its config.json"
+    return f"{model.path} calls its sizes otherwise than a LLaMA; give a LLaMA's config.json of its size"
 
 
 def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, Memory]:
@@ -251,6 +256,16 @@ def _from_scratch(model: ModelConfig, config: ExperimentConfig) -> Architecture 
         expert_size=model.intermediate_size,
         shared_size=0,
     )
+
+
+def _stated_in(path: Path) -> Architecture | None:
+    """The sizes in a model's own config.json; None for a family that calls them otherwise (`n_embd`)."""
+    try:
+        return Architecture.from_file(path)
+    except ConfigError as error:
+        if isinstance(error.__cause__, KeyError):
+            return None
+        raise
 
 
 def _local_config(path: str, revision: str | None) -> Path | None:

@@ -123,28 +123,33 @@ def validate_data(planned: PlannedRun) -> None:
 
 def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: Mapping[str, Path]) -> None:
     """Judge the directories that `stages` are given (input key -> directory): whether each can be trained, or
-    scored with, as these stages will do it. Raises ModelError.
+    scored with, as these stages will do it, and whether its tokenizer is made for it. Raises ModelError.
     """
     models = {key: path for key, path in given.items() if key != "prepare"}
     if not models or not set(stages) - {"prepare"}:
         return
-    from stages.data.chat import ChatTokenizer
-    from stages.training.model_rules import check_model
+    from stages.training.model_rules import check_model, check_rows
 
-    template = config.model.chat_template
     for key, path in models.items():
         named = _as_given(config, key, path)
-        chats = {named: ChatTokenizer.load(path, template)}
-        if "pretrain" in stages and "prepare" in given:
-            prepared = given["prepare"]
-            chats[_as_given(config, "prepare", prepared)] = ChatTokenizer.load(prepared, template)
-        check_model(
+        rows = check_model(
             path,
             named=named,
             context_length=config.model.context_length,
             scores=key == "reward" or "reward" in stages,
-            chats=chats,
         )
+        check_rows(rows, _highest_id(config, stages, path), named=named, tokenizer=named)
+        if "pretrain" in stages and "prepare" in given:
+            highest = _highest_id(config, stages, given["prepare"])
+            check_rows(rows, highest, named=named, tokenizer=_as_given(config, "prepare", given["prepare"]))
+
+
+def _highest_id(config: ExperimentConfig, stages: Sequence[str], directory: Path) -> int:
+    """Of the ids that its tokenizer and the template write in these stages. Raises ModelError."""
+    from stages.data.chat import ChatTokenizer
+
+    reads_documents = not {"prepare", "pretrain", "evaluate"}.isdisjoint(stages)
+    return ChatTokenizer.load(directory, config.model.chat_template).highest_id(documents=reads_documents)
 
 
 def current_fingerprints(planned: PlannedRun) -> dict[str, str]:
