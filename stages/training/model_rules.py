@@ -92,7 +92,7 @@ def check_rows(rows: int, highest_id: int, *, named: str, tokenizer: str) -> Non
     if highest_id >= rows:
         raise ModelError(
             f"{tokenizer}: its tokenizer and template write ids up to {highest_id}, but the embedding of "
-            f"{named} has {rows} rows; give the tokenizer that the model was trained with, or resize the model "
+            f"{named} has {rows} rows; give the tokenizer that the model was trained with, or resize it "
             f"(resize_token_embeddings({highest_id + 1}) of transformers) and save it again"
         )
 
