@@ -268,6 +268,13 @@ def _stated_in(path: Path) -> Architecture | None:
         raise
 
 
+def described_by(model: ModelConfig) -> Path | None:
+    """The config.json of a given model that is on this machine, before the model is."""
+    if model.path is None or model.architecture is not None:
+        return model.architecture
+    return _local_config(model.path, model.revision)
+
+
 def _local_config(path: str, revision: str | None) -> Path | None:
     """config.json of a model directory, or of a hub id that was fetched before."""
     if Path(path).is_dir():

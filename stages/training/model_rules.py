@@ -73,15 +73,24 @@ def check_model_config(
         check_length(config, context_length, named=named)
 
 
-def check_model(directory: Path, *, named: str, context_length: int, scores: bool) -> int:
+def check_model(
+    directory: Path, *, named: str, context_length: int, scores: bool, recomputes: bool = False
+) -> int:
     """Raise ModelError for what `check_model_config` refuses in the config of `directory`, and for what its
-    class cannot build of it. Returns the rows of its embedding.
+    class cannot build of it, or cannot recompute (gradient checkpointing) though a stage will. Returns the
+    rows of its embedding.
 
     Reads no weights and builds without memory: seconds, most of them to import torch and transformers.
     """
     config = read_config(directory, named=named)
     check_model_config(config, named=named, context_length=context_length, scores=scores)
-    rows = _embedding_rows(_built(config, named, scores=False), named)
+    model = _built(config, named, scores=False)
+    rows = _embedding_rows(model, named)
+    if recomputes and not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{_name(config, named)} has no gradient checkpointing in transformers; set "
+            "gradient_checkpointing to false"
+        )
     if scores:
         _check_head(_built(config, named, scores=True), named)
     return rows

@@ -20,6 +20,7 @@ from stages.data.chat import ChatTokenizer
 from stages.errors import ModelError
 from stages.training import model_rules
 from stages.training.model_rules import check_length, check_model, check_model_config, num_positions
+from stages.training.models import ScoreNormaliser
 
 CONFIG = """
 name: tried
@@ -140,6 +141,8 @@ def test_a_family_without_a_reward_model_in_transformers_is_refused_where_a_rewa
 def test_a_given_input_is_judged_for_what_its_stage_does_with_it(project: Path, said):
     save_config(project / "model", config_of("llama"))
     save_config(project / "other", config_of("olmoe"))
+    save_file({"score.weight": torch.zeros(1, 64)}, project / "model/head.safetensors")
+    ScoreNormaliser(mean=0.0, std=1.0).save(project / "model")
     code, line = said("reward", "c.yaml", "--input", "sft=other")
     assert code == 2 and line.startswith("--input sft=") and "olmoe has no reward model" in line
     code, line = said("ppo", "c.yaml", "--input", "sft=model", "--input", "reward=other")
@@ -149,6 +152,33 @@ def test_a_given_input_is_judged_for_what_its_stage_does_with_it(project: Path, 
         "ppo", "c.yaml", "--input", "sft=model", "--input", "reward=model", "model.context_length=512"
     )
     assert code == 2 and "model.context_length 512 is more than the 256 positions of --input sft=" in line
+
+
+def test_a_language_model_given_as_the_reward_model_is_refused_before_any_stage(project: Path, said):
+    inputs = ("--input", "sft=model", "--input", "reward=model")
+    save_config(project / "model", config_of("llama"))
+    code, line = said("ppo", "c.yaml", *inputs)
+    assert code == 2 and "no score head in it; give a reward model" in line
+    save_file({"score.weight": torch.zeros(1, 64)}, project / "model/head.safetensors")
+    code, line = said("ppo", "c.yaml", *inputs)
+    assert code == 2 and "score_normaliser.json: missing" in line
+
+
+def test_gradient_checkpointing_that_a_family_does_not_have_is_refused(project: Path, said):
+    save_config(project / "model", config_of("jetmoe"))
+    assert said("sft", "c.yaml") == (CODE_OF_STARTED, STARTED)
+    code, line = said("sft", "c.yaml", "sft.gradient_checkpointing=true")
+    assert code == 2 and line.endswith("set gradient_checkpointing to false")
+
+
+def test_check_judges_a_model_that_is_not_here_by_its_config(project: Path, said):
+    config_of("olmoe").to_json_file(project / "olmoe.json")
+    overrides = ("model.path=somebody/unheard-of", "model.architecture=olmoe.json")
+    code, line = said("check", "c.yaml", *overrides)
+    assert code == 2
+    assert line.startswith("model.path somebody/unheard-of: olmoe has no reward model in transformers")
+    code, line = said("check", "c.yaml", *overrides, "reward=null", "ppo=null", "model.context_length=257")
+    assert code == 2 and "more than the 256 positions of model.path somebody/unheard-of" in line
 
 
 def test_a_sequence_classifier_without_a_linear_score_is_no_reward_model():
