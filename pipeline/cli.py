@@ -144,6 +144,8 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     if model.path is not None and at_hand:
         directory = model_directory(model.path, model.revision)  # judged before anything of it is loaded
         planning.check_given_models(loaded.config, dag.configured(loaded.config), {dag.MODEL: directory})
+    elif not at_hand and (described := placement.described_by(model)) is not None:
+        planning.check_described_model(loaded.config, described)
     console = Console(soft_wrap=True)
     for block in previews(loaded.config, model_at_hand=at_hand):
         console.print(block)

@@ -65,7 +65,7 @@ def architecture_of(config: ExperimentConfig) -> Architecture | None:
     if model.path is None:
         return _from_scratch(model, config)
     described = _local_config(model.path, model.revision)
-    return None if described is None else Architecture.from_file(described)
+    return None if described is None else _stated_in(described)
 
 
 def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
@@ -79,10 +79,15 @@ def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
             if (loading := host_memory_of(config, stage, architecture)) is not None:
                 yield f"  each worker while it loads, in its machine's memory, {loading}"
     if architecture is None:
-        yield (
-            f"memory: size unknown, for {config.model.path} is not on this machine; "
-            "give its config.json as model.architecture"
-        )
+        yield f"memory: size unknown, for {_why_unknown(config.model)} as model.architecture"
+
+
+def _why_unknown(model: ModelConfig) -> str:
+    if model.path is None:
+        return "no `prepare:` tells the vocabulary; give the config.json of a model like it"
+    if _local_config(model.path, model.revision) is None:
+        return f"{model.path} is not on this machine; give its config.json"
+    return f"{model.path} calls its sizes otherwise than a LLaMA; give a LLaMA's config.json of its size"
 
 
 def host_memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory | None:
@@ -230,6 +235,23 @@ def _from_scratch(model: ModelConfig, config: ExperimentConfig) -> Architecture 
         experts_per_token=model.num_experts_per_token,
         shared_size=0,
     )
+
+
+def _stated_in(path: Path) -> Architecture | None:
+    """The sizes in a model's own config.json; None for a family that calls them otherwise (`n_embd`)."""
+    try:
+        return Architecture.from_file(path)
+    except ConfigError as error:
+        if isinstance(error.__cause__, KeyError):
+            return None
+        raise
+
+
+def described_by(model: ModelConfig) -> Path | None:
+    """The config.json of a given model that is on this machine, before the model is."""
+    if model.path is None or model.architecture is not None:
+        return model.architecture
+    return _local_config(model.path, model.revision)
 
 
 def _local_config(path: str, revision: str | None) -> Path | None:

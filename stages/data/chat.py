@@ -180,19 +180,20 @@ class ChatTokenizer:
                 return int(token)
         return None
 
-    @property
-    def highest_id(self) -> int:
-        """The highest id that may occur in a row: what the embedding of a model needs a row for.
+    def highest_id(self, *, documents: bool) -> int:
+        """The highest id that may occur in a row: what the embedding of a model needs a row for. `documents`:
+        in plain text too, which the separator stands between or ahead of.
 
         From content comes the vocabulary and every added token that is no special one; special ones come from
-        the template, as BOS, and behind documents and answers. One that nothing writes does not count.
+        the template, as BOS, and behind answers. One that nothing writes does not count.
         """
         added = self.tokenizer.added_tokens_decoder
         content = {
             *self.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values(),
             *added,
         } - self._encoder.inert
-        return max(*content, *self._written_ids(), self.separator_id, self.end_of_turn_id)
+        written = {*self._written_ids(), self.end_of_turn_id, *([self.separator_id] if documents else [])}
+        return max(content | written)
 
     def _written_ids(self) -> set[int]:
         """Of the special tokens that the template spells, and of all that it writes around known roles."""

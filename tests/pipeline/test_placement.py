@@ -283,6 +283,20 @@ def test_a_model_directory_describes_itself(chain: Chain, tmp_path):
     assert architecture_of(config) == Architecture.from_file(CONFIGS / "qwen_gsm8k_gpu/architecture.json")
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "falcon", "bloom", "mpt"])
+def test_the_plan_of_a_family_with_other_names_for_its_sizes_says_that_it_does_not_know(
+    chain: Chain, tmp_path, model_type: str
+):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    *_, last = plan(chain.config(f"model.path={tmp_path}/model"), ("sft",))
+    assert last == (
+        f"memory: size unknown, for {tmp_path}/model calls its sizes otherwise than a LLaMA; "
+        "give a LLaMA's config.json of its size as model.architecture"
+    )
+
+
 def test_a_config_json_that_is_no_language_models_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": 8}))
     with pytest.raises(ConfigError, match=r"not the config.json of a language model"):
