@@ -27,10 +27,9 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from rollout.api import Diagnosis, joined_diagnosis
 from rollout.weight_source import by_layer
@@ -191,7 +190,7 @@ def _meta_parameters(model: torch.nn.Module) -> Iterator[list[_Call]]:
 
 def _recording(module: torch.nn.Module, leaf: str, parameter: Any, calls: list[_Call]) -> Any:
     """`parameter` with a loader that also writes down how it was called."""
-    loader = parameter.weight_loader if hasattr(parameter, "weight_loader") else default_weight_loader
+    loader = _get_original_loader(parameter)  # without the wrapper that a reload leaves on it
     signature = inspect.signature(loader)
     untouched = _like(parameter, parameter)
 
