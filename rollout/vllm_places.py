@@ -43,6 +43,8 @@ DIGIT = 128
 
 Places = dict[tuple[torch.nn.Module, str], torch.Tensor]
 """A tensor for parameters of the live model: (layer, name in it) -> in the shape that a checkpoint fills."""
+Leaves = dict[str, torch.Tensor]
+"""The same, of one layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +92,12 @@ def _compared(model: Any, tensors: Mapping[str, torch.Tensor]) -> Diagnosis:
         value = {leaf: tensor for (owner, leaf), tensor in values.items() if owner is module}
         origin = {leaf: tally.whole_numbers(origins[module, leaf]) for leaf in value}
         if isinstance(module, RoutedExperts):
-            value, origin, reason = _in_kernel_layout(module, value, origin)
-            tally.leave_out(origin.values(), reason)
+            if not _is_readable(module):
+                tally.leave_out(
+                    origin.values(), f"experts in the layout of {type(module.quant_method).__name__}"
+                )
+                continue
+            value, origin = _in_kernel_layout(module, value, origin)
         for leaf in value:
             readings = _readings(module, leaf, value[leaf])
             if any(held.shape != value[leaf].shape for held in readings):
@@ -246,29 +252,23 @@ def _read_out(module: Any, value: torch.Tensor) -> torch.Tensor:
     return torch.cat(columns, dim=1)
 
 
-Leaves = dict[str, torch.Tensor]
-
-
-def _in_kernel_layout(experts: Any, value: Leaves, origin: Leaves) -> tuple[Leaves, Leaves, str]:
-    """`value` and `origin` of fused experts in the layout in which their kernel reads them, as the live
-    parameters have it. No kernel changes values: it moves and pads them, so that the numbers of tensors can
-    go the same way. Without values, and with a reason, where the layout is not known.
-    """
+def _is_readable(experts: Any) -> bool:
+    """Whether it is known how the kernel of fused experts keeps their weights."""
     method = experts.quant_method
-    if (
-        not isinstance(method, UnquantizedFusedMoEMethod)
-        or method.unquantized_backend not in READABLE_EXPERTS
-    ):
-        return {}, origin, f"experts in the layout of {type(method).__name__}"
+    return isinstance(method, UnquantizedFusedMoEMethod) and method.unquantized_backend in READABLE_EXPERTS
+
+
+def _in_kernel_layout(experts: Any, value: Leaves, origin: Leaves) -> tuple[Leaves, Leaves]:
+    """`value` and `origin` of fused experts in the layout in which their kernel reads them, as the live
+    parameters have it. The kernels only move and pad values, so that the numbers of tensors can go the same
+    way.
+    """
     low, high = (
-        _prepared(experts, {leaf: digit.to(value[leaf].dtype) for leaf, digit in digits.items()})
-        for digits in (
-            {leaf: number % DIGIT for leaf, number in origin.items()},
-            {leaf: number // DIGIT for leaf, number in origin.items()},
-        )
+        _prepared(experts, {leaf: digit(number).to(value[leaf].dtype) for leaf, number in origin.items()})
+        for digit in (lambda number: number % DIGIT, lambda number: number // DIGIT)
     )
-    origin = {leaf: (high[leaf].int() * DIGIT + low[leaf].int()) for leaf in origin}
-    return _prepared(experts, value), origin, ""
+    numbers = {leaf: high[leaf].int() * DIGIT + low[leaf].int() for leaf in origin}
+    return _prepared(experts, value), numbers
 
 
 def _prepared(experts: Any, plain: Leaves) -> Leaves:
