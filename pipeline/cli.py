@@ -142,10 +142,13 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     model = loaded.config.model
     at_hand = model_at_hand(model.path, model.revision)
     if model.path is not None and at_hand:
-        model_directory(model.path, model.revision)  # judged before anything of it is loaded
+        directory = model_directory(model.path, model.revision)  # judged before anything of it is loaded
+        planning.check_given_models(loaded.config, dag.configured(loaded.config), {dag.MODEL: directory})
     console = Console(soft_wrap=True)
     for block in previews(loaded.config, model_at_hand=at_hand):
         console.print(block)
+    for remark in loaded.config.remarks():
+        typer.echo(f"\nnote: {remark}")
     typer.echo("\nplan (memory without activations):")
     for line in placement.plan(loaded.config, dag.configured(loaded.config)):
         typer.echo(f"  {line}")

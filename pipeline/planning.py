@@ -3,7 +3,7 @@
     config --dag.select--> what comes from outside, identified --dag.plan--> nodes
        --Store.find--> PlannedRun --validate_data--> executor
 
-Owns: what is made anew, what is missing, and reading all data and given files before anything starts.
+Owns: what is made anew, what is missing, and judging all data and given files before anything starts.
 Does not own: edges and fingerprints (dag), what is found under `outputs/` (artifacts), running it (executor).
 """
 
@@ -102,13 +102,16 @@ def plan_stage(
 
 
 def validate_data(planned: PlannedRun) -> None:
-    """Before anything starts: read every dataset of the stages that will run, load the scoring function and
-    the tokenizer that prepare is given.
+    """Before anything starts: judge every model directory that the stages will start from, read every dataset
+    of theirs, load the scoring function and the tokenizer that prepare is given.
 
     Raises DataError, ModelError.
     """
     from stages.data.validation import validate
 
+    check_given_models(
+        planned.config, planned.to_run, {key: given.path for key, given in planned.outside.items()}
+    )
     if "prepare" in planned.to_run:
         _check_given_to_prepare(planned)
     for stage, sources in dag.datasets(planned.config, planned.to_run).items():
@@ -116,6 +119,32 @@ def validate_data(planned: PlannedRun) -> None:
     evaluate = planned.config.evaluate
     if "evaluate" in planned.to_run and evaluate is not None and evaluate.score is not None:
         load_judge(evaluate.score)
+
+
+def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: Mapping[str, Path]) -> None:
+    """Judge the directories that `stages` are given (input key -> directory): whether each can be trained, or
+    scored with, as these stages will do it. Raises ModelError.
+    """
+    models = {key: path for key, path in given.items() if key != "prepare"}
+    if not models or not set(stages) - {"prepare"}:
+        return
+    from stages.data.chat import ChatTokenizer
+    from stages.training.model_rules import check_model
+
+    template = config.model.chat_template
+    for key, path in models.items():
+        named = _as_given(config, key, path)
+        chats = {named: ChatTokenizer.load(path, template)}
+        if "pretrain" in stages and "prepare" in given:
+            prepared = given["prepare"]
+            chats[_as_given(config, "prepare", prepared)] = ChatTokenizer.load(prepared, template)
+        check_model(
+            path,
+            named=named,
+            context_length=config.model.context_length,
+            scores=key == "reward" or "reward" in stages,
+            chats=chats,
+        )
 
 
 def current_fingerprints(planned: PlannedRun) -> dict[str, str]:
@@ -135,6 +164,11 @@ def given_input(store: Store, key: str, path: Path) -> Given:
     if key == dag.MODEL:
         return Given(path=path, fingerprint=store.content_of(path))
     return store.identify(key, path)
+
+
+def _as_given(config: ExperimentConfig, key: str, path: Path) -> str:
+    """What the user wrote for an input key."""
+    return f"model.path {config.model.path}" if key == dag.MODEL else f"--input {key}={path}"
 
 
 def _check_given_to_prepare(planned: PlannedRun) -> None:

@@ -176,8 +176,8 @@ def _failure_recorded(job: StageJob) -> Iterator[None]:
 
 
 def _settle_process(job: StageJob) -> None:
-    """A stage's own process: output to a file, passive waiting, its share of the cores, and no GPU: it holds no
-    tensor, and workers and engines are processes of their own.
+    """A stage's own process: output to a file, passive waiting, its share of the cores. No GPU: it holds no
+    tensor; workers and engines are processes of their own.
 
     Before torch is imported here; Ray sets OMP_NUM_THREADS=1 for a task with no CPUs of its own.
     """

@@ -226,10 +226,11 @@ class _RankedShare:
         """Every rank, together."""
         differences = torch.cat(self._differences)
         self._differences = []
+        differences = differences[differences.isfinite()]  # the others are of steps that were not taken
         right, total, number = ranks.sums(
             float((differences > 0).sum()), float(differences.double().sum()), len(differences)
         )
-        return {"train/accuracy": right / number, "train/margin": total / number}
+        return {"train/accuracy": right / number, "train/margin": total / number} if number else {}
 
 
 @torch.no_grad()
@@ -269,25 +270,29 @@ def _share_positive(differences: Tensor) -> float:
 def _normaliser_sequences(
     settings: RewardSettings, source: Path, examples: Examples, chat: ChatTokenizer, runtime: Runtime
 ) -> list[tuple[int, ...]]:
-    """The sequences whose scores give mean and std: the sft model's own answers to the pairs' prompts."""
-    config = settings.reward
-    if config.init_from == "pretrain":
+    """The sequences whose scores give mean and std: the sft model's own answers to the pairs' prompts, or
+    where none are sampled the held-out pairs themselves.
+    """
+    config, sampling = settings.reward, settings.normaliser
+    if sampling is None:
         return [sequence for example in examples.heldout for sequence in (example.chosen, example.rejected)]
-    longest = settings.model.context_length - config.normaliser_max_response_tokens
+    longest = settings.model.max_prompt_tokens(sampling.max_response_tokens)
     whole = (example for example in (*examples.heldout, *examples.train) if example.has_whole_prompt)
     prompts = dict.fromkeys(example.ids.prompt for example in whole)
     fitting = [prompt for prompt in prompts if len(prompt) <= longest][: config.normaliser_prompts]
     if len(fitting) < 2:
         raise DataError(
-            f"reward.data: fewer than 2 prompts of at most {longest} tokens to sample the normaliser with"
+            f"reward.data: fewer than 2 prompts of at most {longest} tokens to sample the normaliser with, "
+            f"whose responses have {sampling.max_response_tokens}; raise model.context_length, or lower "
+            f"{settings.normaliser_length_key}"
         )
     requests = [
         RolloutRequest(
             request_id=f"normaliser-{index}",
             prompt_ids=prompt,
             sampling=Sampling(
-                temperature=1.0,
-                max_tokens=config.normaliser_max_response_tokens,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_response_tokens,
                 stop_token_ids=chat.stop_token_ids,
                 seed=stage_seed(settings.seed, "reward", "normaliser", index),
             ),

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ from blake3 import blake3
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from stages.data.records import Message
+from stages.data.records import Message, Role
 from stages.data.templates import render as render_template
 from stages.errors import ModelError
 
@@ -164,6 +165,33 @@ class ChatTokenizer:
             if token is not None and token not in written:
                 return int(token)
         return None
+
+    @property
+    def highest_id(self) -> int:
+        """The highest id that may occur in a row: what the embedding of a model needs a row for.
+
+        From content comes the vocabulary and every added token that is no special one; special ones come from
+        the template, as BOS, and behind documents and answers. One that nothing writes does not count.
+        """
+        special = {
+            id_ for id_, token in self._content_encoder.get_added_tokens_decoder().items() if token.special
+        }
+        added = self.tokenizer.added_tokens_decoder
+        content = {
+            *self.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values(),
+            *added,
+        } - special
+        return max(*content, *self._written_ids(), self.separator_id, self.end_of_turn_id)
+
+    def _written_ids(self) -> set[int]:
+        """Of the special tokens that the template spells, and of all that it writes around known roles."""
+        added = self.tokenizer.added_tokens_decoder
+        ids = {id_ for id_, token in added.items() if token.content in self.template}
+        for roles in _CONVERSATIONS:
+            with suppress(ModelError):  # no template takes all roles
+                for piece in self._template_pieces(roles, add_generation_prompt=True):
+                    ids.update(self._marker_ids(piece.text))
+        return ids | ({self._bos_id} if self._adds_bos and self._bos_id is not None else set())
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Ids and mask of a conversation that ends with the assistant, up to its last end-of-turn token.
@@ -388,6 +416,12 @@ def _in_short(roles: Sequence[str]) -> str:
 
 
 _QUESTION, _ANSWER = Message(role="user", content="x"), Message(role="assistant", content="x")
+_CONVERSATIONS: tuple[tuple[Role, ...], ...] = (
+    ("user", "assistant", "user"),
+    ("system", "user"),
+    ("user", "assistant", "tool"),
+)
+"""In which every role occurs that a message may have."""
 
 
 def _trained_runs(rendered: Rendered) -> list[list[int]]:

@@ -41,7 +41,10 @@ class Limits:
     """What a stage allows a record to be."""
 
     context_length: int  # tokens
-    max_response_tokens: int  # that a prompt has to leave room for; 0 where nothing is generated
+    max_prompt_tokens: (
+        int  # that leave room for a scored response; all of the context where none is asked for
+    )
+    base_prompt: str | None  # of evaluate: how a base model is asked, which has to fit too
     pairs_too_long: Literal["drop", "truncate"]
     group_column: str | None  # of reward
     prepare: PrepareConfig | None
@@ -188,7 +191,7 @@ def _fitted(record: Record, chat: ChatTokenizer, limits: Limits) -> Fitted[Any]:
         case Pair():
             return fit_pair(chat, record, limits.context_length, limits.pairs_too_long)
         case Prompt():
-            return fit_prompt(chat, record, limits.context_length - limits.max_response_tokens)
+            return fit_prompt(chat, record, limits.max_prompt_tokens, limits.base_prompt)
     raise AssertionError("documents are not fitted")
 
 

@@ -135,11 +135,19 @@ class Health:
 
     def check_end(self, name: str) -> None:
         """Raise TrainingStopped (exit 5) at the end of a training in which no step of `name` was taken."""
-        if self.state.skipped and name not in self.state.recent:
-            raise TrainingStopped(
-                f"{self._runtime.stage}: none of the steps was taken: every {name} or its gradient was not "
-                f"finite; lower the learning rate, or look at {self._runtime.log_dir / 'bad_batches'}"
+        if name in self.state.recent:
+            return
+        if self.state.skipped:
+            why = (
+                f"every {name} or its gradient was not finite; lower the learning rate, or look at "
+                f"{self._runtime.log_dir / 'bad_batches'}"
             )
+        else:
+            why = (
+                "every response was cut off, and so left out; raise ppo.max_response_tokens, or set "
+                "ppo.truncation: penalty"
+            )
+        raise TrainingStopped(f"{self._runtime.stage}: none of the steps was taken: {why}")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""

@@ -28,9 +28,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from stages.config import ModelConfig
+from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import ranks
-from stages.training.packed_attention import no_unread_mask, register_packed_attention
+from stages.training.model_rules import check_length
+from stages.training.packed_attention import packed, register_packed_attention
+from stages.training.packing_probe import check_packed
 from stages.training.randomness import switch_off
 
 Precision = Literal["fp32", "bf16"]
@@ -56,9 +59,14 @@ class CausalLM(nn.Module):
         """
         assert inputs["use_cache"] is False
         wanted = {"output_router_logits": True} if with_router_logits else {}
-        with no_unread_mask(inputs):
-            output = self.inner(**inputs, logits_to_keep=positions_K, **wanted)
+        with packed(inputs) as keywords:
+            output = self.inner(**keywords, logits_to_keep=positions_K, **wanted)
         return (output.logits, output.router_logits) if with_router_logits else output.logits
+
+    @property
+    def head(self) -> nn.Module:
+        """What gives logits for hidden states."""
+        return self.inner.get_output_embeddings()
 
 
 class TokenScorer(nn.Module):
@@ -77,8 +85,8 @@ class TokenScorer(nn.Module):
         """
         assert inputs["use_cache"] is False
         body: Any = self.inner.base_model
-        with no_unread_mask(inputs):
-            output = body(**inputs)
+        with packed(inputs) as keywords:
+            output = body(**keywords)
         scores_K = self.head(output.last_hidden_state[0, positions_K]).squeeze(-1).float()
         return scores_K if self.bias is None else scores_K + self.bias.float()
 
@@ -129,7 +137,7 @@ def load_causal_lm(directory: Path) -> CausalLM:
     """The language model of a model directory, in fp32 on the CPU, nothing random in it."""
     inner, missing = _loaded(AutoModelForCausalLM, directory)
     _check_nothing_missing(directory, missing)
-    return CausalLM(inner)
+    return _probed(CausalLM(inner), directory)
 
 
 def reward_from_causal_lm(directory: Path, *, pad_token_id: int | None) -> TokenScorer:
@@ -144,7 +152,7 @@ def reward_from_causal_lm(directory: Path, *, pad_token_id: int | None) -> Token
     inner.config.pad_token_id = _with_a_row(inner, pad_token_id)
     scorer = TokenScorer(inner)
     nn.init.normal_(scorer.head.weight, std=1 / math.sqrt(inner.config.hidden_size + 1))
-    return scorer
+    return _probed(scorer, directory)
 
 
 def load_reward_model(directory: Path) -> TokenScorer:
@@ -155,7 +163,7 @@ def load_reward_model(directory: Path) -> TokenScorer:
     if any(name.startswith("score.") for name in missing):
         raise ModelError(f"{directory}: no score head in it; give a reward model (rlhf reward makes one)")
     _check_nothing_missing(directory, missing)
-    return TokenScorer(inner)
+    return _probed(TokenScorer(inner), directory)
 
 
 def value_from_reward_model(directory: Path) -> TokenScorer:
@@ -209,7 +217,7 @@ def compute_head_in_fp32(model: CausalLM) -> None:
 
     bf16 has 8 bits: logits near 20 would be rounded to eighths, by trainer and engine each in its own way.
     """
-    head = model.inner.get_output_embeddings()
+    head = model.head
     assert isinstance(head, nn.Linear)
 
     def forward(hidden: Tensor) -> Tensor:
@@ -220,12 +228,8 @@ def compute_head_in_fp32(model: CausalLM) -> None:
 
 
 def check_context(model: CausalLM, length: int) -> None:
-    """Raise ModelError when a given model has no positions for `model.context_length` tokens."""
-    limit = model.inner.config.max_position_embeddings
-    if length > limit:
-        raise ModelError(
-            f"model.context_length {length} is more than the model's own {limit} positions; lower it"
-        )
+    """Raise ModelError when a given model is not made for sequences of `model.context_length` tokens."""
+    check_length(model.inner.config, length, named="the model")
 
 
 def freeze(model: Model) -> Model:
@@ -304,6 +308,19 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
         ) from error
     switch_off(model)
     return model, list(info["missing_keys"])
+
+
+def _probed(model: Model, directory: Path) -> Model:
+    """`model`, which computes packed rows as it should. Raises ModelError for one that does not."""
+
+    def forward(sequences: Sequence[Sequence[int]]) -> Tensor:
+        row = pack(sequences)
+        outputs: Tensor = model(row.model_inputs(), torch.arange(row.num_tokens))
+        return outputs[0].log_softmax(-1) if isinstance(model, CausalLM) else outputs
+
+    assert isinstance(model, CausalLM | TokenScorer)
+    check_packed(model.inner, model.head, forward, directory)
+    return model
 
 
 def _attention() -> dict[str, str]:

@@ -119,8 +119,8 @@ def record(family: str, column: str, figure: Figure) -> None:
 
 
 def reason(error: Exception, directory: Path) -> str:
-    """Why `directory` was refused, without its name."""
-    return str(error).removeprefix(f"{directory}: ")
+    """Why `directory` was refused: its error without the name, and without how to mend it."""
+    return str(error).removeprefix(f"{directory}: ").partition("; ")[0]
 
 
 def has_to_say_yes(family: Family, column: str) -> bool:

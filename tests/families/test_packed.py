@@ -124,7 +124,7 @@ def gradient(model: nn.Module, logprobs_NV: Tensor) -> Tensor:
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())
+    return float((found - expected).detach().abs().max())
 
 
 def check_gradient(found: Tensor, expected: Tensor) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_chain import Chain, wait_for, write_model
+from fake_chain import Chain, wait_for
 
 from pipeline import cli
 
@@ -144,8 +145,10 @@ def test_a_bug_elsewhere_is_code_1_and_names_the_traceback(
     log.unlink()
 
 
-def test_a_stage_alone_on_a_given_model(chain: Chain, capsys: pytest.CaptureFixture[str]):
-    write_model(chain.directory / "mine")
+def test_a_stage_alone_on_a_given_model(
+    chain: Chain, capsys: pytest.CaptureFixture[str], tied_model_dir: Path
+):
+    shutil.copytree(tied_model_dir, chain.directory / "mine")
     assert rlhf(capsys, "reward", "demo.yaml", "--input", "sft=mine")[0] == 0
     assert chain.calls() == ["reward"]
     assert list(chain.summary()) == ["reward"]

@@ -150,15 +150,41 @@ IN_FILES = [
     (NAME + "ppo:\n  data: [{path: a}]\n  kl_placement: loss\n",
      "demo.yaml:4: ppo: kl_estimator k1 in the loss does not optimise the KL-regularised objective; "
      "use k2, or another kl_placement"),
+    (NAME + "ppo:\n  data: [{path: a}]\n  kl_placement: loss\n  kl_estimator: k2\n"
+     "  loss_aggregation: sequence_mean_token_mean\n",
+     "demo.yaml:4: ppo: kl_placement loss takes the KL of whole responses, but loss_aggregation "
+     "sequence_mean_token_mean divides each response's policy loss by its own length, so no kl_coef weighs "
+     "both alike; use another loss_aggregation, or kl_placement reward with kl_estimator k1"),
+    (NAME + "ppo:\n  data: [{path: a}]\n  max_steps: 8\n  value_warmup_steps: 8\n",
+     "demo.yaml:5: ppo: value_warmup_steps 8 leaves the policy none of the max_steps 8 to learn in; use 7 at "
+     "most, or more max_steps"),
+    (NAME + "reward:\n  data: [{path: a}]\n  init_from: pretrain\n  normaliser_max_response_tokens: 9\n",
+     "demo.yaml:5: reward: normaliser_max_response_tokens bounds nothing with init_from: pretrain, where the "
+     "held-out pairs' own responses are scored; remove it"),
     # across sections
     (NAME, "demo.yaml:1: name: no stage has a section: nothing to run; "
      "add one of prepare, pretrain, sft, reward, ppo, evaluate"),
     (NAME + "ppo:\n  data: [{path: a}]\n  max_response_tokens: 300\n",
-     "demo.yaml:4: ppo.max_response_tokens: 300 leaves no room for a prompt in model.context_length 256; "
-     "use 255 at most, or a longer context"),
+     "demo.yaml:4: ppo.max_response_tokens: 300 leaves no room for a prompt and an end token in "
+     "model.context_length 256; use 254 at most, or a longer context"),
     (NAME + "ppo:\n  data: [{path: a}]\nmodel:\n  context_length: 32\n",
-     "demo.yaml:5: ppo.max_response_tokens: 32 leaves no room for a prompt in model.context_length 32; "
-     "use 31 at most, or a longer context"),
+     "demo.yaml:5: ppo.max_response_tokens: 32 leaves no room for a prompt and an end token in "
+     "model.context_length 32; use 30 at most, or a longer context"),
+    (NAME + "ppo:\n  data: [{path: a}]\n  max_response_tokens: 31\nmodel: {context_length: 32}\n",
+     "demo.yaml:4: ppo.max_response_tokens: 31 leaves no room for a prompt and an end token in "
+     "model.context_length 32; use 30 at most, or a longer context"),
+    (NAME + "evaluate:\n  prompts: [{path: a}]\n  max_response_tokens: 255\n",
+     "demo.yaml:4: evaluate.max_response_tokens: 255 leaves no room for a prompt and an end token in "
+     "model.context_length 256; use 254 at most, or a longer context"),
+    (NAME + "reward:\n  data: [{path: a}]\n  normaliser_max_response_tokens: 255\n",
+     "demo.yaml:4: reward.normaliser_max_response_tokens: 255 leaves no room for a prompt and an end token "
+     "in model.context_length 256; use 254 at most, or a longer context"),
+    (NAME + "reward:\n  data: [{path: a}]\nppo:\n  data: [{path: a}]\n  max_response_tokens: 255\n",
+     "demo.yaml:6: ppo.max_response_tokens: 255 leaves no room for a prompt and an end token in "
+     "model.context_length 256; use 254 at most, or a longer context"),
+    (NAME + "reward:\n  data: [{path: a}]\nmodel: {context_length: 32}\n",
+     "demo.yaml:4: reward.normaliser_max_response_tokens: 32 leaves no room for a prompt and an end token "
+     "in model.context_length 32; use 30 at most, or a longer context"),
     (NAME + "sft:\n  data: [{path: a, weight: 0}]\n",
      "demo.yaml:3: sft.data: every weight is 0, so there is nothing to read; set one above 0"),
     (NAME + "pretrain:\n  router_aux_loss_coef: 0.01\n",
@@ -244,7 +270,7 @@ IN_OVERRIDES = [
      "override sft.precision=fp8: sft.precision: must be 'fp32' or 'bf16', not 'fp8'"),
     ("model.context_length=16",
      "override model.context_length=16: ppo.max_response_tokens: 32 leaves no room for "
-     "a prompt in model.context_length 16; use 15 at most, or a longer context"),
+     "a prompt and an end token in model.context_length 16; use 14 at most, or a longer context"),
     ("name=a\nb",
      "override name=a\\nb: name: use letters, digits, '.', '_' and '-' only: it names a directory"),
     ("name=\udce9",
