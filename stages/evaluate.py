@@ -251,8 +251,9 @@ def _within(context_length: int, prompt: tuple[int, ...], response: tuple[int, .
 
 def _text(candidate: Candidate, rollout: Rollout, chat: ChatTokenizer) -> str:
     """The response as its reader sees it; the base model's answer ends at its first line break."""
-    text = chat.decode(rollout.response_ids)
-    return text.strip().split("\n")[0].strip() if candidate.name == "base" else text
+    if candidate.name == "base":
+        return chat.continued_text(rollout.response_ids).strip().split("\n")[0].strip()
+    return chat.response_text(rollout.response_ids)
 
 
 def _means(candidate: Candidate) -> dict[str, float]:

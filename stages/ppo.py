@@ -394,7 +394,7 @@ def _rollout_lines(
             yield {
                 "step": step,
                 "prompt": chat.decode(rollout.prompt_ids),
-                "response": chat.decode(rollout.response_ids),
+                "response": chat.response_text(rollout.response_ids),
                 "score": float(judgement.scores_B[index]),
                 "kl": None if judgement.kl_B is None else float(judgement.kl_B[index]),
                 "version": min(rollout.weight_versions),
