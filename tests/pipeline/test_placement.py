@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fake_chain import Chain
+from families.table import FAMILIES
 
 from pipeline import placement
 from pipeline.architecture import Architecture
@@ -107,15 +108,27 @@ def test_the_parameters_counted_from_a_config_json_are_those_of_the_model(direct
     assert counted == pytest.approx(num_parameters, rel=1e-4)
 
 
-def test_the_parameters_of_a_model_from_scratch_are_those_torch_allocates(chain: Chain):
+@pytest.mark.parametrize("overrides", [[], ["model.num_experts=6"]], ids=["dense", "mixture"])
+def test_the_parameters_of_a_model_from_scratch_are_those_torch_allocates(chain: Chain, tmp_path, overrides):
     from stages.training.models import build_causal_lm
 
-    config = chain.config("prepare.vocab_size=400", "model.tie_embeddings=false")
+    config = chain.config("prepare.vocab_size=400", "model.tie_embeddings=false", *overrides)
     model = build_causal_lm(config.model, vocab_size=400, eos_token_id=2, pad_token_id=0)
     architecture = architecture_of(config)
     assert architecture.whole == sum(parameter.numel() for parameter in model.parameters())
     layer = model.inner.model.layers[0]
     assert architecture.layer == sum(parameter.numel() for parameter in layer.parameters())
+    model.inner.config.save_pretrained(tmp_path)
+    assert Architecture.from_file(tmp_path / "config.json") == architecture
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "qwen2_moe"])
+def test_the_experts_of_a_config_json_are_counted_whatever_its_family_calls_them(name, tmp_path):
+    """Norms of queries and keys, biases and the gate of a shared expert are not counted."""
+    family = FAMILIES[name]
+    family.config().save_pretrained(tmp_path)
+    counted = Architecture.from_file(tmp_path / "config.json").whole
+    assert counted == pytest.approx(family.make().num_parameters(), rel=0.02)
 
 
 def test_masters_gradients_and_moments_are_sharded_and_frozen_models_too():
