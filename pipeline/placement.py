@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline import dag
 from pipeline.architecture import Architecture
+from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from rollout.config import EngineConfig
 from stages.bundles import StageBundles, bundles_of, rollout_of
