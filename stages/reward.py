@@ -41,7 +41,7 @@ from stages.training.models import (
 from stages.training.optimize import Optimizer
 from stages.training.randomness import recompute_activations
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
