@@ -16,8 +16,12 @@ from pipeline import dag
 from pipeline.artifacts import Given, Manifest, Store, model_directory
 from pipeline.errors import ConfigError, MissingStage
 from pipeline.experiment import ExperimentConfig
+from rollout.config import Section
 from rollout.errors import ExpectedError
+from rollout.safetensors_header import read_header
+from stages.config import TrainingConfig
 from stages.data.scoring import load_judge
+from stages.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,28 +127,65 @@ def validate_data(planned: PlannedRun) -> None:
 
 def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: Mapping[str, Path]) -> None:
     """Judge the directories that `stages` are given (input key -> directory): whether each can be trained, or
-    scored with, as these stages will do it. Raises ModelError.
+    scored with, as these stages will do it, and whether its tokenizer is made for it. Raises ModelError.
     """
     models = {key: path for key, path in given.items() if key != "prepare"}
     if not models or not set(stages) - {"prepare"}:
         return
-    from stages.data.chat import ChatTokenizer
-    from stages.training.model_rules import check_model
+    from stages.training.model_rules import check_model, check_rows
 
-    template = config.model.chat_template
     for key, path in models.items():
         named = _as_given(config, key, path)
-        chats = {named: ChatTokenizer.load(path, template)}
-        if "pretrain" in stages and "prepare" in given:
-            prepared = given["prepare"]
-            chats[_as_given(config, "prepare", prepared)] = ChatTokenizer.load(prepared, template)
-        check_model(
+        rows = check_model(
             path,
             named=named,
             context_length=config.model.context_length,
             scores=key == "reward" or "reward" in stages,
-            chats=chats,
+            recomputes=any(_recomputes(getattr(config, stage)) for stage in stages),
         )
+        check_rows(rows, _highest_id(config, stages, path), named=named, tokenizer=named)
+        if key == "reward":
+            _check_scores(path, named)
+        if "pretrain" in stages and "prepare" in given:
+            highest = _highest_id(config, stages, given["prepare"])
+            check_rows(rows, highest, named=named, tokenizer=_as_given(config, "prepare", given["prepare"]))
+
+
+def check_described_model(config: ExperimentConfig, described: Path) -> None:
+    """Judge a model by its config.json alone: its weights and tokenizer are not on this machine yet. Raises
+    ModelError.
+    """
+    from stages.training.model_rules import check_model_config, read_config
+
+    named = f"model.path {config.model.path}"
+    check_model_config(
+        read_config(described, named=named),
+        named=named,
+        context_length=config.model.context_length,
+        scores=config.reward is not None,
+    )
+
+
+def _check_scores(directory: Path, named: str) -> None:
+    """Raises ModelError for a reward model without a head, or without what its scores are normalised by."""
+    from stages.training.models import ScoreNormaliser
+
+    weights = {name for file in directory.glob("*.safetensors") for name in read_header(file)}
+    if not any(name.startswith("score.") for name in weights):
+        raise ModelError(f"{named}: no score head in it; give a reward model (rlhf reward makes one)")
+    ScoreNormaliser.load(directory)
+
+
+def _recomputes(section: Section) -> bool:
+    return isinstance(section, TrainingConfig) and section.gradient_checkpointing
+
+
+def _highest_id(config: ExperimentConfig, stages: Sequence[str], directory: Path) -> int:
+    """Of the ids that its tokenizer and the template write in these stages. Raises ModelError."""
+    from stages.data.chat import ChatTokenizer
+
+    reads_documents = not {"prepare", "pretrain", "evaluate"}.isdisjoint(stages)
+    return ChatTokenizer.load(directory, config.model.chat_template).highest_id(documents=reads_documents)
 
 
 def current_fingerprints(planned: PlannedRun) -> dict[str, str]:

@@ -27,10 +27,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from rollout.api import Diagnosis, joined_diagnosis
 from rollout.weight_source import by_layer
@@ -39,11 +37,15 @@ READ_OUT_COLUMNS = 1024
 """Columns of a packed weight that are read out at once: bounds the memory of a comparison."""
 READABLE_EXPERTS = (UnquantizedMoeBackend.CPU, UnquantizedMoeBackend.TRITON)
 """Kernels of which it is known that a layer's experts are all that their layout is made of."""
+NUMBERS = torch.int32
+"""What tensors are numbered in, to see where their elements go."""
 DIGIT = 128
 """Numbers of tensors below its square survive an expert kernel's layout in bf16, as two digits."""
 
 Places = dict[tuple[torch.nn.Module, str], torch.Tensor]
 """A tensor for parameters of the live model: (layer, name in it) -> in the shape that a checkpoint fills."""
+Leaves = dict[str, torch.Tensor]
+"""The same, of one layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,7 @@ def takes_head(model: Any, name: str, shape: tuple[int, ...]) -> bool:
     ties its head without a name for it raises, each in its own way; so does one that has never heard of it.
     """
     try:
-        calls = _recorded(model, {name: torch.empty(shape, device="meta")})
+        calls = _recorded(model, {name: torch.empty(shape, device="meta")}, dtype=None)
     except Exception:  # the one boundary to code that is not ours: of any architecture
         return False
     return bool(calls) and all(isinstance(call.module, VocabParallelEmbedding) for call in calls)
@@ -81,24 +83,29 @@ def diagnosis(model: Any, tensors: Mapping[str, torch.Tensor]) -> Diagnosis:
 
 def _compared(model: Any, tensors: Mapping[str, torch.Tensor]) -> Diagnosis:
     """The diagnosis of a few tensors, together all that their layers are loaded from."""
+    device = next(model.parameters()).device
     numbers = {
-        name: torch.full(tensor.shape, float(number))
+        name: torch.full(tensor.shape, number, dtype=NUMBERS, device=device)
         for number, (name, tensor) in enumerate(tensors.items(), start=1)
     }
-    values, origins = _loaded(model, tensors), _loaded(model, numbers)
+    values, origins = _loaded(model, tensors, device), _loaded(model, numbers, device, dtype=NUMBERS)
     tally = _Tally(tensors)
     for module in dict.fromkeys(module for module, _ in values):
         value = {leaf: tensor for (owner, leaf), tensor in values.items() if owner is module}
-        origin = {leaf: tally.whole_numbers(origins[module, leaf]) for leaf in value}
+        origin = {leaf: tally.only_numbers(origins[module, leaf]) for leaf in value}
         if isinstance(module, RoutedExperts):
-            value, origin, reason = _in_kernel_layout(module, value, origin)
-            tally.leave_out(origin.values(), reason)
+            if not _is_readable(module):
+                tally.leave_out(
+                    origin.values(), f"experts in the layout of {type(module.quant_method).__name__}"
+                )
+                continue
+            value, origin = _in_kernel_layout(module, value, origin)
         for leaf in value:
             readings = _readings(module, leaf, value[leaf])
             if any(held.shape != value[leaf].shape for held in readings):
                 tally.leave_out([origin[leaf]], "its layer keeps it in another shape")
                 continue
-            different = [held.cpu() != value[leaf] for held in readings]
+            different = [held != value[leaf] for held in readings]
             tally.add(origin[leaf], functools.reduce(torch.logical_or, different))
     return tally.diagnosis()
 
@@ -113,11 +120,9 @@ class _Tally:
         self._num_read, self._num_wrong = torch.zeros(2, len(tensors) + 1, dtype=torch.long)
         self._reasons: dict[int, str] = {}
 
-    def whole_numbers(self, origin: torch.Tensor) -> torch.Tensor:
+    def only_numbers(self, origin: torch.Tensor) -> torch.Tensor:
         """The numbers of tensors in `origin`; 0 where an architecture changed them, as it will the values."""
-        whole = origin.to(torch.int32)
-        is_number = (whole == origin) & (whole > 0) & (whole <= len(self._tensors))
-        return whole * is_number
+        return origin * ((origin > 0) & (origin <= len(self._tensors)))
 
     def add(self, origin: torch.Tensor, different: torch.Tensor) -> None:
         self._num_read += self._counts(origin)
@@ -139,36 +144,38 @@ class _Tally:
         return Diagnosis(differing=tuple(differing), not_compared=tuple(not_compared))
 
     def _counts(self, origin: torch.Tensor) -> torch.Tensor:
-        return torch.bincount(origin.flatten(), minlength=len(self._tensors) + 1)
+        return torch.bincount(origin.flatten(), minlength=len(self._tensors) + 1).cpu()
 
 
-def _loaded(model: Any, tensors: Mapping[str, torch.Tensor]) -> Places:
-    """What the parameters of the live model would hold if they were loaded from `tensors`: on the CPU, 0
-    where nothing is loaded, and without parameters that get nothing.
+def _loaded(
+    model: Any, tensors: Mapping[str, torch.Tensor], device: torch.device, *, dtype: torch.dtype | None = None
+) -> Places:
+    """What the parameters of the live model would hold if they were loaded from `tensors`, in `dtype` or
+    their own: 0 where nothing is loaded, and without parameters that get nothing.
     """
     places: Places = {}
-    for call in _recorded(model, tensors):
+    for call in _recorded(model, tensors, dtype):
         place = call.module, call.leaf
         if place not in places:
-            dtype = next(iter(tensors.values())).dtype
-            places[place] = _like(call.parameter, torch.zeros(call.parameter.shape, dtype=dtype))
+            places[place] = _like(call.parameter, torch.zeros_like(call.parameter, device=device))
         call.replay(places[place])
     return places
 
 
-def _recorded(model: Any, tensors: Mapping[str, torch.Tensor]) -> list[_Call]:
+def _recorded(model: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> list[_Call]:
     """How the model's own `load_weights` loads `tensors`, nothing of which reaches the model. Raises what the
     model raises.
     """
-    with _meta_parameters(model) as calls:
+    with _meta_parameters(model, dtype) as calls:
         model.load_weights(tensors.items())
     return calls
 
 
 @contextmanager
-def _meta_parameters(model: torch.nn.Module) -> Iterator[list[_Call]]:
+def _meta_parameters(model: torch.nn.Module, dtype: torch.dtype | None) -> Iterator[list[_Call]]:
     """Inside, every parameter and buffer of a checkpoint is an empty one of the shape that it had before it
-    was first loaded, as vLLM recorded them. Each call of a loader of theirs is added to the list.
+    was first loaded, as vLLM recorded them, in `dtype` or its own. Each call of a loader of theirs is added
+    to the list.
     """
     calls: list[_Call] = []
     live: list[tuple[dict[str, Any], dict[str, Any]]] = []  # (of a module, as it was)
@@ -180,8 +187,8 @@ def _meta_parameters(model: torch.nn.Module) -> Iterator[list[_Call]]:
                 live.append((held, dict(held)))
                 for leaf, tensor in {**held, **first}.items():
                     if tensor is not None and leaf not in module._non_persistent_buffers_set:
-                        empty = restore_layer_refs(to_meta_tensor(tensor), module)
-                        held[leaf] = _recording(module, leaf, empty, calls)
+                        empty = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
+                        held[leaf] = _recording(module, leaf, _like(tensor, empty), calls)
         yield calls
     finally:
         for held, before in live:
@@ -191,8 +198,8 @@ def _meta_parameters(model: torch.nn.Module) -> Iterator[list[_Call]]:
 
 def _recording(module: torch.nn.Module, leaf: str, parameter: Any, calls: list[_Call]) -> Any:
     """`parameter` with a loader that also writes down how it was called."""
-    loader = parameter.weight_loader if hasattr(parameter, "weight_loader") else default_weight_loader
-    signature = inspect.signature(loader)
+    restore_layer_refs(parameter, module)  # which vLLM took out of its record
+    loader = _get_original_loader(parameter)  # without the wrapper that a reload leaves on it
     untouched = _like(parameter, parameter)
 
     @functools.wraps(loader, assigned=("__doc__",))
@@ -203,7 +210,7 @@ def _recording(module: torch.nn.Module, leaf: str, parameter: Any, calls: list[_
                 leaf=leaf,
                 parameter=untouched,
                 loader=loader,
-                arguments=signature.bind(*args, **kwargs),
+                arguments=inspect.signature(loader).bind(*args, **kwargs),
             )
         )
         return loader(*args, **kwargs)
@@ -237,39 +244,33 @@ def _read_out(module: Any, value: torch.Tensor) -> torch.Tensor:
     precision, because each output is one weight times one, plus zeros. A packed layer keeps no other readable
     copy.
     """
-    num_inputs, device = value.shape[1], module.weight.device
+    num_inputs = value.shape[1]
     columns = []
     for start in range(0, num_inputs, READ_OUT_COLUMNS):
         num_rows = min(READ_OUT_COLUMNS, num_inputs - start)
-        basis = torch.zeros(num_rows, num_inputs, dtype=value.dtype, device=device)
+        basis = value.new_zeros(num_rows, num_inputs)
         basis[:, start : start + num_rows].fill_diagonal_(1)
         columns.append(module.quant_method.apply(module, basis, None).T)
     return torch.cat(columns, dim=1)
 
 
-Leaves = dict[str, torch.Tensor]
-
-
-def _in_kernel_layout(experts: Any, value: Leaves, origin: Leaves) -> tuple[Leaves, Leaves, str]:
-    """`value` and `origin` of fused experts in the layout in which their kernel reads them, as the live
-    parameters have it. No kernel changes values: it moves and pads them, so that the numbers of tensors can
-    go the same way. Without values, and with a reason, where the layout is not known.
-    """
+def _is_readable(experts: Any) -> bool:
+    """Whether it is known how the kernel of fused experts keeps their weights."""
     method = experts.quant_method
-    if (
-        not isinstance(method, UnquantizedFusedMoEMethod)
-        or method.unquantized_backend not in READABLE_EXPERTS
-    ):
-        return {}, origin, f"experts in the layout of {type(method).__name__}"
+    return isinstance(method, UnquantizedFusedMoEMethod) and method.unquantized_backend in READABLE_EXPERTS
+
+
+def _in_kernel_layout(experts: Any, value: Leaves, origin: Leaves) -> tuple[Leaves, Leaves]:
+    """`value` and `origin` of fused experts in the layout in which their kernel reads them, as the live
+    parameters have it. The kernels only move and pad values, so that the numbers of tensors can go the same
+    way.
+    """
     low, high = (
-        _prepared(experts, {leaf: digit.to(value[leaf].dtype) for leaf, digit in digits.items()})
-        for digits in (
-            {leaf: number % DIGIT for leaf, number in origin.items()},
-            {leaf: number // DIGIT for leaf, number in origin.items()},
-        )
+        _prepared(experts, {leaf: digit(number).to(value[leaf].dtype) for leaf, number in origin.items()})
+        for digit in (lambda number: number % DIGIT, lambda number: number // DIGIT)
     )
-    origin = {leaf: (high[leaf].int() * DIGIT + low[leaf].int()) for leaf in origin}
-    return _prepared(experts, value), origin, ""
+    numbers = {leaf: high[leaf].to(NUMBERS) * DIGIT + low[leaf].to(NUMBERS) for leaf in origin}
+    return _prepared(experts, value), numbers
 
 
 def _prepared(experts: Any, plain: Leaves) -> Leaves:
@@ -277,10 +278,7 @@ def _prepared(experts: Any, plain: Leaves) -> Leaves:
     layer: Any = torch.nn.Module()
     layer.moe_config, layer.activation = copy.copy(experts.moe_config), experts.activation
     for leaf, tensor in plain.items():
-        layer.register_parameter(
-            leaf,
-            torch.nn.Parameter(tensor.to(experts.get_parameter(leaf).device, copy=True), requires_grad=False),
-        )
+        layer.register_parameter(leaf, torch.nn.Parameter(tensor.clone(), requires_grad=False))
     method = experts.quant_method
     layer.w13_weight.data, layer.w2_weight.data = convert_to_unquantized_kernel_format(
         method.unquantized_backend,
@@ -290,4 +288,4 @@ def _prepared(experts: Any, plain: Leaves) -> Leaves:
         layer=layer,
     )
     method.moe_kernel.fused_experts.process_weights_after_loading(layer)
-    return {leaf: layer.get_parameter(leaf).cpu() for leaf in plain}
+    return {leaf: layer.get_parameter(leaf) for leaf in plain}

@@ -43,7 +43,7 @@ from stages.training.models import (
     load_reward_model,
 )
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 SAMPLES_FILE = "samples.jsonl"
 MICRO_BATCH_SIZE = 16  # sequences per forward; a matter of memory and rounding only
 
@@ -251,8 +251,9 @@ def _within(context_length: int, prompt: tuple[int, ...], response: tuple[int, .
 
 def _text(candidate: Candidate, rollout: Rollout, chat: ChatTokenizer) -> str:
     """The response as its reader sees it; the base model's answer ends at its first line break."""
-    text = chat.decode(rollout.response_ids)
-    return text.strip().split("\n")[0].strip() if candidate.name == "base" else text
+    if candidate.name == "base":
+        return chat.continued_text(rollout.response_ids).strip().split("\n")[0].strip()
+    return chat.response_text(rollout.response_ids)
 
 
 def _means(candidate: Candidate) -> dict[str, float]:

@@ -33,9 +33,9 @@ def generate(
     """
     chat = ChatTokenizer.load(model_dir)
     if chat.template_source == "chatml":
-        ids = chat.continuation_ids(prompt)
+        ids, text_of = chat.continuation_ids(prompt), chat.continued_text
     else:
-        ids = chat.prompt_ids((Message(role="user", content=prompt),))
+        ids, text_of = chat.prompt_ids((Message(role="user", content=prompt),)), chat.response_text
     context = num_positions(read_config(model_dir, named=str(model_dir)))
     if context is not None and len(ids) >= context:
         raise ModelError(f"{model_dir}: the prompt has {len(ids)} tokens, the model's context {context}")
@@ -67,4 +67,4 @@ def generate(
         ) as client:
             request = RolloutRequest(request_id="generate", prompt_ids=ids, sampling=sampling)
             (rollout,) = client.generate([request])
-    return chat.decode(rollout.response_ids)
+    return text_of(rollout.response_ids)

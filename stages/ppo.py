@@ -55,7 +55,7 @@ from stages.training.ppo_totals import Clock, Totals
 from stages.training.ppo_update import Learner
 from stages.training.publish import Publisher
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 ROLLOUTS_FILE = "rollouts.jsonl"
 
 
@@ -197,7 +197,8 @@ def train(
             with clock.measure("sync"):
                 published = publisher.publish(step + 1, has_moved=learner.policy_steps > 0)
             state.totals.see_parity(published.parity.max_abs_diff)
-            state.see(summary, num_sequences=len(batch.rollouts))
+            if step >= config.value_warmup_steps:  # the policy was the reference until then
+                state.see(summary, num_sequences=len(batch.rollouts))
             step += 1
             if step % config.log_every_steps == 0 or step == config.max_steps:
                 seen = {**summary, **update, **health.metrics()}
@@ -394,7 +395,7 @@ def _rollout_lines(
             yield {
                 "step": step,
                 "prompt": chat.decode(rollout.prompt_ids),
-                "response": chat.decode(rollout.response_ids),
+                "response": chat.response_text(rollout.response_ids),
                 "score": float(judgement.scores_B[index]),
                 "kl": None if judgement.kl_B is None else float(judgement.kl_B[index]),
                 "version": min(rollout.weight_versions),

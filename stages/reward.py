@@ -41,7 +41,7 @@ from stages.training.models import (
 from stages.training.optimize import Optimizer
 from stages.training.randomness import recompute_activations
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +104,7 @@ def train(
     # 1. Data: pairs as ids; whole prompts are held out.
     chat = ChatTokenizer.load(source, settings.model.chat_template)
     examples = _examples(settings, chat)
+    _normaliser_prompts(settings, examples)  # that there are too few is said before training
     order = BatchOrder(
         num_rows=len(examples.train),
         batch_size=config.batch_size,
@@ -145,7 +146,11 @@ def train(
     sequences = _normaliser_sequences(settings, source, examples, chat, worker.runtime)
     scores = scores_in_packs(model, sequences, micro_batch_size=config.micro_batch_size, device=worker.device)
     normaliser = ScoreNormaliser(mean=float(scores.mean()), std=float(scores.std()))
-    metrics |= {"score_mean": normaliser.mean, "score_std": normaliser.std}
+    metrics |= {
+        "score_mean": normaliser.mean,
+        "score_std": normaliser.std,
+        "score_responses": float(len(sequences)),
+    }
     _check_gates(settings, metrics)
 
     # 5. The model directory.
@@ -267,15 +272,13 @@ def _share_positive(differences: Tensor) -> float:
     return float((differences > 0).float().mean() + (differences == 0).float().mean() / 2)
 
 
-def _normaliser_sequences(
-    settings: RewardSettings, source: Path, examples: Examples, chat: ChatTokenizer, runtime: Runtime
-) -> list[tuple[int, ...]]:
-    """The sequences whose scores give mean and std: the sft model's own answers to the pairs' prompts, or
-    where none are sampled the held-out pairs themselves.
+def _normaliser_prompts(settings: RewardSettings, examples: Examples) -> list[tuple[int, ...]]:
+    """The pairs' prompts that the sft model answers for mean and std, held-out ones first; none where nothing
+    is sampled. Raises DataError where fewer than 2 leave room for a response.
     """
     config, sampling = settings.reward, settings.normaliser
     if sampling is None:
-        return [sequence for example in examples.heldout for sequence in (example.chosen, example.rejected)]
+        return []
     longest = settings.model.max_prompt_tokens(sampling.max_response_tokens)
     whole = (example for example in (*examples.heldout, *examples.train) if example.has_whole_prompt)
     prompts = dict.fromkeys(example.ids.prompt for example in whole)
@@ -286,6 +289,18 @@ def _normaliser_sequences(
             f"whose responses have {sampling.max_response_tokens}; raise model.context_length, or lower "
             f"{settings.normaliser_length_key}"
         )
+    return fitting
+
+
+def _normaliser_sequences(
+    settings: RewardSettings, source: Path, examples: Examples, chat: ChatTokenizer, runtime: Runtime
+) -> list[tuple[int, ...]]:
+    """The sequences whose scores give mean and std: the sft model's own answers to the pairs' prompts, or
+    where none are sampled the held-out pairs themselves.
+    """
+    config, sampling = settings.reward, settings.normaliser
+    if sampling is None:
+        return [sequence for example in examples.heldout for sequence in (example.chosen, example.rejected)]
     requests = [
         RolloutRequest(
             request_id=f"normaliser-{index}",
@@ -297,7 +312,7 @@ def _normaliser_sequences(
                 seed=stage_seed(settings.seed, "reward", "normaliser", index),
             ),
         )
-        for index, prompt in enumerate(fitting)
+        for index, prompt in enumerate(_normaliser_prompts(settings, examples))
     ]
 
     def sampled() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

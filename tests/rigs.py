@@ -94,6 +94,14 @@ def logprobs_of(
     return logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0].tolist()
 
 
+@torch.no_grad()
+def perturb_all(model: torch.nn.Module, *, seed: int) -> None:
+    """Every parameter, in all of its elements, by half its own size."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.abs().mean())
+
+
 def request(
     index: int = 0,
     *,

@@ -162,7 +162,9 @@ def test_the_normaliser_scores_responses_that_the_context_cut_off_sampled_as_ppo
 
     monkeypatch.setattr(reward, "open_engines", remembering)
     settings = reward_settings(tmp_path / "pairs.jsonl", fitting_and_not(inputs))
-    reward.run(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward"))
+    runtime = runtime_in(tmp_path, "reward")
+    metrics = reward.run(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+    assert metrics["score_responses"] == 4
     assert {(request.sampling.max_tokens, request.sampling.temperature) for request in asked} == {
         (RESPONSE, 0.7)
     }
@@ -183,9 +185,10 @@ def test_prompts_too_long_for_the_normaliser_name_the_setting_that_says_so(
         prompts_of(chat, CONTEXT - RESPONSE),
         normaliser_max_response_tokens=own_length,
     )
-    examples = reward._examples(settings, chat)
+    runtime = runtime_in(tmp_path, "reward")
     with pytest.raises(DataError, match=rf"of at most {room} tokens to sample .*; raise .*, or lower {key}$"):
-        reward._normaliser_sequences(settings, inputs["sft"], examples, chat, runtime=None)
+        reward.run(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+    assert not (tmp_path / "work" / "metrics.jsonl").exists(), "said before training"
 
 
 def test_evaluation_scores_responses_that_the_context_cut_off_the_base_models_answer_too(

@@ -31,7 +31,7 @@ CONFIG = {
     "micro_batch_size": 4,
     "max_response_tokens": 6,
     "num_epochs": 1,
-    "lr": 1e-4,  # an engine of four steps ago is within both limits of the log-probs in bf16
+    "lr": 3e-5,  # an engine of four steps ago is within both limits of the log-probs in bf16
     "lr_schedule": "constant",
     "warmup_frac": 0.0,
     "checkpoint_every_steps": 1,

@@ -202,7 +202,7 @@ def test_ranks_share_a_steps_balance_loss_out_by_tokens(prepared, tmp_path):
         wanted += pretrain._loss(model, whole).item()
         aux = model.inner(**whole.row.model_inputs(), output_router_logits=True).aux_loss.item()
         wanted += 0.5 * sum(len(row.ids) for row in part) / num_tokens * aux
-    assert float(torch.stack(losses).sum()) == pytest.approx(wanted, abs=1e-5)
+    assert torch.stack(losses).sum().item() == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.slow

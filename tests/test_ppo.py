@@ -461,6 +461,14 @@ def test_pin_29_the_adaptive_kl_coef_goes_on_where_a_killed_run_left_it(
     assert (resumed, resumed_rollouts) == (whole, rollouts)
 
 
+def test_pin_29_the_adaptive_kl_coef_waits_for_the_policy_to_start_learning(inputs, prompts, tmp_path):
+    """While the value model warms up the policy is the reference, and a KL of 0 says nothing about beta."""
+    adaptive = {"kl_controller": "adaptive", "kl_coef": 0.5, "kl_target": 1e6, "kl_horizon": 8}
+    run_in(tmp_path, settings_for(prompts, value_warmup_steps=1, max_steps=3, **adaptive), inputs)
+    lines = read_steps(tmp_path / "work" / "metrics.jsonl")
+    assert [line["rollout/kl_coef"] for line in lines] == pytest.approx([0.5, 0.5, 0.4])
+
+
 def test_a_run_killed_in_its_update_replays_the_journal_and_samples_nothing_again(
     inputs, prompts, tmp_path, monkeypatch
 ):

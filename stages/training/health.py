@@ -4,7 +4,8 @@
     RollBack --> last checkpoint, and the data since then are left out (PaLM, arXiv 2204.02311, section 5.1)
 
 Owns: the counts, the spike detector, the kept batches, the limits on a PPO batch. Does not own: checkpoints
-and loops (fit, ppo). Everything here is part of each checkpoint, so a resumed run decides the same.
+and loops (fit, ppo), nor whether engine and trainer agree about that batch (publish). Everything here is part
+of each checkpoint, so a resumed run decides the same.
 """
 
 import logging

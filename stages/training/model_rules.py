@@ -1,7 +1,7 @@
 """Which models can be trained here: what their config and their class tell, before any weight is read.
 
     directory --read_config--> config --check_model_config--> nothing | ModelError in one line
-    directory --check_model--> also: built without memory, its tokenizer against its embedding
+    directory --check_model--> also: built without memory --> rows of the embedding --check_rows--> ...
 
 A config is judged by what transformers' own classes say of it, never by a list of families. The rules on
 lengths refuse what a short probe of a loaded model cannot see. Owns: those rules. Does not own: what the
@@ -19,8 +19,6 @@ from stages.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from stages.data.chat import ChatTokenizer
 
 POSITION_LIMITS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 """What families call the number of their positions; `n_positions` and others are mapped to the first by
@@ -76,25 +74,36 @@ def check_model_config(
 
 
 def check_model(
-    directory: Path,
-    *,
-    named: str,
-    context_length: int,
-    scores: bool,
-    chats: "Mapping[str, ChatTokenizer]",
-) -> None:
-    """Raise ModelError for what `check_model_config` refuses in the config of `directory`, for what its class
-    cannot build, and for one of `chats` (what the user gave -> it) with tokens that have no embedding.
+    directory: Path, *, named: str, context_length: int, scores: bool, recomputes: bool = False
+) -> int:
+    """Raise ModelError for what `check_model_config` refuses in the config of `directory`, and for what its
+    class cannot build of it, or cannot recompute (gradient checkpointing) though a stage will. Returns the
+    rows of its embedding.
 
     Reads no weights and builds without memory: seconds, most of them to import torch and transformers.
     """
     config = read_config(directory, named=named)
     check_model_config(config, named=named, context_length=context_length, scores=scores)
-    rows = _embedding_rows(_built(config, named, scores=False), named)
+    model = _built(config, named, scores=False)
+    rows = _embedding_rows(model, named)
+    if recomputes and not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{_name(config, named)} has no gradient checkpointing in transformers; set "
+            "gradient_checkpointing to false"
+        )
     if scores:
         _check_head(_built(config, named, scores=True), named)
-    for origin, chat in chats.items():
-        check_tokenizer(chat, rows, named=named, origin=origin)
+    return rows
+
+
+def check_rows(rows: int, highest_id: int, *, named: str, tokenizer: str) -> None:
+    """Raise ModelError when an id that `tokenizer` may write has none of the `rows` of the embedding."""
+    if highest_id >= rows:
+        raise ModelError(
+            f"{tokenizer}: its tokenizer and template write ids up to {highest_id}, but the embedding of "
+            f"{named} has {rows} rows; give the tokenizer that the model was trained with, or resize it "
+            f"(resize_token_embeddings({highest_id + 1}) of transformers) and save it again"
+        )
 
 
 def check_length(config: "PreTrainedConfig", length: int, *, named: str) -> None:
@@ -119,21 +128,6 @@ def num_positions(config: "PreTrainedConfig") -> int | None:
     own = _size(config, OWN_LIMIT)
     stated = [_size(config, key) for key in POSITION_LIMITS] if own is None else [own]
     return min((size for size in stated if size is not None), default=None)
-
-
-def check_tokenizer(chat: "ChatTokenizer", rows: int, *, named: str, origin: str) -> None:
-    """Raise ModelError when a token that may occur in a row has none of the `rows` of the embedding.
-
-    Tokens that never occur need none, such as one that was added to pad with.
-    """
-    token = chat.highest_id
-    if token >= rows:
-        text = chat.tokenizer.convert_ids_to_tokens(token)
-        raise ModelError(
-            f"{origin}: its tokenizer has token {token} ({text!r}), but the embedding of {named} has {rows} "
-            "rows; give the tokenizer that the model was trained with, or resize the model (transformers' "
-            f"resize_token_embeddings({token + 1})) and save it again"
-        )
 
 
 def _check_text_alone(config: "PreTrainedConfig", name: str) -> None:

@@ -31,7 +31,7 @@ from stages.config import ModelConfig
 from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import ranks
-from stages.training.model_rules import check_length
+from stages.training.model_rules import check_length, check_model_config, read_config
 from stages.training.packed_attention import packed, register_packed_attention
 from stages.training.packing_probe import check_packed
 from stages.training.randomness import switch_off
@@ -287,6 +287,9 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
     not have.
     """
     _check_is_a_model(directory)
+    scores = auto_class is AutoModelForSequenceClassification
+    named = str(directory)
+    check_model_config(read_config(directory, named=named), named=named, context_length=None, scores=scores)
     transformers_logging.set_verbosity_error()  # its load report: checked here in a line
     transformers_logging.disable_progress_bar()
     try:

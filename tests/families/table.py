@@ -173,7 +173,7 @@ FAMILIES: dict[str, Family] = _table(
     _family("cohere", {**LLAMA_LIKE, "logit_scale": 1.0}, engine=True),
     _family("qwen3_moe", {**WITH_HEAD_DIM, **EXPERTS, "moe_intermediate_size": 32}, engine=True, moe=True),
     _family("mixtral", {**LLAMA_LIKE, **LOCAL_EXPERTS}, engine=True, moe=True),
-    _family("olmoe", {**LLAMA_LIKE, **EXPERTS}, engine=True, moe=True),
+    _family("olmoe", {**LLAMA_LIKE, **EXPERTS, "intermediate_size": 48}, engine=True, moe=True),
     # attention alone
     _family("starcoder2", {**LLAMA_LIKE, "sliding_window": WINDOW}),
     _family("smollm3", {**LLAMA_LIKE, "no_rope_layers": [1, 0]}),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families.figures import record
 from families.table import FAMILIES, Family
-from rigs import SAME, Rig, start_rig
+from rigs import SAME, Rig, perturb_all, start_rig
 from rigs import request as rollout_request
 
 from rollout.api import Rollout
@@ -66,14 +66,6 @@ def rig(started: FamilyRig) -> Rig:
 
 
 @torch.no_grad()
-def move(model: torch.nn.Module, *, seed: int) -> None:
-    """Every parameter, in all of its elements, by half its own size."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.abs().mean())
-
-
-@torch.no_grad()
 def nudge(parameter: torch.Tensor) -> None:
     """Its last element alone, by the smallest step there is."""
     last = parameter.view(-1)[-1:]
@@ -89,7 +81,7 @@ def test_weights_that_moved_everywhere_reach_the_engine_sync_after_sync(rig, fam
     largest = 0.0
     for seed in (1, 2):
         before = rig.submit(PROBES)
-        move(rig.model, seed=seed)
+        perturb_all(rig.model, seed=seed)
         assert rig.max_diff(before) > 1e-2, "else the next lines prove nothing"
         rig.sync_next()
         largest = max(largest, rig.max_diff(rig.submit(PROBES)))

@@ -174,6 +174,20 @@ def test_check_shows_rows_and_what_would_be_skipped_and_starts_nothing(
     assert chain.calls() == []
 
 
+def test_check_says_what_the_rollout_correction_resolves_to_and_why(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+):
+    def said(*overrides: str) -> str:
+        code, stdout, _ = rlhf(capsys, "check", "demo.yaml", *overrides)
+        assert code == 0
+        (line,) = re.findall(r"^note: ppo\.rollout_correction: (.*)$", stdout, re.M)
+        return line
+
+    assert said() == "off (auto: rollouts are fp32 and synchronous)"
+    assert said("ppo.precision=bf16") == "token_truncate, max 2 (auto: ppo.precision is bf16)"
+    assert said("ppo.rollout_correction.type=token_mask") == "token_mask, min 0.5, max 5"
+
+
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]):
     _, stdout, _ = rlhf(capsys, "schema")
     assert "ppo" in json.loads(stdout)["properties"]

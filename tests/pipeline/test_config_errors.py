@@ -93,6 +93,12 @@ IN_FILES = [
     (NAME + SFT + "pipeline: {stop_timeout_s: 1e300}\n",
      "demo.yaml:5: pipeline.stop_timeout_s: 1e300 is out of range; must be > 0 and <= 1000000"),
     (NAME + "sft:\n  data: []\n", "demo.yaml:3: sft.data: must not be empty"),
+    (NAME + "ppo:\n  data:\n    - path: a.jsonl\n  rollout_correction: {type: token_truncate, min: 0.5}\n",
+     "demo.yaml:5: ppo.rollout_correction: min 0.5 has no meaning with type token_truncate: truncation caps "
+     "weights from above only; remove min, or use type token_mask"),
+    (NAME + "ppo:\n  data:\n    - path: a.jsonl\n  rollout_correction: {type: tis}\n",
+     "demo.yaml:5: ppo.rollout_correction.type: must be 'auto' or 'off' or 'token_truncate' or 'token_mask' "
+     "or 'sequence_truncate' or 'sequence_mask' or 'geometric_mask', not 'tis'"),
     # YAML
     (NAME + "name: again\n", "demo.yaml:2: name: stated twice (first in line 1); keep one"),
     (NAME + SFT + "  lr: 1\n  lr: 2\n", "demo.yaml:6: sft.lr: stated twice (first in line 5); keep one"),
@@ -141,6 +147,12 @@ IN_FILES = [
     # within one section
     (NAME + SFT + "model:\n  num_heads: 7\n",
      "demo.yaml:6: model: hidden_size 160 is not a multiple of num_heads 7"),
+    (NAME + SFT + "model:\n  num_experts: 4\n  num_experts_per_token: 5\n",
+     "demo.yaml:7: model: num_experts_per_token 5 is more than num_experts 4"),
+    (NAME + SFT + "model: {num_experts: 4, hidden_size: 176, num_heads: 1, num_kv_heads: 1}\n",
+     "demo.yaml:5: model: hidden_size 176 is not a multiple of 32, which vLLM's experts on CPU ask for"),
+    (NAME + SFT + "model:\n  path: somewhere\n  num_experts: 4\n",
+     "demo.yaml:7: model: num_experts describes a model from scratch, path takes one; remove either"),
     (NAME + "ppo:\n  data: [{path: a}]\n  kl_placement: loss\n",
      "demo.yaml:4: ppo: kl_estimator k1 in the loss does not optimise the KL-regularised objective; "
      "use k2, or another kl_placement"),
@@ -181,6 +193,12 @@ IN_FILES = [
      "in model.context_length 32; use 30 at most, or a longer context"),
     (NAME + "sft:\n  data: [{path: a, weight: 0}]\n",
      "demo.yaml:3: sft.data: every weight is 0, so there is nothing to read; set one above 0"),
+    (NAME + "pretrain:\n  router_aux_loss_coef: 0.01\n",
+     "demo.yaml:3: pretrain.router_aux_loss_coef: 0.01, but the model has no experts to balance; "
+     "set model.num_experts, or 0"),
+    (NAME + SFT + "  router_aux_loss_coef: 0.1\npretrain: {}\n",
+     "demo.yaml:5: sft.router_aux_loss_coef: 0.1, but the model has no experts to balance; "
+     "set model.num_experts, or 0"),
     (NAME + SFT + "model: {revision: abc}\n",
      "demo.yaml:5: model.revision: has no meaning without model.path; set that, or remove this"),
     (NAME + SFT + "rollout:\n  num_engines: 2\npipeline: {executor: inline}\n",

@@ -1,5 +1,6 @@
 """Models that cannot be trained as the config asks: one line and code 2, by `check` and before any stage."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from stages.data.chat import ChatTokenizer
 from stages.errors import ModelError
 from stages.training import model_rules
 from stages.training.model_rules import check_length, check_model, check_model_config, num_positions
+from stages.training.models import ScoreNormaliser
 
 CONFIG = """
 name: tried
@@ -139,6 +141,8 @@ def test_a_family_without_a_reward_model_in_transformers_is_refused_where_a_rewa
 def test_a_given_input_is_judged_for_what_its_stage_does_with_it(project: Path, said):
     save_config(project / "model", config_of("llama"))
     save_config(project / "other", config_of("olmoe"))
+    save_file({"score.weight": torch.zeros(1, 64)}, project / "model/head.safetensors")
+    ScoreNormaliser(mean=0.0, std=1.0).save(project / "model")
     code, line = said("reward", "c.yaml", "--input", "sft=other")
     assert code == 2 and line.startswith("--input sft=") and "olmoe has no reward model" in line
     code, line = said("ppo", "c.yaml", "--input", "sft=model", "--input", "reward=other")
@@ -148,6 +152,33 @@ def test_a_given_input_is_judged_for_what_its_stage_does_with_it(project: Path, 
         "ppo", "c.yaml", "--input", "sft=model", "--input", "reward=model", "model.context_length=512"
     )
     assert code == 2 and "model.context_length 512 is more than the 256 positions of --input sft=" in line
+
+
+def test_a_language_model_given_as_the_reward_model_is_refused_before_any_stage(project: Path, said):
+    inputs = ("--input", "sft=model", "--input", "reward=model")
+    save_config(project / "model", config_of("llama"))
+    code, line = said("ppo", "c.yaml", *inputs)
+    assert code == 2 and "no score head in it; give a reward model" in line
+    save_file({"score.weight": torch.zeros(1, 64)}, project / "model/head.safetensors")
+    code, line = said("ppo", "c.yaml", *inputs)
+    assert code == 2 and "score_normaliser.json: missing" in line
+
+
+def test_gradient_checkpointing_that_a_family_does_not_have_is_refused(project: Path, said):
+    save_config(project / "model", config_of("jetmoe"))
+    assert said("sft", "c.yaml") == (CODE_OF_STARTED, STARTED)
+    code, line = said("sft", "c.yaml", "sft.gradient_checkpointing=true")
+    assert code == 2 and line.endswith("set gradient_checkpointing to false")
+
+
+def test_check_judges_a_model_that_is_not_here_by_its_config(project: Path, said):
+    config_of("olmoe").to_json_file(project / "olmoe.json")
+    overrides = ("model.path=somebody/unheard-of", "model.architecture=olmoe.json")
+    code, line = said("check", "c.yaml", *overrides)
+    assert code == 2
+    assert line.startswith("model.path somebody/unheard-of: olmoe has no reward model in transformers")
+    code, line = said("check", "c.yaml", *overrides, "reward=null", "ppo=null", "model.context_length=257")
+    assert code == 2 and "more than the 256 positions of model.path somebody/unheard-of" in line
 
 
 def test_a_sequence_classifier_without_a_linear_score_is_no_reward_model():
@@ -160,15 +191,12 @@ def test_a_sequence_classifier_without_a_linear_score_is_no_reward_model():
         model_rules._check_head(model_rules._built(config, "x", scores=True), "x")
 
 
-def ids_of(directory: Path) -> int:
-    return ChatTokenizer.load(directory).highest_id
-
-
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(project: Path, refused, said):
     size = len(tiny_tokenizer())
     saved("llama", project / "model", vocab_size=size - 1)
     line = refused()
-    assert f"its tokenizer has token {size - 1} (" in line and f"has {size - 1} rows" in line
+    assert f"its tokenizer and template write ids up to {size - 1}, but the embedding of" in line
+    assert f"has {size - 1} rows" in line
     assert f"resize_token_embeddings({size})" in line
     shutil.rmtree(project / "model")
     saved("llama", project / "model", vocab_size=size)
@@ -190,15 +218,14 @@ def test_a_token_needs_a_row_when_content_or_the_template_can_write_it(
 ):
     from tokenizers import AddedToken
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     size = len(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=special)], special_tokens=special)
     tokenizer.chat_template = template + tokenizer.chat_template
     saved("llama", project / "model", vocab_size=size)
     tokenizer.save_pretrained(project / "model")
-    assert ids_of(project / "model") == (size if counts else size - 1)
     if counts:
-        assert f"its tokenizer has token {size} ('{token}')" in refused()
+        assert f"its tokenizer and template write ids up to {size}, but" in refused()
     else:
         assert said("run", "c.yaml")[1] == STARTED
 
@@ -211,6 +238,16 @@ def multimodal(**text: Any) -> Any:
         vision_config=VISION,
         mm_tokens_per_image=4,
     )
+
+
+def test_what_stands_between_documents_needs_a_row_where_documents_are_read():
+    """transformers gives every tokenizer beside a qwen2 config an <|endoftext|>."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    chat = ChatTokenizer(tokenizer)
+    assert chat.highest_id(documents=True) == size
+    assert chat.highest_id(documents=False) == size - 1
 
 
 def test_a_multimodal_directory_is_refused_and_its_text_model_is_not(project: Path, refused, said):
@@ -248,7 +285,7 @@ def test_falcon_is_refused_in_words(project: Path, refused, settings: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("family", "said"),
+    ("family", "reason"),
     [
         ("bloom", "BloomForCausalLM takes no position_ids"),
         ("mpt", "MptForCausalLM takes no position_ids"),
@@ -257,10 +294,10 @@ def test_falcon_is_refused_in_words(project: Path, refused, settings: dict[str, 
     ],
 )
 def test_a_family_that_cannot_be_packed_is_refused_by_what_its_class_says(
-    project: Path, refused, family: str, said: str
+    project: Path, refused, family: str, reason: str
 ):
     save_config(project / "model", config_of(family))
-    assert said in refused()
+    assert reason in refused()
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "t5", "bart", "xlm"])
@@ -278,9 +315,7 @@ def test_encoders_are_refused(project: Path, refused, model_type: str):
 def test_every_family_is_let_through_or_refused_in_one_line(family: str, tmp_path: Path):
     directory = save_config(tmp_path / "model", config_of(family))
     try:
-        check_model(
-            directory, named="x", context_length=8, scores=False, chats={"x": ChatTokenizer.load(directory)}
-        )
+        assert check_model(directory, named="x", context_length=8, scores=False) == len(tiny_tokenizer())
     except ModelError as refusal:
         assert str(refusal).startswith("x: ") and str(refusal).isprintable()
         assert "; give a model" in str(refusal)
@@ -348,7 +383,7 @@ def test_longrope_is_refused_above_its_original_length_for_there_a_neighbour_cha
     line = refused("model.context_length=33")
     assert line.startswith("model.context_length 33 is more than the 32 positions that model.path ")
     assert "longrope" in line and "use 32 at most" in line
-    assert said("run", "c.yaml", "model.context_length=32")[1] == STARTED
+    assert said("run", "c.yaml", "model.context_length=32", "reward=null", "ppo=null")[1] == STARTED
 
     model = FAMILIES["phi3_longrope"].make()
     ids = torch.arange(5, 13)[None]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from pipeline import cli, preview
 from pipeline import config as configs
@@ -228,7 +229,23 @@ def test_check_says_what_scores_are_normalised_over(
         cli.main(["check", "look.yaml", *overrides])
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
-    assert [line.removeprefix("note: ") for line in lines if line.startswith("note: ")] == said
+    assert [line.removeprefix("note: ") for line in lines if line.startswith("note: reward")] == said
+
+
+def test_a_tokenizer_whose_ids_cannot_be_met_is_refused_in_one_line(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It splits at white space and puts a space before each word: an answer's first word has one too."""
+    tokenizer = train_tokenizer([], 300, 1)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained("spaced")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "look.yaml", "prepare.tokenizer=spaced"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "spaced: the tokenizer's ids" in line and "model.chat_template" in line
 
 
 def test_check_prints_it_all(directory: Path, capsys: pytest.CaptureFixture[str]):

@@ -15,6 +15,8 @@ import pytest
 import torch
 from inline import runtime_in
 
+from rollout.config import EngineConfig
+from stages import rollout_source
 from stages.training import distributed
 from stages.training.distributed import launch
 
@@ -22,17 +24,18 @@ SCRIPT = Path(__file__).parent / "invented_gpus.py"
 IMPORTABLE = os.pathsep.join(str(Path(__file__).parents[index]) for index in (1, 2))
 
 
-@pytest.fixture(scope="module")
-def seen(tied_model_dir, tmp_path_factory) -> dict[str, Any]:
-    """What every process of every case in `invented_gpus` saw."""
-    scratch = tmp_path_factory.mktemp("gpus")
+TOLD = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def seen_in(directory: Path, model_dir: Path, *cases: str) -> dict[str, Any]:
+    """What every process of these cases of `invented_gpus` saw."""
     environment = {name: value for name, value in os.environ.items() if name not in TOLD}
     answer = subprocess.run(
-        [sys.executable, SCRIPT, tied_model_dir, scratch],
+        [sys.executable, SCRIPT, model_dir, directory, *cases],
         env=environment | {"PYTHONPATH": IMPORTABLE},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
         check=False,
     )
     assert answer.returncode == 0, answer.stderr
@@ -40,33 +43,55 @@ def seen(tied_model_dir, tmp_path_factory) -> dict[str, Any]:
     return found
 
 
-TOLD = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+@pytest.fixture(scope="module")
+def cpu_workers(tied_model_dir, tmp_path_factory) -> dict[str, Any]:
+    """Two workers without a GPU, the first of which opens an engine with one, as reward and evaluate do."""
+    return seen_in(tmp_path_factory.mktemp("gpus"), tied_model_dir, "cpu workers")["cpu workers"]
 
 
-def test_an_engine_that_a_worker_without_a_gpu_opens_sees_its_own(seen):
-    """reward and evaluate with `num_gpus_per_engine: 1` and the default `num_gpus: 0`."""
-    worker = seen["cpu worker, gpu engine"]
-    assert worker["engines"] == ["0"]
-    assert (worker["CUDA_VISIBLE_DEVICES"], worker["device"], worker["torch"]) == ("", "cpu", 0)
+def test_an_engine_that_a_worker_without_a_gpu_opens_sees_its_own(cpu_workers):
+    assert cpu_workers["engines"] == ["0"]
+    assert (cpu_workers["CUDA_VISIBLE_DEVICES"], cpu_workers["device"], cpu_workers["torch"]) == (
+        "",
+        "cpu",
+        0,
+    )
 
 
-def test_a_trainer_and_an_engine_that_share_a_gpu_see_the_same_one(seen):
-    assert seen["shares"] == {"workers": ["0"], "engines": ["0"]}
-
-
-def test_two_trainers_and_two_engines_see_a_gpu_each(seen):
-    assert seen["two and two"] == {"workers": ["0", "1"], "engines": ["2", "3"]}
-
-
-def test_an_engine_of_two_gpus_sees_both(seen):
-    assert seen["engine of two"] == {"workers": ["0"], "engines": ["1,2"]}
-
-
-def test_gloo_talks_through_loopback_on_one_host_and_nccl_never_does(seen):
+def test_gloo_talks_through_loopback_on_one_host_and_nccl_never_does(cpu_workers):
     """The id of a weight sync's nccl group holds an address of the trainer, and engines may be elsewhere."""
-    assert seen["two cpu workers"]["GLOO_SOCKET_IFNAME"] == "lo"
-    for case in ("two cpu workers", "cpu worker, gpu engine"):
-        assert seen[case]["NCCL_SOCKET_IFNAME"] != "lo"
+    assert cpu_workers["GLOO_SOCKET_IFNAME"] == "lo"
+    assert cpu_workers["NCCL_SOCKET_IFNAME"] != "lo"
+
+
+@pytest.mark.slow
+def test_trainers_and_engines_see_the_gpus_they_reserved_shared_or_alone(tied_model_dir, tmp_path):
+    found = seen_in(tmp_path, tied_model_dir, "shares", "two and two", "engine of two")
+    assert found["shares"] == {"workers": ["0"], "engines": ["0"]}
+    assert found["two and two"] == {"workers": ["0", "1"], "engines": ["2", "3"]}
+    (of_the_engine,), (of_the_worker,) = found["engine of two"]["engines"], found["engine of two"]["workers"]
+    assert {*of_the_engine.split(","), of_the_worker} == {"0", "1", "2"}, "the engine two, the worker another"
+    assert len(of_the_engine.split(",")) == 2
+
+
+STAGE_TASK = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+from pipeline.stage_task import _settle_process
+from stages.runtime import StageResources
+node, resources = SimpleNamespace(stage="sft"), StageResources(num_gpus=1)
+job = SimpleNamespace(num_threads=1, log_dir=Path(sys.argv[1]), node=node, resources=resources)
+_settle_process(job)
+print(repr(os.environ["CUDA_VISIBLE_DEVICES"]))
+"""
+
+
+def test_the_process_of_a_stage_whose_workers_have_gpus_uses_none(tmp_path):
+    """Ray hides none from it, and it has reserved none: its output goes to the stage's log."""
+    environment = os.environ | {"PYTHONPATH": IMPORTABLE, "CUDA_VISIBLE_DEVICES": "0,1"}
+    subprocess.run([sys.executable, "-c", STAGE_TASK, tmp_path], env=environment, timeout=60, check=True)
+    assert (tmp_path / "sft.log").read_text() == "''\n"
 
 
 @pytest.fixture
@@ -115,3 +140,26 @@ def test_fp32_matrix_products_of_a_trainer_are_fp32_whatever_was_set_before(tmp_
     finally:
         torch.set_float32_matmul_precision("highest")
     assert found == "highest"
+
+
+def test_a_process_gives_cached_gpu_memory_back_before_it_opens_an_engine(
+    tied_model_dir, tmp_path, monkeypatch
+):
+    """vLLM does not start where less than its share of a GPU is free."""
+    happened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("given back"))
+    opened = rollout_source.open_engine
+
+    async def open_engine(*arguments: Any, **options: Any) -> Any:
+        happened.append("opened")
+        return await opened(*arguments, **options)
+
+    monkeypatch.setattr(rollout_source, "open_engine", open_engine)
+    with rollout_source.open_engines(
+        EngineConfig(engine="hf"),
+        model_dir=tied_model_dir,
+        dtype="float32",
+        max_model_len=64,
+        runtime=runtime_in(tmp_path, "reward"),
+    ):
+        assert happened == ["given back", "opened"]

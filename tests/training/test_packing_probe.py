@@ -1,4 +1,4 @@
-"""The probe of a loaded model: what mixes sequences of a row, or is random in training, is refused."""
+"""The probe of a loaded model: what mixes sequences of a row, or is random, is refused."""
 
 from pathlib import Path
 
@@ -62,13 +62,11 @@ def test_layers_that_mix_tokens_without_attention_are_refused_also_where_weights
         load_causal_lm(saved(LLAMA, tmp_path))
 
 
-def test_layers_that_are_random_in_training_are_refused(tmp_path, monkeypatch):
+def test_layers_that_are_random_are_refused(tmp_path, monkeypatch):
     forward = LlamaMLP.forward
 
     def noisy(self, hidden):
-        return forward(
-            self, hidden * torch.empty_like(hidden).uniform_(0.9, 1.1) if self.training else hidden
-        )
+        return forward(self, hidden * torch.empty_like(hidden).uniform_(0.9, 1.1))
 
     monkeypatch.setattr(LlamaMLP, "forward", noisy)
     with pytest.raises(ModelError, match="random"):
