@@ -127,11 +127,11 @@ def why_refused(directory: Path, error: ModelError, *, context_length: int, scor
     through, the loader's `error`. `scores`: as a reward model.
     """
     try:
-        check_model(directory, named="the model", context_length=context_length, scores=scores, chats={})
+        check_model(directory, named="the model", context_length=context_length, scores=scores)
     except ModelError as earlier:
         error = earlier
-    text = str(error).removeprefix(f"{directory}: ").removeprefix("the model: ")
-    return re.split(r"; | \(", text.partition(" cannot be trained here: ")[2] or text)[0]
+    text = re.sub(r"^.*: (\S+ cannot be trained here: |\S+ has (?=no ))", "", str(error))
+    return re.split(r"; | \(", text.removeprefix("the model: "))[0]
 
 
 def has_to_say_yes(family: Family, column: str) -> bool:

@@ -59,7 +59,7 @@ def test_a_packed_family_is_each_sequence_alone_or_refused(
     except ModelError as error:
         record(name, "packed", why_refused(directory, error, context_length=max(LENGTHS)))
         return
-    check_model(directory, named=name, context_length=max(LENGTHS), scores=False, chats={})
+    check_model(directory, named=name, context_length=max(LENGTHS), scores=False)
     plain = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     expected = torch.cat([plain_logprobs(plain, ids) for ids in sequences])
     expected_gradient = gradient(plain, expected)
@@ -86,7 +86,7 @@ def test_packed_scores_of_a_reward_model_are_those_of_transformers_or_it_is_refu
     except ModelError as error:
         record(name, "reward", why_refused(directory, error, context_length=max(LENGTHS), scores=True))
         return
-    check_model(directory, named=name, context_length=max(LENGTHS), scores=True, chats={})
+    check_model(directory, named=name, context_length=max(LENGTHS), scores=True)
     save_model(model, tmp_path, full_state(model))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
