@@ -84,7 +84,7 @@ def check_model(
     """
     config = read_config(directory, named=named)
     check_model_config(config, named=named, context_length=context_length, scores=scores)
-    model = _built(config, named, scores=False)
+    model = build_without_memory(config, named, scores=False)
     rows = _embedding_rows(model, named)
     if recomputes and not model.supports_gradient_checkpointing:
         raise ModelError(
@@ -92,7 +92,7 @@ def check_model(
             "gradient_checkpointing to false"
         )
     if scores:
-        _check_head(_built(config, named, scores=True), named)
+        _check_head(build_without_memory(config, named, scores=True), named)
     return rows
 
 
@@ -278,10 +278,8 @@ def _class_of(config: "PreTrainedConfig", name: str, *, scores: bool) -> "type[P
     return chosen
 
 
-def _built(config: "PreTrainedConfig", named: str, *, scores: bool) -> "PreTrainedModel":
-    """The model as it is trained, on torch's meta device: modules and shapes, no memory. Raises
-    ModelError.
-    """
+def build_without_memory(config: "PreTrainedConfig", named: str, *, scores: bool) -> "PreTrainedModel":
+    """The model as it is trained, on torch's meta device: modules and shapes. Raises ModelError."""
     from stages.training.packed_attention import register_packed_attention
 
     try:
@@ -290,7 +288,7 @@ def _built(config: "PreTrainedConfig", named: str, *, scores: bool) -> "PreTrain
         raise
     except Exception as error:  # a config.json with senseless values brings up any error of transformers
         name, found = _name(config, named), _class_of(config, named, scores=scores).__name__
-        if _can_be_built(config, "eager", scores=scores):
+        if _can_bebuild_without_memory(config, "eager", scores=scores):
             raise ModelError(
                 f"{name} cannot be trained here: transformers cannot exchange the attention of {found}, so "
                 f"packed sequences would see each other; {ANOTHER_FAMILY}"
@@ -300,7 +298,7 @@ def _built(config: "PreTrainedConfig", named: str, *, scores: bool) -> "PreTrain
         ) from error
 
 
-def _can_be_built(config: "PreTrainedConfig", attention: str, *, scores: bool) -> bool:
+def _can_bebuild_without_memory(config: "PreTrainedConfig", attention: str, *, scores: bool) -> bool:
     try:
         _on_meta(config, attention, scores=scores)
     except MemoryError:

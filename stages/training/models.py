@@ -31,7 +31,12 @@ from stages.config import ModelConfig
 from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import ranks
-from stages.training.model_rules import check_length, check_model_config, read_config
+from stages.training.model_rules import (
+    build_without_memory,
+    check_length,
+    check_model_config,
+    read_config,
+)
 from stages.training.packed_attention import packed, register_packed_attention
 from stages.training.packing_probe import check_packed
 from stages.training.randomness import switch_off
@@ -289,7 +294,8 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
     _check_is_a_model(directory)
     scores = auto_class is AutoModelForSequenceClassification
     named = str(directory)
-    check_model_config(read_config(directory, named=named), named=named, context_length=None, scores=scores)
+    config = read_config(directory, named=named)
+    check_model_config(config, named=named, context_length=None, scores=scores)
     transformers_logging.set_verbosity_error()  # its load report: checked here in a line
     transformers_logging.disable_progress_bar()
     try:
@@ -305,6 +311,7 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
     except MemoryError:  # the machine's fault, not the model's
         raise
     except Exception as error:  # a config.json with senseless values brings up any error of transformers
+        build_without_memory(config, named, scores=scores)  # says more where the class is at fault
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{directory}: transformers cannot load it ({type(error).__name__}: {reason})"[:400]

@@ -3,8 +3,9 @@
     3 sequences of 8 tokens: one packed row, in train mode --compare--> each alone, eager attention, eval mode
 
 What a family's layers do with a packed row is theirs to say: a layer may mix tokens without attention, keep a
-state, or draw at random. So it is tried, on the model itself, before it is sharded. Cost: two forwards of 24
-tokens. Owns: that comparison. Does not own: what shows in longer sequences only (model_rules).
+state, or draw at random. So it is tried, on the model itself, before it is sharded. Cost: a forward of 24
+tokens and three of 8 (SmolLM2-135M: 0.8 s of one core). Owns: that comparison. Does not own: what shows in
+longer sequences only (model_rules).
 """
 
 from collections.abc import Callable, Iterator

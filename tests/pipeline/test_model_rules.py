@@ -188,7 +188,7 @@ def test_a_sequence_classifier_without_a_linear_score_is_no_reward_model():
     with pytest.raises(
         ModelError, match="CTRLForSequenceClassification of transformers has no linear `score`"
     ):
-        model_rules._check_head(model_rules._built(config, "x", scores=True), "x")
+        model_rules._check_head(model_rules.build_without_memory(config, "x", scores=True), "x")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(project: Path, refused, said):
