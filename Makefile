@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 INSTALLED := .venv/.installed
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_CPU_WHEELS := https://download.pytorch.org/whl/cpu
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # Waiting OpenMP threads sleep: else trainer and engine starve each other on a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install demo test test-all chaos lint bench models-page closure recipe-lock clean
+.PHONY: install demo test test-all chaos lint bench gpu-check models-page closure recipe-lock clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -44,7 +45,12 @@ lint: install
 	$(BIN)/mypy
 
 bench: install  ## side-by-side measurements, more than an hour: data.py also prepares 1 and 2 GB
-	set -e; for script in benchmarks/*.py; do test ! -f "$$script" || $(BIN)/python "$$script"; done
+	set -e; for script in $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do \
+		$(BIN)/python "$$script"; done
+
+# Without install, which is for CPUs: on a GPU machine, python with a CUDA torch and what the extra `gpu` names.
+gpu-check:  ## what only a GPU can tell, in less than 8 minutes. ARGS="--device cpu --small" rehearses it
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 models-page: install  ## measure every family of models and write docs/models.md
 	RLHF_MODELS_PAGE=write $(BIN)/python -m pytest tests/families --ignore=tests/families/test_models_page.py

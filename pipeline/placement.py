@@ -3,17 +3,18 @@
     config --bundles_by_stage--> bundles to reserve (also the preflight's)
     config --architecture_of--> Architecture --memory_of--> bytes per worker and per engine --plan--> lines
 
-Owns: the arithmetic of memory. Pure: no torch, no network, no weights; a model that is not on this machine is
-described by its config.json (`model.architecture`). Activations and the allocator's overhead are not counted.
+Owns: what each process holds at its peak. Pure: no torch, no network, no weights; a model that is not on this
+machine is described by its config.json (`model.architecture`). Weights, gradients, moments and logits are
+exact for a LLaMA; activations (every sequence fills the context) and what FSDP gathers are estimates. Not
+counted: what the allocators of torch and CUDA keep besides.
 """
 
-import json
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 from pipeline import dag
+from pipeline.architecture import Architecture
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from rollout.config import EngineConfig
@@ -23,77 +24,18 @@ from stages.runtime import StageResources
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2}
-MAX_SIZE = 2**31  # of one dimension
 ADAM_BYTES = 8  # two fp32 moments per parameter
+SEQUENCES_EVALUATED, DOCUMENTS_EVALUATED = 16, 8
+"""Of one forward in evaluate: responses, and held-out documents."""
 IN_THE_STAGE_TASK = frozenset({"prepare"})
 """Stages that reserve nothing: they have no workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """The sizes of a decoder-only transformer with gated MLPs, under the names of its config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    tie_word_embeddings: bool
-
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """Raises ConfigError when a size is not there, or is none."""
-        try:
-            stated: dict[str, Any] = json.loads(path.read_text())
-            optional = {
-                "num_key_value_heads": stated["num_attention_heads"],
-                "head_dim": stated["hidden_size"] // stated["num_attention_heads"],
-                "tie_word_embeddings": False,  # transformers' own default for these three
-            }
-            known = optional | {name: value for name, value in stated.items() if value is not None}
-            architecture = cls(**{field.name: known[field.name] for field in fields(cls)})
-            architecture._check()
-            return architecture
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-            raise ConfigError(
-                f"{path}: not the config.json of a language model ({type(error).__name__}: {error})"
-            ) from error
-
-    def _check(self) -> None:
-        """Raises ValueError: what a file states may be of any type and size."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not field.type or (field.type is int and not 0 < value < MAX_SIZE):
-                raise ValueError(f"{field.name} is not {'a size' if field.type is int else 'true or false'}")
-
-    @property
-    def body(self) -> int:
-        """Parameters of a reward or value model: all but an output head of its own."""
-        return self.vocab_size * self.hidden_size + self.num_hidden_layers * self.layer + self.hidden_size
-
-    @property
-    def layer(self) -> int:
-        """Parameters of one layer: four projections of attention, three of the MLP, two norms."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size + 2)
-
-    @property
-    def whole(self) -> int:
-        """Parameters of the language model."""
-        return self.body + (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
-
-    def kv_bytes(self, itemsize: int) -> int:
-        """Keys and values of one token."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one process, by what they are for."""
+    """Bytes of one process at its peak, by what they are for."""
 
-    parts: dict[str, float]
+    parts: Mapping[str, float]
 
     def __str__(self) -> str:
         """Example: "12.1 GiB: fp32 weights 4.0, gradients 4.0, Adam 4.1"."""
@@ -124,7 +66,7 @@ def architecture_of(config: ExperimentConfig) -> Architecture | None:
     if model.path is None:
         return _from_scratch(model, config)
     described = _local_config(model.path, model.revision)
-    return None if described is None else Architecture.from_file(described)
+    return None if described is None else _stated_in(described)
 
 
 def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
@@ -135,11 +77,32 @@ def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
         if architecture is not None:
             for who, memory in memory_of(config, stage, architecture).items():
                 yield f"  each {who} {memory}"
+            if (loading := host_memory_of(config, stage, architecture)) is not None:
+                yield f"  each worker while it loads, in its machine's memory, {loading}"
     if architecture is None:
-        yield (
-            f"memory: size unknown, for {config.model.path} is not on this machine; "
-            "give its config.json as model.architecture"
-        )
+        yield f"memory: size unknown, for {_why_unknown(config.model)} as model.architecture"
+
+
+def _why_unknown(model: ModelConfig) -> str:
+    if model.path is None:
+        return "no `prepare:` tells the vocabulary; give the config.json of a model like it"
+    if _local_config(model.path, model.revision) is None:
+        return f"{model.path} is not on this machine; give its config.json"
+    return f"{model.path} calls its sizes otherwise than a LLaMA; give a LLaMA's config.json of its size"
+
+
+def host_memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory | None:
+    """What each worker needs of its machine's memory while it loads: one model after the other, whole and in
+    fp32, before it is sharded or goes to a GPU. None for a worker that keeps them there anyway.
+    """
+    section, resources = getattr(config, stage), resources_of(config, stage)
+    if not resources.num_gpus and resources.num_workers == 1:
+        return None
+    largest = architecture.whole
+    if isinstance(section, TrainingConfig):
+        trained, frozen = _models(section, stage, architecture)
+        largest = max(trained + frozen)
+    return Memory(parts={"a whole model": 4 * largest})
 
 
 def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, Memory]:
@@ -152,30 +115,80 @@ def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) 
 
 
 def _worker(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory:
-    body, whole = architecture.body, architecture.whole
     section = getattr(config, stage)
-    if not isinstance(section, TrainingConfig):  # evaluate: three language models and the reward model
-        return Memory(parts={"frozen fp32 models": 4.0 * (3 * whole + body)})
-    num_workers, itemsize = resources_of(config, stage).num_workers, BYTES[section.precision]
-    trained = {"reward": [body], "ppo": [whole, body]}.get(stage, [whole])
-    frozen = []
-    if isinstance(section, PPOConfig):
-        frozen = [body, whole] if section.reads_reference else [body]
-    is_sharded = num_workers > 1 or section.precision == "bf16"
-    # FSDP2 gathers a layer at a time; what is in no layer (embeddings, head) is a unit of its own
-    gathered = architecture.layer + whole - architecture.num_hidden_layers * architecture.layer
+    if not isinstance(section, TrainingConfig):
+        return _evaluating(config, architecture)
+    resources, itemsize = resources_of(config, stage), BYTES[section.precision]
+    num_workers = resources.num_workers
+    trained, frozen = _models(section, stage, architecture)
     frozen_itemsize = 4 if num_workers > 1 else itemsize  # shards are fp32, the gathered copy is not
     total = sum(trained) / num_workers
+    lasting = {
+        "fp32 weights": 4 * total,
+        "gradients": 4 * total,
+        "Adam": ADAM_BYTES * total,
+        "frozen models": frozen_itemsize * sum(frozen) / num_workers,
+    }
+    # on GPUs AdamW works on all tensors of a model at once, with a temporary one for each
+    stepping = {"temporaries of Adam": 4 * max(trained) / num_workers * bool(resources.num_gpus)}
+    peak = max(_micro_batch(config, stage, architecture), stepping, key=lambda parts: sum(parts.values()))
+    return Memory(parts={**lasting, **peak})
+
+
+def _models(section: TrainingConfig, stage: str, architecture: Architecture) -> tuple[list[int], list[int]]:
+    """Parameters of the models that a stage trains, and of those that it holds frozen beside them."""
+    body, whole = architecture.body, architecture.whole
+    trained = {"reward": [body], "ppo": [whole, body]}.get(stage, [whole])
+    if isinstance(section, PPOConfig):
+        return trained, [body, whole] if section.reads_reference else [body]
+    return trained, []
+
+
+def _micro_batch(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, float]:
+    """What forward and backward of one micro-batch hold at once, at most."""
+    section = getattr(config, stage)
+    itemsize, tokens = BYTES[section.precision], _tokens(config, stage)
+    head = architecture.vocab_size * architecture.hidden_size
+    # in no layer, hence a unit of its own: embedding and head
+    root = architecture.whole - architecture.num_hidden_layers * architecture.layer
+    unit = max(root, architecture.layer)  # the largest that is reduced
+    is_sharded = resources_of(config, stage).num_workers > 1 or section.precision == "bf16"
+    has_fp32_head = section.precision == "bf16" and stage != "reward"
+    per_token = architecture.activations(itemsize, recomputed=section.gradient_checkpointing)
+    return {
+        # FSDP2 gathers a layer at a time, and the next one meanwhile; gradients are reduced in fp32
+        f"gathered {section.precision} layers and gradients": is_sharded
+        * (itemsize * (2 * root + 3 * architecture.layer) + 4 * unit),
+        "fp32 copy of the head and its gradient": 2 * 4 * head * has_fp32_head,
+        "largest logits and their gradients": 2 * 4 * _logits(config, stage) * architecture.vocab_size,
+        f"activations of {tokens} tokens, about": per_token * tokens,
+    }
+
+
+def _evaluating(config: ExperimentConfig, architecture: Architecture) -> Memory:
+    """Three language models and the reward model; log-probs of some responses, or documents, at once."""
+    assert config.evaluate is not None
+    positions = SEQUENCES_EVALUATED * config.evaluate.max_response_tokens
+    if config.prepare is not None:
+        positions = max(positions, DOCUMENTS_EVALUATED * config.model.context_length)
+    models = 3 * architecture.whole + architecture.body
     return Memory(
         parts={
-            "fp32 weights": 4 * total,
-            "gradients": 4 * total,
-            "Adam": ADAM_BYTES * total,
-            "frozen models": frozen_itemsize * sum(frozen) / num_workers,
-            f"gathered {section.precision} layers and gradients": 2 * itemsize * gathered * is_sharded,
-            "largest logits and their gradients": 2 * 4 * _logits(config, stage) * architecture.vocab_size,
+            "frozen fp32 models": 4 * models,
+            "largest logits": 4 * positions * architecture.vocab_size,
         }
     )
+
+
+def _tokens(config: ExperimentConfig, stage: str) -> int:
+    """Of one micro-batch, at most: every sequence fills the context."""
+    section, context = getattr(config, stage), config.model.context_length
+    if isinstance(section, PPOConfig):
+        return section.pack_size * context
+    if isinstance(section, SFTConfig) and section.batch_tokens is not None:
+        return context  # a row per forward
+    sequences = 2 if stage == "reward" else 1  # a pair is two
+    return sequences * int(section.micro_batch_size) * context
 
 
 def _logits(config: ExperimentConfig, stage: str) -> int:
@@ -185,9 +198,7 @@ def _logits(config: ExperimentConfig, stage: str) -> int:
         return 0
     if isinstance(section, PPOConfig):
         return section.pack_size * section.max_response_tokens
-    if isinstance(section, SFTConfig) and section.batch_tokens is not None:
-        return config.model.context_length  # a row per forward
-    return int(section.micro_batch_size) * config.model.context_length
+    return _tokens(config, stage)
 
 
 def _engine(
@@ -220,7 +231,28 @@ def _from_scratch(model: ModelConfig, config: ExperimentConfig) -> Architecture 
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.hidden_size // model.num_heads,
         tie_word_embeddings=model.tie_embeddings,
+        num_experts=model.num_experts or 0,
+        expert_size=model.intermediate_size,
+        experts_per_token=model.num_experts_per_token,
+        shared_size=0,
     )
+
+
+def _stated_in(path: Path) -> Architecture | None:
+    """The sizes in a model's own config.json; None for a family that calls them otherwise (`n_embd`)."""
+    try:
+        return Architecture.from_file(path)
+    except ConfigError as error:
+        if isinstance(error.__cause__, KeyError):
+            return None
+        raise
+
+
+def described_by(model: ModelConfig) -> Path | None:
+    """The config.json of a given model that is on this machine, before the model is."""
+    if model.path is None or model.architecture is not None:
+        return model.architecture
+    return _local_config(model.path, model.revision)
 
 
 def _local_config(path: str, revision: str | None) -> Path | None:

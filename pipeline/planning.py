@@ -3,7 +3,7 @@
     config --dag.select--> what comes from outside, identified --dag.plan--> nodes
        --Store.find--> PlannedRun --validate_data--> executor
 
-Owns: what is made anew, what is missing, and reading all data and given files before anything starts.
+Owns: what is made anew, what is missing, and judging all data and given files before anything starts.
 Does not own: edges and fingerprints (dag), what is found under `outputs/` (artifacts), running it (executor).
 """
 
@@ -16,8 +16,12 @@ from pipeline import dag
 from pipeline.artifacts import Given, Manifest, Store, model_directory
 from pipeline.errors import ConfigError, MissingStage
 from pipeline.experiment import ExperimentConfig
+from rollout.config import Section
 from rollout.errors import ExpectedError
+from rollout.safetensors_header import read_header
+from stages.config import TrainingConfig
 from stages.data.scoring import load_judge
+from stages.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +106,16 @@ def plan_stage(
 
 
 def validate_data(planned: PlannedRun) -> None:
-    """Before anything starts: read every dataset of the stages that will run, load the scoring function and
-    the tokenizer that prepare is given.
+    """Before anything starts: judge every model directory that the stages will start from, read every dataset
+    of theirs, load the scoring function and the tokenizer that prepare is given.
 
     Raises DataError, ModelError.
     """
     from stages.data.validation import validate
 
+    check_given_models(
+        planned.config, planned.to_run, {key: given.path for key, given in planned.outside.items()}
+    )
     if "prepare" in planned.to_run:
         _check_given_to_prepare(planned)
     for stage, sources in dag.datasets(planned.config, planned.to_run).items():
@@ -116,6 +123,69 @@ def validate_data(planned: PlannedRun) -> None:
     evaluate = planned.config.evaluate
     if "evaluate" in planned.to_run and evaluate is not None and evaluate.score is not None:
         load_judge(evaluate.score)
+
+
+def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: Mapping[str, Path]) -> None:
+    """Judge the directories that `stages` are given (input key -> directory): whether each can be trained, or
+    scored with, as these stages will do it, and whether its tokenizer is made for it. Raises ModelError.
+    """
+    models = {key: path for key, path in given.items() if key != "prepare"}
+    if not models or not set(stages) - {"prepare"}:
+        return
+    from stages.training.model_rules import check_model, check_rows
+
+    for key, path in models.items():
+        named = _as_given(config, key, path)
+        rows = check_model(
+            path,
+            named=named,
+            context_length=config.model.context_length,
+            scores=key == "reward" or "reward" in stages,
+            recomputes=any(_recomputes(getattr(config, stage)) for stage in stages),
+        )
+        check_rows(rows, _highest_id(config, stages, path), named=named, tokenizer=named)
+        if key == "reward":
+            _check_scores(path, named)
+        if "pretrain" in stages and "prepare" in given:
+            highest = _highest_id(config, stages, given["prepare"])
+            check_rows(rows, highest, named=named, tokenizer=_as_given(config, "prepare", given["prepare"]))
+
+
+def check_described_model(config: ExperimentConfig, described: Path) -> None:
+    """Judge a model by its config.json alone: its weights and tokenizer are not on this machine yet. Raises
+    ModelError.
+    """
+    from stages.training.model_rules import check_model_config, read_config
+
+    named = f"model.path {config.model.path}"
+    check_model_config(
+        read_config(described, named=named),
+        named=named,
+        context_length=config.model.context_length,
+        scores=config.reward is not None,
+    )
+
+
+def _check_scores(directory: Path, named: str) -> None:
+    """Raises ModelError for a reward model without a head, or without what its scores are normalised by."""
+    from stages.training.models import ScoreNormaliser
+
+    weights = {name for file in directory.glob("*.safetensors") for name in read_header(file)}
+    if not any(name.startswith("score.") for name in weights):
+        raise ModelError(f"{named}: no score head in it; give a reward model (rlhf reward makes one)")
+    ScoreNormaliser.load(directory)
+
+
+def _recomputes(section: Section) -> bool:
+    return isinstance(section, TrainingConfig) and section.gradient_checkpointing
+
+
+def _highest_id(config: ExperimentConfig, stages: Sequence[str], directory: Path) -> int:
+    """Of the ids that its tokenizer and the template write in these stages. Raises ModelError."""
+    from stages.data.chat import ChatTokenizer
+
+    reads_documents = not {"prepare", "pretrain", "evaluate"}.isdisjoint(stages)
+    return ChatTokenizer.load(directory, config.model.chat_template).highest_id(documents=reads_documents)
 
 
 def current_fingerprints(planned: PlannedRun) -> dict[str, str]:
@@ -135,6 +205,11 @@ def given_input(store: Store, key: str, path: Path) -> Given:
     if key == dag.MODEL:
         return Given(path=path, fingerprint=store.content_of(path))
     return store.identify(key, path)
+
+
+def _as_given(config: ExperimentConfig, key: str, path: Path) -> str:
+    """What the user wrote for an input key."""
+    return f"model.path {config.model.path}" if key == dag.MODEL else f"--input {key}={path}"
 
 
 def _check_given_to_prepare(planned: PlannedRun) -> None:

@@ -77,7 +77,12 @@ def _limits(config: ExperimentConfig, stage: str) -> "Limits":
     section = getattr(config, stage)
     return Limits(
         context_length=config.model.context_length,
-        max_response_tokens=section.max_response_tokens if stage in ("ppo", "evaluate") else 0,
+        max_prompt_tokens=(
+            config.model.max_prompt_tokens(section.max_response_tokens)
+            if stage in ("ppo", "evaluate")
+            else config.model.context_length
+        ),
+        base_prompt=config.evaluate.base_prompt if config.evaluate and stage == "evaluate" else None,
         pairs_too_long="drop" if config.reward is None else config.reward.too_long,
         group_column=None if config.reward is None else config.reward.group_column,
         prepare=config.prepare,

@@ -30,7 +30,7 @@ from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data.durable import disk_problems, write_whole
 from stages.errors import DataError, Interrupted
-from stages.runtime import Runtime, StageResources
+from stages.runtime import Runtime, StageResources, hide_gpus
 
 USED_UP = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 LOST_FILE_SERVER = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO}
@@ -176,14 +176,14 @@ def _failure_recorded(job: StageJob) -> Iterator[None]:
 
 
 def _settle_process(job: StageJob) -> None:
-    """A stage's own process: output to a file, passive waiting, its share of the cores, no GPU not its own.
+    """A stage's own process: output to a file, passive waiting, its share of the cores. No GPU: it holds no
+    tensor; workers and engines are processes of their own.
 
     Before torch is imported here; Ray sets OMP_NUM_THREADS=1 for a task with no CPUs of its own.
     """
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
-    if not job.resources.num_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    hide_gpus()
     with disk_problems(job.log_dir):
         job.log_dir.mkdir(parents=True, exist_ok=True)
         with (job.log_dir / f"{job.node.stage}.log").open("ab") as log:

@@ -63,15 +63,19 @@ class EngineConfig(Section):
     enforce_eager: bool = Field(default=True, json_schema_extra=EXECUTION)
     """Skip compilation and graph capture: a faster start, slower long runs on a GPU."""
     parity_max_abs_diff: float = Field(default=1e-4, gt=0, json_schema_extra=EXECUTION)
-    """fp32: the run stops when any sampled token's log-prob differs by more between engine and trainer, in
-    nats.
+    """fp32: the run stops when the log-prob of any token, of the probe after a sync or of a training batch,
+    differs by more between engine and trainer, in nats.
     """
     parity_max_mean_ratio: float = Field(default=1.05, gt=1, json_schema_extra=EXECUTION)
-    """bf16: the run stops when exp(mean |log-prob difference|) reaches this."""
+    """bf16: the run stops when exp(mean |log-prob difference|) of a probe or training batch reaches this."""
     parity_num_prompts: int = Field(default=4, ge=1, json_schema_extra=EXECUTION)
     """Prompts of the probe behind each parity check."""
     parity_max_tokens: int = Field(default=16, ge=1, json_schema_extra=EXECUTION)
     """Response tokens per probe prompt."""
+    compare_tensors_every_syncs: int = Field(default=20, ge=1, json_schema_extra=EXECUTION)
+    """ppo: every so many weight syncs, and after the first update of a process, each tensor that the engines
+    hold is compared with the trainer's: in bf16, log-probs cannot tell an engine that is a few steps behind.
+    """
     start_timeout_s: Seconds = Field(default=300.0, gt=0, json_schema_extra=EXECUTION)
     """Deadline for an engine to load its model and answer."""
     generate_timeout_s: Seconds = Field(default=600.0, gt=0, json_schema_extra=EXECUTION)

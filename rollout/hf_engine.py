@@ -326,6 +326,7 @@ def _inverse_cdf(logprobs_V: torch.Tensor, uniform: float) -> int:
 
 
 def _load(model_dir: Path, dtype: str) -> PreTrainedModel:
+    torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
     with _no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             model_dir,

@@ -260,20 +260,7 @@ def start_actor_engines(
     names = [f"engine-{index}" for index in range(config.num_engines)]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     where = [here] * config.num_engines if places is None else places
-    actors: list[Any] = [  # Ray's types know neither an actor's methods nor all of its options
-        ray.remote(EngineActor)
-        .options(
-            num_cpus=num_cpus_each,
-            num_gpus=num_gpus_each,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=MAX_CONCURRENT_CALLS,
-            scheduling_strategy=place,
-            runtime_env={"env_vars": _environment(num_gpus_each)},
-        )
-        .remote()
-        for place in where
-    ]
+    actors = _actors(where, num_gpus_each=num_gpus_each, num_cpus_each=num_cpus_each)
     opening = [
         actor.open.remote(config, model_dir, dtype, max_model_len, log_dir / f"{name}.log", name)
         for actor, name in zip(actors, names, strict=True)
@@ -287,6 +274,26 @@ def start_actor_engines(
     return EnginePool(
         [ActorEngine(actor, config=config, name=name) for actor, name in zip(actors, names, strict=True)]
     )
+
+
+def _actors(places: Sequence[Any], *, num_gpus_each: float, num_cpus_each: float) -> list[Any]:
+    """An actor in each place, without an engine yet. (Ray's types know neither an actor's methods nor all of
+    its options.)
+    """
+    return [
+        ray.remote(EngineActor)
+        .options(
+            num_cpus=num_cpus_each,
+            num_gpus=num_gpus_each,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=MAX_CONCURRENT_CALLS,
+            scheduling_strategy=place,
+            runtime_env={"env_vars": _environment(num_gpus_each)},
+        )
+        .remote()
+        for place in places
+    ]
 
 
 def _environment(num_gpus: float) -> dict[str, str]:

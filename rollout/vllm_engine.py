@@ -95,7 +95,7 @@ class VLLMEngine:
         layout = checkpoint_layout(model_dir, dtype=dtype)
         arguments = _arguments(config, model_dir=model_dir, dtype=dtype, max_model_len=max_model_len)
         _log_to(log_path)
-        with _process_environment(config, log_path):
+        with _process_environment(config, dtype=dtype, log_path=log_path):
             try:
                 llm = AsyncLLM.from_engine_args(arguments)
             except (RuntimeError, ValueError, OSError) as error:
@@ -301,7 +301,7 @@ def _arguments(config: EngineConfig, *, model_dir: Path, dtype: str, max_model_l
 
 
 @contextmanager
-def _process_environment(config: EngineConfig, log_path: Path) -> Iterator[None]:
+def _process_environment(config: EngineConfig, *, dtype: str, log_path: Path) -> Iterator[None]:
     """What the engine's processes inherit. Afterwards this process has its own environment back: vLLM leaves
     LD_PRELOAD and thread settings in it that are not meant for a trainer's other children.
     """
@@ -318,6 +318,11 @@ def _process_environment(config: EngineConfig, log_path: Path) -> Iterator[None]
         "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1",  # the model directory is all there is
     }
+    if dtype == "float32":
+        # vLLM's kernels for fp32 attention on a GPU are Triton's, whose default precision is TF32: 10 bits,
+        # and 1e-3 nats. Matrix products are torch's: "highest" is vLLM's default (0.32), said here because
+        # whoever set another meant a server.
+        os.environ |= {"TRITON_F32_DEFAULT": "ieee", "VLLM_FLOAT32_MATMUL_PRECISION": "highest"}
     if config.enforce_eager and current_platform.is_cpu():
         # else the sampler alone is compiled, in 10 s, at the first request
         os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -44,6 +44,8 @@ class NcclBroadcast:
     def pack(self, source: ModuleSource, version: int) -> WeightUpdate:
         """See `Transport.pack`: only what will come. The gathering is done while serving."""
         self._source = source
+        # It holds this process's address on the interface that NCCL_SOCKET_IFNAME names; without one NCCL
+        # takes the first that is not loopback. The launcher of the trainers never names loopback.
         meeting_id = bytes(NCCLLibrary().ncclGetUniqueId().internal)
         return WeightUpdate(
             version=version,

@@ -2,7 +2,8 @@
 
     ModuleSource --one layer at a time--> Transport.pack --pause, update, resume--> engines hold `version`
                                              `--serving: the bytes, by shm or gloo--^
-    ParityGate: the engine samples a probe, the trainer scores it; beyond the limit: which tensors differ?
+    ParityGate: the engine samples a probe or a batch, the trainer scores it; beyond the limit: which tensors
+    differ? And now and then, whatever the log-probs say: do any?
 
 Owns: order, versions, deadlines, what a transport is, the sync's error. Does not own: names and gathering
 (weight_source), bytes and checks (weight_file), pairs of hosts (weight_gloo), loading (engines). Blocks its
@@ -21,7 +22,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
@@ -243,20 +244,34 @@ nats.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
-    """How far engine and trainer are apart on the probe."""
+    """How far engine and trainer are apart on what the engine sampled: the probe, or a training batch."""
 
+    sample: str  # "probe" | "training batch"
     version: int
     num_tokens: int
     max_abs_diff: float  # nats
     mean_abs_diff: float  # nats
 
+    @classmethod
+    def of(cls, diffs_N: torch.Tensor, *, sample: str, version: int) -> Self:
+        """`diffs_N`: |log-prob of the engine - of the trainer| of every token. NaN stays NaN."""
+        return cls(
+            sample=sample,
+            version=version,
+            num_tokens=len(diffs_N),
+            max_abs_diff=float(diffs_N.max()),
+            mean_abs_diff=float(diffs_N.double().mean()),
+        )
+
 
 class ParityGate:
-    """Stops a run whose engine and trainer disagree about log-probs: at the start, and after every sync.
+    """Stops a run whose engine and trainer disagree about log-probs: at the start, after every sync, and
+    before the update on a training batch. In bf16, where log-probs cannot tell an engine that is a few steps
+    behind, `compare_tensors` does.
 
     Example, one trainer process: gate.check(version=3). With several: rank 0 calls `probe` and broadcasts,
-    then every rank calls `compare` on the same rollouts, for `logprobs_of` and the diagnosis may be
-    collectives.
+    then every rank calls `measure` and `require` on the same rollouts, for `logprobs_of` and the diagnosis
+    may be collectives.
     """
 
     def __init__(
@@ -297,7 +312,13 @@ class ParityGate:
         return rollouts
 
     def compare(self, rollouts: Sequence[Rollout]) -> ParityReport:
-        """Every rank, together. Raises ParityError that names the tensors that differ (on rank 0)."""
+        """Every rank, together: `measure` and `require`. Raises ParityError."""
+        report = self.measure(rollouts)
+        self.require(report)
+        return report
+
+    def measure(self, rollouts: Sequence[Rollout]) -> ParityReport:
+        """Every rank, together: how far the trainer's log-probs are from those of the probe's `rollouts`."""
         policy = self._logprobs_of(
             [rollout.prompt_ids for rollout in rollouts],
             [rollout.response_ids for rollout in rollouts],
@@ -308,15 +329,41 @@ class ParityGate:
             for rollout, row in zip(rollouts, policy, strict=True)
             for ours, theirs in zip(row, rollout.logprobs, strict=True)
         ]
-        report = ParityReport(
-            version=rollouts[0].weight_versions[0],
-            num_tokens=len(diffs),
-            max_abs_diff=max(diffs, key=_nan_last),
-            mean_abs_diff=sum(diffs) / len(diffs),
-        )
-        if not self._within_limits(report):
-            raise ParityError(self._verdict(report))
-        return report
+        diffs_N = torch.tensor(diffs, dtype=torch.float64)
+        return ParityReport.of(diffs_N, sample="probe", version=rollouts[0].weight_versions[0])
+
+    def accepts(self, report: ParityReport) -> bool:
+        """Whether the report is within the limits of the config; NaN never is. In bf16 a maximum means
+        nothing.
+        """
+        config = self._sync.config
+        if self._sync.source.dtype == "float32":
+            return report.max_abs_diff <= config.parity_max_abs_diff
+        return report.mean_abs_diff < math.log(config.parity_max_mean_ratio)
+
+    def require(self, report: ParityReport) -> None:
+        """Every rank, together, with the same report. Raises ParityError unless it is accepted; the tensors
+        that differ are named on rank 0.
+        """
+        if not self.accepts(report):
+            raise ParityError(
+                f"engine and trainer disagree at weight version {report.version}: log-probs of the "
+                f"{report.num_tokens} tokens of the {report.sample} differ by {report.max_abs_diff:.2g} at "
+                f"most, {report.mean_abs_diff:.2g} on average; {in_words(self._sync.diagnose())}"
+            )
+
+    def compare_tensors(self, version: int) -> Diagnosis:
+        """Every rank, together, after the sync of `version`: does the engine hold every tensor of the
+        trainer? Raises ParityError that names some of those that differ (on rank 0).
+        """
+        found = self._sync.diagnose()
+        if found.differing:
+            raise ParityError(
+                f"after the sync of weight version {version}, which reported no error, {in_words(found)}: "
+                "it samples from other weights; run again with another rollout.sync, to tell whether the "
+                "transport or the engine is at fault"
+            )
+        return found
 
     def _request(self, version: int, index: int, prompt: tuple[int, ...]) -> RolloutRequest:
         sampling = Sampling(
@@ -326,20 +373,6 @@ class ParityGate:
             seed=self._seed + index,
         )
         return RolloutRequest(request_id=f"parity-{version}-{index}", prompt_ids=prompt, sampling=sampling)
-
-    def _within_limits(self, report: ParityReport) -> bool:
-        """False on NaN too. In bf16 a maximum means nothing."""
-        config = self._sync.config
-        if self._sync.source.dtype == "float32":
-            return report.max_abs_diff <= config.parity_max_abs_diff
-        return math.exp(min(report.mean_abs_diff, 1.0)) < config.parity_max_mean_ratio
-
-    def _verdict(self, report: ParityReport) -> str:
-        return (
-            f"engine and trainer disagree at weight version {report.version}: log-probs of "
-            f"{report.num_tokens} tokens differ by {report.max_abs_diff:.2g} at most, "
-            f"{report.mean_abs_diff:.2g} on average; {in_words(self._sync.diagnose())}"
-        )
 
 
 def in_words(diagnosis: Diagnosis) -> str:
@@ -362,10 +395,6 @@ def _reason(error: Exception) -> str:
     cause = root_cause(error)
     first, *_ = str(cause).splitlines() or [""]
     return f"{type(cause).__name__}: {first}"
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 class _SharedDirectory:

@@ -6,6 +6,8 @@ A recipe receives its `XxxSettings`: the sections it may read and no others, so 
 fingerprinted.
 """
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,6 +29,9 @@ DataFormat = Literal[
     "prompt",
 ]
 QualityRules = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"]
+CorrectionType = Literal[
+    "off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
+]
 
 
 class DataSource(Section):
@@ -92,7 +97,9 @@ class ScoreFunction(Section):
 
 
 class ModelConfig(Section):
-    """`model:` - take a model (`path`) or describe one to train from scratch (LLaMA architecture)."""
+    """`model:` - take a model (`path`) or describe one to train from scratch: a LLaMA, or with num_experts a
+    Mixtral.
+    """
 
     path: str | None = Field(default=None, json_schema_extra=EXECUTION)
     """Model directory or hub id to start from; identified by its content. Absent: train from scratch."""
@@ -105,7 +112,11 @@ class ModelConfig(Section):
     hidden_size: int = Field(default=160, ge=32)
     """Width of the residual stream."""
     intermediate_size: int = Field(default=432, ge=32)
-    """Width of the MLP."""
+    """Width of the MLP; of each expert where there are experts."""
+    num_experts: int | None = Field(default=None, ge=2, le=4096)
+    """Experts of each layer, a mixture (MoE) in place of the MLP; absent: none."""
+    num_experts_per_token: int = Field(default=2, ge=1)
+    """Experts that work for each token, chosen and weighed by a router."""
     num_heads: int = Field(default=5, ge=1)
     """Attention heads; vLLM on CPU wants hidden_size / num_heads to be 32 or a larger multiple of 16."""
     num_kv_heads: int = Field(default=5, ge=1)
@@ -118,6 +129,12 @@ class ModelConfig(Section):
     """Tokens a sequence may have, prompt and response together."""
     chat_template: Path | None = Field(default=None, json_schema_extra=EXECUTION)
     """Jinja file; absent: the tokenizer's own template, else ChatML. Identified by its content."""
+
+    def max_prompt_tokens(self, max_response_tokens: int) -> int:
+        """Tokens of the longest prompt whose responses can be scored within the context: a response that was
+        cut off at `max_response_tokens` has no end token yet, and scoring appends one.
+        """
+        return self.context_length - max_response_tokens - 1
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -134,6 +151,23 @@ class ModelConfig(Section):
                 raise ValueError(
                     "hidden_size / num_heads is below 32, which vLLM's CPU attention rejects; use 32 or more"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        if self.num_experts is None:
+            return self
+        if self.path is not None:
+            raise ValueError("num_experts describes a model from scratch, path takes one; remove either")
+        if self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_token {self.num_experts_per_token} is more than num_experts "
+                f"{self.num_experts}"
+            )
+        if self.hidden_size % 32:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 32, which vLLM's experts on CPU ask for"
+            )
         return self
 
 
@@ -277,6 +311,10 @@ class PretrainConfig(TrainingConfig):
     """Rows per forward."""
     weight_decay: float = Field(default=0.1, ge=0)
     """AdamW: decoupled weight decay on matrices."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0, le=10)
+    """Weight of the routers' balance loss (Switch Transformers), added to the loss of each micro-batch;
+    absent: 0.01 where `model.num_experts` describes a mixture from scratch, else 0.
+    """
 
 
 class SFTConfig(TrainingConfig):
@@ -290,10 +328,27 @@ class SFTConfig(TrainingConfig):
     """Conversations per optimizer step."""
     micro_batch_size: int = Field(default=16, ge=1)
     """Conversations per forward."""
+    router_aux_loss_coef: float = Field(default=0.0, ge=0, le=10)
+    """Weight of the routers' balance loss (Switch Transformers), added to the loss of each micro-batch; 0:
+    none. The value in the model's own config is not used.
+    """
     batch_tokens: int | None = Field(default=None, ge=16)
     """Token slots per optimizer step instead of batch_size: conversations are packed best-fit into rows of
     model.context_length slots, and a step takes batch_tokens // context_length rows, one per forward.
     """
+
+
+class ResponseSampling(Section):
+    """How responses are sampled that a reward model scores: what the distribution of the scores hangs on."""
+
+    max_response_tokens: int
+    """Response tokens at most, the end token included."""
+    temperature: float
+    """Sampling temperature."""
+
+
+NORMALISER_SAMPLING = ResponseSampling(max_response_tokens=32, temperature=1.0)
+"""Of the reward stage where no ppo section says how responses will be sampled."""
 
 
 class RewardConfig(TrainingConfig):
@@ -322,11 +377,106 @@ class RewardConfig(TrainingConfig):
     min_score_std: float = Field(default=1e-3, ge=0)
     """Gate: a smaller spread of the scores over sampled responses ends the run (exit 5)."""
     normaliser_prompts: int = Field(default=128, ge=2)
-    """Prompts answered by the sft model for the mean and std that scores are normalised by; with init_from:
-    pretrain the held-out pairs' own responses are scored instead.
+    """Prompts answered by the sft model for the mean and std that scores are normalised by, sampled as ppo
+    samples (ppo.temperature; 1.0 without a ppo section). With init_from: pretrain nothing is sampled and this
+    is not read: the held-out pairs' own responses are scored.
     """
-    normaliser_max_response_tokens: int = Field(default=32, ge=1)
-    """Length bound of those responses."""
+    normaliser_max_response_tokens: int | None = Field(default=None, ge=1)
+    """Length bound of those responses; absent: ppo.max_response_tokens, or 32 without a ppo section. With
+    init_from: pretrain it has no meaning and is refused.
+    """
+
+    def normaliser_sampling(self, ppo: ResponseSampling | None) -> ResponseSampling | None:
+        """How the responses of the normaliser are sampled: as `ppo` will sample (None: no such section), up
+        to a length of their own where one is set. None with init_from: pretrain: nothing is sampled.
+        """
+        if self.init_from == "pretrain":
+            return None
+        like = NORMALISER_SAMPLING if ppo is None else ppo
+        own_length = self.normaliser_max_response_tokens
+        return like if own_length is None else like.model_copy(update={"max_response_tokens": own_length})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.init_from == "pretrain" and self.normaliser_max_response_tokens is not None:
+            raise ValueError(
+                "normaliser_max_response_tokens bounds nothing with init_from: pretrain, where the held-out "
+                "pairs' own responses are scored; remove it"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """A rollout correction as it is in force, with every default filled in."""
+
+    type: CorrectionType
+    min_weight: float  # 0: none; truncation caps from above only
+    max_weight: float  # inf: none
+
+    def __str__(self) -> str:
+        low = f", min {self.min_weight:g}" if self.min_weight > 0 else ""
+        return self.type + low + (f", max {self.max_weight:g}" if math.isfinite(self.max_weight) else "")
+
+
+_CORRECTIONS = (
+    Correction(type="off", min_weight=0.0, max_weight=math.inf),
+    Correction(type="token_truncate", min_weight=0.0, max_weight=2.0),
+    Correction(type="token_mask", min_weight=0.5, max_weight=5.0),
+    Correction(type="sequence_truncate", min_weight=0.0, max_weight=2.0),
+    Correction(type="sequence_mask", min_weight=0.5, max_weight=5.0),
+    Correction(type="geometric_mask", min_weight=0.99, max_weight=1.01),
+)
+CORRECTIONS = {correction.type: correction for correction in _CORRECTIONS}
+"""Each type with its limits where the config gives none. 2: TRL and verl; 0.5 to 5: IcePop (arXiv
+2510.18855).
+"""
+
+
+class RolloutCorrectionConfig(Section):
+    """`ppo.rollout_correction:` - weights on the policy loss: the probability of what an engine sampled under
+    the trainer over that under the engine.
+    """
+
+    type: Literal["auto", CorrectionType] = "auto"
+    """What is compared, and what happens to weights beyond the limits. Compared are tokens, whole responses
+    (`sequence`: the product over their tokens) or the geometric mean over a response's tokens; `truncate`
+    lowers a weight to max, `mask` makes it 0 (the tokens stay in the count). `auto`: token_truncate where
+    precision is bf16 or rollout.max_staleness is above 0, else off.
+    """
+    max: float | None = Field(default=None, ge=1)
+    """Largest weight; absent: 2 (truncate), 5 (mask) or 1.01 (geometric_mask)."""
+    min: float | None = Field(default=None, ge=0, le=1)
+    """Smallest weight, for masks only; absent: 0.5, or 0.99 (geometric_mask)."""
+
+    def in_force(self, *, default: CorrectionType) -> Correction:
+        """With the limits filled in, and `default` for auto."""
+        preset = CORRECTIONS[default if self.type == "auto" else self.type]
+        return Correction(
+            type=preset.type,
+            min_weight=preset.min_weight if self.min is None else self.min,
+            max_weight=preset.max_weight if self.max is None else self.max,
+        )
+
+    @model_validator(mode="after")
+    def _limits_apply(self) -> Self:
+        if self.type in ("auto", "off") and (self.max is not None or self.min is not None):
+            raise ValueError(
+                f"type {self.type} takes no max and no min; remove them, or set type to one of "
+                f"{', '.join(kind for kind in CORRECTIONS if kind != 'off')}"
+            )
+        if self.type in ("token_truncate", "sequence_truncate") and self.min is not None:
+            raise ValueError(
+                f"min {self.min:g} has no meaning with type {self.type}: truncation caps weights from above "
+                f"only; remove min, or use type {self.type.replace('truncate', 'mask')}"
+            )
+        limits = self.in_force(default="off")
+        if not limits.min_weight < limits.max_weight:
+            raise ValueError(
+                f"min {limits.min_weight:g} is not below max {limits.max_weight:g}, so that no weight is "
+                "within them; raise max or lower min"
+            )
+        return self
 
 
 class PPOConfig(TrainingConfig):
@@ -353,7 +503,9 @@ class PPOConfig(TrainingConfig):
     value_lr: float = Field(default=1e-3, gt=0, le=1)
     """Peak learning rate of the value model."""
     value_warmup_steps: int = Field(default=0, ge=0)
-    """Iterations in which only the value model learns."""
+    """Iterations, the first ones, in which only the value model learns; the policy's learning rate warms up
+    and decays over those that are left.
+    """
     batch_size: int = Field(default=64, ge=1)
     """Responses per optimizer step; all of a batch of rollouts where it has fewer."""
     micro_batch_size: int = Field(default=16, ge=1)
@@ -370,6 +522,8 @@ class PPOConfig(TrainingConfig):
     """Policy ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Bound on the loss of negative advantages, as a ratio; absent: none."""
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    """Weights on the policy loss for what the engine computes differently than the trainer."""
     value_clip: float | None = Field(default=0.2, gt=0)
     """Range of a value around its value before the update; absent: no clipping."""
     entropy_coef: float = Field(default=0.0, ge=0)
@@ -396,7 +550,8 @@ class PPOConfig(TrainingConfig):
     """Estimator of the KL (Schulman 2020)."""
     kl_placement: Literal["reward", "loss", "kl_surrogate"] = "reward"
     """Where the KL acts: per token in the reward (k1), as a loss on the sequence log-ratio (k2), or per token
-    in the loss (k2, k3), which optimises another objective.
+    in the loss (k2, k3), which optimises another objective. `loss` divides the KL by what loss_aggregation
+    divides the policy loss by, so kl_coef means the same in all; it refuses sequence_mean_token_mean.
     """
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether kl_coef stays or is steered towards kl_target."""
@@ -434,9 +589,19 @@ class PPOConfig(TrainingConfig):
         return min(self.micro_batch_size, self.batch_size)
 
     @property
+    def sampling(self) -> ResponseSampling:
+        """How its responses are sampled."""
+        return ResponseSampling(max_response_tokens=self.max_response_tokens, temperature=self.temperature)
+
+    @property
     def reads_reference(self) -> bool:
         """Whether anything weighs the KL to the reference."""
         return self.kl_coef > 0
+
+    def correction(self, *, max_staleness: int) -> Correction:
+        """The rollout correction in force where rollouts are up to `max_staleness` versions old."""
+        differs = self.precision == "bf16" or max_staleness > 0
+        return self.rollout_correction.in_force(default="token_truncate" if differs else "off")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -445,6 +610,18 @@ class PPOConfig(TrainingConfig):
             raise ValueError(
                 f"kl_estimator {self.kl_estimator} in the {self.kl_placement} does not optimise the "
                 f"KL-regularised objective; use {' or '.join(sorted(allowed))}, or another kl_placement"
+            )
+        if self.kl_placement == "loss" and self.loss_aggregation == "sequence_mean_token_mean":
+            raise ValueError(
+                "kl_placement loss takes the KL of whole responses, but loss_aggregation "
+                "sequence_mean_token_mean divides each response's policy loss by its own length, so no "
+                "kl_coef weighs both alike; use another loss_aggregation, or kl_placement reward with "
+                "kl_estimator k1"
+            )
+        if self.value_warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"value_warmup_steps {self.value_warmup_steps} leaves the policy none of the max_steps "
+                f"{self.max_steps} to learn in; use {self.max_steps - 1} at most, or more max_steps"
             )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("kl_controller adaptive scales kl_coef, which is 0; give it a start value")
@@ -523,6 +700,13 @@ class PretrainSettings(StageSettings):
 
     pretrain: PretrainConfig
 
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """The weight in force. 0.01 is Switch Transformers' own (Fedus et al. 2021, section 2.2)."""
+        if self.pretrain.router_aux_loss_coef is not None:
+            return self.pretrain.router_aux_loss_coef
+        return 0.0 if self.model.num_experts is None else 0.01
+
 
 class SFTSettings(StageSettings):
     """What the sft recipe may read."""
@@ -535,6 +719,29 @@ class RewardSettings(StageSettings):
 
     reward: RewardConfig
     rollout: EngineConfig
+    ppo_sampling: ResponseSampling | None = None
+    """How ppo will sample the responses that this model scores; none without a ppo section."""
+
+    @property
+    def normaliser(self) -> ResponseSampling | None:
+        """How the responses of the normaliser are sampled; None: they are not."""
+        return self.reward.normaliser_sampling(self.ppo_sampling)
+
+    @property
+    def normaliser_length_key(self) -> str:
+        """The setting that bounds their length."""
+        follows_ppo = self.reward.normaliser_max_response_tokens is None and self.ppo_sampling is not None
+        return "ppo.max_response_tokens" if follows_ppo else "reward.normaliser_max_response_tokens"
+
+    def identity(self) -> dict[str, Any]:
+        """With the sampling that holds, whichever section states it: stating what is so changes nothing."""
+        identity, sampling = super().identity(), self.normaliser
+        del identity["ppo_sampling"]
+        identity["reward"] |= {
+            "normaliser_max_response_tokens": None if sampling is None else sampling.max_response_tokens,
+            "normaliser_temperature": None if sampling is None else sampling.temperature,
+        }
+        return identity
 
 
 class PPOSettings(StageSettings):
@@ -542,6 +749,11 @@ class PPOSettings(StageSettings):
 
     ppo: PPOConfig
     rollout: EngineConfig
+
+    @property
+    def correction(self) -> Correction:
+        """The rollout correction in force."""
+        return self.ppo.correction(max_staleness=self.rollout.max_staleness)
 
 
 class EvaluateSettings(StageSettings):

@@ -23,7 +23,7 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.fitting import NO_ROOM, Fitted, check_left, fit_prompt
+from stages.data.fitting import check_left, continuation_ids, fit_prompt
 from stages.data.readers import Rows, read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
@@ -43,7 +43,7 @@ from stages.training.models import (
     load_reward_model,
 )
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 SAMPLES_FILE = "samples.jsonl"
 MICRO_BATCH_SIZE = 16  # sequences per forward; a matter of memory and rounding only
 
@@ -94,7 +94,7 @@ def evaluate(
     normaliser = ScoreNormaliser.load(inputs["reward"])
     for candidate in candidates:
         candidate.texts = [_text(candidate, rollout, chat) for rollout in candidate.rollouts]
-        sequences = _scored_sequences(candidate, prompts, chat)
+        sequences = _scored_sequences(candidate, prompts, chat, settings.model.context_length)
         raw = scores_in_packs(
             reward_model, sequences, micro_batch_size=MICRO_BATCH_SIZE, device=worker.device
         )
@@ -119,22 +119,11 @@ def evaluate(
 def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> list[Prompt]:
     """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation."""
     config = settings.evaluate
-    longest = settings.model.context_length - config.max_response_tokens
-
-    def fitted(prompt: Prompt) -> Fitted[tuple[int, ...]]:
-        as_text = len(_continuation(prompt, chat, config))
-        if as_text > longest:
-            return Fitted(example=None, num_tokens=as_text, rule=NO_ROOM)
-        return fit_prompt(chat, prompt, longest)
-
-    found = [fitted(prompt) for prompt in rows.records]
+    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
+    found = [fit_prompt(chat, prompt, longest, config.base_prompt) for prompt in rows.records]
     check_left(rows.sizes, found)
     kept = [prompt for prompt, one in zip(rows.records, found, strict=True) if one.example is not None]
     return kept[: config.max_prompts]
-
-
-def _continuation(prompt: Prompt, chat: ChatTokenizer, config: EvaluateConfig) -> tuple[int, ...]:
-    return chat.continuation_ids(config.base_prompt.replace("{prompt}", prompt.messages[-1].content))
 
 
 def _candidates(
@@ -145,7 +134,7 @@ def _candidates(
     device: torch.device,
 ) -> list[Candidate]:
     as_chat = [chat.prompt_ids(prompt.messages) for prompt in prompts]
-    as_text = [_continuation(prompt, chat, config) for prompt in prompts]
+    as_text = [continuation_ids(chat, prompt, config.base_prompt) for prompt in prompts]
     directories = {"base": base_model(inputs), "sft": inputs["sft"], "ppo": inputs["ppo"]}
     return [
         Candidate(
@@ -235,14 +224,15 @@ def _sample(
 
 
 def _scored_sequences(
-    candidate: Candidate, prompts: Sequence[Prompt], chat: ChatTokenizer
+    candidate: Candidate, prompts: Sequence[Prompt], chat: ChatTokenizer, context_length: int
 ) -> list[tuple[int, ...]]:
     """What the reward model reads: the sampled ids themselves, but for base, whose answer is put into the
-    chat.
+    chat: its text encoded again, which may take more tokens than were sampled (bytes that are no character),
+    and so is cut to the context, its end token kept.
     """
     if candidate.name == "base":
         return [
-            (*chat.prompt_ids(prompt.messages), *chat.response_ids(text))
+            _within(context_length, chat.prompt_ids(prompt.messages), chat.response_ids(text))
             for prompt, text in zip(prompts, candidate.texts, strict=True)
         ]
     return [
@@ -251,10 +241,19 @@ def _scored_sequences(
     ]
 
 
+def _within(context_length: int, prompt: tuple[int, ...], response: tuple[int, ...]) -> tuple[int, ...]:
+    """Prompt and response in `context_length` tokens: a response that is too long is cut before its last
+    token, which stays.
+    """
+    too_many = max(0, len(prompt) + len(response) - context_length)
+    return (*prompt, *response[: len(response) - 1 - too_many], response[-1])
+
+
 def _text(candidate: Candidate, rollout: Rollout, chat: ChatTokenizer) -> str:
     """The response as its reader sees it; the base model's answer ends at its first line break."""
-    text = chat.decode(rollout.response_ids)
-    return text.strip().split("\n")[0].strip() if candidate.name == "base" else text
+    if candidate.name == "base":
+        return chat.continued_text(rollout.response_ids).strip().split("\n")[0].strip()
+    return chat.response_text(rollout.response_ids)
 
 
 def _means(candidate: Candidate) -> dict[str, float]:

@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig
-
 from rollout.api import RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from stages.data.chat import ChatTokenizer
@@ -17,6 +15,7 @@ from stages.data.records import Message
 from stages.errors import ModelError
 from stages.rollout_source import open_engines
 from stages.runtime import Runtime, StageResources
+from stages.training.model_rules import num_positions, read_config
 
 
 def generate(
@@ -34,15 +33,15 @@ def generate(
     """
     chat = ChatTokenizer.load(model_dir)
     if chat.template_source == "chatml":
-        ids = chat.continuation_ids(prompt)
+        ids, text_of = chat.continuation_ids(prompt), chat.continued_text
     else:
-        ids = chat.prompt_ids((Message(role="user", content=prompt),))
-    context: int = AutoConfig.from_pretrained(model_dir, trust_remote_code=False).max_position_embeddings
-    if len(ids) >= context:
+        ids, text_of = chat.prompt_ids((Message(role="user", content=prompt),)), chat.response_text
+    context = num_positions(read_config(model_dir, named=str(model_dir)))
+    if context is not None and len(ids) >= context:
         raise ModelError(f"{model_dir}: the prompt has {len(ids)} tokens, the model's context {context}")
     sampling = Sampling(
         temperature=temperature,
-        max_tokens=min(max_tokens, context - len(ids)),
+        max_tokens=max_tokens if context is None else min(max_tokens, context - len(ids)),
         stop_token_ids=chat.stop_token_ids,
         seed=seed,
     )
@@ -68,4 +67,4 @@ def generate(
         ) as client:
             request = RolloutRequest(request_id="generate", prompt_ids=ids, sampling=sampling)
             (rollout,) = client.generate([request])
-    return chat.decode(rollout.response_ids)
+    return text_of(rollout.response_ids)

@@ -1,29 +1,33 @@
 """Recipe: proximal policy optimisation of the sft model against the reward model, with a value model.
 
     prompts --RolloutSource--> engines --rollouts--> trainer: scores, KL to the reference, values, advantages
-       ^                                                | journal: on the disk before the update
+       ^                                                | gate: do engine and trainer agree on this batch?
+       |                                                | journal: on the disk before the update
        +--- weights, version + 1 <--- sync <--- E epochs of clipped policy and value updates, one pack plan
 
 Per token: -beta * k1 against the frozen reference; on the last token the normalised, clipped score. GAE,
-advantages whitened once per batch. Schulman et al. 2017 (arXiv 1707.06347); InstructGPT (2203.02155); Huang
-et al. 2024 (2403.17031).
+advantages whitened once per batch. Where the engine computes in bf16, weights correct the policy loss for
+what it sampled from another distribution (objectives.correction). Schulman et al. 2017 (arXiv 1707.06347);
+InstructGPT (2203.02155); Huang et al. 2024 (2403.17031).
 """
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rollout.api import Rollout, from_record, to_record
-from rollout.errors import EnvironmentProblem, ParityError, WeightSyncError
-from rollout.weight_sync import ModuleSource, ParityGate, ParityReport, SyncReport, WeightSync
+import torch
+
+from rollout.errors import EnvironmentProblem, WeightSyncError
+from rollout.weight_sync import ModuleSource, ParityGate, WeightSync
 from stages.bundles import rollout_of
 from stages.config import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
 from stages.data.durable import disk_problems
-from stages.data.experience import Judgement, RolloutPack, assemble, pack_rollouts
+from stages.data.experience import Judgement, RolloutPack, assemble, correction_metrics, pack_rollouts
 from stages.data.fitting import check_left, data_metrics, fit_prompt
 from stages.data.journal import Journal, JournalEntry
 from stages.data.readers import read_prompts
@@ -49,8 +53,9 @@ from stages.training.models import full_state, save_model
 from stages.training.ppo_models import PPOModels, judge_all, load_ppo_models
 from stages.training.ppo_totals import Clock, Totals
 from stages.training.ppo_update import Learner
+from stages.training.publish import Publisher
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 ROLLOUTS_FILE = "rollouts.jsonl"
 
 
@@ -121,7 +126,8 @@ def train(
     models = load_ppo_models(config, inputs, worker)
     worker.runtime.check_files()
     health = Health(config.health, worker.runtime)
-    learner = Learner(models, config, seed=settings.seed, health=health)
+    correction = settings.correction
+    learner = Learner(models, config, correction=correction, seed=settings.seed, health=health)
     state = LoopState(controller=_controller(config), totals=Totals(), health=health)
     checkpoints = Checkpoints(work_dir, keep=config.keep_checkpoints)
     journal = Journal(work_dir)
@@ -140,8 +146,10 @@ def train(
         seed=stage_seed(settings.seed, "ppo", "probe"),
         logprobs_of=logprobs_by(models.policy, micro_batch_size=config.pack_size, device=worker.device),
     )
+    publisher = Publisher(sync, gate, stage="ppo")
+    judged = partial(_judged, models=models, config=config, chat=chat, device=worker.device)
     try:
-        _synced(sync, gate, step, state.totals)
+        state.totals.see_parity(publisher.begin(step).parity.max_abs_diff)
 
         # 3. Generate, judge, update, sync.
         while step < config.max_steps:
@@ -149,25 +157,23 @@ def train(
             position = step + health.state.data_offset
             with clock.measure("generation"):
                 known = _journaled(journal, position, step)
-                batch = source.next(position) if known is None else _batch_of(known)
-            _check_versions(batch, step)
+            if known is not None:
+                batch = _batch_of(known)
+                with clock.measure("scoring"):
+                    packs, judgements = judged(batch, step)
+                if not publisher.accepts_batch(step, packs, judgements):
+                    known = None
+            if known is None:
+                with clock.measure("generation"):
+                    batch = source.next(position)
+                with clock.measure("scoring"):
+                    packs, judgements = judged(batch, step)
+                publisher.check_batch(step, packs, judgements)
             with clock.measure("scoring"):
-                packs = pack_rollouts(
-                    batch.rollouts,
-                    micro_batch_size=config.pack_size,
-                    max_length=config.max_response_tokens,
-                    device=worker.device,
-                )
-                judgements = judge_all(
-                    models,
-                    packs,
-                    config,
-                    end_of_turn_id=chat.end_of_turn_id,
-                    stop_token_ids=chat.stop_token_ids,
-                )
                 if known is not None:
                     judgements = _with_scores(packs, judgements, known)
                 experiences, summary = assemble(packs, judgements, config, kl_coef=state.controller.coef)
+                summary |= correction_metrics(packs, judgements, correction)
             check_rollouts(step, summary, config)
             if known is None:
                 _commit(journal, batch, packs, judgements)
@@ -176,21 +182,31 @@ def train(
                     update = learner.update(step, experiences, kl_coef=state.controller.coef)
             except RollBack:
                 back, extra = checkpoints.roll_back(learner.parts)
-                step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
-                state.restore({**extra, "health": health.state_dict()} if extra else {})
-                log.cut(step)
-                rollouts_log.cut(step)
-                _synced(sync, gate, step, state.totals)
-                continue
+                next_step = health.rolled_back(
+                    step, back if extra else None, extra["health"] if extra else {}
+                )
+                if extra:
+                    step = next_step
+                    state.restore({**extra, "health": health.state_dict()})
+                    log.cut(step)
+                    rollouts_log.cut(step)
+                    published = publisher.publish(step, has_moved=learner.policy_steps > 0)
+                    state.totals.see_parity(published.parity.max_abs_diff)
+                    continue
+                update = {}  # on behind the bad data, with the steps that were taken before them
             with clock.measure("sync"):
-                report, parity = _synced(sync, gate, step + 1, state.totals)
-            state.see(summary, num_sequences=len(batch.rollouts))
+                published = publisher.publish(step + 1, has_moved=learner.policy_steps > 0)
+            state.totals.see_parity(published.parity.max_abs_diff)
+            if step >= config.value_warmup_steps:  # the policy was the reference until then
+                state.see(summary, num_sequences=len(batch.rollouts))
             step += 1
             if step % config.log_every_steps == 0 or step == config.max_steps:
                 seen = {**summary, **update, **health.metrics()}
-                log(step, {**seen, **clock.metrics(), **_sync_metrics(report, parity)})
+                log(step, {**seen, **clock.metrics(), **published.metrics()})
             rollouts_log.write(_rollout_lines(step, packs, judgements, chat, config))
-            state.totals.add(clock, summary, responses=len(batch.rollouts), sync_seconds=report.seconds)
+            state.totals.add(
+                clock, summary, responses=len(batch.rollouts), sync_seconds=published.sync.seconds
+            )
             if not health.is_good():
                 continue  # a checkpoint is a place to go back to: none in the middle of bad steps
             stopping = ranks.any_rank(worker.runtime.stop_requested())
@@ -206,7 +222,7 @@ def train(
                     "command to go on"
                 )
     finally:
-        sync.close()
+        publisher.close()
     health.check_end("policy loss")
 
     # 4. The model directory.
@@ -256,31 +272,27 @@ def _weight_sync(models: PPOModels, config: PPOConfig, client: EngineClient) -> 
     return WeightSync(weights, engine=client.engine, loop=client.loop, config=client.config, host=client.host)
 
 
-def _synced(
-    sync: WeightSync, gate: ParityGate, version: int, totals: Totals
-) -> tuple[SyncReport, ParityReport]:
-    """The engines hold `version`, and agree with the trainer. Every rank, together."""
-    report = sync.sync(version)
-    probe = ranks.from_main(lambda: [to_record(rollout) for rollout in gate.probe(version)])
-    parity = _agreed(gate, [from_record(record) for record in probe])
-    totals.see_parity(parity.max_abs_diff)
-    return report, parity
-
-
-def _agreed(gate: ParityGate, probe: Sequence[Rollout]) -> ParityReport:
-    """`gate.compare`, on every rank. All find the same difference; rank 0 alone learns which tensors differ,
-    so all raise its ParityError.
-    """
-    report, problem = None, None
-    try:
-        report = gate.compare(probe)
-    except ParityError as error:
-        problem = str(error)
-    verdict: str | None = ranks.from_main(lambda: problem)
-    if verdict is not None:
-        raise ParityError(verdict)
-    assert report is not None, "every rank compares the same numbers"
-    return report
+def _judged(
+    batch: RolloutBatch,
+    version: int,
+    *,
+    models: PPOModels,
+    config: PPOConfig,
+    chat: ChatTokenizer,
+    device: torch.device,
+) -> tuple[list[RolloutPack], list[Judgement]]:
+    """The pack plan of a batch that `version` drew, and what the models say of it. Every rank, together."""
+    _check_versions(batch, version)
+    packs = pack_rollouts(
+        batch.rollouts,
+        micro_batch_size=config.pack_size,
+        max_length=config.max_response_tokens,
+        device=device,
+    )
+    judgements = judge_all(
+        models, packs, config, end_of_turn_id=chat.end_of_turn_id, stop_token_ids=chat.stop_token_ids
+    )
+    return packs, judgements
 
 
 def _journaled(journal: Journal, position: int, version: int) -> JournalEntry | None:
@@ -342,7 +354,7 @@ def _prompts(
     """Prompt ids in file order, and what became of the rows, as metrics."""
     config = settings.ppo
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
-    longest = settings.model.context_length - config.max_response_tokens
+    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
     fitted = [fit_prompt(chat, prompt, longest) for prompt in rows.records]
     check_left(rows.sizes, fitted)
     kept = tuple(one.example for one in fitted if one.example is not None)
@@ -369,14 +381,6 @@ def _check_versions(batch: RolloutBatch, version: int) -> None:
         )
 
 
-def _sync_metrics(report: SyncReport, parity: ParityReport) -> dict[str, float]:
-    return {
-        "sync/seconds": report.seconds,
-        "sync/version": float(report.version),
-        "sync/parity_max_abs_diff": parity.max_abs_diff,
-    }
-
-
 def _rollout_lines(
     step: int,
     packs: Sequence[RolloutPack],
@@ -391,7 +395,7 @@ def _rollout_lines(
             yield {
                 "step": step,
                 "prompt": chat.decode(rollout.prompt_ids),
-                "response": chat.decode(rollout.response_ids),
+                "response": chat.response_text(rollout.response_ids),
                 "score": float(judgement.scores_B[index]),
                 "kl": None if judgement.kl_B is None else float(judgement.kl_B[index]),
                 "version": min(rollout.weight_versions),

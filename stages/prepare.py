@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from rollout.errors import GO_ON, EnvironmentProblem, raise_expected
 from stages.config import DataSource, PrepareConfig, PrepareSettings
-from stages.data.chat import ChatTokenizer, content_encoder, documents_ids
+from stages.data.chat import ChatTokenizer
 from stages.data.corpus import (
     BlockReport,
     Corpus,
@@ -39,6 +39,7 @@ from stages.data.corpus import (
 )
 from stages.data.decontamination import num_too_short
 from stages.data.durable import file_digest
+from stages.data.encoders import content_encoder, documents_ids
 from stages.data.files import FileSplit, whole
 from stages.data.languages import check_languages
 from stages.data.pieces import piece_source, read_pieces
@@ -49,7 +50,7 @@ from stages.data.vocabulary import given_tokenizer, tokenizer_for
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 DECIDING_PACKAGES = ("numpy", "py3langid", "pyarrow", "rensa", "rlhf-pipeline", "tokenizers")
 """Blocks of other versions of these are not taken up."""

@@ -3,7 +3,8 @@
     token shards --rows of segments--> model --cross-entropy on targets--> AdamW --> base model
 
 Segments of a row (documents or parts of them) do not see each other, whatever the packing; positions restart
-with each. What is a target is for the shards to say. The loss is the mean over the targets of the step.
+with each. What is a target is for the shards to say. The loss is the mean over the targets of the step; with
+routed experts and a coefficient above 0 the balance loss of the routers is added (training.routing).
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,10 @@ from stages.training.models import (
     save_model,
 )
 from stages.training.optimize import Optimizer
+from stages.training.randomness import recompute_activations
+from stages.training.routing import Forward, RouterBalance
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ class Rows:
     row: PackedRow
     is_target_1N: Tensor  # bool, the tokens to predict, each from the one before
     num_targets: int  # of the whole optimizer step, all ranks together
+    share_of_tokens: float  # this micro-batch's, of the tokens of that step
 
     @property
     def num_tokens(self) -> int:
@@ -81,8 +85,11 @@ def train(
 
     # 2. Model and optimizer.
     model = _initial_model(settings, inputs, chat)
+    balance = RouterBalance(
+        model, coef=settings.router_aux_loss_coef, setting="pretrain.router_aux_loss_coef"
+    )
     if config.gradient_checkpointing:
-        model.inner.gradient_checkpointing_enable()
+        recompute_activations(model.inner)
     place(model, worker, precision=config.precision, trained=True)
     max_steps = num_steps(config, order)
     optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
@@ -94,7 +101,10 @@ def train(
         max_steps=max_steps,
         runtime=worker.runtime,
         batch_of=lambda step: _micro_batches(shards, order.indices(step), config.micro_batch_size, worker),
-        loss_of=lambda rows: _loss(model, rows),
+        loss_of=lambda rows: balance.added_to(
+            lambda forward: _loss(forward, rows), share=rows.share_of_tokens
+        ),
+        observe=balance.take,
     )
 
     # 4. Held-out perplexity, and the model directory.
@@ -136,25 +146,27 @@ def _micro_batches(
 ) -> list[Rows]:
     """This rank's share of the rows of a step, `micro_batch_size` to a forward."""
     num_targets = sum(shards.num_targets(index) for index in indices)
+    num_tokens = sum(shards.num_tokens(index) for index in indices)
     mine = rank_share(indices, worker.rank, worker.world_size)
     rows = [shards.row(index) for index in mine]
     return [
-        _end_to_end(rows[start : start + micro_batch_size], num_targets, worker.device)
+        _end_to_end(rows[start : start + micro_batch_size], num_targets, num_tokens, worker.device)
         for start in range(0, len(rows), micro_batch_size)
     ]
 
 
-def _end_to_end(rows: Sequence[TokenRow], num_targets: int, device: torch.device) -> Rows:
+def _end_to_end(rows: Sequence[TokenRow], num_targets: int, num_tokens: int, device: torch.device) -> Rows:
     ids_N = torch.from_numpy(np.concatenate([row.ids for row in rows]))
     is_target_N = torch.from_numpy(np.concatenate([row.is_target for row in rows]))
     return Rows(
         row=packed_row(ids_N, [length for row in rows for length in row.lengths]).to(device),
         is_target_1N=is_target_N[None].to(device),
         num_targets=num_targets,
+        share_of_tokens=len(ids_N) / num_tokens,
     )
 
 
-def _loss(model: CausalLM, rows: Rows) -> Tensor:
+def _loss(model: Forward, rows: Rows) -> Tensor:
     """This micro-batch's share of the mean cross-entropy of the step, nats per target."""
     ids_1N = rows.row.input_ids_1N
     logits_1NV = model(rows.row.model_inputs(), torch.arange(ids_1N.shape[1], device=ids_1N.device))

@@ -39,8 +39,9 @@ from stages.training.models import (
     save_model,
 )
 from stages.training.optimize import Optimizer
+from stages.training.randomness import recompute_activations
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,7 @@ def train(
     # 1. Data: pairs as ids; whole prompts are held out.
     chat = ChatTokenizer.load(source, settings.model.chat_template)
     examples = _examples(settings, chat)
+    _normaliser_prompts(settings, examples)  # that there are too few is said before training
     order = BatchOrder(
         num_rows=len(examples.train),
         batch_size=config.batch_size,
@@ -113,7 +115,7 @@ def train(
     torch.manual_seed(stage_seed(settings.seed, "reward", "head"))
     model = reward_from_causal_lm(source, pad_token_id=chat.pad_token_id)
     if config.gradient_checkpointing:
-        model.inner.gradient_checkpointing_enable()
+        recompute_activations(model.inner)
     place(model, worker, precision=config.precision, trained=True)
     max_steps = num_steps(config, order)
     optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
@@ -144,7 +146,11 @@ def train(
     sequences = _normaliser_sequences(settings, source, examples, chat, worker.runtime)
     scores = scores_in_packs(model, sequences, micro_batch_size=config.micro_batch_size, device=worker.device)
     normaliser = ScoreNormaliser(mean=float(scores.mean()), std=float(scores.std()))
-    metrics |= {"score_mean": normaliser.mean, "score_std": normaliser.std}
+    metrics |= {
+        "score_mean": normaliser.mean,
+        "score_std": normaliser.std,
+        "score_responses": float(len(sequences)),
+    }
     _check_gates(settings, metrics)
 
     # 5. The model directory.
@@ -225,10 +231,11 @@ class _RankedShare:
         """Every rank, together."""
         differences = torch.cat(self._differences)
         self._differences = []
+        differences = differences[differences.isfinite()]  # the others are of steps that were not taken
         right, total, number = ranks.sums(
             float((differences > 0).sum()), float(differences.double().sum()), len(differences)
         )
-        return {"train/accuracy": right / number, "train/margin": total / number}
+        return {"train/accuracy": right / number, "train/margin": total / number} if number else {}
 
 
 @torch.no_grad()
@@ -265,33 +272,47 @@ def _share_positive(differences: Tensor) -> float:
     return float((differences > 0).float().mean() + (differences == 0).float().mean() / 2)
 
 
-def _normaliser_sequences(
-    settings: RewardSettings, source: Path, examples: Examples, chat: ChatTokenizer, runtime: Runtime
-) -> list[tuple[int, ...]]:
-    """The sequences whose scores give mean and std: the sft model's own answers to the pairs' prompts."""
-    config = settings.reward
-    if config.init_from == "pretrain":
-        return [sequence for example in examples.heldout for sequence in (example.chosen, example.rejected)]
-    longest = settings.model.context_length - config.normaliser_max_response_tokens
+def _normaliser_prompts(settings: RewardSettings, examples: Examples) -> list[tuple[int, ...]]:
+    """The pairs' prompts that the sft model answers for mean and std, held-out ones first; none where nothing
+    is sampled. Raises DataError where fewer than 2 leave room for a response.
+    """
+    config, sampling = settings.reward, settings.normaliser
+    if sampling is None:
+        return []
+    longest = settings.model.max_prompt_tokens(sampling.max_response_tokens)
     whole = (example for example in (*examples.heldout, *examples.train) if example.has_whole_prompt)
     prompts = dict.fromkeys(example.ids.prompt for example in whole)
     fitting = [prompt for prompt in prompts if len(prompt) <= longest][: config.normaliser_prompts]
     if len(fitting) < 2:
         raise DataError(
-            f"reward.data: fewer than 2 prompts of at most {longest} tokens to sample the normaliser with"
+            f"reward.data: fewer than 2 prompts of at most {longest} tokens to sample the normaliser with, "
+            f"whose responses have {sampling.max_response_tokens}; raise model.context_length, or lower "
+            f"{settings.normaliser_length_key}"
         )
+    return fitting
+
+
+def _normaliser_sequences(
+    settings: RewardSettings, source: Path, examples: Examples, chat: ChatTokenizer, runtime: Runtime
+) -> list[tuple[int, ...]]:
+    """The sequences whose scores give mean and std: the sft model's own answers to the pairs' prompts, or
+    where none are sampled the held-out pairs themselves.
+    """
+    config, sampling = settings.reward, settings.normaliser
+    if sampling is None:
+        return [sequence for example in examples.heldout for sequence in (example.chosen, example.rejected)]
     requests = [
         RolloutRequest(
             request_id=f"normaliser-{index}",
             prompt_ids=prompt,
             sampling=Sampling(
-                temperature=1.0,
-                max_tokens=config.normaliser_max_response_tokens,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_response_tokens,
                 stop_token_ids=chat.stop_token_ids,
                 seed=stage_seed(settings.seed, "reward", "normaliser", index),
             ),
         )
-        for index, prompt in enumerate(fitting)
+        for index, prompt in enumerate(_normaliser_prompts(settings, examples))
     ]
 
     def sampled() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

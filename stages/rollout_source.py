@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
+
 from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
@@ -161,6 +163,9 @@ def open_engines(
     runtime: Runtime,
 ) -> Iterator[EngineClient]:
     """Started engines that hold the weights of `model_dir`; closed on the way out. Raises EngineError."""
+    # What this process's allocator keeps for later is what an engine beside it on the GPU lacks: vLLM does
+    # not start where less than its share is free. (Nothing happens where CUDA was not used.)
+    torch.cuda.empty_cache()
     log_dir = runtime.log_dir / f"{runtime.stage}-engines"
     log_dir.mkdir(parents=True, exist_ok=True)
     if runtime.executor == "ray":

@@ -3,6 +3,7 @@
 Owns: `Runtime` and the resource settings. Light import.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,14 @@ class StageResources(Section):
 def warnings_file(log_dir: Path, stage: str) -> Path:
     """Where a stage's workers say what its user should hear of at once, one line each."""
     return log_dir / f"{stage}.warnings.log"
+
+
+def hide_gpus() -> None:
+    """From now on this process computes on the CPU, whatever GPUs its machine has; call it before CUDA is
+    used. Ray hides none from a process that has reserved none, and would hand a hiding runtime environment
+    on to the engines that the process opens.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _nothing() -> None: ...

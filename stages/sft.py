@@ -27,7 +27,6 @@ from stages.training import ranks
 from stages.training.distributed import Worker, launch, place
 from stages.training.fit import fit, num_steps
 from stages.training.models import (
-    CausalLM,
     base_model,
     check_context,
     full_state,
@@ -36,8 +35,10 @@ from stages.training.models import (
     set_stop_tokens,
 )
 from stages.training.optimize import Optimizer
+from stages.training.randomness import recompute_activations
+from stages.training.routing import Forward, RouterBalance
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class Conversations:
     row: PackedRow
     token_K: Tensor  # int64, positions of the trained tokens; each is predicted one position earlier
     num_targets: int  # trained tokens of the whole optimizer step
+    share_of_tokens: float  # this micro-batch's, of the tokens of that step
 
     @property
     def num_tokens(self) -> int:
@@ -74,8 +76,9 @@ def train(
     # 2. Model and optimizer.
     model = load_causal_lm(base_model(inputs))
     check_context(model, settings.model.context_length)
+    balance = RouterBalance(model, coef=config.router_aux_loss_coef, setting="sft.router_aux_loss_coef")
     if config.gradient_checkpointing:
-        model.inner.gradient_checkpointing_enable()
+        recompute_activations(model.inner)
     place(model, worker, precision=config.precision, trained=True)
     max_steps = num_steps(config, batches.order)
     optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
@@ -87,7 +90,10 @@ def train(
         max_steps=max_steps,
         runtime=worker.runtime,
         batch_of=batches.of_step,
-        loss_of=lambda conversations: _loss(model, conversations),
+        loss_of=lambda conversations: balance.added_to(
+            lambda forward: _loss(forward, conversations), share=conversations.share_of_tokens
+        ),
+        observe=balance.take,
     )
 
     # 4. The model directory: it stops at the template's end of turn from now on.
@@ -161,30 +167,44 @@ def _micro_batches(
     examples: Sequence[Rendered], micro_batch_size: int, worker: Worker
 ) -> list[Conversations]:
     """This rank's share of a step's `examples`, packed."""
-    num_targets = sum(sum(example.mask) for example in examples)
+    of_step = _Counts.of(examples)
     mine = rank_share(examples, worker.rank, worker.world_size)
     plan = plan_packs([len(example.ids) for example in mine], micro_batch_size)
-    return [_packed([mine[index] for index in members], num_targets, worker.device) for members in plan.packs]
+    return [_packed([mine[index] for index in members], of_step, worker.device) for members in plan.packs]
 
 
 def _row_batches(rows: Sequence[Sequence[Rendered]], worker: Worker) -> list[Conversations]:
     """This rank's share of a step's `rows`, one row per forward."""
-    num_targets = sum(sum(example.mask) for row in rows for example in row)
-    return [
-        _packed(row, num_targets, worker.device) for row in rank_share(rows, worker.rank, worker.world_size)
-    ]
+    of_step = _Counts.of([example for row in rows for example in row])
+    return [_packed(row, of_step, worker.device) for row in rank_share(rows, worker.rank, worker.world_size)]
 
 
-def _packed(examples: Sequence[Rendered], num_targets: int, device: torch.device) -> Conversations:
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Of a whole step, all ranks together."""
+
+    targets: int  # trained tokens
+    tokens: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Rendered]) -> "_Counts":
+        return cls(
+            targets=sum(sum(example.mask) for example in examples),
+            tokens=sum(len(example.ids) for example in examples),
+        )
+
+
+def _packed(examples: Sequence[Rendered], of_step: _Counts, device: torch.device) -> Conversations:
     mask_N = torch.tensor([trained for example in examples for trained in example.mask])
     return Conversations(
         row=pack([example.ids for example in examples]).to(device),
         token_K=mask_N.nonzero().squeeze(-1).to(device),
-        num_targets=num_targets,
+        num_targets=of_step.targets,
+        share_of_tokens=len(mask_N) / of_step.tokens,
     )
 
 
-def _loss(model: CausalLM, conversations: Conversations) -> Tensor:
+def _loss(model: Forward, conversations: Conversations) -> Tensor:
     """This micro-batch's share of the mean cross-entropy over the step's trained tokens, nats."""
     row, token_K = conversations.row, conversations.token_K
     logits_KV = model(row.model_inputs(), token_K - 1)[0]

@@ -55,6 +55,22 @@ def untied_model_dir(make_model_dir: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A factory of GPT-2 directories with a table of so many positions: a longer sequence is an IndexError.
+    Tokenizer and chat template are those of `make_model_dir`.
+    """
+
+    def make(num_positions: int) -> Path:
+        model_dir = tmp_path_factory.mktemp("gpt2")
+        tokenizer = tiny_tokenizer()
+        tokenizer.save_pretrained(model_dir)
+        _gpt2(len(tokenizer), num_positions).save_pretrained(model_dir)
+        return model_dir
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def loop() -> Iterator[LoopThread]:
     """The event loop on which the session's engines live."""
     with LoopThread() as thread:
@@ -119,3 +135,23 @@ def _model(vocab_size: int, *, tied: bool, seed: int, num_layers: int):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
+
+
+def _gpt2(vocab_size: int, num_positions: int):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=num_positions,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).eval()

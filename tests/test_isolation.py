@@ -57,7 +57,7 @@ def sft_settings(directory: Path, **config) -> SFTSettings:
     words = ["cat", "a dog ran", "red house", "two and three are five", "thank you", "please say"]
     rows = [
         {"prompt": words[index % 6] * (1 + index % 3), "completion": words[(index * 5 + 1) % 6]}
-        for index in range(24)
+        for index in range(26)
     ]
     rows.append({"prompt": "cat", "completion": "the red house " * 30})
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -26,7 +26,7 @@ from stages.training.forwards import sequence_scores
 from stages.training.health import Health
 from stages.training.metrics import read_steps
 from stages.training.models import CausalLM, TokenScorer
-from stages.training.optimize import Optimizer
+from stages.training.optimize import Optimizer, StepResult
 from stages.training.ppo_models import judge, load_ppo_models
 from stages.training.ppo_update import Learner
 
@@ -60,7 +60,8 @@ def judged_batch(inputs, tmp_path, config=CONFIG):
 
 
 def learner_of(models, config, tmp_path):
-    return Learner(models, config, seed=0, health=Health(config.health, runtime_in(tmp_path, "ppo")))
+    health = Health(config.health, runtime_in(tmp_path, "ppo"))
+    return Learner(models, config, correction=config.correction(max_staleness=0), seed=0, health=health)
 
 
 def test_pin_10_the_ids_that_are_trained_on_are_the_engines_and_never_encoded_again(tied_model_dir):
@@ -250,10 +251,7 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
 
     def kl_after(kl_coef):
         models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-        with torch.no_grad():
-            for index, parameter in enumerate(models.policy.parameters()):
-                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-                parameter.add_(noise, alpha=0.03)
+        perturbed(models.policy)
         packs = pack_rollouts(some_rollouts(), micro_batch_size=2, max_length=6, device=CPU)
         judgements = [judge(models, pack, config, **ENDS) for pack in packs]
         experiences, _ = assemble(packs, judgements, config, kl_coef=kl_coef)
@@ -265,6 +263,76 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
         return float(after.square().mean())
 
     assert kl_after(1.0) < 0.7 * kl_after(0.0)
+
+
+def perturbed(model):
+    """The model, away from where it was."""
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+            parameter.add_(noise, alpha=0.03)
+    return model
+
+
+def gradient_of_the_policy(inputs, tmp_path, monkeypatch, config):
+    """Of one optimizer step of a policy away from its reference, on responses of 40, 9 and 2 tokens."""
+    models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
+    perturbed(models.policy)
+    generator = torch.Generator().manual_seed(11)
+    rollouts = [
+        replace(
+            rollout,
+            response_ids=tuple(torch.randint(5, 300, (length,), generator=generator).tolist()),
+            logprobs=(-1.0,) * length,
+            weight_versions=(0,) * length,
+        )
+        for rollout, length in zip(some_rollouts(3), (40, 9, 2), strict=True)
+    ]
+    packs = pack_rollouts(rollouts, micro_batch_size=3, max_length=40, device=CPU)
+    judgements = [judge(models, pack, config, **ENDS) for pack in packs]
+    experiences, _ = assemble(packs, judgements, config, kl_coef=config.kl_coef)
+    found = {}
+
+    def differentiate(self, step, packs, loss_of, accepts):
+        loss = sum(loss_of(pack) for pack in packs)
+        parts = torch.autograd.grad(loss, list(self.model.parameters()), allow_unused=True)
+        found[self.model] = torch.cat([part.flatten() for part in parts if part is not None])
+        return StepResult(loss=float(loss.detach()), grad_norm=0.0, lr=0.0, taken=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimizer, "take_step", differentiate)
+        learner_of(models, config, tmp_path).update(0, experiences, kl_coef=config.kl_coef)
+    return found[models.policy]
+
+
+def test_kl_coef_weighs_the_kl_loss_against_the_policy_loss_in_every_aggregation_alike(
+    inputs, tmp_path, monkeypatch
+):
+    """The step's whole gradient, times what the policy loss is divided by, is one and the same."""
+    shared = {
+        "kl_placement": "loss",
+        "kl_estimator": "k2",
+        "num_prompts": 3,
+        "batch_size": 3,
+        "micro_batch_size": 3,
+        "num_epochs": 1,
+        "max_response_tokens": 40,
+    }
+    counts = {"token_mean": 51, "sequence_mean_token_sum": 3, "constant": 3 * 40}
+    whole = {}
+    for kl_coef in (0.0, 0.5):
+        for aggregation, count in counts.items():
+            changes = {"loss_aggregation": aggregation, "kl_coef": kl_coef}
+            config = CONFIG.model_copy(update=shared | changes)
+            gradient = gradient_of_the_policy(inputs, tmp_path, monkeypatch, config)
+            whole[kl_coef, aggregation] = gradient * count
+    for kl_coef in (0.0, 0.5):
+        expected = whole[kl_coef, "sequence_mean_token_sum"]
+        for aggregation in counts:
+            difference = (whole[kl_coef, aggregation] - expected).norm()
+            assert difference < 1e-4 * expected.norm(), (kl_coef, aggregation)
+    of_kl = whole[0.5, "token_mean"] - whole[0.0, "token_mean"]
+    assert of_kl.norm() > 0.05 * whole[0.0, "token_mean"].norm()
 
 
 def test_pin_30_the_move_of_an_update_and_the_kl_to_the_reference_are_two_metrics(inputs, tmp_path):
@@ -391,6 +459,14 @@ def test_pin_29_the_adaptive_kl_coef_goes_on_where_a_killed_run_left_it(
     assert coefs(tmp_path / "whole") == pytest.approx([0.5, 0.4, 0.32])
     assert coefs(tmp_path / "killed") == coefs(tmp_path / "whole")
     assert (resumed, resumed_rollouts) == (whole, rollouts)
+
+
+def test_pin_29_the_adaptive_kl_coef_waits_for_the_policy_to_start_learning(inputs, prompts, tmp_path):
+    """While the value model warms up the policy is the reference, and a KL of 0 says nothing about beta."""
+    adaptive = {"kl_controller": "adaptive", "kl_coef": 0.5, "kl_target": 1e6, "kl_horizon": 8}
+    run_in(tmp_path, settings_for(prompts, value_warmup_steps=1, max_steps=3, **adaptive), inputs)
+    lines = read_steps(tmp_path / "work" / "metrics.jsonl")
+    assert [line["rollout/kl_coef"] for line in lines] == pytest.approx([0.5, 0.5, 0.4])
 
 
 def test_a_run_killed_in_its_update_replays_the_journal_and_samples_nothing_again(
@@ -541,6 +617,71 @@ def test_a_disk_that_does_not_take_the_rollouts_is_one_line(inputs, prompts, tmp
     (tmp_path / "out" / "rollouts.jsonl").mkdir(parents=True)
     with pytest.raises(EnvironmentProblem, match=r"rollouts\.jsonl: Is a directory; .*go on$"):
         run_in(tmp_path, settings_for(prompts, max_steps=1), inputs)
+
+
+def test_the_policys_learning_rate_warms_up_and_decays_over_the_steps_that_the_policy_takes(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    """Five iterations of two updates each, the first two of the value model alone: six policy updates, one of
+    which warms up. Killed and resumed in the middle, it logs the same.
+    """
+    settings = settings_for(
+        prompts,
+        max_steps=5,
+        value_warmup_steps=2,
+        num_epochs=1,
+        warmup_frac=1 / 6,
+        lr_schedule="linear",
+        min_lr_frac=0.0,
+    )
+
+    def rates(directory):
+        lines = read_steps(directory / "work" / "metrics.jsonl")
+        return [line.get("ppo/lr") for line in lines]
+
+    _, whole, _ = run_in(tmp_path / "whole", settings, inputs)
+    factors = [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]
+    means = [1e-3 * (factors[index] + factors[index + 1]) / 2 for index in (0, 2, 4)]
+    assert rates(tmp_path / "whole") == [None, None, *map(pytest.approx, means)]
+    run_killed_in_step(3, tmp_path / "killed", settings, inputs, monkeypatch)
+    _, resumed, _ = run_in(tmp_path / "killed", settings, inputs)
+    assert rates(tmp_path / "killed") == rates(tmp_path / "whole") and resumed == whole
+
+
+def test_a_run_whose_only_iteration_ends_in_bad_steps_keeps_what_was_learnt_before_them(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    """Of its ten updates of the policy the last four are no numbers, and there is no checkpoint to go back
+    to.
+    """
+    settings = settings_for(prompts, max_steps=1, num_epochs=5)
+    take_step = Optimizer.take_step
+
+    def spoiled(self, step, packs, loss_of, accepts):
+        bad = torch.nan if step >= 6 and isinstance(self.model, CausalLM) else 1.0
+        return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
+
+    monkeypatch.setattr(Optimizer, "take_step", spoiled)
+    metrics, _, rollouts = run_in(tmp_path, settings, inputs)
+    assert metrics["steps"] == metrics["version_final"] == 1.0 and metrics["steps_skipped"] == 4.0
+    assert metrics["training_seconds"] > 0 and len(rollouts.splitlines()) == 8
+    (line,) = read_steps(tmp_path / "work" / "metrics.jsonl")
+    assert line["step"] == 1 and line["train/skipped_steps"] == 4.0
+    assert line["rollout/score"] == metrics["score_final"]
+    before, after = (
+        load_file(directory / "model.safetensors") for directory in (inputs["sft"], tmp_path / "out")
+    )
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_a_run_that_trained_on_no_token_at_all_is_no_success(inputs, prompts, tmp_path):
+    """No response of one token has an end; what is cut off is left out."""
+    settings = settings_for(prompts, max_response_tokens=1, truncation="mask", max_steps=2)
+    with pytest.raises(
+        TrainingStopped, match=r"^ppo: none of the steps was taken: every response was cut off, .*penalty$"
+    ):
+        run_in(tmp_path, settings, inputs)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_kl_beyond_its_cap_stops_the_run(inputs, prompts, tmp_path):

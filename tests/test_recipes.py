@@ -120,7 +120,7 @@ def reward_settings(data: Path, *, rows=None, context_length=64, **changes) -> R
         "heldout_frac": 0.3,
         "min_accuracy": 0.0,
         "normaliser_prompts": 8,
-        "normaliser_max_response_tokens": 6,
+        "normaliser_max_response_tokens": None if "init_from" in changes else 6,
     }
     config = RewardConfig(data=written(data / "pairs.jsonl", rows), **STEPS | options | changes)
     model = MODEL.model_copy(update={"context_length": context_length})
@@ -224,6 +224,15 @@ def test_held_out_accuracy_is_reported_per_group_and_beside_the_longer_wins_rule
     assert metrics["accuracy_heldout"] == pytest.approx(mean, abs=1e-6)
     assert metrics["accuracy_longer_wins"] == 1.0
     assert metrics["pairs"] + metrics["pairs_heldout"] == 60 and metrics["pairs_dropped"] == 0
+
+
+def test_scores_of_steps_that_were_not_taken_are_no_training_accuracy():
+    ranked = reward._RankedShare()
+    ranked.add(torch.tensor([2.0, torch.nan]), torch.tensor([0.5, 1.0]))
+    ranked.add(torch.tensor([1.0, torch.inf]), torch.tensor([3.0, 1.0]))
+    assert ranked.take() == {"train/accuracy": 0.5, "train/margin": -0.25}
+    ranked.add(torch.tensor([torch.nan]), torch.tensor([1.0]))
+    assert ranked.take() == {}
 
 
 def test_no_prompt_is_both_trained_on_and_held_out(chain):
@@ -337,14 +346,14 @@ def test_pin_13_evaluation_scores_a_response_with_the_end_it_was_trained_with_ho
         name=name, model=None, prompts=[], rollouts=rollouts, texts=["The dog"] * 3
     )
     prompt = Prompt(messages=(Message(role="user", content="Who likes the cat?"),), row={})
-    assert evaluate._scored_sequences(candidate, [prompt] * 3, chat) == [as_trained(chat)] * 3
+    assert evaluate._scored_sequences(candidate, [prompt] * 3, chat, 64) == [as_trained(chat)] * 3
 
 
 def test_pin_13_the_base_models_answer_is_scored_as_a_chat_with_one_end_of_turn(chain):
     chat = chain.chat("sft")
     candidate = evaluate.Candidate(name="base", model=None, prompts=[], rollouts=[], texts=["The dog"])
     prompt = Prompt(messages=(Message(role="user", content="Who likes the cat?"),), row={})
-    assert evaluate._scored_sequences(candidate, [prompt], chat) == [as_trained(chat)]
+    assert evaluate._scored_sequences(candidate, [prompt], chat, 64) == [as_trained(chat)]
 
 
 def test_pin_13_the_normaliser_reads_sampled_responses_with_the_end_they_were_trained_with(

@@ -48,16 +48,20 @@ def settings(tmp_path) -> SFTSettings:
 
 def tokens_and_trained(model_dir: Path, conversation) -> tuple[list[int], list[bool]]:
     """Written out by hand: `<role> content<eos>` per message; the assistant's content and its <eos> are
-    trained.
+    trained, and begin with a token of their own.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ids: list[int] = []
     trained: list[bool] = []
     for role, content in conversation:
-        opening = tokenizer(f"<{role}> ", add_special_tokens=False)["input_ids"]
-        said = [*tokenizer(content, add_special_tokens=False)["input_ids"], EOS]
-        ids += opening + said
-        trained += [False] * len(opening) + [role == "assistant"] * len(said)
+        answers = role == "assistant"
+        parts = [(f"<{role}> ", False), (content, True)] if answers else [(f"<{role}> {content}", False)]
+        for text, is_trained in parts:
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += tokens
+            trained += [is_trained] * len(tokens)
+        ids.append(EOS)
+        trained.append(answers)
     return ids, trained
 
 

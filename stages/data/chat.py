@@ -1,20 +1,23 @@
 """Chat: messages -> token ids and a training mask, through the model's own template.
 
     messages --template, content replaced by placeholders--> marker | content | marker | ...
-             --each piece tokenised apart--> ids, mask
+             --joined to prompt | answer | prompt | ..., each tokenised behind the one before--> ids, mask
 
 Markers may become special tokens; message content never does, whatever it spells. The mask covers what the
-assistant has to produce: its content and the end-of-turn token. Owns tokenizer, template, stop tokens and
-truncation. Does not own batches, nor how a template is run (templates). Tokenizers must be byte-level, or
-otherwise add nothing at the start of a text: pieces are joined.
+assistant has to produce: its content and the end-of-turn token. The ids are the tokenizer's own for the whole
+text, but an answer always begins with a token of its own: a prompt is given to the model without the answer.
+Owns tokenizer, template, stop tokens and truncation. Does not own batches, how a template is run (templates),
+nor what a tokenizer finds in a text (encoders).
 """
 
 import json
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +26,8 @@ from blake3 import blake3
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from stages.data.records import Message
+from stages.data.encoders import TextEncoder, any_of
+from stages.data.records import Message, Role
 from stages.data.templates import render as render_template
 from stages.errors import ModelError
 
@@ -116,14 +120,21 @@ class ChatTokenizer:
             _logger.warning(self.warning)
         self.separator_id = document_separator_id(tokenizer)
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
-        meant = {self.separator_id, *tokenizer.all_special_ids, *stop_token_ids}
-        self._marker_encoder, self._content_encoder = _encoders(tokenizer, self.template, meant)
         self._bos_id: int | None = tokenizer.bos_token_id
         # The tokenizer itself puts BOS before plain text; most templates then write it, a few forget to.
         self._adds_bos = self._bos_id is not None and tokenizer("x")["input_ids"][:1] == [self._bos_id]
         self._pieces_cache: dict[tuple[tuple[str, ...], bool], list[_Piece]] = {}
-        self._marker_cache: dict[str, list[int]] = {}
+        self._marker_cache: dict[str, str] = {}
         self._end_of_turn, self.end_of_turn_id = self._find_end_of_turn()
+        self._lead = self._find_lead()
+        meant = {self.separator_id, self.end_of_turn_id, *tokenizer.all_special_ids, *stop_token_ids}
+        inert = {
+            index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special or index in meant or token.content in self.template
+        }
+        self._encoder = TextEncoder(tokenizer.backend_tokenizer.to_str(), inert)
+        self._check_ids()
         stops = {*stop_token_ids, self.end_of_turn_id, tokenizer.eos_token_id}
         self.stop_token_ids = tuple(sorted(token for token in stops if token is not None))
 
@@ -147,7 +158,11 @@ class ChatTokenizer:
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{directory}: no tokenizer that can be loaded ({reason})") from error
         source = None if template is None else read_template(template)
-        return cls(tokenizer, template=source, stop_token_ids=_configured_stops(Path(directory)))
+        stops = _configured_stops(Path(directory))
+        try:
+            return cls(tokenizer, template=source, stop_token_ids=stops)
+        except ModelError as error:
+            raise ModelError(f"{directory}: {error}") from error
 
     @property
     def pad_token_id(self) -> int | None:
@@ -164,6 +179,31 @@ class ChatTokenizer:
             if token is not None and token not in written:
                 return int(token)
         return None
+
+    def highest_id(self, *, documents: bool) -> int:
+        """The highest id that may occur in a row: what the embedding of a model needs a row for. `documents`:
+        in plain text too, which the separator stands between or ahead of.
+
+        From content comes the vocabulary and every added token that is no special one; special ones come from
+        the template, as BOS, and behind answers. One that nothing writes does not count.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        content = {
+            *self.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values(),
+            *added,
+        } - self._encoder.inert
+        written = {*self._written_ids(), self.end_of_turn_id, *([self.separator_id] if documents else [])}
+        return max(content | written)
+
+    def _written_ids(self) -> set[int]:
+        """Of the special tokens that the template spells, and of all that it writes around known roles."""
+        added = self.tokenizer.added_tokens_decoder
+        ids = {id_ for id_, token in added.items() if token.content in self.template}
+        for roles in _CONVERSATIONS:
+            with suppress(ModelError):  # no template takes all roles
+                for piece in self._template_pieces(roles, add_generation_prompt=True):
+                    ids.update(self._encoder.encode([self._encoder.named(piece.text)])[0])
+        return ids | ({self._bos_id} if self._adds_bos and self._bos_id is not None else set())
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Ids and mask of a conversation that ends with the assistant, up to its last end-of-turn token.
@@ -201,16 +241,16 @@ class ChatTokenizer:
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of plain text: no special token comes out of it, none is added."""
-        return tuple(self._content_encoder.encode(text, add_special_tokens=False).ids)
+        return tuple(self._encoder.text_ids(text))
 
     def documents_ids(self, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
         """`text_ids` of many texts at once, on all cores, as arrays of `dtype`."""
-        return documents_ids(self._content_encoder, texts, dtype)
+        return self._encoder.documents_ids(texts, dtype)
 
     @property
     def content_spec(self) -> str:
         """What `content_encoder` makes the encoder of plain text of again, in another process."""
-        return str(self._content_encoder.to_str())
+        return self._encoder.spec
 
     def continuation_ids(self, text: str) -> tuple[int, ...]:
         """Ids for a base model to continue: BOS (or the document separator), then the text."""
@@ -220,10 +260,30 @@ class ChatTokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """Text of ids with which a text begins, special tokens left out."""
         return str(
             self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
+
+    def continued_text(self, ids: Sequence[int]) -> str:
+        """Text of ids that go on with a text: a space that they begin with is kept, as `decode` may not."""
+        before = self.text_ids("x")
+        whole, start = self.decode((*before, *ids)), self.decode(before)
+        return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
+
+    def response_text(self, ids: Sequence[int]) -> str:
+        """What the assistant says: `response_ids` the other way, but for special tokens, which are left out.
+
+        The space that a template or tokenizer puts before every answer is no part of it.
+        """
+        return self.continued_text(ids).removeprefix(self._before_answer)
+
+    @cached_property
+    def _before_answer(self) -> str:
+        """What decoded response ids begin with, before the answer itself."""
+        prompt = self._stretches(self._prompt_pieces(("user",)), (_QUESTION,))
+        ids = self._encoder.encode([text for _, text in prompt] + [self._lead + _ANSWER.content])[-1]
+        return self.continued_text(ids).partition(_ANSWER.content)[0]
 
     def lint(self, rendered: Rendered) -> list[str]:
         """What is wrong with a rendered conversation: BOS not once, a turn without one trained end token."""
@@ -257,24 +317,36 @@ class ChatTokenizer:
     def _encode(self, pieces: Sequence[_Piece], messages: Sequence[Message]) -> Rendered:
         ids: list[int] = []
         mask: list[bool] = []
-        for piece in pieces:
-            if piece.message is None:
-                tokens = self._marker_ids(piece.text)
-            else:
-                content = messages[piece.message].content
-                content = content.lstrip() if piece.trim_left else content
-                content = content.rstrip() if piece.trim_right else content
-                tokens = list(self.text_ids(content))
+        stretches = self._stretches(pieces, messages)
+        found = self._encoder.encode([text for _, text in stretches])
+        for (trained, _), tokens in zip(stretches, found, strict=True):
             ids += tokens
-            mask += [piece.trained] * len(tokens)
-        if self._adds_bos and self._bos_id is not None and ids[:1] != [self._bos_id]:
-            ids, mask = [self._bos_id, *ids], [False, *mask]
+            mask += [trained] * len(tokens)
+        if lacking := self._lacking_bos(ids):
+            ids, mask = [*lacking, *ids], [False, *mask]
         return Rendered(ids=tuple(ids), mask=tuple(mask))
 
-    def _marker_ids(self, text: str) -> list[int]:
-        if text not in self._marker_cache:
-            self._marker_cache[text] = self._marker_encoder.encode(text, add_special_tokens=False).ids
-        return self._marker_cache[text]
+    def _lacking_bos(self, ids: Sequence[int]) -> list[int]:
+        """What the tokenizer puts before plain text and the template forgot: BOS, or nothing."""
+        forgotten = self._adds_bos and list(ids[:1]) != [self._bos_id]
+        return [self._bos_id] if forgotten and self._bos_id is not None else []
+
+    def _stretches(self, pieces: Sequence[_Piece], messages: Sequence[Message]) -> list[tuple[bool, str]]:
+        """(trained, text) in turn: what the assistant is given, what it answers."""
+        return [
+            (trained, "".join(self._text_of(piece, messages) for piece in run))
+            for trained, run in groupby(pieces, key=lambda piece: piece.trained)
+        ]
+
+    def _text_of(self, piece: _Piece, messages: Sequence[Message]) -> str:
+        """As the encoder reads it: special tokens of the template under their names, content as it is."""
+        if piece.message is None:
+            if piece.text not in self._marker_cache:
+                self._marker_cache[piece.text] = self._encoder.named(piece.text)
+            return self._marker_cache[piece.text]
+        content = messages[piece.message].content
+        content = content.lstrip() if piece.trim_left else content
+        return content.rstrip() if piece.trim_right else content
 
     def _prompt_pieces(self, roles: tuple[str, ...]) -> list[_Piece]:
         """A prompt, its earlier assistant turns cut at the same places as in a conversation."""
@@ -322,6 +394,8 @@ class ChatTokenizer:
                         "the chat template writes nothing between an answer and the next message"
                     )
                 answering = roles[piece.message] == "assistant"
+                if answering:
+                    cut += self._cut_lead(cut)
                 cut.append(replace(piece, trained=answering))
             elif answering:
                 before, end, after = piece.text.partition(self._end_of_turn)
@@ -334,6 +408,13 @@ class ChatTokenizer:
             else:
                 cut.append(piece)
         return [piece for piece in cut if piece.message is not None or piece.text]
+
+    def _cut_lead(self, pieces: list[_Piece]) -> list[_Piece]:
+        """Take what an answer begins with from the end of `pieces`."""
+        if not self._lead or not pieces or pieces[-1].trained or not pieces[-1].text.endswith(self._lead):
+            return []
+        pieces[-1] = replace(pieces[-1], text=pieces[-1].text.removesuffix(self._lead))
+        return [_Piece(text=self._lead, trained=True)]
 
     def _template_pieces(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> list[_Piece]:
         """Run the template with placeholders for contents and cut its output at them."""
@@ -373,14 +454,51 @@ class ChatTokenizer:
         """(text, id) of the first added token that the template writes after an assistant's content."""
         pieces = self._template_pieces(("user", "assistant"), add_generation_prompt=False)
         tail = "" if pieces[-1].message is not None else pieces[-1].text
-        added = self.tokenizer.added_tokens_decoder
-        token = next((token for token in self._marker_ids(tail) if token in added), None)
-        text = "" if token is None else added[token].content
-        if token is None or tail.partition(text)[0].strip():
+        added = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items()}
+        found = any_of(added).search(tail)
+        if found is None or tail[: found.start()].strip():
             raise ModelError(
                 "the chat template writes no end-of-turn token after the assistant; set model.chat_template"
             )
-        return text, token
+        return found[0], added[found[0]]
+
+    def _find_lead(self) -> str:
+        """What the template writes between the end of a prompt and every answer (Llama 2: a space)."""
+        prompt = self._template_pieces(("user",), add_generation_prompt=True)
+        answered = self._template_pieces(("user", "assistant"), add_generation_prompt=False)
+        last = max(index for index, piece in enumerate(answered) if piece.message == 1)
+        opening, generation = answered[last - 1].text, prompt[-1].text
+        return opening.removeprefix(generation) if opening.startswith(generation) else ""
+
+    def _check_ids(self) -> None:
+        """Raise ModelError when our ids of a plain conversation are not the tokenizer's own.
+
+        Where the tokenizer has one token for the end of a prompt and the start of an answer, ours differ: the
+        model is never given that token.
+        """
+        said = "x 1 x"
+        messages = (Message(role="user", content=said), Message(role="assistant", content=said))
+        prompt, roles = self._prompt_pieces(("user",)), ("user", "assistant")
+        whole = self._cut_turns(self._template_pieces(roles, add_generation_prompt=False), roles)
+        for pieces in (prompt, whole):
+            runs = groupby(pieces, key=lambda piece: piece.trained)
+            stretches = ["".join(piece.text or said for piece in run) for _, run in runs]
+            own = self.tokenizer("".join(stretches), add_special_tokens=False)["input_ids"]
+            ids = list(self._encode(pieces, messages).ids)
+            if ids != self._lacking_bos(own) + own and not self._merges(stretches):
+                raise ModelError(
+                    "the tokenizer's ids of the chat template's text are not those of its prompt and answer; "
+                    "set model.chat_template to one whose prompts end with a special token"
+                )
+
+    def _merges(self, stretches: Sequence[str]) -> bool:
+        """Whether the tokenizer has a token that begins in one stretch and ends in the next."""
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        plain = {"truncation": None, "padding": None, "post_processor": None}  # the last may move offsets
+        encoder = Tokenizer.from_str(json.dumps(spec | plain))
+        offsets = encoder.encode("".join(stretches), add_special_tokens=False).offsets
+        cuts = list(accumulate(map(len, stretches)))
+        return any(start < cut < end for start, end in offsets for cut in cuts)
 
 
 def _in_short(roles: Sequence[str]) -> str:
@@ -388,6 +506,12 @@ def _in_short(roles: Sequence[str]) -> str:
 
 
 _QUESTION, _ANSWER = Message(role="user", content="x"), Message(role="assistant", content="x")
+_CONVERSATIONS: tuple[tuple[Role, ...], ...] = (
+    ("user", "assistant", "user"),
+    ("system", "user"),
+    ("user", "assistant", "tool"),
+)
+"""In which every role occurs that a message may have."""
 
 
 def _trained_runs(rendered: Rendered) -> list[list[int]]:
@@ -419,35 +543,6 @@ def _choose_template(
         "chatml",
         f"{warning} with {tokenizer.eos_token} as end of turn",
     )
-
-
-def _encoders(
-    tokenizer: PreTrainedTokenizerFast, template: str, meant: Collection[int]
-) -> tuple[Tokenizer, Tokenizer]:
-    """Private copies of the backend: for template text, and for content, where special tokens are mere text.
-
-    `encode_special_tokens` is what transformers sets for `split_special_tokens`; it acts on tokens flagged
-    special only, so in the content copy every token that the template writes is flagged, and those `meant`
-    for something: BOS, EOS, padding, what stands between documents.
-    """
-    spec = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    markers = Tokenizer.from_str(json.dumps(spec))
-    for token in spec["added_tokens"]:
-        token["special"] |= token["id"] in meant or token["content"] in template
-    return markers, content_encoder(json.dumps(spec))
-
-
-def content_encoder(spec: str) -> Tokenizer:
-    """A tokenizer to which special tokens are mere text; the spec itself does not say so."""
-    encoder = Tokenizer.from_str(spec)
-    encoder.encode_special_tokens = True
-    return encoder
-
-
-def documents_ids(encoder: Tokenizer, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
-    """Ids of many texts at once, on all cores, as arrays of `dtype`."""
-    encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, dtype) for encoding in encodings]
 
 
 def read_template(path: Path) -> str:

@@ -3,9 +3,10 @@
     rollouts --plan once--> packs --forwards--> log-probs, values, scores --rewards, GAE--> Experience each
 
 The pack plan is made once per batch and every forward on it, before and during the updates, uses the same
-rows: so the first ratio is exactly 1. Owns: that plan and the assembly. Does not own: the forwards
-(training.forwards), the formulas (objectives). Legend: B responses of a pack, T response tokens (padded to
-the config's maximum).
+rows: so the first ratio is exactly 1. Owns: that plan, the assembly, and how far the engine's log-probs are
+from the trainer's on it. Does not own: the forwards (training.forwards), the formulas (objectives).
+Legend: B responses of a pack, T response tokens (padded to the config's maximum), N response tokens
+(concatenated).
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from rollout.api import Rollout
-from stages.config import PPOConfig
+from stages.config import Correction, PPOConfig
 from stages.data.batches import permutation
 from stages.data.packing import plan_packs
 from stages.objectives.advantages import Advantages, ResponseEnds, end_responses, gae, token_rewards
+from stages.objectives.correction import correction_weights
+from stages.objectives.kl import k1, k3
 from stages.objectives.masked import masked_stats, masked_whiten
 from stages.training.forwards import ResponsePack, pack_responses
 
@@ -55,6 +58,7 @@ class Experience:
 
     packed: ResponsePack
     mask_BT: Tensor  # tokens that are trained on: the packed mask, less dropped responses
+    rollout_logprobs_BT: Tensor  # by the engine, at the sampling temperature
     anchor_logprobs_BT: Tensor
     anchor_values_BT: Tensor
     reference_logprobs_BT: Tensor | None
@@ -93,6 +97,7 @@ def assemble(
         Experience(
             packed=pack.packed,
             mask_BT=mask_BT,
+            rollout_logprobs_BT=pack.rollout_logprobs_BT,
             anchor_logprobs_BT=judgement.anchor_logprobs_BT,
             anchor_values_BT=judgement.values_BT,
             reference_logprobs_BT=judgement.reference_logprobs_BT,
@@ -104,6 +109,46 @@ def assemble(
         )
     ]
     return experiences, _summary(packs, judgements, experiences, kl_coef)
+
+
+def engine_differences(packs: Sequence[RolloutPack], judgements: Sequence[Judgement]) -> Tensor:
+    """|log-prob of the engine - of the trainer| of every token of the batch, [N], in nats."""
+    return torch.cat(
+        [
+            (judgement.anchor_logprobs_BT - pack.rollout_logprobs_BT)[pack.packed.mask_BT].abs()
+            for pack, judgement in zip(packs, judgements, strict=True)
+        ]
+    )
+
+
+def correction_metrics(
+    packs: Sequence[RolloutPack], judgements: Sequence[Judgement], correction: Correction
+) -> dict[str, float]:
+    """How far the engine's distribution is from the trainer's over the tokens of the batch, and what the
+    correction makes of it; whatever its type.
+    """
+    mask_BT = torch.cat([pack.packed.mask_BT for pack in packs])
+    anchor_BT = torch.cat([judgement.anchor_logprobs_BT for judgement in judgements])
+    rollout_BT = torch.cat([pack.rollout_logprobs_BT for pack in packs])
+    found = correction_weights(
+        anchor_logprobs_BT=anchor_BT,
+        rollout_logprobs_BT=rollout_BT,
+        mask_BT=mask_BT,
+        kind=correction.type,
+        min_weight=correction.min_weight,
+        max_weight=correction.max_weight,
+    )
+    ratios_N = found.ratios_BT[mask_BT]
+    apart = {"policy_logprobs": rollout_BT[mask_BT], "reference_logprobs": anchor_BT[mask_BT]}
+    return {
+        "rollout/ratio_mean": float(ratios_N.mean()),
+        "rollout/ratio_min": float(ratios_N.min()),
+        "rollout/ratio_max": float(ratios_N.max()),
+        "rollout/weight_mean": float(found.weights_BT[mask_BT].mean()),
+        "rollout/weight_limited": float(found.limited_BT[mask_BT].float().mean()),
+        "rollout/engine_kl_k1": float(k1(**apart).mean()),
+        "rollout/engine_kl_k3": float(k3(**apart).mean()),
+    }
 
 
 def minibatches(packs: Sequence[T], *, packs_per_step: int, seed: int) -> list[list[T]]:
@@ -182,8 +227,7 @@ def _summary(
     trained_BT = torch.cat([experience.mask_BT for experience in experiences])
     scores_B = torch.cat([judgement.scores_B for judgement in judgements])
     entropies_BT = torch.cat([judgement.entropies_BT for judgement in judgements])
-    anchor_BT = torch.cat([judgement.anchor_logprobs_BT for judgement in judgements])
-    rollout_BT = torch.cat([pack.rollout_logprobs_BT for pack in packs])
+    differences_N = engine_differences(packs, judgements)
     returns_BT = torch.cat([experience.returns_BT for experience in experiences])
     values_BT = torch.cat([experience.anchor_values_BT for experience in experiences])
     spread = masked_stats(values=returns_BT, mask=trained_BT).std.square()
@@ -198,7 +242,8 @@ def _summary(
         ),
         "rollout/entropy": float(masked_stats(values=entropies_BT, mask=mask_BT).mean),
         "rollout/kl_coef": kl_coef,
-        "rollout/engine_max_abs_diff": float((anchor_BT - rollout_BT)[mask_BT].abs().max()),
+        "rollout/engine_max_abs_diff": float(differences_N.max()),
+        "rollout/engine_mean_abs_diff": float(differences_N.mean()),
         "ppo/explained_variance": float(1 - unexplained / spread) if spread > 0 else 0.0,
     }
     kls = [judgement.kl_B for judgement in judgements if judgement.kl_B is not None]

@@ -69,8 +69,21 @@ def fit_pair(
     return Fitted(example=cut, num_tokens=num_tokens, rule=rule)
 
 
-def fit_prompt(chat: ChatTokenizer, prompt: Prompt, max_prompt_tokens: int) -> Fitted[tuple[int, ...]]:
-    """Leave out what leaves no room for a response."""
+def continuation_ids(chat: ChatTokenizer, prompt: Prompt, base_prompt: str) -> tuple[int, ...]:
+    """How a base model is asked: what the user says last, as a plain text to go on with."""
+    return chat.continuation_ids(base_prompt.replace("{prompt}", prompt.messages[-1].content))
+
+
+def fit_prompt(
+    chat: ChatTokenizer, prompt: Prompt, max_prompt_tokens: int, base_prompt: str | None = None
+) -> Fitted[tuple[int, ...]]:
+    """Leave out what leaves no room for a response (`ModelConfig.max_prompt_tokens`): as a chat, and for a
+    base model too where `base_prompt` says how that is asked.
+    """
+    if base_prompt is not None:
+        as_text = continuation_ids(chat, prompt, base_prompt)
+        if len(as_text) > max_prompt_tokens:
+            return Fitted(example=None, num_tokens=len(as_text), rule=NO_ROOM)
     ids = chat.prompt_ids(prompt.messages)
     if len(ids) <= max_prompt_tokens:
         return Fitted(example=ids, num_tokens=len(ids), rule=None)

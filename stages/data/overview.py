@@ -41,7 +41,10 @@ class Limits:
     """What a stage allows a record to be."""
 
     context_length: int  # tokens
-    max_response_tokens: int  # that a prompt has to leave room for; 0 where nothing is generated
+    max_prompt_tokens: (
+        int  # that leave room for a scored response; all of the context where none is asked for
+    )
+    base_prompt: str | None  # of evaluate: how a base model is asked, which has to fit too
     pairs_too_long: Literal["drop", "truncate"]
     group_column: str | None  # of reward
     prepare: PrepareConfig | None
@@ -188,7 +191,7 @@ def _fitted(record: Record, chat: ChatTokenizer, limits: Limits) -> Fitted[Any]:
         case Pair():
             return fit_pair(chat, record, limits.context_length, limits.pairs_too_long)
         case Prompt():
-            return fit_prompt(chat, record, limits.context_length - limits.max_response_tokens)
+            return fit_prompt(chat, record, limits.max_prompt_tokens, limits.base_prompt)
     raise AssertionError("documents are not fitted")
 
 
@@ -206,19 +209,23 @@ def _example(record: Record, chat: ChatTokenizer, limits: Limits) -> Iterator[Sp
             yield Span(text="\nrejected: ", trained=False)
             yield from _spans(chat.render((*prompt, *rejected)), chat)
         case Prompt(messages=messages):
-            yield Span(text=_decoded(chat.prompt_ids(messages), chat), trained=False)
+            yield Span(text=_shortened(_decoded(chat.prompt_ids(messages), chat)), trained=False)
 
 
 def _spans(rendered: Rendered, chat: ChatTokenizer) -> Iterator[Span]:
-    for trained, run in groupby(zip(rendered.ids, rendered.mask, strict=True), key=lambda pair: pair[1]):
-        yield Span(text=_decoded([token for token, _ in run], chat), trained=trained)
+    """What each run of ids adds to the text before it: alone, some tokenizers drop its first space."""
+    end = 0
+    for trained, run in groupby(rendered.mask):
+        before = _decoded(rendered.ids[:end], chat)
+        end += len(list(run))
+        text = _decoded(rendered.ids[:end], chat).removeprefix(before)
+        yield Span(text=_shortened(text), trained=trained)
 
 
 def _decoded(ids: Sequence[int], chat: ChatTokenizer) -> str:
-    text = str(
+    return str(
         chat.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
-    return _shortened(text)
 
 
 def _shortened(text: str) -> str:

@@ -450,6 +450,10 @@ class TokenShards:
             is_target=is_target,
         )
 
+    def num_tokens(self, index: int) -> int:
+        """How many tokens row `index` has, from the lengths alone."""
+        return int(self._segments_of(index).sum())
+
     def num_targets(self, index: int) -> int:
         """How many tokens of row `index` are targets, from the lengths alone."""
         lengths = self._segments_of(index)

@@ -255,8 +255,10 @@ def sequence_kl_loss(
 
     On the policy's own samples its expected gradient is that of KL(policy || reference), exactly. Off-policy
     pass w = `sequence_importance_weights` of the policy against what sampled (detached here); None says the
-    samples are the policy's own. `denominator` is that of "sequence_mean_token_sum"; the policy loss beside
-    it needs the same aggregation for pi* to be the optimum of the sum.
+    samples are the policy's own. `denominator` is that of the policy loss beside it: the sum of both is then
+    a constant times the KL-regularised objective, whose optimum is pi*, with "token_mean",
+    "sequence_mean_token_sum" and "constant" alike. Not with "sequence_mean_token_mean": there each policy
+    term is divided by its own length besides, and no factor is common to both.
     """
     log_ratio_B = sequence_log_ratio(
         policy_logprobs_BT=policy_logprobs_BT,
@@ -317,7 +319,7 @@ def token_importance_weights(
     """
     check_mask(mask=mask_BT, logprobs_BT=logprobs_BT, rollout_logprobs_BT=rollout_logprobs_BT)
     log_ratio_BT = zero_masked(values=logprobs_BT - rollout_logprobs_BT, mask=mask_BT)
-    return _capped_weights(log_ratio_BT, max_weight, beyond) * mask_BT
+    return limited_weights(log_ratio_BT, 0.0, max_weight, beyond) * mask_BT
 
 
 @torch.no_grad()
@@ -328,16 +330,25 @@ def sequence_importance_weights(
     log_ratio_B = sequence_log_ratio(
         policy_logprobs_BT=logprobs_BT, reference_logprobs_BT=rollout_logprobs_BT, mask_BT=mask_BT
     )
-    return _capped_weights(log_ratio_B, max_weight, beyond)
+    return limited_weights(log_ratio_B, 0.0, max_weight, beyond)
 
 
-def _capped_weights(log_ratio: Tensor, max_weight: float, beyond: BeyondCap) -> Tensor:
+@torch.no_grad()
+def limited_weights(log_ratio: Tensor, min_weight: float, max_weight: float, beyond: BeyondCap) -> Tensor:
+    """exp(log_ratio), any shape; above `max_weight` (math.inf: no cap) it is `max_weight` ("truncate"), above
+    it or below `min_weight` 0 ("mask").
+
+    NaN stays NaN. ValueError unless 0 <= min_weight <= 1 <= max_weight, and min_weight is 0 with "truncate".
+    """
     if not max_weight >= 1:
         raise ValueError(f"max_weight must be >= 1 (math.inf: no cap), got {max_weight}")
     if beyond not in ("truncate", "mask"):
         raise ValueError(f'a weight beyond its cap is "truncate" or "mask", got {beyond!r}')
+    if not 0 <= min_weight <= (0 if beyond == "truncate" else 1):
+        raise ValueError(f"truncation caps from above only; of a mask min_weight is 0..1, got {min_weight}")
     weights = bounded_exp(log_ratio)
-    return torch.where(weights > max_weight, max_weight if beyond == "truncate" else 0.0, weights)
+    beyond_limits = (weights > max_weight) | (weights < min_weight)
+    return torch.where(beyond_limits, max_weight if beyond == "truncate" else 0.0, weights)
 
 
 def _check_aggregation(aggregation: Aggregation) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 import psutil
@@ -34,7 +35,7 @@ from rollout.errors import (
     root_cause,
 )
 from stages.bundles import StageBundles, bundles_of, lacking
-from stages.runtime import Runtime, warnings_file
+from stages.runtime import Runtime, hide_gpus, warnings_file
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
 
 Result = TypeVar("Result")
@@ -92,7 +93,6 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
     bf16 model on one worker is simply cast. Gradients are *summed* over the workers, not averaged: losses
     arrive divided by the counts of the whole step. The weights must be the same on every worker before.
     """
-    model.train(trained)  # without dropout; gradient checkpointing needs to be told
     if precision == "bf16" and isinstance(model, CausalLM):
         compute_head_in_fp32(model)
     if worker.world_size == 1 and (precision == "fp32" or not trained):
@@ -100,7 +100,9 @@ def place(model: CausalLM | TokenScorer, worker: Worker, *, precision: Precision
         return model if precision == "fp32" else _with_bf16_parameters(model)
     _ensure_process_group(worker)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs stay as the model computes them: some families hand fp32 rotary tables to their layers, and in
+    # bf16 those would be other positions than those of the frozen copy and of the engine.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(worker.device.type, (worker.world_size,))
     for part in (*_layers(model), model):
         # Resharded also after a forward without backward: parameters() would be the compute copies until
@@ -128,16 +130,18 @@ def _with_bf16_parameters(model: nn.Module) -> nn.Module:
 
 
 def worker_environment(runtime: Runtime) -> dict[str, str]:
-    """Environment of a worker process: passive waiting and all cores, for trainer and engine alternate."""
+    """Environment of a worker process: passive waiting and all cores, for trainer and engine alternate.
+
+    Ray hands it on to the engines that the worker opens: what is meant for this process alone (its GPUs, its
+    network interfaces) is set inside it.
+    """
     threads = max(1, runtime.num_threads // runtime.resources.num_workers)
-    environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
-    if not runtime.resources.num_gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    return environment
+    return {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
 
 
 def _in_this_process(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
     torch.set_num_threads(runtime.num_threads)
+    _multiply_fp32_in_fp32()
     try:
         with _warnings_kept(runtime):
             return train(Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime), **arguments)
@@ -153,22 +157,10 @@ def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str,
 
 def _in_group(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
     import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    resources = runtime.resources
     actors: list[Any] = []
     try:
-        for index in range(resources.num_workers):
-            options: dict[str, Any] = {
-                "num_cpus": resources.num_cpus,
-                "num_gpus": resources.num_gpus,
-                "max_restarts": 0,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    runtime.group, placement_group_bundle_index=index
-                ),
-                "runtime_env": {"env_vars": worker_environment(runtime)},
-            }
-            actors.append(ray.remote(_TrainingActor).options(**options).remote())
+        actors += _workers(runtime)
         timeout_s = runtime.placement_timeout_s
         nodes = ray.get([actor.node_address.remote() for actor in actors], timeout=timeout_s)
         host = LOOPBACK if len(set(nodes)) == 1 else nodes[0]
@@ -191,6 +183,28 @@ def _in_group(train: Callable[..., Result], runtime: Runtime, arguments: dict[st
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _workers(runtime: Runtime) -> list[Any]:
+    """The stage's actors by rank, each in its bundle."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    resources = runtime.resources
+    return [
+        ray.remote(_TrainingActor)
+        .options(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                runtime.group, placement_group_bundle_index=index
+            ),
+            runtime_env={"env_vars": worker_environment(runtime)},
+        )
+        .remote(has_gpu=bool(resources.num_gpus))
+        for index in range(resources.num_workers)
+    ]
 
 
 def _first_rank_result(calls: Sequence[Any]) -> Any:
@@ -249,6 +263,11 @@ def _placed_group(bundles: StageBundles, timeout_s: float) -> Any:
 class _TrainingActor:
     """One worker process of a stage."""
 
+    def __init__(self, *, has_gpu: bool) -> None:
+        if not has_gpu:
+            hide_gpus()
+        _multiply_fp32_in_fp32()
+
     def node_address(self) -> str:
         """Address of this worker's node."""
         import ray
@@ -270,11 +289,12 @@ class _TrainingActor:
     ) -> Result:
         world_size = runtime.resources.num_workers
         worker = Worker(rank=rank, world_size=world_size, device=_device(runtime), runtime=runtime)
+        _nccl_talks_through(self.node_address())
         with _exclusive(runtime, rank):
             if worker.world_size == 1:
                 self._listener.close()
             else:
-                _talk_through(LOOPBACK if address[0] == LOOPBACK else self.node_address())
+                _gloo_talks_through(LOOPBACK if address[0] == LOOPBACK else self.node_address())
                 listener = self._listener.detach() if rank == 0 else None
                 store = dist.TCPStore(*address, world_size, rank == 0, master_listen_fd=listener)
                 _init_process_group(worker, store=store)
@@ -298,11 +318,29 @@ def _warnings_kept(runtime: Runtime) -> Iterator[None]:
         handler.close()
 
 
-def _talk_through(address: str) -> None:
-    """Gloo and NCCL look up the host's name otherwise, which often resolves to a loopback address."""
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+def _gloo_talks_through(address: str) -> None:
+    """Gloo looks up the host's name otherwise, which often resolves to a loopback address."""
+    if (interface := _interface(address)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _nccl_talks_through(address: str) -> None:
+    """NCCL, by the address that other nodes know this one by: never loopback, although all workers may be
+    here. The id of a weight sync's group holds an address of this process, and its engines may be elsewhere.
+    An interface that the machine's owner has chosen stays.
+    """
+    if "NCCL_SOCKET_IFNAME" in os.environ or ip_address(address).is_loopback:
+        return
+    if (interface := _interface(address)) is not None:
+        os.environ["NCCL_SOCKET_IFNAME"] = interface
+
+
+def _interface(address: str) -> str | None:
+    """The network interface of this machine that has `address`."""
+    for interface, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return interface
+    return None
 
 
 def _init_process_group(worker: Worker, **rendezvous: Any) -> None:
@@ -332,6 +370,15 @@ def _exclusive(runtime: Runtime, rank: int) -> Iterator[None]:
         lock.release()
 
 
+def _multiply_fp32_in_fp32() -> None:
+    """No TF32 in fp32 matrix products: with its 10 bits the parity gate's 1e-4 nats are out of reach.
+
+    It is torch's default (2.13) unless TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as NVIDIA's containers do.
+    Convolutions have TF32 by default (`torch.backends.cudnn.allow_tf32`); no model here has any.
+    """
+    torch.set_float32_matmul_precision("highest")
+
+
 def _device(runtime: Runtime) -> torch.device:
     if not runtime.resources.num_gpus:
         return torch.device("cpu")
@@ -346,5 +393,5 @@ def _device(runtime: Runtime) -> torch.device:
 def _ensure_process_group(worker: Worker) -> None:
     if not dist.is_initialized():
         assert worker.world_size == 1, "the launcher opens the group of several workers"
-        _talk_through(LOOPBACK)
+        _gloo_talks_through(LOOPBACK)
         _init_process_group(worker, store=dist.HashStore())

@@ -95,10 +95,14 @@ def fit(
                 health.skipped(step, batch)
             except RollBack:
                 back, extra = checkpoints.roll_back(parts)
-                step = health.rolled_back(step, back if extra else None, extra["health"] if extra else {})
-                log.cut(step)
-                window = _Window(extra["window"] if extra else window.state_dict())
-                continue
+                next_step = health.rolled_back(
+                    step, back if extra else None, extra["health"] if extra else {}
+                )
+                if extra:  # else on behind the bad data, as after any step that was skipped
+                    step = next_step
+                    log.cut(step)
+                    window = _Window(extra["window"])
+                    continue
         step += 1
         if step % config.log_every_steps == 0 or step == max_steps:
             log(step, {**window.close(), **rates, **health.metrics(), **observe()})

@@ -4,7 +4,8 @@
     RollBack --> last checkpoint, and the data since then are left out (PaLM, arXiv 2204.02311, section 5.1)
 
 Owns: the counts, the spike detector, the kept batches, the limits on a PPO batch. Does not own: checkpoints
-and loops (fit, ppo). Everything here is part of each checkpoint, so a resumed run decides the same.
+and loops (fit, ppo), nor whether engine and trainer agree about that batch (publish). Everything here is part
+of each checkpoint, so a resumed run decides the same.
 """
 
 import logging
@@ -135,11 +136,19 @@ class Health:
 
     def check_end(self, name: str) -> None:
         """Raise TrainingStopped (exit 5) at the end of a training in which no step of `name` was taken."""
-        if self.state.skipped and name not in self.state.recent:
-            raise TrainingStopped(
-                f"{self._runtime.stage}: none of the steps was taken: every {name} or its gradient was not "
-                f"finite; lower the learning rate, or look at {self._runtime.log_dir / 'bad_batches'}"
+        if name in self.state.recent:
+            return
+        if self.state.skipped:
+            why = (
+                f"every {name} or its gradient was not finite; lower the learning rate, or look at "
+                f"{self._runtime.log_dir / 'bad_batches'}"
             )
+        else:
+            why = (
+                "every response was cut off, and so left out; raise ppo.max_response_tokens, or set "
+                "ppo.truncation: penalty"
+            )
+        raise TrainingStopped(f"{self._runtime.stage}: none of the steps was taken: {why}")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""

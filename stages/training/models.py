@@ -2,8 +2,8 @@
 
     model directory --load--> module --forward over a packed row--> logits | scores --save--> model directory
 
-Owns: which architecture, where heads come from, in what precision a forward runs, and that no dropout is ever
-active. Does not own: packing (data.packing), losses (objectives), sharding across workers (distributed).
+Owns: which architecture, where heads come from, in what precision a forward runs. Does not own: packing
+(data.packing), losses (objectives), sharding (distributed), that nothing is random (randomness).
 Every forward here has `use_cache=False`: with the cache on, transformers drops the mask between packed
 sequences without a word.
 
@@ -19,18 +19,22 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from stages.config import ModelConfig
+from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import ranks
-from stages.training.packed_attention import no_unread_mask, register_packed_attention
+from stages.training.model_rules import check_length, check_model_config, read_config
+from stages.training.packed_attention import packed, register_packed_attention
+from stages.training.packing_probe import check_packed
+from stages.training.randomness import switch_off
 
 Precision = Literal["fp32", "bf16"]
 NORMALISER_FILE = "score_normaliser.json"
@@ -44,14 +48,25 @@ class CausalLM(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, inputs: Mapping[str, Any], positions_K: Tensor) -> Tensor:
+    def forward(
+        self, inputs: Mapping[str, Any], positions_K: Tensor, *, with_router_logits: bool = False
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Logits [R, K, V] at the positions `positions_K` of each row; logits elsewhere are never computed.
 
         `inputs`: `PackedRow.model_inputs()`, or `input_ids` [R, N] of unpacked rows with `use_cache=False`.
+        `with_router_logits`, of a model that has routers (`routing.has_routers`): also what each of its
+        layers with experts routed by, [R * N, E].
         """
         assert inputs["use_cache"] is False
-        with no_unread_mask(inputs):
-            return self.inner(**inputs, logits_to_keep=positions_K).logits
+        wanted = {"output_router_logits": True} if with_router_logits else {}
+        with packed(inputs) as keywords:
+            output = self.inner(**keywords, logits_to_keep=positions_K, **wanted)
+        return (output.logits, output.router_logits) if with_router_logits else output.logits
+
+    @property
+    def head(self) -> nn.Module:
+        """What gives logits for hidden states."""
+        return self.inner.get_output_embeddings()
 
 
 class TokenScorer(nn.Module):
@@ -70,8 +85,8 @@ class TokenScorer(nn.Module):
         """
         assert inputs["use_cache"] is False
         body: Any = self.inner.base_model
-        with no_unread_mask(inputs):
-            output = body(**inputs)
+        with packed(inputs) as keywords:
+            output = body(**keywords)
         scores_K = self.head(output.last_hidden_state[0, positions_K]).squeeze(-1).float()
         return scores_K if self.bias is None else scores_K + self.bias.float()
 
@@ -85,29 +100,44 @@ class TokenScorer(nn.Module):
 def build_causal_lm(
     config: ModelConfig, *, vocab_size: int, eos_token_id: int, pad_token_id: int | None
 ) -> CausalLM:
-    """A LLaMA with fresh weights from torch's global generator, in fp32; seed that before."""
-    architecture = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        max_position_embeddings=config.context_length,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
+    """A LLaMA, or with experts a Mixtral, with fresh weights from torch's global generator, in fp32; seed
+    that before.
+
+    A Mixtral is a LLaMA whose MLPs are mixtures: all sizes keep their meaning.
+    """
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": config.context_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+    architecture = (
+        LlamaConfig(**sizes)
+        if config.num_experts is None
+        else MixtralConfig(
+            **sizes,
+            num_local_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_token,
+        )
     )
-    return CausalLM(AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **_attention()))
+    inner = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **_attention())
+    switch_off(inner)
+    return CausalLM(inner)
 
 
 def load_causal_lm(directory: Path) -> CausalLM:
-    """The language model of a model directory, in fp32 on the CPU, dropout off."""
+    """The language model of a model directory, in fp32 on the CPU, nothing random in it."""
     inner, missing = _loaded(AutoModelForCausalLM, directory)
     _check_nothing_missing(directory, missing)
-    return CausalLM(inner)
+    return _probed(CausalLM(inner), directory)
 
 
 def reward_from_causal_lm(directory: Path, *, pad_token_id: int | None) -> TokenScorer:
@@ -122,7 +152,7 @@ def reward_from_causal_lm(directory: Path, *, pad_token_id: int | None) -> Token
     inner.config.pad_token_id = _with_a_row(inner, pad_token_id)
     scorer = TokenScorer(inner)
     nn.init.normal_(scorer.head.weight, std=1 / math.sqrt(inner.config.hidden_size + 1))
-    return scorer
+    return _probed(scorer, directory)
 
 
 def load_reward_model(directory: Path) -> TokenScorer:
@@ -133,7 +163,7 @@ def load_reward_model(directory: Path) -> TokenScorer:
     if any(name.startswith("score.") for name in missing):
         raise ModelError(f"{directory}: no score head in it; give a reward model (rlhf reward makes one)")
     _check_nothing_missing(directory, missing)
-    return TokenScorer(inner)
+    return _probed(TokenScorer(inner), directory)
 
 
 def value_from_reward_model(directory: Path) -> TokenScorer:
@@ -187,7 +217,7 @@ def compute_head_in_fp32(model: CausalLM) -> None:
 
     bf16 has 8 bits: logits near 20 would be rounded to eighths, by trainer and engine each in its own way.
     """
-    head = model.inner.get_output_embeddings()
+    head = model.head
     assert isinstance(head, nn.Linear)
 
     def forward(hidden: Tensor) -> Tensor:
@@ -198,12 +228,8 @@ def compute_head_in_fp32(model: CausalLM) -> None:
 
 
 def check_context(model: CausalLM, length: int) -> None:
-    """Raise ModelError when a given model has no positions for `model.context_length` tokens."""
-    limit = model.inner.config.max_position_embeddings
-    if length > limit:
-        raise ModelError(
-            f"model.context_length {length} is more than the model's own {limit} positions; lower it"
-        )
+    """Raise ModelError when a given model is not made for sequences of `model.context_length` tokens."""
+    check_length(model.inner.config, length, named="the model")
 
 
 def freeze(model: Model) -> Model:
@@ -257,10 +283,13 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 
 def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model of `directory` in fp32 without dropout, and the names of the weights its files do not
-    have.
+    """The model of `directory` in fp32 with nothing random in it, and the names of the weights its files do
+    not have.
     """
     _check_is_a_model(directory)
+    scores = auto_class is AutoModelForSequenceClassification
+    named = str(directory)
+    check_model_config(read_config(directory, named=named), named=named, context_length=None, scores=scores)
     transformers_logging.set_verbosity_error()  # its load report: checked here in a line
     transformers_logging.disable_progress_bar()
     try:
@@ -271,7 +300,6 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
             use_safetensors=True,
             trust_remote_code=False,
             **_attention(),
-            **_no_dropout(directory),
             **options,
         )
     except MemoryError:  # the machine's fault, not the model's
@@ -281,10 +309,21 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
         raise ModelError(
             f"{directory}: transformers cannot load it ({type(error).__name__}: {reason})"[:400]
         ) from error
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    switch_off(model)
     return model, list(info["missing_keys"])
+
+
+def _probed(model: Model, directory: Path) -> Model:
+    """`model`, which computes packed rows as it should. Raises ModelError for one that does not."""
+
+    def forward(sequences: Sequence[Sequence[int]]) -> Tensor:
+        row = pack(sequences)
+        outputs: Tensor = model(row.model_inputs(), torch.arange(row.num_tokens))
+        return outputs[0].log_softmax(-1) if isinstance(model, CausalLM) else outputs
+
+    assert isinstance(model, CausalLM | TokenScorer)
+    check_packed(model.inner, model.head, forward, directory)
+    return model
 
 
 def _attention() -> dict[str, str]:
@@ -303,9 +342,3 @@ def _check_is_a_model(directory: Path) -> None:
 def _check_nothing_missing(directory: Path, missing: list[str]) -> None:
     if missing:
         raise ModelError(f"{directory}: weights missing from its files: {', '.join(sorted(missing)[:5])}")
-
-
-def _no_dropout(directory: Path) -> dict[str, float]:
-    """Overrides that switch off every dropout the directory's config names."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
-    return {key: 0.0 for key, value in config.items() if "dropout" in key and isinstance(value, float)}

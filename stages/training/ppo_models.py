@@ -8,7 +8,7 @@ Owns: which directory each comes from, their precision, and the forwards of one 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from stages.training.models import (
     load_reward_model,
     value_from_reward_model,
 )
+from stages.training.randomness import recompute_activations
+
+Model = TypeVar("Model", CausalLM, TokenScorer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,18 +56,11 @@ def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worke
     """Policy and reference from `inputs["sft"]`, reward and value model from `inputs["reward"]`. Raises
     ModelError.
     """
-    policy = load_causal_lm(inputs["sft"])
-    value_model = value_from_reward_model(inputs["reward"])
-    for trained in (policy, value_model):
-        if config.gradient_checkpointing:
-            trained.inner.gradient_checkpointing_enable()
-        place(trained, worker, precision=config.precision, trained=True)
-    reference = load_causal_lm(inputs["sft"]) if config.reads_reference else None
-    reward_model = load_reward_model(inputs["reward"])
-    for frozen in (reference, reward_model):
-        if frozen is not None:
-            freeze(frozen)
-            place(frozen, worker, precision=config.precision, trained=False)
+    # One after the other: a whole model lies in host memory until it is placed.
+    policy = _trained(load_causal_lm(inputs["sft"]), config, worker)
+    value_model = _trained(value_from_reward_model(inputs["reward"]), config, worker)
+    reference = _frozen(load_causal_lm(inputs["sft"]), config, worker) if config.reads_reference else None
+    reward_model = _frozen(load_reward_model(inputs["reward"]), config, worker)
     return PPOModels(
         policy=policy,
         reference=reference,
@@ -72,6 +68,18 @@ def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worke
         value_model=value_model,
         normaliser=ScoreNormaliser.load(inputs["reward"]),
     )
+
+
+def _trained(model: Model, config: PPOConfig, worker: Worker) -> Model:
+    if config.gradient_checkpointing:
+        recompute_activations(model.inner)
+    place(model, worker, precision=config.precision, trained=True)
+    return model
+
+
+def _frozen(model: Model, config: PPOConfig, worker: Worker) -> Model:
+    place(freeze(model), worker, precision=config.precision, trained=False)
+    return model
 
 
 def judge_all(

@@ -14,7 +14,7 @@ Phase = Literal["generation", "scoring", "training", "sync"]
 
 
 class Clock:
-    """Seconds per phase of one iteration."""
+    """Seconds per phase of one iteration, all its parts together."""
 
     def __init__(self) -> None:
         self.seconds: dict[Phase, float] = {}
@@ -27,8 +27,10 @@ class Clock:
     @contextmanager
     def measure(self, phase: Phase) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.setdefault(phase, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
         return {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
@@ -44,6 +46,7 @@ class Totals:
     sync_seconds: list[float] = field(default_factory=list)  # one per sync
     parity_max_abs_diff: float = 0.0  # worst of all parity checks, nats
     engine_max_abs_diff: float = 0.0  # worst over all training rollouts, nats
+    engine_mean_abs_diff: float = 0.0  # worst mean of a batch of them, nats
     kl_final: float | None = None  # of the last batch, nats per response; None: nothing read the reference
     score_final: float = 0.0  # of the last batch, normalised
 
@@ -65,6 +68,7 @@ class Totals:
         self.responses += responses
         self.sync_seconds.append(sync_seconds)
         self.engine_max_abs_diff = max(self.engine_max_abs_diff, summary["rollout/engine_max_abs_diff"])
+        self.engine_mean_abs_diff = max(self.engine_mean_abs_diff, summary["rollout/engine_mean_abs_diff"])
         self.score_final = summary["rollout/score"]
         if "rollout/kl" in summary:
             self.kl_final = summary["rollout/kl"]
@@ -77,6 +81,7 @@ class Totals:
         return {
             "parity_max_abs_diff": self.parity_max_abs_diff,
             "engine_max_abs_diff": self.engine_max_abs_diff,
+            "engine_mean_abs_diff": self.engine_mean_abs_diff,
             "version_final": float(version),
             "sync_seconds_median": statistics.median(self.sync_seconds),
             "samples_per_second": self.responses / self.loop_seconds,

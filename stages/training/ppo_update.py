@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stages.config import PPOConfig
+from stages.config import Correction, PPOConfig
 from stages.data.batches import stage_seed
 from stages.data.experience import Experience, minibatches
+from stages.objectives.correction import correction_weights
 from stages.objectives.losses import (
     aggregation_denominator,
     entropy_bonus,
@@ -39,20 +40,27 @@ from stages.training.ppo_models import PPOModels
 class Learner:
     """Policy and value model under training.
 
-    Example: learner = Learner(models, config, seed=0, health=health)
+    Example: learner = Learner(models, config, correction=settings.correction, seed=0, health=health)
              metrics = learner.update(step, experiences, kl_coef=0.05)
     """
 
-    def __init__(self, models: PPOModels, config: PPOConfig, *, seed: int, health: Health) -> None:
+    def __init__(
+        self, models: PPOModels, config: PPOConfig, *, correction: Correction, seed: int, health: Health
+    ) -> None:
+        """`correction`: the rollout correction in force."""
         self.health = health
+        self.policy_steps = 0  # taken by this process: after the first one the policy has moved
+        self._correction = correction
         self._models = models
         self._config = config
         self._seed = seed
         self._packs_per_step = config.batch_size // config.pack_size
         num_packs = math.ceil(config.responses_per_step / config.pack_size)
         self._steps_per_epoch = math.ceil(num_packs / self._packs_per_step)
-        total = config.max_steps * config.num_epochs * self._steps_per_epoch
-        self.policy = Optimizer(models.policy, config, lr=config.lr, max_steps=total)
+        per_iteration = config.num_epochs * self._steps_per_epoch
+        total = config.max_steps * per_iteration
+        self._value_only = config.value_warmup_steps * per_iteration  # steps before the policy's first
+        self.policy = Optimizer(models.policy, config, lr=config.lr, max_steps=total - self._value_only)
         self.value = Optimizer(models.value_model, config, lr=config.value_lr, max_steps=total)
 
     @property
@@ -87,9 +95,6 @@ class Learner:
         num_tokens = float(sum(int(mask.sum()) for mask in masks))
         if num_tokens == 0:
             return
-        sequences = aggregation_denominator(
-            masks=masks, aggregation="sequence_mean_token_sum", constant_length=None
-        )
         mine = [pack if is_mine else _empty(pack) for pack, is_mine in ranks.shared_out(packs)]
         value = self.value.take_step(
             number,
@@ -103,11 +108,12 @@ class Learner:
         if step < config.value_warmup_steps:
             return
         policy = self.policy.take_step(
-            number,
+            number - self._value_only,
             mine,
-            lambda pack: self._policy_loss(pack, denominator, sequences, kl_coef, num_tokens, watch),
+            lambda pack: self._policy_loss(pack, denominator, kl_coef, num_tokens, watch),
             partial(self.health.accepts, "policy loss", step),
         )
+        self.policy_steps += policy.taken
         seen = watch.close_step() if policy.taken else {}
         seen |= {
             "ppo/policy_loss": policy.loss,
@@ -146,7 +152,6 @@ class Learner:
         self,
         pack: Experience,
         denominator: Tensor,
-        sequences: Tensor,
         kl_coef: float,
         num_tokens: float,
         watch: "_UpdateWatch",
@@ -154,11 +159,20 @@ class Learner:
         config = self._config
         policy_BT, entropies_BT = self._policy_forward(pack)
         single_update = config.num_epochs == 1 and self._steps_per_epoch == 1
+        anchor_BT = policy_BT.detach() if single_update else pack.anchor_logprobs_BT
+        corrected = correction_weights(
+            anchor_logprobs_BT=anchor_BT,
+            rollout_logprobs_BT=pack.rollout_logprobs_BT,
+            mask_BT=pack.mask_BT,
+            kind=self._correction.type,
+            min_weight=self._correction.min_weight,
+            max_weight=self._correction.max_weight,
+        )
         result = policy_loss(
             policy_logprobs_BT=policy_BT,
-            anchor_logprobs_BT=policy_BT.detach() if single_update else pack.anchor_logprobs_BT,
+            anchor_logprobs_BT=anchor_BT,
             advantages_BT=pack.advantages_BT,
-            importance_weights_BT=None,
+            importance_weights_BT=corrected.weights_BT,
             mask_BT=pack.mask_BT,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
@@ -169,7 +183,7 @@ class Learner:
         watch.see_ratio(result.ratio_min, result.ratio_max)
         watch.add_share("ppo/approx_kl", float(result.token_sums["approx_kl_anchor_k3"]) / num_tokens)
         watch.add_share("ppo/clip_fraction", float(result.token_sums["clip_frac"]) / num_tokens)
-        loss = result.loss + self._kl_term(pack, policy_BT, denominator, sequences, kl_coef)
+        loss = result.loss + self._kl_term(pack, policy_BT, denominator, kl_coef)
         if entropies_BT is None:
             return loss
         bonus = entropy_bonus(
@@ -187,10 +201,11 @@ class Learner:
             return response_logprobs(policy, pack.packed, temperature=temperature), None
         return response_logprobs_and_entropies(policy, pack.packed, temperature=temperature)
 
-    def _kl_term(
-        self, pack: Experience, policy_BT: Tensor, denominator: Tensor, sequences: Tensor, kl_coef: float
-    ) -> Tensor:
-        """beta times the KL loss where the config puts the KL into the loss; 0 where it is in the reward."""
+    def _kl_term(self, pack: Experience, policy_BT: Tensor, denominator: Tensor, kl_coef: float) -> Tensor:
+        """beta times the KL loss where the config puts the KL into the loss; 0 where it is in the reward.
+
+        Over the denominator of the policy loss, so that beta weighs the two in every aggregation alike.
+        """
         config = self._config
         if config.kl_placement == "reward" or pack.reference_logprobs_BT is None:
             return policy_BT.new_zeros(())
@@ -206,7 +221,7 @@ class Learner:
                 reference_logprobs_BT=pack.reference_logprobs_BT,
                 importance_weights_B=weights_B,
                 mask_BT=pack.mask_BT,
-                denominator=sequences,
+                denominator=denominator,
             )
             return kl_coef * loss
         assert config.kl_estimator != "k1", "PPOConfig refuses k1 as a loss"

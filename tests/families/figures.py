@@ -9,6 +9,7 @@ Otherwise the verdict (yes or no) is compared with the committed one: the page c
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from families.table import FAMILIES, Family
+
+from stages.errors import ModelError
+from stages.training.model_rules import check_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 DATA, PAGE = DOCS / "models.json", DOCS / "models.md"
@@ -118,9 +122,16 @@ def record(family: str, column: str, figure: Figure) -> None:
         )
 
 
-def reason(error: Exception, directory: Path) -> str:
-    """Why `directory` was refused, without its name."""
-    return str(error).removeprefix(f"{directory}: ")
+def why_refused(directory: Path, error: ModelError, *, context_length: int, scores: bool = False) -> str:
+    """Why the model of `directory` is refused, in few words: what `rlhf check` says or, where that lets it
+    through, the loader's `error`. `scores`: as a reward model.
+    """
+    try:
+        check_model(directory, named="the model", context_length=context_length, scores=scores, chats={})
+    except ModelError as earlier:
+        error = earlier
+    text = str(error).removeprefix(f"{directory}: ").removeprefix("the model: ")
+    return re.split(r"; | \(", text.partition(" cannot be trained here: ")[2] or text)[0]
 
 
 def has_to_say_yes(family: Family, column: str) -> bool:

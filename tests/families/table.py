@@ -82,6 +82,13 @@ GPT2_LIKE = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
 WINDOW_THEN_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA2_LIKE = {**WITH_HEAD_DIM, **WINDOW_THEN_FULL, "query_pre_attn_scalar": 32}
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0}
+GEMMA3N = {
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 320,
+    "laurel_rank": 8,
+    "activation_sparsity_pattern": [0.5, 0.0],
+}
 GRANITE_SCALES = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
@@ -111,6 +118,13 @@ DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"],
+}
+DYNAMIC_NTK = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -163,7 +177,7 @@ FAMILIES: dict[str, Family] = _table(
     # attention alone
     _family("starcoder2", {**LLAMA_LIKE, "sliding_window": WINDOW}),
     _family("smollm3", {**LLAMA_LIKE, "no_rope_layers": [1, 0]}),
-    _family("ministral", {**LLAMA_LIKE, **WINDOW_THEN_FULL}),
+    _family("ministral", {**WITH_HEAD_DIM, **WINDOW_THEN_FULL}),
     _family("ministral3", WITH_HEAD_DIM),
     _family("olmo", LLAMA_LIKE),
     _family("olmo3", {**LLAMA_LIKE, **WINDOW_THEN_FULL}),
@@ -173,6 +187,8 @@ FAMILIES: dict[str, Family] = _table(
         {**LLAMA_LIKE, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
         model_type="phi3",
     ),
+    _family("llama_dynamic_ntk", {**LLAMA_LIKE, "rope_parameters": DYNAMIC_NTK}, model_type="llama"),
+    _family("llama_yarn", {**LLAMA_LIKE, "rope_parameters": YARN}, model_type="llama"),
     _family("gpt_neox", LLAMA_LIKE),
     _family("gpt_neox_japanese", {**LLAMA_LIKE, "intermediate_multiple_size": 2}),
     _family("cohere2", {**LLAMA_LIKE, **WINDOW_THEN_FULL, "logit_scale": 1.0}),
@@ -191,7 +207,34 @@ FAMILIES: dict[str, Family] = _table(
     _family("nanochat", LLAMA_LIKE),
     _family("vaultgemma", {**GEMMA2_LIKE, **SOFTCAPS}),
     _family("diffllama", MULTI_HEAD),
-    _family("minicpm3", {**MULTI_HEAD, **LATENT_ATTENTION}),
+    _family("minicpm3", {**MULTI_HEAD, **LATENT_ATTENTION, "dim_model_base": 64, "scale_emb": 3}),
+    _family("cwm", {**WITH_HEAD_DIM, **WINDOW_THEN_FULL}),
+    _family("granite_swa", {**LLAMA_LIKE, **GRANITE_SCALES, **WINDOW_THEN_FULL}),
+    _family("hyperclovax", {**WITH_HEAD_DIM, **GRANITE_SCALES}),
+    _family("jais2", WITH_HEAD_DIM),
+    _family("youtu", {**MULTI_HEAD, **LATENT_ATTENTION}),
+    _family("bitnet", LLAMA_LIKE),
+    _family("gemma3n", {**GEMMA2_LIKE, **GEMMA3N}, model_type="gemma3n_text"),
+    _family(
+        "gemma4",
+        {
+            **GEMMA2_LIKE,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 320,
+            "global_head_dim": 32,
+        },
+        model_type="gemma4_text",
+    ),
+    _family(
+        "modernbert-decoder",
+        {
+            **LLAMA_LIKE,
+            "local_attention": 2 * WINDOW,
+            "layer_types": WINDOW_THEN_FULL["layer_types"],
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+    ),
     _family(
         "falcon",
         {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256},
@@ -263,6 +306,47 @@ FAMILIES: dict[str, Family] = _table(
         },
         moe=True,
     ),
+    _family(
+        "exaone_moe", {**MULTI_HEAD, **WINDOW_THEN_FULL, **EXPERTS, "moe_intermediate_size": 32}, moe=True
+    ),
+    _family("glm4_moe_lite", {**MULTI_HEAD, **LATENT_ATTENTION, **ROUTED_EXPERTS}, moe=True),
+    _family("solar_open", {**WITH_HEAD_DIM, **ROUTED_EXPERTS}, moe=True),
+    _family(
+        "afmoe",
+        {
+            **WITH_HEAD_DIM,
+            **WINDOW_THEN_FULL,
+            **EXPERTS,
+            "moe_intermediate_size": 32,
+            "num_shared_experts": 1,
+            "num_dense_layers": 1,
+        },
+        moe=True,
+    ),
+    _family(
+        "mimo_v2_flash",
+        {**WITH_HEAD_DIM, **WINDOW_THEN_FULL, **ROUTED_EXPERTS, "v_head_dim": 32},
+        moe=True,
+    ),
+    _family("cohere2_moe", {**WITH_HEAD_DIM, **WINDOW_THEN_FULL, **EXPERTS, "logit_scale": 1.0}, moe=True),
+    _family(
+        "mellum", {**WITH_HEAD_DIM, **WINDOW_THEN_FULL, **EXPERTS, "moe_intermediate_size": 32}, moe=True
+    ),
+    _family(
+        "zaya",
+        {
+            **WITH_HEAD_DIM,
+            **EXPERTS,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "router_hidden_size": 16,
+        },
+        moe=True,
+    ),
+    _family(
+        "hy_v3", {**WITH_HEAD_DIM, **EXPERTS, "moe_intermediate_size": 32, "num_shared_experts": 1}, moe=True
+    ),
+    _family("aria", {**WITH_HEAD_DIM, "moe_num_experts": 4}, model_type="aria_text", moe=True),
     _family("flex_olmo", {**LLAMA_LIKE, **EXPERTS}, moe=True),
     _family("minimax_m2", {**WITH_HEAD_DIM, **LOCAL_EXPERTS}, moe=True),
     _family(
@@ -272,7 +356,7 @@ FAMILIES: dict[str, Family] = _table(
             "n_heads": 2,
             "n_layers": 2,
             "max_seq_len": 256,
-            "attn_config": {"kv_n_heads": 1, "clip_qkv": 1.0},
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 1.0, "rope_theta": 10000.0},
             "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         },
         moe=True,
@@ -333,6 +417,48 @@ FAMILIES: dict[str, Family] = _table(
         moe=True,
     ),
     _family("qwen3_5", {**WITH_HEAD_DIM, **DELTA_NET}, model_type="qwen3_5_text"),
+    _family(
+        "qwen3_5_moe",
+        {
+            **WITH_HEAD_DIM,
+            **EXPERTS,
+            **DELTA_NET,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        model_type="qwen3_5_moe_text",
+        moe=True,
+    ),
+    _family(
+        "kimi_linear",
+        {
+            **MULTI_HEAD,
+            **LATENT_ATTENTION,
+            **LOCAL_EXPERTS,
+            "moe_intermediate_size": 32,
+            "linear_head_dim": 32,
+            "linear_num_heads": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        moe=True,
+    ),
+    _family(
+        "nemotron_h",
+        {
+            **WITH_HEAD_DIM,
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "ssm_state_size": 16,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "use_mamba_kernels": False,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+        },
+        moe=True,
+    ),
     _family("olmo_hybrid", {**LLAMA_LIKE, **DELTA_NET}),
     _family(
         "minimax",

@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from families.figures import reason, record
+from families.figures import record, why_refused
 from families.table import FAMILIES
 from inline import worker_in
 
 from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training.distributed import Worker, place
-from stages.training.models import freeze, load_causal_lm
+from stages.training.models import check_context, freeze, load_causal_lm
 
 OFTEN = {"llama", "gemma2", "gpt2", "olmo2", "mixtral"}
 """What `make test` measures; `make test-all` measures all."""
 NAMES = [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in FAMILIES]
-SEQUENCES = [list(range(5, 25)), [9, 8, 7], list(range(60, 90))]
+SEQUENCES = [list(range(5, 25)), [9, 8, 7], list(range(60, 100))]
+LONGEST = 40
 
 
 @pytest.fixture
@@ -36,8 +37,9 @@ def test_a_policy_in_bf16_is_its_own_frozen_copy(
     directory = family_dir(name)
     try:
         policy, frozen = load_causal_lm(directory), freeze(load_causal_lm(directory))
+        check_context(policy, LONGEST)
     except ModelError as error:
-        record(name, "bf16", reason(error, directory))
+        record(name, "bf16", why_refused(directory, error, context_length=LONGEST))
         return
     row = pack(SEQUENCES)
     logprobs = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.figures import reason, record
+from families.figures import record, why_refused
 from families.table import FAMILIES
 from tiny_tokenizer import PAD
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from stages.data.packing import PackedRow, pack
 from stages.errors import ModelError
 from stages.training.forwards import sequence_scores
+from stages.training.model_rules import check_length, check_model
 from stages.training.models import (
     CausalLM,
     check_context,
@@ -27,6 +28,7 @@ from stages.training.models import (
     reward_from_causal_lm,
     save_model,
 )
+from stages.training.randomness import recompute_activations
 
 LENGTHS = (40, 7, 1, 12, 19)
 """The first is longer than every window, chunk and short rotary range of the table."""
@@ -55,8 +57,9 @@ def test_a_packed_family_is_each_sequence_alone_or_refused(
         model = load_causal_lm(directory)
         check_context(model, max(LENGTHS))
     except ModelError as error:
-        record(name, "packed", reason(error, directory))
+        record(name, "packed", why_refused(directory, error, context_length=max(LENGTHS)))
         return
+    check_model(directory, named=name, context_length=max(LENGTHS), scores=False, chats={})
     plain = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     expected = torch.cat([plain_logprobs(plain, ids) for ids in sequences])
     expected_gradient = gradient(plain, expected)
@@ -65,11 +68,10 @@ def test_a_packed_family_is_each_sequence_alone_or_refused(
     found = packed_logprobs(model, row)
     record(name, "packed", largest_difference(found, expected))
     check_gradient(gradient(model.inner, found), expected_gradient)
-    if model.inner.supports_gradient_checkpointing:
-        model.inner.gradient_checkpointing_enable()
-        found = packed_logprobs(model, row)
-        assert largest_difference(found, expected) <= 1e-4
-        check_gradient(gradient(model.inner, found), expected_gradient)
+    recompute_activations(model.inner)
+    found = packed_logprobs(model, row)
+    assert largest_difference(found, expected) <= 1e-4
+    check_gradient(gradient(model.inner, found), expected_gradient)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,9 +82,11 @@ def test_packed_scores_of_a_reward_model_are_those_of_transformers_or_it_is_refu
     torch.manual_seed(0)
     try:
         model = reward_from_causal_lm(directory, pad_token_id=PAD)
+        check_length(model.inner.config, max(LENGTHS), named=name)
     except ModelError as error:
-        record(name, "reward", reason(error, directory))
+        record(name, "reward", why_refused(directory, error, context_length=max(LENGTHS), scores=True))
         return
+    check_model(directory, named=name, context_length=max(LENGTHS), scores=True, chats={})
     save_model(model, tmp_path, full_state(model))
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -124,7 +128,7 @@ def gradient(model: nn.Module, logprobs_NV: Tensor) -> Tensor:
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())
+    return float((found - expected).detach().abs().max())
 
 
 def check_gradient(found: Tensor, expected: Tensor) -> None:

@@ -266,7 +266,7 @@ class ToyBatch:
         self.returns_BT = torch.randn(rows, width, generator=generator)
         self.table = torch.randn(NUM_CONTEXTS, VOCABULARY + 1, generator=generator)  # last column: values
 
-    def gradient(self, rows, aggregation, denominator, num_sequences, padding=0):
+    def gradient(self, rows, aggregation, denominator, padding=0):
         """Of all terms of the PPO loss, over `rows` padded `padding` beyond their longest response."""
         table = self.table.clone().requires_grad_()
         lengths = [LENGTHS[row] for row in rows]
@@ -314,7 +314,7 @@ class ToyBatch:
                 logprobs_BT=policy_BT, beyond="truncate", **capped
             ),
             mask_BT=mask_BT,
-            denominator=num_sequences,
+            denominator=denominator,
         )
         bonus = entropy_bonus(entropies_BT=token_entropies(logits=logits_BTV, temperature=1.0), **shared)
         loss = policy.loss + 0.5 * value.loss + 0.1 * surrogate + 0.1 * sequence_kl - 0.01 * bonus
@@ -345,13 +345,12 @@ SPLITS = {
 def test_pin_33_splitting_the_batch_any_way_gives_the_same_gradient(aggregation, splits, padding):
     batch = ToyBatch()
     whole_masks = batch.masks([range(8)])
-    num_sequences = denominator_of(whole_masks, "sequence_mean_token_sum")
     denominator = denominator_of(whole_masks, aggregation)
-    whole, whole_sums = batch.gradient(list(range(8)), aggregation, denominator, num_sequences)
+    whole, whole_sums = batch.gradient(list(range(8)), aggregation, denominator)
     assert whole.isfinite().all() and whole.norm() > 0.01
 
     assert torch.equal(denominator_of(batch.masks(splits), aggregation), denominator)
-    parts = [batch.gradient(rows, aggregation, denominator, num_sequences, padding) for rows in splits]
+    parts = [batch.gradient(rows, aggregation, denominator, padding) for rows in splits]
     assert (sum(gradient for gradient, _ in parts) - whole).norm() <= 1e-6 * whole.norm()
     for name, total in whole_sums.items():
         assert sum(sums[name] for _, sums in parts).item() == pytest.approx(total.item(), abs=1e-4), name
@@ -361,13 +360,12 @@ def test_pin_33_splitting_the_batch_any_way_gives_the_same_gradient(aggregation,
 def test_pin_27_gradients_summed_over_ranks_equal_those_of_one_process(aggregation, run_on_ranks):
     batch, splits = ToyBatch(), SPLITS["uneven and out of order"]
     masks = batch.masks([range(8)])
-    num_sequences = denominator_of(masks, "sequence_mean_token_sum")
-    whole, _ = batch.gradient(list(range(8)), aggregation, denominator_of(masks, aggregation), num_sequences)
+    whole, _ = batch.gradient(list(range(8)), aggregation, denominator_of(masks, aggregation))
 
     def body(rank, sum_over_ranks):
         masks = batch.masks([splits[rank]])
         denominator = denominator_of(masks, aggregation, sum_over_ranks=sum_over_ranks)
-        return batch.gradient(splits[rank], aggregation, denominator, num_sequences)[0]
+        return batch.gradient(splits[rank], aggregation, denominator)[0]
 
     assert (sum(run_on_ranks(3, body)) - whole).norm() <= 1e-6 * whole.norm()
 
@@ -527,6 +525,48 @@ def test_pin_31_only_policy_and_values_get_a_gradient_and_importance_weights_do_
     assert policy.grad is not None and values.grad is not None
     fixed = (anchor, advantages, anchor_values, returns, reference, weights, weights_B)
     assert all(tensor.grad is None for tensor in fixed)
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [40, 8]], ids=["equal", "unequal"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_sum", "constant"])
+def test_pin_28_how_a_kl_loss_weighs_against_the_policy_loss_does_not_depend_on_the_aggregation(
+    aggregation, lengths
+):
+    """On every token the policy loss pulls with -A, the KL with the log-ratio of its whole response, 0.05 per
+    token: 2 nats at 40 tokens.
+    """
+    mask_BT = length_mask(lengths=lengths, max_length=40, device="cpu")
+    denominator = denominator_of([mask_BT], aggregation)
+    policy_BT = torch.full((2, 40), -1.0, requires_grad=True)
+    advantage = 0.5
+    policy = policy_loss(
+        policy_logprobs_BT=policy_BT,
+        anchor_logprobs_BT=policy_BT.detach(),
+        advantages_BT=torch.full((2, 40), advantage),
+        importance_weights_BT=None,
+        mask_BT=mask_BT,
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=None,
+        aggregation=aggregation,
+        denominator=denominator,
+    ).loss
+    kl = sequence_kl_loss(
+        policy_logprobs_BT=policy_BT,
+        reference_logprobs_BT=torch.full((2, 40), -1.05),
+        importance_weights_B=None,
+        mask_BT=mask_BT,
+        denominator=denominator,
+    )
+    (of_policy_BT,) = torch.autograd.grad(policy, policy_BT)
+    (of_kl_BT,) = torch.autograd.grad(kl, policy_BT)
+    for row, length in enumerate(lengths):
+        ratio_T = of_kl_BT[row, :length] / of_policy_BT[row, :length]
+        torch.testing.assert_close(
+            ratio_T, torch.full((length,), -0.05 * length / advantage), rtol=1e-4, atol=0
+        )
+    count = {"token_mean": sum(lengths), "sequence_mean_token_sum": 2, "constant": 2 * 7}[aggregation]
+    assert of_policy_BT[0, 0].item() == pytest.approx(-advantage / count)
 
 
 def test_pin_28_kl_losses_by_hand():

@@ -171,6 +171,98 @@ def test_pin_28_per_token_k2_or_k3_as_a_loss_has_another_optimum(placement):
     assert total_variation(logits) > 0.02
 
 
+RAGGED = torch.tensor([0, *range(V, NUM_SEQUENCES)])
+"""Of SEQUENCES_BT: a response whose first token is 0 ends there, so that there are 7 of 1 or 2 tokens."""
+RAGGED_MASK_BT = torch.tensor([[True, row >= V] for row in RAGGED.tolist()])
+RAGGED_SAMPLED_BT = torch.tensor([[-math.log(len(RAGGED)), 0.0]] * len(RAGGED), dtype=F64)
+
+
+def ragged_joint(policy_BT: Tensor) -> Tensor:
+    return (policy_BT * RAGGED_MASK_BT).sum(-1)
+
+
+def ragged_denominator(aggregation: str) -> Tensor:
+    return aggregation_denominator(
+        masks=[RAGGED_MASK_BT],
+        aggregation=aggregation,
+        constant_length=40.0 if aggregation == "constant" else None,
+    )
+
+
+def ragged_gradient(aggregation: str, logits: Tensor) -> Tensor:
+    """Of policy loss + beta * sequence KL loss, both over the denominator of `aggregation`."""
+    reference_BT, scores_B = problem()[0][RAGGED], problem()[1][RAGGED]
+    denominator = ragged_denominator(aggregation)
+    logits = logits.clone().requires_grad_()
+    policy_BT = logprobs_of(logits)[RAGGED]
+    weights_B = sequence_importance_weights(
+        logprobs_BT=policy_BT,
+        rollout_logprobs_BT=RAGGED_SAMPLED_BT,
+        mask_BT=RAGGED_MASK_BT,
+        max_weight=math.inf,
+        beyond="truncate",
+    )
+    policy = policy_loss(
+        policy_logprobs_BT=policy_BT,
+        anchor_logprobs_BT=policy_BT.detach(),
+        advantages_BT=scores_B[:, None].expand_as(policy_BT),
+        importance_weights_BT=weights_B[:, None].expand_as(policy_BT),
+        mask_BT=RAGGED_MASK_BT,
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=None,
+        aggregation=aggregation,
+        denominator=denominator,
+    ).loss
+    kl = sequence_kl_loss(
+        policy_logprobs_BT=policy_BT,
+        reference_logprobs_BT=reference_BT,
+        importance_weights_B=weights_B,
+        mask_BT=RAGGED_MASK_BT,
+        denominator=denominator,
+    )
+    (result,) = torch.autograd.grad(policy + BETA * kl, logits)
+    return result
+
+
+def ragged_exact_gradient(logits: Tensor) -> Tensor:
+    reference_B, scores_B = ragged_joint(problem()[0][RAGGED]), problem()[1][RAGGED]
+    logits = logits.clone().requires_grad_()
+    log_policy_B = ragged_joint(logprobs_of(logits)[RAGGED])
+    objective = (log_policy_B.exp() * (scores_B - BETA * (log_policy_B - reference_B))).sum()
+    (result,) = torch.autograd.grad(-objective, logits)
+    return result
+
+
+def ragged_optimum() -> Tensor:
+    """Logits of pi* over the seven responses."""
+    joint = (ragged_joint(problem()[0][RAGGED]) + problem()[1][RAGGED] / BETA).softmax(0)
+    seconds = joint[1:].view(V - 1, V)
+    first = torch.cat([joint[:1], seconds.sum(1)])
+    return torch.cat([first[None], torch.ones(1, V, dtype=F64), seconds]).log()
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_sum", "constant"])
+def test_pin_28_at_unequal_lengths_the_sequence_kl_loss_beside_the_policy_loss_keeps_pi_star(aggregation):
+    """One factor for both: the batch of responses over what the losses are divided by."""
+    factor = len(RAGGED) / ragged_denominator(aggregation)
+    torch.manual_seed(2)
+    for _ in range(3):
+        logits = torch.randn(1 + V, V, dtype=F64)
+        expected = factor * ragged_exact_gradient(logits)
+        torch.testing.assert_close(
+            ragged_gradient(aggregation, logits) / factor, expected / factor, atol=1e-6, rtol=0
+        )
+    assert (ragged_gradient(aggregation, ragged_optimum()) / factor).norm() < 1e-6
+
+
+def test_a_policy_loss_that_divides_by_each_length_has_no_common_factor_with_the_kl_of_whole_responses():
+    """Why the config refuses it: what it stops at is not pi*."""
+    optimum = ragged_optimum()
+    assert ragged_exact_gradient(optimum).norm() < 1e-12
+    assert ragged_gradient("sequence_mean_token_mean", optimum).norm() > 1e-2
+
+
 def test_pin_28_descending_with_k1_in_the_reward_arrives_at_pi_star():
     assert total_variation(fixed_point("k1 reward")) < 5e-3
 

@@ -41,6 +41,7 @@ def run(
     (out_dir / "config.json").write_text("{}")
     (out_dir / "model.safetensors").write_bytes(weights(f"{runtime.stage} from {sorted(inputs)}"))
     print(f"{runtime.stage}: threads {os.environ.get('OMP_NUM_THREADS')}")
+    print(f"{runtime.stage}: GPUs {os.environ.get('CUDA_VISIBLE_DEVICES')!r}")
     return {"loss": 0.25, "first_step": first} | orders.get("metrics", {})
 
 

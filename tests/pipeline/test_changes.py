@@ -52,6 +52,15 @@ def test_a_setting_that_can_change_a_result_is_a_change(chain: Chain, override: 
     assert found and line in (found, None)
 
 
+def test_what_the_normaliser_is_sampled_by_is_named_where_it_changes(chain: Chain):
+    line = changed(chain, "ppo.max_response_tokens=40")
+    assert line == ("reward.normaliser_max_response_tokens 32 -> 40; ppo.max_response_tokens 32 -> 40")
+    assert changed(chain, "reward.normaliser_max_response_tokens=32") == ""
+    with_ppo, without = chain.config("ppo.temperature=0.7", "evaluate=null"), chain.config("evaluate=null")
+    assert "reward.normaliser_temperature 1.0 -> 0.7" in listed(changes.between(without, with_ppo))
+    assert "reward" in changes.reached(without, with_ppo)
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_chain import Chain, wait_for, write_model
+from fake_chain import Chain, wait_for
 
 from pipeline import cli
 
@@ -144,8 +145,10 @@ def test_a_bug_elsewhere_is_code_1_and_names_the_traceback(
     log.unlink()
 
 
-def test_a_stage_alone_on_a_given_model(chain: Chain, capsys: pytest.CaptureFixture[str]):
-    write_model(chain.directory / "mine")
+def test_a_stage_alone_on_a_given_model(
+    chain: Chain, capsys: pytest.CaptureFixture[str], tied_model_dir: Path
+):
+    shutil.copytree(tied_model_dir, chain.directory / "mine")
     assert rlhf(capsys, "reward", "demo.yaml", "--input", "sft=mine")[0] == 0
     assert chain.calls() == ["reward"]
     assert list(chain.summary()) == ["reward"]
@@ -169,6 +172,20 @@ def test_check_shows_rows_and_what_would_be_skipped_and_starts_nothing(
     )
     assert "7 steps" in stdout
     assert chain.calls() == []
+
+
+def test_check_says_what_the_rollout_correction_resolves_to_and_why(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+):
+    def said(*overrides: str) -> str:
+        code, stdout, _ = rlhf(capsys, "check", "demo.yaml", *overrides)
+        assert code == 0
+        (line,) = re.findall(r"^note: ppo\.rollout_correction: (.*)$", stdout, re.M)
+        return line
+
+    assert said() == "off (auto: rollouts are fp32 and synchronous)"
+    assert said("ppo.precision=bf16") == "token_truncate, max 2 (auto: ppo.precision is bf16)"
+    assert said("ppo.rollout_correction.type=token_mask") == "token_mask, min 0.5, max 5"
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]):

@@ -93,6 +93,12 @@ IN_FILES = [
     (NAME + SFT + "pipeline: {stop_timeout_s: 1e300}\n",
      "demo.yaml:5: pipeline.stop_timeout_s: 1e300 is out of range; must be > 0 and <= 1000000"),
     (NAME + "sft:\n  data: []\n", "demo.yaml:3: sft.data: must not be empty"),
+    (NAME + "ppo:\n  data:\n    - path: a.jsonl\n  rollout_correction: {type: token_truncate, min: 0.5}\n",
+     "demo.yaml:5: ppo.rollout_correction: min 0.5 has no meaning with type token_truncate: truncation caps "
+     "weights from above only; remove min, or use type token_mask"),
+    (NAME + "ppo:\n  data:\n    - path: a.jsonl\n  rollout_correction: {type: tis}\n",
+     "demo.yaml:5: ppo.rollout_correction.type: must be 'auto' or 'off' or 'token_truncate' or 'token_mask' "
+     "or 'sequence_truncate' or 'sequence_mask' or 'geometric_mask', not 'tis'"),
     # YAML
     (NAME + "name: again\n", "demo.yaml:2: name: stated twice (first in line 1); keep one"),
     (NAME + SFT + "  lr: 1\n  lr: 2\n", "demo.yaml:6: sft.lr: stated twice (first in line 5); keep one"),
@@ -141,20 +147,58 @@ IN_FILES = [
     # within one section
     (NAME + SFT + "model:\n  num_heads: 7\n",
      "demo.yaml:6: model: hidden_size 160 is not a multiple of num_heads 7"),
+    (NAME + SFT + "model:\n  num_experts: 4\n  num_experts_per_token: 5\n",
+     "demo.yaml:7: model: num_experts_per_token 5 is more than num_experts 4"),
+    (NAME + SFT + "model: {num_experts: 4, hidden_size: 176, num_heads: 1, num_kv_heads: 1}\n",
+     "demo.yaml:5: model: hidden_size 176 is not a multiple of 32, which vLLM's experts on CPU ask for"),
+    (NAME + SFT + "model:\n  path: somewhere\n  num_experts: 4\n",
+     "demo.yaml:7: model: num_experts describes a model from scratch, path takes one; remove either"),
     (NAME + "ppo:\n  data: [{path: a}]\n  kl_placement: loss\n",
      "demo.yaml:4: ppo: kl_estimator k1 in the loss does not optimise the KL-regularised objective; "
      "use k2, or another kl_placement"),
+    (NAME + "ppo:\n  data: [{path: a}]\n  kl_placement: loss\n  kl_estimator: k2\n"
+     "  loss_aggregation: sequence_mean_token_mean\n",
+     "demo.yaml:4: ppo: kl_placement loss takes the KL of whole responses, but loss_aggregation "
+     "sequence_mean_token_mean divides each response's policy loss by its own length, so no kl_coef weighs "
+     "both alike; use another loss_aggregation, or kl_placement reward with kl_estimator k1"),
+    (NAME + "ppo:\n  data: [{path: a}]\n  max_steps: 8\n  value_warmup_steps: 8\n",
+     "demo.yaml:5: ppo: value_warmup_steps 8 leaves the policy none of the max_steps 8 to learn in; use 7 at "
+     "most, or more max_steps"),
+    (NAME + "reward:\n  data: [{path: a}]\n  init_from: pretrain\n  normaliser_max_response_tokens: 9\n",
+     "demo.yaml:5: reward: normaliser_max_response_tokens bounds nothing with init_from: pretrain, where the "
+     "held-out pairs' own responses are scored; remove it"),
     # across sections
     (NAME, "demo.yaml:1: name: no stage has a section: nothing to run; "
      "add one of prepare, pretrain, sft, reward, ppo, evaluate"),
     (NAME + "ppo:\n  data: [{path: a}]\n  max_response_tokens: 300\n",
-     "demo.yaml:4: ppo.max_response_tokens: 300 leaves no room for a prompt in model.context_length 256; "
-     "use 255 at most, or a longer context"),
+     "demo.yaml:4: ppo.max_response_tokens: 300 leaves no room for a prompt and an end token in "
+     "model.context_length 256; use 254 at most, or a longer context"),
     (NAME + "ppo:\n  data: [{path: a}]\nmodel:\n  context_length: 32\n",
-     "demo.yaml:5: ppo.max_response_tokens: 32 leaves no room for a prompt in model.context_length 32; "
-     "use 31 at most, or a longer context"),
+     "demo.yaml:5: ppo.max_response_tokens: 32 leaves no room for a prompt and an end token in "
+     "model.context_length 32; use 30 at most, or a longer context"),
+    (NAME + "ppo:\n  data: [{path: a}]\n  max_response_tokens: 31\nmodel: {context_length: 32}\n",
+     "demo.yaml:4: ppo.max_response_tokens: 31 leaves no room for a prompt and an end token in "
+     "model.context_length 32; use 30 at most, or a longer context"),
+    (NAME + "evaluate:\n  prompts: [{path: a}]\n  max_response_tokens: 255\n",
+     "demo.yaml:4: evaluate.max_response_tokens: 255 leaves no room for a prompt and an end token in "
+     "model.context_length 256; use 254 at most, or a longer context"),
+    (NAME + "reward:\n  data: [{path: a}]\n  normaliser_max_response_tokens: 255\n",
+     "demo.yaml:4: reward.normaliser_max_response_tokens: 255 leaves no room for a prompt and an end token "
+     "in model.context_length 256; use 254 at most, or a longer context"),
+    (NAME + "reward:\n  data: [{path: a}]\nppo:\n  data: [{path: a}]\n  max_response_tokens: 255\n",
+     "demo.yaml:6: ppo.max_response_tokens: 255 leaves no room for a prompt and an end token in "
+     "model.context_length 256; use 254 at most, or a longer context"),
+    (NAME + "reward:\n  data: [{path: a}]\nmodel: {context_length: 32}\n",
+     "demo.yaml:4: reward.normaliser_max_response_tokens: 32 leaves no room for a prompt and an end token "
+     "in model.context_length 32; use 30 at most, or a longer context"),
     (NAME + "sft:\n  data: [{path: a, weight: 0}]\n",
      "demo.yaml:3: sft.data: every weight is 0, so there is nothing to read; set one above 0"),
+    (NAME + "pretrain:\n  router_aux_loss_coef: 0.01\n",
+     "demo.yaml:3: pretrain.router_aux_loss_coef: 0.01, but the model has no experts to balance; "
+     "set model.num_experts, or 0"),
+    (NAME + SFT + "  router_aux_loss_coef: 0.1\npretrain: {}\n",
+     "demo.yaml:5: sft.router_aux_loss_coef: 0.1, but the model has no experts to balance; "
+     "set model.num_experts, or 0"),
     (NAME + SFT + "model: {revision: abc}\n",
      "demo.yaml:5: model.revision: has no meaning without model.path; set that, or remove this"),
     (NAME + SFT + "rollout:\n  num_engines: 2\npipeline: {executor: inline}\n",
@@ -232,7 +276,7 @@ IN_OVERRIDES = [
      "override sft.precision=fp8: sft.precision: must be 'fp32' or 'bf16', not 'fp8'"),
     ("model.context_length=16",
      "override model.context_length=16: ppo.max_response_tokens: 32 leaves no room for "
-     "a prompt in model.context_length 16; use 15 at most, or a longer context"),
+     "a prompt and an end token in model.context_length 16; use 14 at most, or a longer context"),
     ("name=a\nb",
      "override name=a\\nb: name: use letters, digits, '.', '_' and '-' only: it names a directory"),
     ("name=\udce9",

@@ -9,6 +9,7 @@ from fake_chain import Chain
 from pipeline import dag
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
+from stages.config import ResponseSampling, RewardSettings
 from stages.errors import DataError
 
 OUTSIDE = {"model": "m" * 16}
@@ -63,6 +64,50 @@ def test_a_reward_model_from_pretrain_may_run_beside_sft(chain: Chain):
 
 def test_changing_kl_coef_changes_exactly_ppo_and_evaluate(chain: Chain):
     assert changed(chain, "ppo.kl_coef=0.2") == {"ppo", "evaluate"}
+
+
+BEHIND_REWARD = {"reward", "ppo", "evaluate"}
+OWN_LENGTH = "reward.normaliser_max_response_tokens=32"
+FROM_PRETRAIN = "reward.init_from=pretrain"
+
+
+@pytest.mark.parametrize(
+    ("before", "override", "stages"),
+    [
+        ((), "ppo.max_response_tokens=40", BEHIND_REWARD),
+        ((), "ppo.temperature=0.7", BEHIND_REWARD),
+        ((OWN_LENGTH,), "ppo.max_response_tokens=40", {"ppo", "evaluate"}),
+        ((OWN_LENGTH,), "ppo.temperature=0.7", BEHIND_REWARD),
+        ((), "reward.normaliser_max_response_tokens=24", BEHIND_REWARD),
+        ((FROM_PRETRAIN,), "ppo.max_response_tokens=40", {"ppo", "evaluate"}),
+        ((FROM_PRETRAIN,), "ppo.temperature=0.7", {"ppo", "evaluate"}),
+        ((), OWN_LENGTH, set()),  # what holds anyway
+    ],
+)
+def test_the_reward_stage_follows_what_its_normaliser_is_sampled_by(
+    chain: Chain, before: tuple[str, ...], override: str, stages: set[str]
+):
+    old, new = fingerprints(chain.config(*before)), fingerprints(chain.config(*before, override))
+    assert {stage for stage in new if new[stage] != old[stage]} == stages
+
+
+@pytest.mark.parametrize(
+    ("overrides", "max_response_tokens", "temperature"),
+    [
+        (("ppo.max_response_tokens=48", "ppo.temperature=0.7"), 48, 0.7),
+        (("ppo.max_response_tokens=48", "ppo.temperature=0.7", OWN_LENGTH), 32, 0.7),
+        (("ppo=null", "evaluate=null"), 32, 1.0),
+        (("ppo=null", "evaluate=null", "reward.normaliser_max_response_tokens=24"), 24, 1.0),
+    ],
+)
+def test_the_normaliser_is_sampled_as_ppo_samples(
+    chain: Chain, overrides: tuple[str, ...], max_response_tokens: int, temperature: float
+):
+    settings = dag.settings_for(chain.config(*overrides), "reward")
+    assert isinstance(settings, RewardSettings)
+    assert settings.normaliser == ResponseSampling(
+        max_response_tokens=max_response_tokens, temperature=temperature
+    )
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,7 @@ def test_a_whole_run_on_ray_with_one_branch_failing_beside_another(chain: Chain)
     assert chain.calls() == ["reward", "ppo", "ppo", "evaluate"]
     logs = chain.outputs / "runs/demo/logs"
     assert f"threads {len(os.sched_getaffinity(0))}" in (logs / "evaluate.log").read_text()
+    assert "GPUs ''" in (logs / "evaluate.log").read_text()  # a stage's own process uses none
     assert (logs / "ray/raylet.out").exists()
     manifest = json.loads((chain.outputs / "runs/demo/ppo/manifest.json").read_text())
     assert manifest["inputs"] == {stage: summary[stage]["fingerprint"] for stage in ("sft", "reward")}

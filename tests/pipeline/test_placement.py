@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from fake_chain import Chain
+from families.table import FAMILIES
 
 from pipeline import placement
+from pipeline.architecture import Architecture
 from pipeline.config import load
 from pipeline.errors import ConfigError
-from pipeline.placement import Architecture, architecture_of, bundles_by_stage, memory_of, plan
+from pipeline.placement import architecture_of, bundles_by_stage, host_memory_of, memory_of, plan
 from rollout.config import EngineConfig
 from stages.bundles import bundles_of, lacking
 from stages.runtime import StageResources
@@ -106,15 +108,27 @@ def test_the_parameters_counted_from_a_config_json_are_those_of_the_model(direct
     assert counted == pytest.approx(num_parameters, rel=1e-4)
 
 
-def test_the_parameters_of_a_model_from_scratch_are_those_torch_allocates(chain: Chain):
+@pytest.mark.parametrize("overrides", [[], ["model.num_experts=6"]], ids=["dense", "mixture"])
+def test_the_parameters_of_a_model_from_scratch_are_those_torch_allocates(chain: Chain, tmp_path, overrides):
     from stages.training.models import build_causal_lm
 
-    config = chain.config("prepare.vocab_size=400", "model.tie_embeddings=false")
+    config = chain.config("prepare.vocab_size=400", "model.tie_embeddings=false", *overrides)
     model = build_causal_lm(config.model, vocab_size=400, eos_token_id=2, pad_token_id=0)
     architecture = architecture_of(config)
     assert architecture.whole == sum(parameter.numel() for parameter in model.parameters())
     layer = model.inner.model.layers[0]
     assert architecture.layer == sum(parameter.numel() for parameter in layer.parameters())
+    model.inner.config.save_pretrained(tmp_path)
+    assert Architecture.from_file(tmp_path / "config.json") == architecture
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "qwen2_moe"])
+def test_the_experts_of_a_config_json_are_counted_whatever_its_family_calls_them(name, tmp_path):
+    """Norms of queries and keys, biases and the gate of a shared expert are not counted."""
+    family = FAMILIES[name]
+    family.config().save_pretrained(tmp_path)
+    counted = Architecture.from_file(tmp_path / "config.json").whole
+    assert counted == pytest.approx(family.make().num_parameters(), rel=0.02)
 
 
 def test_masters_gradients_and_moments_are_sharded_and_frozen_models_too():
@@ -130,6 +144,109 @@ def test_masters_gradients_and_moments_are_sharded_and_frozen_models_too():
     (cache,) = (size for name, size in memory["engine"].parts.items() if name.startswith("keys"))
     assert cache == 128 * 2048 * kv_per_token
     assert str(memory["engine"]).startswith("47 GiB: weights 15")
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_activations_counted_of_a_token_are_those_autograd_keeps(dtype: str, recomputed: bool):
+    """Within a hundredth; with checkpointing those of the forward, and the plan has a layer more."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from stages.data.packing import pack
+    from stages.training.models import CausalLM
+    from stages.training.packed_attention import register_packed_attention
+
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    no_experts = {"num_experts": 0, "expert_size": 1, "experts_per_token": 1, "shared_size": 0}
+    others = {**heads, **no_experts, "tie_word_embeddings": False}
+    inner = AutoModelForCausalLM.from_config(
+        LlamaConfig(**sizes, **heads),
+        dtype=getattr(torch, dtype),
+        attn_implementation=register_packed_attention(),
+    )
+    model = CausalLM(inner).train()
+    if recomputed:
+        inner.gradient_checkpointing_enable()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    row = pack([list(range(5, 55)), list(range(5, 19))])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.inner.model(**row.model_inputs())
+    per_token = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 64
+    architecture = Architecture(**sizes, **others)
+    itemsize = torch.finfo(getattr(torch, dtype)).bits // 8
+    counted = architecture.activations(itemsize, recomputed=recomputed)
+    if recomputed:
+        one_layer = Architecture(**sizes | {"num_hidden_layers": 1}, **others)
+        counted -= one_layer.activations(itemsize, recomputed=False)
+        assert per_token == pytest.approx(counted + 4 * 128 + itemsize * 128, rel=0.01)  # and the last norm
+    else:
+        assert per_token == pytest.approx(counted, rel=0.01)
+
+
+def test_a_bf16_language_model_copies_its_head_to_fp32_and_a_reward_model_has_none():
+    config = load(CONFIGS / "qwen_gsm8k_gpu.yaml").config
+    part = "fp32 copy of the head and its gradient"
+    sft, ppo, reward = (
+        memory_of(config, stage, architecture_of(config))["worker"].parts
+        for stage in ("sft", "ppo", "reward")
+    )
+    assert sft[part] == ppo[part] == 2 * 4 * 151936 * 896
+    assert reward[part] == 0
+
+
+def test_a_pair_of_the_reward_stage_is_two_sequences_and_a_row_by_tokens_one(chain: Chain):
+    def activations(stage: str, *overrides: str) -> float:
+        config = chain.config(*overrides)
+        parts = memory_of(config, stage, architecture_of(config))["worker"].parts
+        (size,) = (size for name, size in parts.items() if name.startswith("activations"))
+        return size
+
+    same = ("sft.micro_batch_size=4", "reward.micro_batch_size=4")
+    assert activations("reward", *same) == 2 * activations("sft", *same)
+    assert activations("sft", *same) == 4 * activations("sft", "sft.batch_tokens=2560")
+
+
+def test_the_peak_is_that_of_a_micro_batch_or_of_adams_step_and_on_a_cpu_adam_has_no_temporaries():
+    """8B on one GPU: 30 GiB of temporaries, more than a micro-batch has; on eight it is the other way."""
+    path, part = CONFIGS / "llama_hh_cluster.yaml", "temporaries of Adam"
+    alone, on_cpu, sharded = (
+        memory_of(config, "sft", architecture_of(config))["worker"].parts
+        for config in (
+            load(path, ["resources.sft.num_workers=1"]).config,
+            load(path, ["resources.sft.num_workers=1", "resources.sft.num_gpus=0"]).config,
+            load(path).config,
+        )
+    )
+    assert alone[part] == pytest.approx(4 * 8_030_261_248, rel=1e-3)
+    assert "largest logits and their gradients" not in alone
+    assert part not in on_cpu and part not in sharded
+    assert sharded["largest logits and their gradients"] > 0
+
+
+def test_a_whole_model_lies_in_host_memory_before_it_is_sharded(chain: Chain):
+    config = load(CONFIGS / "llama_hh_cluster.yaml").config
+    loading = host_memory_of(config, "ppo", architecture_of(config))
+    assert loading is not None
+    assert loading.parts["a whole model"] == pytest.approx(4 * 8_030_261_248, rel=1e-3)
+    on_one_cpu = chain.config()
+    assert host_memory_of(on_one_cpu, "ppo", architecture_of(on_one_cpu)) is None
+
+
+def test_the_plan_of_evaluate_counts_the_forwards_that_it_does():
+    from stages import evaluate
+    from stages.training import evaluation
+
+    assert placement.SEQUENCES_EVALUATED == evaluate.MICRO_BATCH_SIZE
+    assert placement.DOCUMENTS_EVALUATED == evaluation.MICRO_BATCH_SIZE
 
 
 def test_one_fp32_worker_gathers_nothing_and_a_cpu_engine_has_its_configured_cache(chain: Chain):
@@ -179,10 +296,24 @@ def test_a_model_directory_describes_itself(chain: Chain, tmp_path):
     assert architecture_of(config) == Architecture.from_file(CONFIGS / "qwen_gsm8k_gpu/architecture.json")
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "falcon", "bloom", "mpt"])
+def test_the_plan_of_a_family_with_other_names_for_its_sizes_says_that_it_does_not_know(
+    chain: Chain, tmp_path, model_type: str
+):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    *_, last = plan(chain.config(f"model.path={tmp_path}/model"), ("sft",))
+    assert last == (
+        f"memory: size unknown, for {tmp_path}/model calls its sizes otherwise than a LLaMA; "
+        "give a LLaMA's config.json of its size as model.architecture"
+    )
+
+
 def test_a_config_json_that_is_no_language_models_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": 8}))
     with pytest.raises(ConfigError, match=r"not the config.json of a language model"):
-        placement.Architecture.from_file(tmp_path / "config.json")
+        Architecture.from_file(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -205,5 +336,5 @@ def test_a_config_json_of_senseless_sizes_is_one_line(tmp_path, stated: str):
     good = (CONFIGS / "qwen_gsm8k_gpu/architecture.json").read_text()
     (tmp_path / "config.json").write_text(f"{good.rstrip().removesuffix('}')}, {stated}}}")
     with pytest.raises(ConfigError, match=r"not the config.json of a language model") as refused:
-        placement.Architecture.from_file(tmp_path / "config.json")
+        Architecture.from_file(tmp_path / "config.json")
     assert len(str(refused.value)) < 500

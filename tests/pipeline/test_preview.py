@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from pipeline import cli, preview
 from pipeline import config as configs
@@ -161,6 +162,90 @@ def test_a_template_that_sft_would_refuse_is_refused(directory: Path):
     tokenizer.save_pretrained("doubled")
     with pytest.raises(DataError, match=r"sft: .* does not render trainable turns: BOS occurs 3 times"):
         blocks("prepare.tokenizer=doubled")
+
+
+def test_a_prompt_has_to_leave_room_for_the_end_token_that_scoring_appends(directory: Path):
+    longest = int(blocks()["ppo.data.0"].partition("longest ")[2].split()[0].rstrip(","))
+    assert "affected" not in blocks(f"ppo.max_response_tokens={48 - longest - 1}")["ppo.data.0"]
+    with pytest.raises(
+        DataError, match=rf"no room left for a response: 2; the shortest has {longest} tokens"
+    ):
+        blocks(f"ppo.max_response_tokens={48 - longest}")
+
+
+def test_the_prompts_of_evaluate_have_to_fit_as_a_base_model_is_asked_too(directory: Path):
+    source = "{path: sft.jsonl, on_bad_row: skip, format: prompt, columns: {prompt: question}}"
+    asked = f"evaluate={{prompts: [{source}]}}"
+    short = "evaluate.max_response_tokens=8"
+    assert "affected" not in blocks(asked, short)["evaluate.prompts.0"]
+    with pytest.raises(DataError, match="no room left for a response: 2"):
+        blocks(asked, short, f"evaluate.base_prompt={'x' * 48} {{prompt}}")
+
+
+SHORT = "reward: scores are normalised over responses of at most 10 tokens at temperature 1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            (),
+            [f"{SHORT}, as ppo's; changing ppo.max_response_tokens or ppo.temperature re-runs reward"],
+        ),
+        (
+            ("reward.normaliser_max_response_tokens=20", "ppo.temperature=0.7"),
+            [
+                "reward: scores are normalised over responses of at most 20 tokens at temperature 0.7, the "
+                "temperature as ppo's; changing ppo.temperature re-runs reward",
+                "reward.normaliser_max_response_tokens: 20 is not ppo.max_response_tokens 10, and the scores "
+                "of responses of another length have another mean and spread; remove it to follow ppo",
+            ],
+        ),
+        (
+            ("reward.normaliser_max_response_tokens=10",),
+            [f"{SHORT}, the temperature as ppo's; changing ppo.temperature re-runs reward"],
+        ),
+        (
+            ("ppo=null",),
+            [
+                "reward: scores are normalised over responses of at most 32 tokens at temperature 1; no ppo "
+                "section says how they will be sampled"
+            ],
+        ),
+        (
+            ("reward.init_from=pretrain",),
+            [
+                "reward.init_from: pretrain: scores are normalised over the held-out pairs' own responses; "
+                "none are sampled, and reward.normaliser_prompts is not read"
+            ],
+        ),
+        (("reward=null", "ppo=null"), []),
+    ],
+)
+def test_check_says_what_scores_are_normalised_over(
+    directory: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], said: list[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "look.yaml", *overrides])
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix("note: ") for line in lines if line.startswith("note: reward")] == said
+
+
+def test_a_tokenizer_whose_ids_cannot_be_met_is_refused_in_one_line(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It splits at white space and puts a space before each word: an answer's first word has one too."""
+    tokenizer = train_tokenizer([], 300, 1)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained("spaced")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "look.yaml", "prepare.tokenizer=spaced"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "spaced: the tokenizer's ids" in line and "model.chat_template" in line
 
 
 def test_check_prints_it_all(directory: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from rigs import Rig, logprobs_of
+from rigs import CONFIG, SAME, Rig, logprobs_of
+from transformers import AutoModelForCausalLM
 
 from rollout.errors import ParityError
-from rollout.weight_sync import ModuleSource, ParityGate, WeightSync
+from rollout.weight_sync import ModuleSource, ParityGate, ParityReport, WeightSync
 
 PROMPTS = [(5, 9, 30), (44, 2), (61, 62, 63, 64), (7,)]
 
@@ -88,6 +89,54 @@ def test_in_bf16_the_mean_decides(rig):
             with pytest.raises(ParityError, match=r"0\.06 on average"):
                 one.compare(rollouts)
     sync.close()
+
+
+def test_every_tensor_is_compared_after_a_sync_and_what_differs_is_named(rig):
+    """A change of a ten-thousandth, which no limit on log-probs in bf16 would show."""
+    one = gate(rig)
+    assert one.compare_tensors(rig.version) == SAME
+    with torch.no_grad():
+        rig.model.model.layers[1].self_attn.q_proj.weight.mul_(1 + 1e-4)
+    with pytest.raises(ParityError) as error:
+        one.compare_tensors(rig.version)
+    message = str(error.value)
+    assert f"after the sync of weight version {rig.version}, which reported no error" in message
+    assert "trainer's model.layers.1.self_attn.q_proj.weight: it samples" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limits", "mean", "most", "passes"),
+    [
+        ("float32", {}, 1e-6, 1e-4, True),
+        ("float32", {}, 1e-6, 1.1e-4, False),
+        ("float32", {}, math.nan, math.nan, False),
+        ("bfloat16", {}, 0.048, 3.0, True),
+        ("bfloat16", {}, 0.049, 0.05, False),
+        ("bfloat16", {}, math.nan, math.nan, False),
+        ("bfloat16", {"parity_max_mean_ratio": 3.0}, 1.09, 2.0, True),
+        ("bfloat16", {"parity_max_mean_ratio": 3.0}, 1.2, 2.0, False),
+        ("bfloat16", {"parity_max_mean_ratio": 1e300}, 1e3, 1e3, False),
+    ],
+)
+def test_in_fp32_the_maximum_decides_and_in_bf16_the_exponential_of_the_mean(
+    tied_model_dir, dtype, limits, mean, most, passes
+):
+    model = AutoModelForCausalLM.from_pretrained(tied_model_dir)
+    config = CONFIG.model_copy(update=limits)
+    sync = WeightSync(ModuleSource(model, dtype=dtype), engine=None, loop=None, config=config)
+    one = ParityGate(
+        sync, prompts=PROMPTS, stop_token_ids=(2,), temperature=1.0, seed=0, logprobs_of=lambda *_: []
+    )
+    report = ParityReport(sample="probe", version=0, num_tokens=9, max_abs_diff=most, mean_abs_diff=mean)
+    assert one.accepts(report) == passes
+
+
+def test_one_token_that_is_not_a_number_is_not_hidden_by_the_others():
+    for place in range(3):
+        diffs_N = torch.full((3,), 0.01)
+        diffs_N[place] = math.nan
+        report = ParityReport.of(diffs_N, sample="probe", version=0)
+        assert math.isnan(report.max_abs_diff) and math.isnan(report.mean_abs_diff)
 
 
 def test_a_probe_sampled_under_another_version_is_refused(rig):

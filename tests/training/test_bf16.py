@@ -93,7 +93,8 @@ def test_in_bf16_the_kl_to_the_reference_is_exactly_zero_before_any_update(input
 
 def test_pin_4_in_bf16_too_the_first_ratio_is_exactly_one_and_updates_leave_the_reference(inputs, worker):
     models, packs = load_ppo_models(PPO, inputs, worker), some_packs()
-    learner = Learner(models, PPO, seed=0, health=Health(PPO.health, worker.runtime))
+    health = Health(PPO.health, worker.runtime)
+    learner = Learner(models, PPO, correction=PPO.correction(max_staleness=0), seed=0, health=health)
     experiences, _ = assemble(packs, judged(models, packs), PPO, kl_coef=0.05)
     metrics = learner.update(0, experiences, kl_coef=0.05)
     assert metrics["ppo/ratio_first"] == 0.0

@@ -94,6 +94,26 @@ def test_a_training_without_a_single_step_taken_is_no_success(tmp_path):
     assert lines and all("train/loss" not in line for line in lines)
 
 
+@pytest.mark.parametrize("max_skipped_in_a_row", [0, 3])
+def test_a_training_that_ends_in_bad_steps_without_a_checkpoint_reports_the_last_loss_it_had(
+    tmp_path, max_skipped_in_a_row
+):
+    """Six good steps, four bad ones; the only line of the log is that of the end."""
+    health = HealthConfig(max_skipped_in_a_row=max_skipped_in_a_row, max_rollbacks=4)
+    rare = {"log_every_steps": 100, "checkpoint_every_steps": 100, "health": health}
+    config = CONFIG.model_copy(update=rare)
+    weights, result = train(tmp_path / "bad", config=config, spoiled=range(6, MAX_STEPS))
+    (line,) = read_steps(tmp_path / "bad" / "work" / "metrics.jsonl")
+    assert line["step"] == result.steps == MAX_STEPS and result.skipped_steps == 4
+    each = config.model_copy(update={"log_every_steps": 1})
+    expected, _ = train(tmp_path / "each", config=each, spoiled=range(6, MAX_STEPS))
+    lines = read_steps(tmp_path / "each" / "work" / "metrics.jsonl")
+    losses = [logged["train/loss"] for logged in lines]
+    assert result.loss_final == line["train/loss"] == pytest.approx(sum(losses[:6]) / 6)
+    assert losses[6:] == [losses[5]] * 4, "a window without a loss reports the last one's"
+    assert torch.equal(weights, expected)
+
+
 def test_where_training_goes_back_to_does_not_depend_on_where_it_was_stopped_before(tmp_path):
     """Stopped behind step 4: that checkpoint is newer than the one of step 3, and not taken."""
     whole, _ = train(tmp_path / "whole", spoiled=BAD_ROW)

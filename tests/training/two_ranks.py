@@ -47,7 +47,13 @@ def measure(worker: Worker, inputs: dict[str, Path]) -> dict[str, Tensor]:
         found["advantages"] = torch.cat([item.advantages_BT for item in experiences])
         found["returns"] = torch.cat([item.returns_BT for item in experiences])
         found["score"] = torch.tensor(summary["rollout/score"])
-        learner = _Differentiated(models, config, seed=0, health=Health(config.health, worker.runtime))
+        learner = _Differentiated(
+            models,
+            config,
+            correction=config.correction(max_staleness=0),
+            seed=0,
+            health=Health(config.health, worker.runtime),
+        )
         learner.update(0, experiences, kl_coef=0.05)
         found |= {f"{aggregation}/{name}": gradient for name, gradient in learner.gradients.items()}
     return found

@@ -1,0 +1,289 @@
+"""An engine some PPO steps behind its trainer, in bf16: what log-probs tell of it, and what the tensors do.
+
+python benchmarks/lagging_engine.py            rehearses on a tiny random model: the table's form, no more
+python benchmarks/lagging_engine.py --input sft=DIR --input reward=DIR ppo.data.0.path=PROMPTS.jsonl
+
+    N PPO steps, the weights of some kept --each synced into the engine--> it samples, the policy scores that
+                                                             `--> its tensors are compared with the policy's
+
+The settings are those of configs/smollm2_hh.yaml (bf16, a vLLM engine, 16 prompts of 48 tokens), its learning
+rate schedule included; KEY=VALUE overrides them. Every lag samples the same prompts with the same seeds.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.config import load
+from pipeline.dag import settings_for
+from rollout.weight_sync import ModuleSource, WeightSync
+from stages.config import ModelConfig, PPOSettings, PrepareConfig
+from stages.data.batches import stage_seed
+from stages.data.chat import ChatTokenizer
+from stages.data.experience import Judgement, RolloutPack, assemble, engine_differences, pack_rollouts
+from stages.data.fitting import fit_prompt
+from stages.data.readers import read_prompts
+from stages.data.vocabulary import tokenizer_for
+from stages.rollout_source import ENGINE_DTYPE, EngineClient, SourcePlan, open_engines, open_source
+from stages.runtime import Runtime, StageResources
+from stages.training.distributed import Worker
+from stages.training.health import Health
+from stages.training.models import (
+    ScoreNormaliser,
+    build_causal_lm,
+    full_state,
+    reward_from_causal_lm,
+    save_model,
+)
+from stages.training.ppo_models import PPOModels, judge_all, load_ppo_models
+from stages.training.ppo_update import Learner
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs/smollm2_hh.yaml"
+DEMO = ROOT / "configs/demo"
+LIMITS = (1.05, 1.1)  # of exp(mean |difference|): rollout.parity_max_mean_ratio's default, and smollm2_hh's
+
+
+class Snapshot(ModuleSource):
+    """The weights of an earlier step, as they were sent to the engine."""
+
+    def __init__(self, live: ModuleSource, path: Path) -> None:
+        self.dtype = live.dtype
+        self._path = path
+        self._aliases = live.aliases()
+        save_file({name: tensor.clone() for group in live.groups() for name, tensor in group.items()}, path)
+
+    def groups(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield load_file(self._path)
+
+    def aliases(self) -> dict[str, str]:
+        return self._aliases
+
+
+class Experiment:
+    """A PPO trainer beside one engine, and what it takes to put the engine back in time."""
+
+    def __init__(
+        self, settings: PPOSettings, inputs: dict[str, Path], client: EngineClient, worker: Worker
+    ) -> None:
+        self._config = settings.ppo
+        self._chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
+        self._plan = plan_of(settings, self._chat)
+        self._client, self._worker = client, worker
+        self.models: PPOModels = load_ppo_models(self._config, inputs, worker)
+        self._learner = Learner(
+            self.models,
+            self._config,
+            correction=settings.correction,
+            seed=settings.seed,
+            health=Health(self._config.health, worker.runtime),
+        )
+        self.live = ModuleSource(self.models.policy.inner, dtype=ENGINE_DTYPE[self._config.precision])
+
+    def sync_of(self, source: ModuleSource) -> WeightSync:
+        client = self._client
+        return WeightSync(
+            source, engine=client.engine, loop=client.loop, config=client.config, host=client.host
+        )
+
+    def drawn(self, position: int) -> tuple[list[RolloutPack], list[Judgement]]:
+        """The batch at `position`, by what the engine holds now, and what the policy says of it now."""
+        config = self._config
+        with open_source(
+            self._client, self._plan, runtime=self._worker.runtime
+        ) as source:  # it keeps a batch
+            rollouts = source.next(position).rollouts
+        packs = pack_rollouts(
+            rollouts,
+            micro_batch_size=config.pack_size,
+            max_length=config.max_response_tokens,
+            device=self._worker.device,
+        )
+        judgements = judge_all(
+            self.models,
+            packs,
+            config,
+            end_of_turn_id=self._chat.end_of_turn_id,
+            stop_token_ids=self._chat.stop_token_ids,
+        )
+        return packs, judgements
+
+    def step(self, number: int) -> None:
+        """One PPO step, on what the engine samples with the weights it was given last."""
+        packs, judgements = self.drawn(number)
+        experiences, summary = assemble(packs, judgements, self._config, kl_coef=self._config.kl_coef)
+        self._learner.update(number, experiences, kl_coef=self._config.kl_coef)
+        print(
+            f"step {number + 1}: score {summary['rollout/score']:+.2f}, "
+            f"engine - trainer {summary['rollout/engine_mean_abs_diff']:.4f} on average, "
+            f"{summary['rollout/engine_max_abs_diff']:.2f} at most",
+            flush=True,
+        )
+
+
+def measure(
+    experiment: Experiment, *, steps: int, lags: Sequence[int], batches: int, directory: Path
+) -> None:
+    """Train, then one line of the table for each lag."""
+    kept: dict[int, Snapshot] = {}
+    with_live = experiment.sync_of(experiment.live)
+    for version in range(steps + 1):
+        with_live.sync(version)
+        if steps - version in lags:
+            kept[steps - version] = Snapshot(experiment.live, directory / f"{version}.safetensors")
+        if version < steps:
+            experiment.step(version)
+    print(
+        "\n| steps behind | mean, nats | exp(mean) | max, nats | mean stops it at "
+        + " | at ".join(f"{limit:g}" for limit in LIMITS)
+        + " | tensors that differ |\n|---|---|---|---|---|---|---|"
+    )
+    for lag in sorted(lags):
+        sync = experiment.sync_of(kept[lag])
+        sync.sync(steps)
+        diffs = [engine_differences(*experiment.drawn(steps + 1 + batch)) for batch in range(batches)]
+        sync.close()
+        print(line(lag, torch.cat(diffs), with_live), flush=True)
+    with_live.close()
+
+
+def line(lag: int, diffs_N: torch.Tensor, with_live: WeightSync) -> str:
+    """What the gate sees of an engine that is `lag` steps behind."""
+    mean = float(diffs_N.double().mean())
+    told = ["yes" if not mean < math.log(limit) else "no" for limit in LIMITS]
+    found = with_live.diagnose()
+    names = ", ".join(found.differing[:2]) + (", ..." if len(found.differing) > 2 else "")
+    compared = f"{len(found.differing)}" + (f": {names}" if names else "")
+    if found.not_compared:
+        compared += f"; not compared: {len(found.not_compared)} ({found.not_compared[0]})"
+    cells = [str(lag), f"{mean:.4f}", f"{math.exp(mean):.4f}", f"{float(diffs_N.max()):.2f}", *told, compared]
+    return f"| {' | '.join(cells)} |"
+
+
+def plan_of(settings: PPOSettings, chat: ChatTokenizer) -> SourcePlan:
+    """The prompts as ppo reads them."""
+    config = settings.ppo
+    rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
+    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
+    fitted = [fit_prompt(chat, prompt, longest).example for prompt in rows.records]
+    return SourcePlan(
+        prompts=tuple(prompt for prompt in fitted if prompt is not None),
+        num_prompts=config.num_prompts,
+        samples_per_prompt=config.samples_per_prompt,
+        temperature=config.temperature,
+        max_tokens=config.max_response_tokens,
+        stop_token_ids=chat.stop_token_ids,
+        seed=settings.seed,
+    )
+
+
+def tiny_inputs(directory: Path) -> dict[str, Path]:
+    """A random sft model with wide distributions, and a random reward model on it."""
+    model = ModelConfig(
+        layers=4, hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, context_length=256
+    )
+    chat = tokenizer_for(
+        [(DEMO / "corpus.jsonl").read_text(encoding="utf-8")[:100_000]],
+        PrepareConfig.model_construct(vocab_size=512, vocab_multiple=64),
+        None,
+    )
+    torch.manual_seed(0)
+    policy = build_causal_lm(
+        model, vocab_size=len(chat.tokenizer), eos_token_id=chat.end_of_turn_id, pad_token_id=None
+    )
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(5)
+    inputs = {stage: directory / stage for stage in ("sft", "reward")}
+    for path in inputs.values():
+        path.mkdir(parents=True)
+        chat.save(path)
+    save_model(policy, inputs["sft"], full_state(policy))
+    scorer = reward_from_causal_lm(inputs["sft"], pad_token_id=chat.tokenizer.pad_token_id)
+    save_model(scorer, inputs["reward"], full_state(scorer))
+    ScoreNormaliser(mean=0.0, std=1.0).save(inputs["reward"])
+    return inputs
+
+
+def main() -> None:
+    arguments = _parsed()
+    with tempfile.TemporaryDirectory(prefix="lagging-engine-") as name:
+        directory = Path(name)
+        inputs, overrides = dict(arguments.input), list(arguments.overrides)
+        if not inputs:
+            inputs = tiny_inputs(directory)
+            overrides = [
+                f"ppo.data=[{{path: {DEMO}/prompts.jsonl}}]",
+                "ppo.max_response_tokens=16",
+                "rollout.kv_cache_mib=64",
+                *overrides,
+            ]
+        settings = settings_for(load(CONFIG, overrides).config, "ppo")
+        assert isinstance(settings, PPOSettings)
+        runtime = Runtime(
+            stage="ppo",
+            work_dir=directory,
+            log_dir=directory,
+            resources=StageResources(),
+            executor="inline",
+            placement_timeout_s=60,
+            collective_timeout_s=600,
+            num_threads=os.cpu_count() or 1,
+            stop_file=directory / "stop",
+        )
+        torch.set_num_threads(runtime.num_threads)
+        worker = Worker(rank=0, world_size=1, device=torch.device("cpu"), runtime=runtime)
+        with open_engines(
+            settings.rollout,
+            model_dir=inputs["sft"],
+            dtype=ENGINE_DTYPE[settings.ppo.precision],
+            max_model_len=settings.model.context_length,
+            runtime=runtime,
+        ) as client:
+            measure(
+                Experiment(settings, inputs, client, worker),
+                steps=arguments.steps,
+                lags=arguments.lags,
+                batches=arguments.batches,
+                directory=directory,
+            )
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings that win over the config's"
+    )
+    parser.add_argument(
+        "--input", action="append", default=[], type=_input, metavar="STAGE=DIR", help="sft and reward"
+    )
+    parser.add_argument("--steps", type=int, default=12, help="PPO steps that are taken")
+    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2, 4, 8, 12], help="steps behind")
+    parser.add_argument("--batches", type=int, default=2, help="of the config's number of prompts, per lag")
+    arguments = parser.parse_args()
+    if arguments.input and dict(arguments.input).keys() != {"sft", "reward"}:
+        parser.error("give --input sft=DIR and --input reward=DIR, or neither")
+    if not all(0 <= lag <= arguments.steps for lag in arguments.lags):
+        parser.error("--lags: from 0 to --steps")
+    return arguments
+
+
+def _input(text: str) -> tuple[str, Path]:
+    stage, equals, directory = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError("write STAGE=DIR")
+    return stage, Path(directory)
+
+
+if __name__ == "__main__":
+    main()
