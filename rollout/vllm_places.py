@@ -77,12 +77,17 @@ def takes_head(model: Any, name: str, shape: tuple[int, ...]) -> bool:
 
 @torch.no_grad()
 def diagnosis(model: Any, tensors: Mapping[str, torch.Tensor]) -> Diagnosis:
-    """See `RolloutEngine.diagnose`. `tensors`: whole, on the CPU, under their checkpoint names."""
+    """See `RolloutEngine.diagnose`. `tensors`: whole, on the CPU, under their checkpoint names.
+
+    Takes memory where the model is, about five times that of the tensors of its largest layer. Raises what
+    the model raises for a name that it does not know.
+    """
     return joined_diagnosis(_compared(model, group) for group in by_layer(tensors))
 
 
 def _compared(model: Any, tensors: Mapping[str, torch.Tensor]) -> Diagnosis:
     """The diagnosis of a few tensors, together all that their layers are loaded from."""
+    assert len(tensors) < DIGIT**2
     device = next(model.parameters()).device
     numbers = {
         name: torch.full(tensor.shape, number, dtype=NUMBERS, device=device)
