@@ -115,7 +115,7 @@ class ModelConfig(Section):
     """Width of the MLP; of each expert where there are experts."""
     num_experts: int | None = Field(default=None, ge=2, le=4096)
     """Experts of each layer, a mixture (MoE) in place of the MLP; absent: none."""
-    num_experts_per_token: int = Field(default=2, ge=1)
+    num_experts_per_tok: int = Field(default=2, ge=1)
     """Experts that work for each token, chosen and weighed by a router."""
     num_heads: int = Field(default=5, ge=1)
     """Attention heads; vLLM on CPU wants hidden_size / num_heads to be 32 or a larger multiple of 16."""
@@ -159,10 +159,9 @@ class ModelConfig(Section):
             return self
         if self.path is not None:
             raise ValueError("num_experts describes a model from scratch, path takes one; remove either")
-        if self.num_experts_per_token > self.num_experts:
+        if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_token {self.num_experts_per_token} is more than num_experts "
-                f"{self.num_experts}"
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}"
             )
         if self.hidden_size % 32:
             raise ValueError(

@@ -14,11 +14,15 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tiny_tokenizer import BOS, EOS, PAD, tiny_tokenizer
 from watched_run import WatchedRun, watch
 
 from rollout.loop import LoopThread
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # of any speed, and beside other load
+hypothesis.settings.load_profile("any machine")
 
 MAX_LENGTH = 1024
 

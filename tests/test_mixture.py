@@ -43,7 +43,7 @@ SIZES = {
     "num_kv_heads": 1,
     "context_length": 64,
 }
-MIXTURE = ModelConfig(**SIZES, num_experts=4, num_experts_per_token=2)
+MIXTURE = ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2)
 DENSE = ModelConfig(**SIZES)
 STEPS = {
     "batch_size": 8,

@@ -130,7 +130,7 @@ def build_causal_lm(
         else MixtralConfig(
             **sizes,
             num_local_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_token,
+            num_experts_per_tok=config.num_experts_per_tok,
         )
     )
     inner = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **_attention())

@@ -254,7 +254,7 @@ def test_check_prints_what_the_page_shows(mine, tmp_path, capsys):
     shown = capsys.readouterr().out.partition("\nplan")[0].replace(str(tmp_path), "/data")
     (block,) = (block for block in fenced("") if "lengths: " in block)
     parts = shown.split("\n\n")
-    assert len(parts) == 5, "a line on the lengths, and four datasets"
+    assert len(parts) == 6, "a line on the lengths, four datasets, and what reward is normalised over"
     lengths, *datasets = block.strip().split("\n\n")
     assert parts[0].endswith(f"\n{lengths}")
     assert datasets and {*datasets} <= {part.strip() for part in parts[1:]}

@@ -147,8 +147,8 @@ IN_FILES = [
     # within one section
     (NAME + SFT + "model:\n  num_heads: 7\n",
      "demo.yaml:6: model: hidden_size 160 is not a multiple of num_heads 7"),
-    (NAME + SFT + "model:\n  num_experts: 4\n  num_experts_per_token: 5\n",
-     "demo.yaml:7: model: num_experts_per_token 5 is more than num_experts 4"),
+    (NAME + SFT + "model:\n  num_experts: 4\n  num_experts_per_tok: 5\n",
+     "demo.yaml:7: model: num_experts_per_tok 5 is more than num_experts 4"),
     (NAME + SFT + "model: {num_experts: 4, hidden_size: 176, num_heads: 1, num_kv_heads: 1}\n",
      "demo.yaml:5: model: hidden_size 176 is not a multiple of 32, which vLLM's experts on CPU ask for"),
     (NAME + SFT + "model:\n  path: somewhere\n  num_experts: 4\n",

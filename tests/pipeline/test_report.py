@@ -13,6 +13,7 @@ import yaml
 from pipeline.config import load, resolved_yaml
 from pipeline.report import write_report
 from pipeline.report_page import Box, curve, el, graph, number
+from stages.training.metrics import METRICS as DESCRIBED
 
 HOSTILE = "</td><script>alert(1)</script>&amp;\0\x1b[2J\u202e\ud800 \u2603"
 INPUTS = {
@@ -187,7 +188,7 @@ def test_values_that_are_no_numbers_leave_a_gap_in_the_curve_and_are_counted(run
     page = _read(run_dir)
     assert "train/loss: min 0.2222, max 2, last 0.2222, 2 not finite" in page.text
     assert "odd/one" not in page.text
-    assert "loss per token (pretrain, sft) or per pair (reward), nats" in page.text
+    assert DESCRIBED["train/loss"] in page.text
 
 
 @pytest.mark.parametrize("missing", READ)

@@ -14,6 +14,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.errors import ModelError
+from stages.training import model_rules
 from stages.training.models import load_causal_lm, load_reward_model, reward_from_causal_lm
 
 SIZES = {
@@ -41,7 +42,9 @@ def test_a_model_passes_and_is_handed_over_as_it_was_loaded(tmp_path):
     reward_from_causal_lm(tmp_path, pad_token_id=None)
 
 
-def test_convolutions_over_the_row_are_refused_by_their_name_and_in_one_line(tmp_path):
+def test_convolutions_over_the_row_are_refused_by_their_name_and_in_one_line(tmp_path, monkeypatch):
+    """Also where a family's config says nothing of them."""
+    monkeypatch.setattr(model_rules, "NOT_ATTENTION", ())
     with pytest.raises(ModelError) as error:
         load_causal_lm(saved(WITH_CONVOLUTIONS, tmp_path))
     assert "lfm2 cannot be trained here: model.layers.0.conv.conv mixes the tokens of a row" in str(
