@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    FalconConfig,
     Lfm2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -97,3 +98,11 @@ def test_reward_models_are_probed_too(tmp_path, monkeypatch):
     for load in (load_reward_model, lambda path: reward_from_causal_lm(path, pad_token_id=None)):
         with pytest.raises(ModelError, match="packed sequences differ"):
             load(directory)
+
+
+def test_a_family_whose_attention_cannot_be_exchanged_says_so_and_no_bare_key_error(tmp_path):
+    config = FalconConfig(vocab_size=100, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(
+        ModelError, match="falcon cannot be trained here: transformers cannot exchange the att"
+    ):
+        load_causal_lm(saved(config, tmp_path))
