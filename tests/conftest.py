@@ -27,6 +27,7 @@ hypothesis.settings.load_profile("any machine")
 MAX_LENGTH = 1024
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Share the tests out for `make test`, which runs two processes of them: each file is one process's,
     and so are the users of the whole run, and of the engines that all of `tests/rollout` shares. The longest
