@@ -162,8 +162,10 @@ RUNS = ["  ", "    ", "        ", "\t\t", "\n", "\n\n", "\n\n\n"]
 
 @cache
 def _byte_level(spaces: str) -> str:
-    """With Qwen's and Llama 3's pattern: line breaks join what is before them. `prefix`: with GPT-2's pattern,
-    a space before every text, and no tokens of several line breaks, which that pattern parts before a word.
+    """With Qwen's and Llama 3's pattern: line breaks join what is before them.
+
+    `prefix`: with GPT-2's, a space before every text, no tokens of several line breaks, which that pattern
+    parts before a word.
     """
     tokenizer = Tokenizer(models.BPE())
     pattern = (
