@@ -5,9 +5,9 @@
 
 Owns: what each process holds at its peak. Pure: no torch, no network, no weights; a model that is not on this
 machine is described by its config.json (`model.architecture`). Weights, gradients and moments are exact
-for a LLaMA. Logits and what a loss computes of them are the least that it holds. Activations (every sequence
-fills the context) and what FSDP gathers are estimates. What the allocators of torch and CUDA keep besides is
-not counted.
+for a LLaMA, and so are logits with what log-probs need of them; an entropy may need more. Activations (every
+sequence fills the context) and what FSDP gathers are estimates. What the allocators of torch and CUDA keep
+besides is not counted.
 """
 
 from collections.abc import Collection, Iterator, Mapping

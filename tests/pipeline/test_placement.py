@@ -1,6 +1,7 @@
 """What a stage reserves, what can never be placed, and how much memory a plan counts."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,27 @@ def test_the_activations_counted_of_a_token_are_those_autograd_keeps(dtype: str,
         assert per_token == pytest.approx(counted + 4 * 128 + itemsize * 128, rel=0.01)  # and the last norm
     else:
         assert per_token == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("positions", [300, 1500], ids=["one chunk", "two"])
+def test_the_logits_counted_are_what_log_probs_and_their_gradient_allocate(chain: Chain, positions: int):
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from stages.objectives.logprobs import token_logprobs
+
+    config = chain.config(f"model.context_length={positions}", "sft.micro_batch_size=1", "sft.batch_size=1")
+    architecture = architecture_of(config)
+    assert architecture is not None
+    parts = memory_of(config, "sft", architecture)["worker"].parts
+    counted = parts["largest logits and their gradients"] + parts["a chunk of log-softmax and its gradient"]
+    inputs, head = torch.randn(positions, 4, requires_grad=True), torch.randn(4, architecture.vocab_size)
+    targets = torch.zeros(positions, dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        token_logprobs(logits=inputs @ head, targets=targets, temperature=1.0).sum().backward()
+    events = sorted(run.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    assert max(held) == pytest.approx(counted, rel=0.02)
 
 
 def test_a_bf16_language_model_copies_its_head_to_fp32_and_a_reward_model_has_none():
