@@ -184,17 +184,19 @@ def test_check_judges_a_model_that_is_not_here_by_its_config(project: Path, said
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts the config of a family into the hub's cache, as that of somebody/unheard-of; no weights."""
+    """Puts the config of a family into the hub's cache, as that of somebody/unheard-of, and no weights: as
+    other programs do that ask for the config alone.
+    """
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(cli, "model_at_hand", lambda *_: False)
     repository = tmp_path / "hub/models--somebody--unheard-of"
 
     def put(family: str) -> None:
         (repository / "refs").mkdir(parents=True, exist_ok=True)
         (repository / "refs/main").write_text("abc")
         save_config(repository / "snapshots/abc", config_of(family))
+        (repository / "snapshots/abc/model.safetensors").unlink()
 
     return put
 
