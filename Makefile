@@ -30,8 +30,9 @@ $(INSTALLED): requirements/cpu.txt pyproject.toml
 demo: install  ## all six stages on the committed data; the last line says where the report is
 	$(BIN)/rlhf run configs/demo.yaml
 
+# Two processes: most of a test's time is waiting, for engines and Ray to start. They share out whole files (tests/conftest.py).
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-all: install
 	$(BIN)/python -m pytest

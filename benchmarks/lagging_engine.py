@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import load
 from pipeline.dag import settings_for
+from rollout.config import EngineConfig
 from rollout.weight_sync import ModuleSource, WeightSync
 from stages.config import ModelConfig, PPOSettings, PrepareConfig
 from stages.data.batches import stage_seed
@@ -50,7 +51,7 @@ from stages.training.ppo_update import Learner
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/smollm2_hh.yaml"
 DEMO = ROOT / "configs/demo"
-LIMITS = (1.05, 1.1)  # of exp(mean |difference|): rollout.parity_max_mean_ratio's default, and smollm2_hh's
+DEFAULT_LIMIT = EngineConfig().parity_max_mean_ratio
 
 
 class Snapshot(ModuleSource):
@@ -76,6 +77,7 @@ class Experiment:
         self, settings: PPOSettings, inputs: dict[str, Path], client: EngineClient, worker: Worker
     ) -> None:
         self._config = settings.ppo
+        self.limit = settings.rollout.parity_max_mean_ratio
         self._chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
         self._plan = plan_of(settings, self._chat)
         self._client, self._worker = client, worker
@@ -133,7 +135,8 @@ class Experiment:
 def measure(
     experiment: Experiment, *, steps: int, lags: Sequence[int], batches: int, directory: Path
 ) -> None:
-    """Train, then one line of the table for each lag."""
+    """Train, then one line of the table for each lag, judged by the default limit and the config's."""
+    limits = sorted({DEFAULT_LIMIT, experiment.limit})
     kept: dict[int, Snapshot] = {}
     with_live = experiment.sync_of(experiment.live)
     for version in range(steps + 1):
@@ -144,22 +147,24 @@ def measure(
             experiment.step(version)
     print(
         "\n| steps behind | mean, nats | exp(mean) | max, nats | mean stops it at "
-        + " | at ".join(f"{limit:g}" for limit in LIMITS)
-        + " | tensors that differ |\n|---|---|---|---|---|---|---|"
+        + " | at ".join(f"{limit:g}" for limit in limits)
+        + " | tensors that differ |\n"
+        + "|---" * (5 + len(limits))
+        + "|"
     )
     for lag in sorted(lags):
         sync = experiment.sync_of(kept[lag])
         sync.sync(steps)
         diffs = [engine_differences(*experiment.drawn(steps + 1 + batch)) for batch in range(batches)]
         sync.close()
-        print(line(lag, torch.cat(diffs), with_live), flush=True)
+        print(line(lag, torch.cat(diffs), with_live, limits), flush=True)
     with_live.close()
 
 
-def line(lag: int, diffs_N: torch.Tensor, with_live: WeightSync) -> str:
+def line(lag: int, diffs_N: torch.Tensor, with_live: WeightSync, limits: Sequence[float]) -> str:
     """What the gate sees of an engine that is `lag` steps behind."""
     mean = float(diffs_N.double().mean())
-    told = ["yes" if not mean < math.log(limit) else "no" for limit in LIMITS]
+    told = ["yes" if not mean < math.log(limit) else "no" for limit in limits]
     found = with_live.diagnose()
     names = ", ".join(found.differing[:2]) + (", ..." if len(found.differing) > 2 else "")
     compared = f"{len(found.differing)}" + (f": {names}" if names else "")

@@ -172,6 +172,12 @@ class ExperimentConfig(Section):
         yield from self._normaliser_remarks()
         if self.ppo is not None:
             yield self._correction_remark(self.ppo)
+            if (parallel := self.rollout.tensor_parallel_size) > 1:
+                yield (
+                    f"rollout.tensor_parallel_size: {parallel}: the engines' tensors are not compared with "
+                    "the trainer's, because no GPU holds them whole; in bf16 nothing else tells an engine "
+                    "that is a few steps behind"
+                )
 
     @property
     def ppo_sampling(self) -> ResponseSampling | None:

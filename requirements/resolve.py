@@ -32,6 +32,7 @@ DIRECT = (
     "datatrove",
     "datasketch",
     "pytest",
+    "pytest-xdist",
     "hypothesis",
     "psutil",
     "ruff",

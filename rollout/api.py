@@ -9,8 +9,10 @@ import time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, Self
+
+from rollout.errors import in_a_line
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -115,6 +117,18 @@ class Diagnosis:
 
     differing: tuple[str, ...]  # checkpoint names of tensors that the engine does not hold bit for bit
     not_compared: tuple[str, ...]  # "name (reason)": what could not be read out of the engine
+    num_same: int = field(default=0, compare=False)  # tensors that were found to be equal
+
+    @property
+    def shows_nothing(self) -> bool:
+        """Whether no tensor at all was compared."""
+        return not self.differing and not self.num_same
+
+    @classmethod
+    def failed(cls, error: Exception, names: Iterable[str] = ("all weights",)) -> Self:
+        """Of a comparison of `names` that gave no result because of `error`."""
+        reason = in_a_line(error)
+        return cls(differing=(), not_compared=tuple(f"{name} ({reason})" for name in names))
 
 
 def joined_diagnosis(parts: Iterable[Diagnosis]) -> Diagnosis:
@@ -123,6 +137,7 @@ def joined_diagnosis(parts: Iterable[Diagnosis]) -> Diagnosis:
     return Diagnosis(
         differing=tuple(dict.fromkeys(name for one in found for name in one.differing)),
         not_compared=tuple(dict.fromkeys(name for one in found for name in one.not_compared)),
+        num_same=sum(one.num_same for one in found),
     )
 
 

@@ -76,6 +76,10 @@ class EngineConfig(Section):
     """ppo: every so many weight syncs, and after the first update of a process, each tensor that the engines
     hold is compared with the trainer's: in bf16, log-probs cannot tell an engine that is a few steps behind.
     """
+    comparison_timeout_s: Seconds = Field(default=1800.0, gt=0, json_schema_extra=EXECUTION)
+    """Deadline for one such comparison. An engine reads out a packed layer by its outputs, which takes as
+    long as one forward over as many tokens as the model is wide.
+    """
     start_timeout_s: Seconds = Field(default=300.0, gt=0, json_schema_extra=EXECUTION)
     """Deadline for an engine to load its model and answer."""
     generate_timeout_s: Seconds = Field(default=600.0, gt=0, json_schema_extra=EXECUTION)

@@ -55,6 +55,13 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def in_a_line(error: BaseException) -> str:
+    """What was raised first, and the first line it says: Ray repeats a whole traceback in its message."""
+    cause = root_cause(error)
+    first, *_ = str(cause).splitlines() or [""]
+    return f"{type(cause).__name__}: {first}"
+
+
 def raise_expected(error: BaseException) -> NoReturn:
     """Raise an error of another process again: as itself if it is meant for the user, else as Ray gave it."""
     cause = root_cause(error)

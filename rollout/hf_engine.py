@@ -358,4 +358,4 @@ def _diagnosis(model: PreTrainedModel, update: WeightUpdate, *, timeout_s: float
     differing = tuple(
         name for name, tensor in sent.items() if name not in held or not torch.equal(held[name].cpu(), tensor)
     )
-    return Diagnosis(differing=differing, not_compared=())
+    return Diagnosis(differing=differing, not_compared=(), num_same=len(sent) - len(differing))

@@ -132,7 +132,11 @@ class ActorEngine:
 
     async def diagnose(self, update: WeightUpdate) -> Diagnosis:
         """See `RolloutEngine.diagnose`."""
-        return await self._control(self._actor.diagnose.remote(update), "diagnosis")
+        return await self._answer(
+            self._actor.diagnose.remote(update),
+            "comparison of all tensors",
+            self._config.comparison_timeout_s,
+        )
 
     async def version(self) -> int:
         """See `RolloutEngine.version`: through the actor to the process that decodes."""
@@ -218,8 +222,11 @@ class EnginePool:
         await asyncio.gather(*(engine.resume() for engine in self._engines))
 
     async def diagnose(self, update: WeightUpdate) -> Diagnosis:
-        """See `RolloutEngine.diagnose`: what any engine lacks."""
-        return joined_diagnosis(await asyncio.gather(*(engine.diagnose(update) for engine in self._engines)))
+        """See `RolloutEngine.diagnose`: what any engine lacks. One that fails hides nothing of the others."""
+        found = await asyncio.gather(
+            *(engine.diagnose(update) for engine in self._engines), return_exceptions=True
+        )
+        return joined_diagnosis(_as_diagnosis(one) for one in found)
 
     async def version(self) -> int:
         """See `RolloutEngine.version`. WeightSyncError when the engines do not agree."""
@@ -236,6 +243,14 @@ class EnginePool:
         index = self._outstanding.index(min(self._outstanding))
         self._outstanding[index] += request.sampling.max_tokens
         return index
+
+
+def _as_diagnosis(found: Diagnosis | BaseException) -> Diagnosis:
+    if isinstance(found, Diagnosis):
+        return found
+    if isinstance(found, Exception):
+        return Diagnosis.failed(found)
+    raise found
 
 
 def start_actor_engines(

@@ -163,13 +163,12 @@ class VLLMEngine:
     async def diagnose(self, update: WeightUpdate) -> Diagnosis:
         """See `RolloutEngine.diagnose`: what any of its workers says."""
         payload = dataclasses.asdict(update)
-        answers: list[dict[str, list[str]]] = await self._call(
-            "diagnosis", lambda llm: llm.collective_rpc("rlhf_diagnose", args=(payload,))
+        answers: list[dict[str, Any]] = await self._call(
+            "comparison of all tensors",
+            lambda llm: llm.collective_rpc("rlhf_diagnose", args=(payload,)),
+            timeout_s=self._config.comparison_timeout_s,
         )
-        return joined_diagnosis(
-            Diagnosis(differing=tuple(one["differing"]), not_compared=tuple(one["not_compared"]))
-            for one in answers
-        )
+        return joined_diagnosis(Diagnosis(**one) for one in answers)
 
     async def version(self) -> int:
         """See `RolloutEngine.version`: asks the scheduler, and through it the process that holds the

@@ -70,7 +70,7 @@ def takes_head(model: Any, name: str, shape: tuple[int, ...]) -> bool:
     """
     try:
         calls = _recorded(model, {name: torch.empty(shape, device="meta")}, dtype=None)
-    except Exception:  # the one boundary to code that is not ours: of any architecture
+    except Exception:  # of any architecture, each with errors of its own
         return False
     return bool(calls) and all(isinstance(call.module, VocabParallelEmbedding) for call in calls)
 
@@ -79,10 +79,17 @@ def takes_head(model: Any, name: str, shape: tuple[int, ...]) -> bool:
 def diagnosis(model: Any, tensors: Mapping[str, torch.Tensor]) -> Diagnosis:
     """See `RolloutEngine.diagnose`. `tensors`: whole, on the CPU, under their checkpoint names.
 
-    Takes memory where the model is, about five times that of the tensors of its largest layer. Raises what
-    the model raises for a name that it does not know.
+    Takes memory where the model is, about five times that of the tensors of its largest layer. Raises
+    nothing: a layer that cannot be compared does not hide what others show.
     """
-    return joined_diagnosis(_compared(model, group) for group in by_layer(tensors))
+    return joined_diagnosis(_compared_or_why_not(model, group) for group in by_layer(tensors))
+
+
+def _compared_or_why_not(model: Any, tensors: Mapping[str, torch.Tensor]) -> Diagnosis:
+    try:
+        return _compared(model, tensors)
+    except Exception as error:  # of any architecture's loaders, and of memory that runs out
+        return Diagnosis.failed(error, tensors)
 
 
 def _compared(model: Any, tensors: Mapping[str, torch.Tensor]) -> Diagnosis:
@@ -138,7 +145,7 @@ class _Tally:
             self._reasons |= dict.fromkeys(origin.unique().tolist(), reason)
 
     def diagnosis(self) -> Diagnosis:
-        differing, not_compared = [], []
+        differing, not_compared, num_same = [], [], 0
         for number, (name, tensor) in enumerate(self._tensors.items(), start=1):
             if self._num_wrong[number]:
                 differing.append(name)
@@ -146,7 +153,9 @@ class _Tally:
                 not_compared.append(f"{name} ({self._reasons[number]})")
             elif self._num_read[number] < tensor.numel():
                 not_compared.append(f"{name} (the engine's model does not keep it as it is)")
-        return Diagnosis(differing=tuple(differing), not_compared=tuple(not_compared))
+            else:
+                num_same += 1
+        return Diagnosis(differing=tuple(differing), not_compared=tuple(not_compared), num_same=num_same)
 
     def _counts(self, origin: torch.Tensor) -> torch.Tensor:
         return torch.bincount(origin.flatten(), minlength=len(self._tensors) + 1).cpu()

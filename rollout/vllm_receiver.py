@@ -8,6 +8,7 @@ Owns: verification before loading, and what vLLM's own reload leaves stale: the 
 experts. Does not own: the control calls (vLLM), pausing and caches (vllm_engine), what is sent (weight_sync).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,8 +209,8 @@ class WorkerExtension:
         """The version this worker's weights have; answered by the process that decodes."""
         return self.weight_transfer_engine.held_version
 
-    def rlhf_diagnose(self, update: dict[str, Any]) -> dict[str, list[str]]:
+    def rlhf_diagnose(self, update: dict[str, Any]) -> dict[str, Any]:
         """See `FetchReceiver.diagnose`; as plain types, which is all that may cross a process boundary."""
         receiver = self.weight_transfer_engine
         found = receiver.diagnose(receiver.parse_update_info(update).record())
-        return {"differing": list(found.differing), "not_compared": list(found.not_compared)}
+        return dataclasses.asdict(found)

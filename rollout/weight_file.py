@@ -145,7 +145,22 @@ def load_verified(update: WeightUpdate, layout: Layout, *, timeout_s: float) -> 
     digest than the bytes that were sent.
     """
     check_manifest(update, layout)
-    tensors = fetch_tensors(update, timeout_s=timeout_s)
+    return fetch_tensors(update, timeout_s=timeout_s)
+
+
+def fetch_tensors(update: WeightUpdate, *, timeout_s: float) -> dict[str, torch.Tensor]:
+    """The tensors of `update`, their bytes those that were sent. Writing to one never reaches the sender.
+    Raises WeightSyncError.
+    """
+    is_file = not update.location.startswith(f"{weight_gloo.SCHEME}:")
+    size = update_bytes(update)
+    data = (
+        _mapped(update, size) if is_file else weight_gloo.receive(update.location, size, timeout_s=timeout_s)
+    )
+    tensors = {
+        spec.name: data[spec.offset : spec.offset + num_bytes(spec)].view(DTYPES[spec.dtype]).view(spec.shape)
+        for spec in update.tensors
+    }
     problems = [
         f"{spec.name}: the bytes that arrived are not the bytes that were sent"
         for spec in update.tensors
@@ -154,19 +169,6 @@ def load_verified(update: WeightUpdate, layout: Layout, *, timeout_s: float) -> 
     if problems:
         raise WeightSyncError(f"weight version {update.version} refused: {in_short(problems)}")
     return tensors
-
-
-def fetch_tensors(update: WeightUpdate, *, timeout_s: float) -> dict[str, torch.Tensor]:
-    """The tensors of `update`, unchecked. Writing to one never reaches the sender. Raises WeightSyncError."""
-    is_file = not update.location.startswith(f"{weight_gloo.SCHEME}:")
-    size = update_bytes(update)
-    data = (
-        _mapped(update, size) if is_file else weight_gloo.receive(update.location, size, timeout_s=timeout_s)
-    )
-    return {
-        spec.name: data[spec.offset : spec.offset + num_bytes(spec)].view(DTYPES[spec.dtype]).view(spec.shape)
-        for spec in update.tensors
-    }
 
 
 def nccl_location(world_size: int, meeting_id: str) -> str:

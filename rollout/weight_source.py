@@ -24,7 +24,7 @@ WRAPPER_PARTS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapp
 
 
 class ModuleSource:
-    """The weights of a causal LM under its checkpoint names. Read anew at every iteration: it holds no
+    """The weights of a causal LM under its checkpoint names. Read again at every iteration: it holds no
     copy.
     """
 

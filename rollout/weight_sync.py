@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 
 from rollout.api import Diagnosis, Rollout, RolloutEngine, RolloutRequest, Sampling, WeightUpdate
 from rollout.config import EngineConfig
-from rollout.errors import EngineError, ParityError, WeightSyncError, root_cause
+from rollout.errors import EngineError, ParityError, WeightSyncError
 from rollout.loop import LoopThread
 from rollout.run_mark import WEIGHTS_PREFIX, weights_prefix
 from rollout.shared_memory import SHARED_MEMORY
@@ -133,6 +133,29 @@ def _transport(config: EngineConfig, host: str) -> Transport:
     return NcclBroadcast(config)
 
 
+class _GatheredOnce(ModuleSource):
+    """A source whose groups are gathered once and to the end, also where packing them fails halfway: the
+    other ranks gather along, and would wait for this one.
+    """
+
+    def __init__(self, source: ModuleSource) -> None:
+        self._source = source
+        self._groups = source.groups()
+
+    def groups(self) -> Iterator[dict[str, torch.Tensor]]:
+        """See `ModuleSource.groups`: those that are left."""
+        return self._groups
+
+    def aliases(self) -> dict[str, str]:
+        """See `ModuleSource.aliases`."""
+        return self._source.aliases()
+
+    def gather_the_rest(self) -> None:
+        """Nothing, after a packing that succeeded."""
+        for _ in self._groups:
+            pass
+
+
 class WeightSync:
     """Moves a trainer's weights into an engine, or into a pool of them.
 
@@ -157,13 +180,8 @@ class WeightSync:
         self.config = config
         self._engine = engine
         self._loop = loop
+        self._host = host
         self._transport = None if engine is None else _transport(config, host)
-        # bytes that engines may compare at leisure; those of an nccl broadcast are nowhere to be had again
-        self._comparable = (
-            GlooStream(host, timeout_s=config.sync_timeout_s)
-            if engine is not None and config.sync == "nccl"
-            else self._transport
-        )
 
     def sync(self, version: int) -> SyncReport:
         """Every rank, together. Returns when every engine holds `version` and decodes again.
@@ -187,17 +205,23 @@ class WeightSync:
         Raises nothing: what a diagnosis explains must not be hidden by a failure of its own. Whatever keeps
         the tensors from being compared is told in `not_compared`.
         """
-        if self._comparable is None:
+        if self._transport is None:
             self._only_gather()
             return Diagnosis(differing=(), not_compared=())
+        source = _GatheredOnce(self.source)
         try:
-            update = self._comparable.pack(self.source, version=0)
-            with self._comparable.serving(update):
-                return self.on_engine(
-                    lambda engine: engine.diagnose(update), "diagnosis", self.config.sync_timeout_s
-                )
+            with self._comparable(self._transport) as transport:
+                update = transport.pack(source, version=0)
+                with transport.serving(update):
+                    return self.on_engine(
+                        lambda engine: engine.diagnose(update),
+                        "comparison of all tensors",
+                        self.config.comparison_timeout_s,
+                    )
         except Exception as error:  # the engine's, the transport's or a bug: its caller has more to say
-            return Diagnosis(differing=(), not_compared=(f"all weights ({_reason(error)})",))
+            return Diagnosis.failed(error)
+        finally:
+            source.gather_the_rest()
 
     def on_engine(
         self, call: Callable[[RolloutEngine], Coroutine[Any, Any, T]], what: str, timeout_s: float
@@ -208,9 +232,22 @@ class WeightSync:
 
     def close(self) -> None:
         """Free what the transport holds. Idempotent."""
-        for transport in (self._transport, self._comparable):
-            if transport is not None:
-                transport.close()
+        if self._transport is not None:
+            self._transport.close()
+
+    @contextlib.contextmanager
+    def _comparable(self, transport: Transport) -> Iterator[Transport]:
+        """What holds bytes that engines may compare at leisure: those of an nccl broadcast are nowhere to be
+        had again, so they take the room of a whole model in shared memory while they are compared.
+        """
+        if self.config.sync != "nccl":
+            yield transport
+            return
+        stream = GlooStream(self._host, timeout_s=self.config.sync_timeout_s)
+        try:
+            yield stream
+        finally:
+            stream.close()
 
     def _only_gather(self) -> None:
         for _ in self.source.groups():
@@ -354,14 +391,26 @@ class ParityGate:
 
     def compare_tensors(self, version: int) -> Diagnosis:
         """Every rank, together, after the sync of `version`: does the engine hold every tensor of the
-        trainer? Raises ParityError that names some of those that differ (on rank 0).
+        trainer? On rank 0 raises ParityError that names some of those that differ, and EngineError where a
+        bf16 engine shows none: nothing else tells that it is behind. An engine that is split over several
+        GPUs is not asked, because its tensors are not whole anywhere.
         """
+        if (parallel := self._sync.config.tensor_parallel_size) > 1:
+            reason = f"all weights (split over {parallel} GPUs)"
+            return Diagnosis(differing=(), not_compared=(reason,))
         found = self._sync.diagnose()
         if found.differing:
             raise ParityError(
                 f"after the sync of weight version {version}, which reported no error, {in_words(found)}: "
                 "it samples from other weights; run again with another rollout.sync, to tell whether the "
                 "transport or the engine is at fault"
+            )
+        if found.not_compared and found.shows_nothing and self._sync.source.dtype != "float32":
+            raise EngineError(
+                f"after the sync of weight version {version} no tensor of the engine could be compared with "
+                f"the trainer's: {in_short(found.not_compared)}; in bf16 nothing else tells an engine "
+                "that is behind: raise rollout.comparison_timeout_s where time ran out, or lower "
+                "rollout.gpu_memory_frac where memory did"
             )
         return found
 
@@ -388,13 +437,6 @@ def in_words(diagnosis: Diagnosis) -> str:
             "(precision, mask, temperature)"
         )
     return "; ".join(parts)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what was raised first. Ray repeats a whole traceback in its message."""
-    cause = root_cause(error)
-    first, *_ = str(cause).splitlines() or [""]
-    return f"{type(cause).__name__}: {first}"
 
 
 class _SharedDirectory:

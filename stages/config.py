@@ -612,7 +612,8 @@ class PPOConfig(TrainingConfig):
                 f"kl_estimator {self.kl_estimator} in the {self.kl_placement} does not optimise the "
                 f"KL-regularised objective; use {' or '.join(sorted(allowed))}, or another kl_placement"
             )
-        if self.kl_placement == "loss" and self.loss_aggregation == "sequence_mean_token_mean":
+        takes_kl = self.kl_placement == "loss" and self.kl_coef > 0
+        if takes_kl and self.loss_aggregation == "sequence_mean_token_mean":
             raise ValueError(
                 "kl_placement loss takes the KL of whole responses, but loss_aggregation "
                 "sequence_mean_token_mean divides each response's policy loss by its own length, so no "

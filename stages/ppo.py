@@ -207,6 +207,7 @@ def train(
             state.totals.add(
                 clock, summary, responses=len(batch.rollouts), sync_seconds=published.sync.seconds
             )
+            state.totals.see_comparison(published.comparison_seconds)
             if not health.is_good():
                 continue  # a checkpoint is a place to go back to: none in the middle of bad steps
             stopping = ranks.any_rank(worker.runtime.stop_requested())
@@ -296,7 +297,7 @@ def _judged(
 
 
 def _journaled(journal: Journal, position: int, version: int) -> JournalEntry | None:
-    """The batch that a killed run had drawn for this step; None where it is to be drawn anew."""
+    """The batch that a killed run had drawn for this step; None where it is to be drawn again."""
     entry = journal.read(position)
     if entry is not None and _versions(_batch_of(entry)) != {version}:
         entry = None

@@ -27,6 +27,27 @@ hypothesis.settings.load_profile("any machine")
 MAX_LENGTH = 1024
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the tests out for `make test`, which runs two processes of them: each file is one process's,
+    and so are the users of the whole run, and of the engines that all of `tests/rollout` shares. The longest
+    of these come first.
+    """
+    lanes = {item: _lane(item) for item in items}
+    items.sort(key=lambda item: (lanes[item] != WHOLE_RUN, lanes[item] != ENGINES))
+    for item, lane in lanes.items():
+        item.add_marker(pytest.mark.xdist_group(lane))
+
+
+WHOLE_RUN, ENGINES = "whole run", "engines"
+
+
+def _lane(item: pytest.Item) -> str:
+    if "watched_run" in getattr(item, "fixturenames", ()):
+        return WHOLE_RUN
+    package = item.path.relative_to(Path(__file__).parent).parts[0]
+    return ENGINES if package == "rollout" else str(item.path)
+
+
 @pytest.fixture(scope="session")
 def make_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A factory of `save_pretrained` directories: a two-layer Llama, 64 wide, with a tokenizer and chat

@@ -45,6 +45,8 @@ class Totals:
     responses: int = 0
     sync_seconds: list[float] = field(default_factory=list)  # one per sync
     parity_max_abs_diff: float = 0.0  # worst of all parity checks, nats
+    num_comparisons: int = 0  # of all tensors, engine against trainer
+    comparison_seconds: float = 0.0  # of all of them
     engine_max_abs_diff: float = 0.0  # worst over all training rollouts, nats
     engine_mean_abs_diff: float = 0.0  # worst mean of a batch of them, nats
     kl_final: float | None = None  # of the last batch, nats per response; None: nothing read the reference
@@ -52,6 +54,12 @@ class Totals:
 
     def see_parity(self, max_abs_diff: float) -> None:
         self.parity_max_abs_diff = max(self.parity_max_abs_diff, max_abs_diff)
+
+    def see_comparison(self, seconds: float | None) -> None:
+        """`seconds`: what comparing all tensors took; None where nothing was compared."""
+        if seconds is not None:
+            self.num_comparisons += 1
+            self.comparison_seconds += seconds
 
     def add(
         self,
@@ -80,6 +88,8 @@ class Totals:
         """The stage's final metrics."""
         return {
             "parity_max_abs_diff": self.parity_max_abs_diff,
+            "tensor_comparisons": float(self.num_comparisons),
+            "comparison_seconds": self.comparison_seconds,
             "engine_max_abs_diff": self.engine_max_abs_diff,
             "engine_mean_abs_diff": self.engine_mean_abs_diff,
             "version_final": float(version),
