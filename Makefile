@@ -50,7 +50,7 @@ bench: install  ## side-by-side measurements, more than an hour: data.py also pr
 		$(BIN)/python "$$script"; done
 
 # Without install, which is for CPUs: on a GPU machine, python with a CUDA torch and what the extra `gpu` names.
-gpu-check:  ## what only a GPU can tell, in less than 8 minutes. ARGS="--device cpu --small" rehearses it
+gpu-check:  ## what only a GPU can tell, made for less than 8 minutes. ARGS="--device cpu --small" rehearses it
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 models-page: install  ## measure every family of models and write docs/models.md

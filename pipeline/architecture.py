@@ -11,6 +11,17 @@ from typing import Any, Self
 from pipeline.errors import ConfigError
 
 MAX_SIZE = 2**31  # of one dimension
+TIED_BY_DEFAULT = frozenset(
+    {
+        *("biogpt", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2"),
+        *("gemma3_text", "gemma3n_text", "gemma4_text", "gpt_neox_japanese", "granite_swa", "jetmoe", "lfm2"),
+        *("lfm2_moe", "minicpm3", "modernbert-decoder", "recurrent_gemma", "smollm3", "starcoder2"),
+        *("vaultgemma", "youtu", "zamba", "zamba2", "zaya"),
+    }
+)
+"""Values of `model_type` whose output head is the embedding where config.json does not say: transformers' own
+defaults, which cannot be asked without torch.
+"""
 NAMES_OF_EXPERTS = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "expert_size": ("moe_intermediate_size",),
@@ -41,13 +52,15 @@ class Architecture:
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """Raises ConfigError when a size is not there, or is none."""
+        """Raises ConfigError when a size is missing, or is not a size. The cause is a KeyError or a TypeError
+        where the file may be that of a family that calls its sizes otherwise, or has one for each layer.
+        """
         try:
             stated: dict[str, Any] = json.loads(path.read_text())
-            optional = {
+            optional = {  # what a file may leave out, as a LLaMA has it
                 "num_key_value_heads": stated["num_attention_heads"],
                 "head_dim": stated["hidden_size"] // stated["num_attention_heads"],
-                "tie_word_embeddings": False,  # transformers' own default for these three
+                "tie_word_embeddings": stated.get("model_type") in TIED_BY_DEFAULT,
                 "num_experts": 0,
                 "expert_size": stated["intermediate_size"],
                 "experts_per_token": 1,
@@ -70,12 +83,14 @@ class Architecture:
             ) from error
 
     def _check(self) -> None:
-        """Raises ValueError: what a file states may be of any type and size."""
+        """What a file states may be of any type and size. Raises TypeError or ValueError."""
         for field in fields(self):
             value = getattr(self, field.name)
             smallest = 0 if field.name in ("num_experts", "shared_size") else 1
-            if type(value) is not field.type or (field.type is int and not smallest <= value < MAX_SIZE):
-                raise ValueError(f"{field.name} is not {'a size' if field.type is int else 'true or false'}")
+            if type(value) is not field.type:
+                raise TypeError(f"{field.name} is not {'a size' if field.type is int else 'true or false'}")
+            if field.type is int and not smallest <= value < MAX_SIZE:
+                raise ValueError(f"{field.name} is not a size")
 
     @property
     def body(self) -> int:

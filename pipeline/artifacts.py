@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from pipeline.dag import SCHEMA_VERSION, Node, directory_name
 from pipeline.errors import CorruptArtifact, MissingStage
-from pipeline.model_files import check_configs, check_model_directory
+from pipeline.model_files import PICKLES, check_configs, check_model_directory
 from rollout.errors import EnvironmentProblem
 from stages.data.durable import disk_problems, file_digest, sync, write_whole
 from stages.errors import DataError
@@ -489,17 +489,20 @@ def model_directory(path: str, revision: str | None) -> Path:
 
 
 def model_at_hand(path: str | None, revision: str | None) -> bool:
-    """False for a hub id (`model.path`) that is not in the local cache yet. Asks nobody."""
+    """False for a hub id (`model.path`) whose weights are not in the local cache yet. Asks nobody."""
     if path is None or Path(path).is_dir() or not re.fullmatch(HUB_ID, path):
         return True
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True)
+        found = snapshot_download(
+            path, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True
+        )
     except (HFValidationError, LocalEntryNotFoundError):
         return False
-    return True
+    # other programs fetch the config alone
+    return any(file.suffix in (".safetensors", *PICKLES) for file in Path(found).iterdir())
 
 
 def exactness_of(

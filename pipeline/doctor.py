@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -59,10 +60,25 @@ class Gpus:
 
     listed: tuple[str, ...]  # by nvidia-smi: name, memory
     complaint: str  # of nvidia-smi, where it lists none
-    build: str | None  # CUDA version that torch is built for; None: a build for the CPU
+    answers: bool  # whether torch could be imported and asked
+    build: str | None  # CUDA version that torch is built for; None: a build for the CPU, or no answer
     usable: tuple[str, ...]  # names, where torch has computed on each
-    refusal: str  # why torch computes on none, in its words
+    refusal: str  # why torch computes on none, in its words; what came instead of an answer
     visible: str | None  # CUDA_VISIBLE_DEVICES; None: not set
+
+    @property
+    def all_hidden(self) -> bool:
+        """Whether CUDA_VISIBLE_DEVICES leaves no GPU of this machine. CUDA reads it up to the first entry
+        that is not a GPU. Whether a name (GPU-..., MIG-...) is one is not known here.
+        """
+        if self.visible is None:
+            return False
+        first = self.visible.partition(",")[0].strip()
+        is_beyond = first.isdecimal() and bool(self.listed) and int(first) >= len(self.listed)
+        return not first or first.startswith("-") or is_beyond
+
+
+NO_GPU = Finding(ok=True, subject="gpu", text="none; everything runs on the CPU")
 
 
 def examine(outputs: Path, address: str | None) -> list[Finding]:
@@ -148,18 +164,26 @@ def gpu_finding(gpus: Gpus) -> Finding:
     if gpus.usable:
         text = f"{'; '.join(gpus.usable)}: torch computes on them (CUDA {gpus.build})"
         return Finding(ok=True, subject="gpu", text=text)
+    if not (gpus.listed or gpus.complaint) and gpus.answers and gpus.build is None:
+        return NO_GPU
     if gpus.complaint:
         problem = f"nvidia-smi: {gpus.complaint}; reload NVIDIA's kernel modules or reboot, then ask again"
+    elif not gpus.answers:
+        problem = (
+            f"torch does not answer ({gpus.refusal}); install it again: `make install` for the CPU, "
+            "pip install .[gpu] for GPUs"
+        )
     elif gpus.build is None:
         problem = (
             "torch is a build for the CPU and uses none; pip install .[gpu] in an environment of its own"
         )
-    elif gpus.visible is not None:
+    elif gpus.all_hidden:
         problem = f"torch sees none ({gpus.refusal}): CUDA_VISIBLE_DEVICES={gpus.visible!r}; unset it"
     elif gpus.listed:
+        told = "" if gpus.visible is None else f", CUDA_VISIBLE_DEVICES={gpus.visible!r}"
         problem = (
-            f"torch uses none ({gpus.refusal}), and is built for CUDA {gpus.build}; update NVIDIA's driver, "
-            "or install a torch for the CUDA that nvidia-smi names"
+            f"torch uses none ({gpus.refusal}{told}), and is built for CUDA {gpus.build}; update NVIDIA's "
+            "driver, or install a torch for the CUDA that nvidia-smi names"
         )
     else:
         problem = (
@@ -173,18 +197,8 @@ def gpu_finding(gpus: Gpus) -> Finding:
 def _gpu() -> Finding:
     listed, complaint = _listed_gpus()
     if not listed and not complaint and (_version("torch") or "+cpu").endswith("+cpu"):
-        return Finding(ok=True, subject="gpu", text="none; everything runs on the CPU")
-    build, usable, refusal = _torch_on_gpus()
-    return gpu_finding(
-        Gpus(
-            listed=listed,
-            complaint=complaint,
-            build=build,
-            usable=usable,
-            refusal=refusal,
-            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
-        )
-    )
+        return NO_GPU
+    return gpu_finding(_asked_of_torch(listed, complaint))
 
 
 def _listed_gpus() -> tuple[tuple[str, ...], str]:
@@ -202,21 +216,22 @@ def _listed_gpus() -> tuple[tuple[str, ...], str]:
     return (), " ".join([*lines, *answer.stderr.split("\n")]).strip() or f"ended with {answer.returncode}"
 
 
-def _torch_on_gpus() -> tuple[str | None, tuple[str, ...], str]:
-    """The CUDA that torch is built for, the GPUs it computes on, and why on none. Asked in a child process,
-    for what CUDA finds at its first call stays.
-    """
+def _asked_of_torch(listed: tuple[str, ...], complaint: str) -> Gpus:
+    """With what torch says of them, in a child process: what CUDA finds at its first call stays."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = partial(Gpus, listed=listed, complaint=complaint, visible=visible)
+    silent = partial(gpus, answers=False, build=None, usable=())
     command = [sys.executable, "-c", COMPUTE_ON_GPUS]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return "unknown", (), f"torch gave no answer within {IMPORT_TIMEOUT_S} s"
+        return silent(refusal=f"not within {IMPORT_TIMEOUT_S} s")
     if answer.returncode != 0:
-        return "unknown", (), (answer.stderr.strip().splitlines() or ["torch ended"])[-1]
+        return silent(refusal=(answer.stderr.strip().splitlines() or [f"code {answer.returncode}"])[-1])
     build, usable, refusal = json.loads(answer.stdout.splitlines()[-1])
-    return build, tuple(usable), refusal
+    return gpus(answers=True, build=build, usable=tuple(usable), refusal=refusal)
 
 
 def _outputs(outputs: Path, address: str | None) -> Iterator[Finding]:

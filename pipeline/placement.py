@@ -4,9 +4,10 @@
     config --architecture_of--> Architecture --memory_of--> bytes per worker and per engine --plan--> lines
 
 Owns: what each process holds at its peak. Pure: no torch, no network, no weights; a model that is not on this
-machine is described by its config.json (`model.architecture`). Weights, gradients, moments and logits are
-exact for a LLaMA; activations (every sequence fills the context) and what FSDP gathers are estimates. Not
-counted: what the allocators of torch and CUDA keep besides.
+machine is described by its config.json (`model.architecture`). Weights, gradients and moments are exact
+for a LLaMA, and so are logits with what log-probs need of them; an entropy may need more. Activations (every
+sequence fills the context) and what FSDP gathers are estimates. What the allocators of torch and CUDA keep
+besides is not counted.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -27,6 +28,9 @@ BYTES = {"fp32": 4, "bf16": 2}
 ADAM_BYTES = 8  # two fp32 moments per parameter
 SEQUENCES_EVALUATED, DOCUMENTS_EVALUATED = 16, 8
 """Of one forward in evaluate: responses, and held-out documents."""
+LOGPROB_CHUNK = 1024
+"""Positions whose log-softmax, and its gradient, exist at once."""
+OTHERWISE = "calls its sizes otherwise than a LLaMA; give a LLaMA's config.json of its size"
 IN_THE_STAGE_TASK = frozenset({"prepare"})
 """Stages that reserve nothing: they have no workers."""
 
@@ -62,7 +66,7 @@ def architecture_of(config: ExperimentConfig) -> Architecture | None:
     """The model's sizes, from what is on this machine; None when nothing here tells. Raises ConfigError."""
     model = config.model
     if model.architecture is not None:
-        return Architecture.from_file(model.architecture)
+        return _stated_in(model.architecture)
     if model.path is None:
         return _from_scratch(model, config)
     described = _local_config(model.path, model.revision)
@@ -84,11 +88,13 @@ def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
 
 
 def _why_unknown(model: ModelConfig) -> str:
+    if model.architecture is not None:
+        return f"{model.architecture} {OTHERWISE}"
     if model.path is None:
         return "no `prepare:` tells the vocabulary; give the config.json of a model like it"
     if _local_config(model.path, model.revision) is None:
         return f"{model.path} is not on this machine; give its config.json"
-    return f"{model.path} calls its sizes otherwise than a LLaMA; give a LLaMA's config.json of its size"
+    return f"{model.path} {OTHERWISE}"
 
 
 def host_memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory | None:
@@ -155,12 +161,14 @@ def _micro_batch(config: ExperimentConfig, stage: str, architecture: Architectur
     is_sharded = resources_of(config, stage).num_workers > 1 or section.precision == "bf16"
     has_fp32_head = section.precision == "bf16" and stage != "reward"
     per_token = architecture.activations(itemsize, recomputed=section.gradient_checkpointing)
+    positions, row = _logits(config, stage), 2 * 4 * architecture.vocab_size  # logits, and their gradients
     return {
         # FSDP2 gathers a layer at a time, and the next one meanwhile; gradients are reduced in fp32
         f"gathered {section.precision} layers and gradients": is_sharded
         * (itemsize * (2 * root + 3 * architecture.layer) + 4 * unit),
         "fp32 copy of the head and its gradient": 2 * 4 * head * has_fp32_head,
-        "largest logits and their gradients": 2 * 4 * _logits(config, stage) * architecture.vocab_size,
+        "largest logits and their gradients": row * positions,
+        "a chunk of log-softmax and its gradient": row * min(positions, LOGPROB_CHUNK),
         f"activations of {tokens} tokens, about": per_token * tokens,
     }
 
@@ -176,6 +184,7 @@ def _evaluating(config: ExperimentConfig, architecture: Architecture) -> Memory:
         parts={
             "frozen fp32 models": 4 * models,
             "largest logits": 4 * positions * architecture.vocab_size,
+            "a chunk of log-softmax": 2 * 4 * min(positions, LOGPROB_CHUNK) * architecture.vocab_size,
         }
     )
 
@@ -239,20 +248,23 @@ def _from_scratch(model: ModelConfig, config: ExperimentConfig) -> Architecture 
 
 
 def _stated_in(path: Path) -> Architecture | None:
-    """The sizes in a model's own config.json; None for a family that calls them otherwise (`n_embd`)."""
+    """The sizes in a config.json, which transformers judges elsewhere; None for a family that calls them
+    otherwise (`n_embd`), or that has one for each layer (Gemma 3n).
+    """
     try:
         return Architecture.from_file(path)
     except ConfigError as error:
-        if isinstance(error.__cause__, KeyError):
+        if isinstance(error.__cause__, KeyError | TypeError):
             return None
         raise
 
 
 def described_by(model: ModelConfig) -> Path | None:
-    """The config.json of a given model that is on this machine, before the model is."""
-    if model.path is None or model.architecture is not None:
-        return model.architecture
-    return _local_config(model.path, model.revision)
+    """The config.json of a model whose weights are not on this machine yet: its own, where the hub's cache
+    has it, else `model.architecture`, which then stands for it. Memory is planned by the latter in any case.
+    """
+    own = None if model.path is None else _local_config(model.path, model.revision)
+    return own or model.architecture
 
 
 def _local_config(path: str, revision: str | None) -> Path | None:

@@ -152,12 +152,14 @@ def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: M
 
 
 def check_described_model(config: ExperimentConfig, described: Path) -> None:
-    """Judge a model by its config.json alone: its weights and tokenizer are not on this machine yet. Raises
-    ModelError.
+    """Judge a model by a config.json alone, `placement.described_by`: its weights and tokenizer are not on
+    this machine yet. Raises ModelError.
     """
     from stages.training.model_rules import check_model_config, read_config
 
     named = f"model.path {config.model.path}"
+    if described == config.model.architecture:
+        named += " (as model.architecture describes it)"
     check_model_config(
         read_config(described, named=named),
         named=named,

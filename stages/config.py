@@ -106,7 +106,9 @@ class ModelConfig(Section):
     revision: str | None = Field(default=None, json_schema_extra=EXECUTION)
     """Commit of a hub id."""
     architecture: Path | None = Field(default=None, json_schema_extra=EXECUTION)
-    """config.json of a hub model that is not on this machine yet: `rlhf check` plans memory by it."""
+    """config.json of a hub model that is not on this machine yet: `rlhf check` plans memory by it,
+    and judges the model by it where the hub's cache does not have its own config.json.
+    """
     layers: int = Field(default=4, ge=1)
     """Transformer layers."""
     hidden_size: int = Field(default=160, ge=32)

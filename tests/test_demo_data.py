@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import load
+from stages.data.decontamination import num_too_short
+from stages.prepare import evaluation_texts
+
 DEMO = Path(__file__).parents[1] / "configs" / "demo"
 FILES = ("corpus.jsonl", "sft.jsonl", "preferences.jsonl", "prompts.jsonl", "eval_prompts.jsonl")
 
@@ -99,6 +103,14 @@ def test_no_evaluation_prompt_occurs_in_any_other_file() -> None:
         assert not evaluated & {row["prompt"] for row in rows(name)}
     corpus = (DEMO / "corpus.jsonl").read_text(encoding="utf-8")
     assert not [prompt for prompt in evaluated if prompt in corpus]
+
+
+def test_every_evaluation_text_is_shorter_than_the_runs_of_words_that_prepare_looks_for() -> None:
+    """As README and docs/results/demo.md say: of the demo's texts it checks none."""
+    config = load(DEMO.with_suffix(".yaml")).config
+    assert config.evaluate is not None and config.prepare is not None
+    texts = evaluation_texts(config.evaluate.prompts)
+    assert num_too_short(texts, config.prepare.decontaminate_ngram) == len(texts) == 864
 
 
 def test_every_fact_is_evaluated_in_two_wordings_and_trained_in_the_others() -> None:

@@ -51,6 +51,7 @@ def attention(setting: Setting) -> None:
         cases = [mixed, (256,) * 8, (64,) * 32, (2048,) * 4, (8192,)]
     for dtype in (torch.bfloat16, torch.float32):
         for lengths in cases:
+            setting.check_time()
             generator = torch.Generator(device=setting.device).manual_seed(0)
             shapes = [(1, heads, sum(lengths), head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
             inputs = [

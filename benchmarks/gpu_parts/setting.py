@@ -51,12 +51,23 @@ class Setting:
     device: torch.device
     is_small: bool  # a rehearsal: tiny models, few repeats
     scratch: Path
+    deadline: float  # of time.perf_counter: no part of a check begins later
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def has_gpu(self) -> bool:
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline; 0 or less after it."""
+        return self.deadline - time.perf_counter()
+
+    def check_time(self) -> None:
+        """Raises TimeoutError after the deadline: before each part of a check whose result is a must."""
+        if self.left_s <= 0:
+            raise TimeoutError("no time left")
 
     @property
     def sizes(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +131,7 @@ class ChatTokenizer:
         inert = {
             index
             for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special or index in meant or token.content in self.template
+            if token.special or index in meant or self._spells(token.content)
         }
         self._encoder = TextEncoder(tokenizer.backend_tokenizer.to_str(), inert)
         self._check_ids()
@@ -195,10 +195,17 @@ class ChatTokenizer:
         written = {*self._written_ids(), self.end_of_turn_id, *([self.separator_id] if documents else [])}
         return max(content | written)
 
+    def _spells(self, token: str) -> bool:
+        """Whether the template's source has the text of an added token in it, which then means something.
+
+        White space means nothing (runs of it are tokens in GPT-NeoX, Phi and CodeGen): there it is layout.
+        """
+        return bool(token.strip()) and token in self.template
+
     def _written_ids(self) -> set[int]:
         """Of the special tokens that the template spells, and of all that it writes around known roles."""
         added = self.tokenizer.added_tokens_decoder
-        ids = {id_ for id_, token in added.items() if token.content in self.template}
+        ids = {id_ for id_, token in added.items() if self._spells(token.content)}
         for roles in _CONVERSATIONS:
             with suppress(ModelError):  # no template takes all roles
                 for piece in self._template_pieces(roles, add_generation_prompt=True):
@@ -344,9 +351,7 @@ class ChatTokenizer:
             if piece.text not in self._marker_cache:
                 self._marker_cache[piece.text] = self._encoder.named(piece.text)
             return self._marker_cache[piece.text]
-        content = messages[piece.message].content
-        content = content.lstrip() if piece.trim_left else content
-        return content.rstrip() if piece.trim_right else content
+        return _content_of(piece, messages)
 
     def _prompt_pieces(self, roles: tuple[str, ...]) -> list[_Piece]:
         """A prompt, its earlier assistant turns cut at the same places as in a conversation."""
@@ -476,13 +481,12 @@ class ChatTokenizer:
         Where the tokenizer has one token for the end of a prompt and the start of an answer, ours differ: the
         model is never given that token.
         """
-        said = "x 1 x"
-        messages = (Message(role="user", content=said), Message(role="assistant", content=said))
         prompt, roles = self._prompt_pieces(("user",)), ("user", "assistant")
         whole = self._cut_turns(self._template_pieces(roles, add_generation_prompt=False), roles)
-        for pieces in (prompt, whole):
-            runs = groupby(pieces, key=lambda piece: piece.trained)
-            stretches = ["".join(piece.text or said for piece in run) for _, run in runs]
+        for said, pieces in product(_SAID, (prompt, whole)):
+            messages = (Message(role="user", content=said), Message(role="assistant", content=said))
+            runs = (run for _, run in groupby(pieces, key=lambda piece: piece.trained))
+            stretches = ["".join(piece.text or _content_of(piece, messages) for piece in run) for run in runs]
             own = self.tokenizer("".join(stretches), add_special_tokens=False)["input_ids"]
             ids = list(self._encode(pieces, messages).ids)
             if ids != self._lacking_bos(own) + own and not self._merges(stretches):
@@ -501,10 +505,20 @@ class ChatTokenizer:
         return any(start < cut < end for start, end in offsets for cut in cuts)
 
 
+def _content_of(piece: _Piece, messages: Sequence[Message]) -> str:
+    """What a message says, less what the template trims."""
+    assert piece.message is not None
+    content = messages[piece.message].content
+    content = content.lstrip() if piece.trim_left else content
+    return content.rstrip() if piece.trim_right else content
+
+
 def _in_short(roles: Sequence[str]) -> str:
     return ", ".join(roles[:8]) + (f" and {len(roles) - 8} more" if len(roles) > 8 else "")
 
 
+_SAID = ("x 1 x", "\n\nx  1\n    x\t\tx")
+"""Contents by which our ids are held against the tokenizer's: the second with runs of white space."""
 _QUESTION, _ANSWER = Message(role="user", content="x"), Message(role="assistant", content="x")
 _CONVERSATIONS: tuple[tuple[Role, ...], ...] = (
     ("user", "assistant", "user"),

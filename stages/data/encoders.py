@@ -83,9 +83,11 @@ class TextEncoder:
         if last is None:
             return self._ids(text)
         if last in self._tokens:
-            return self._ids(self._tokens[last] + text)[1:]
+            ids = self._ids(self._tokens[last] + text)
+            if ids[0] == last:  # not where white space became a longer run, which is another token
+                return ids[1:]
         going_on = self._going_on.encode(text, add_special_tokens=False)
-        ids: list[int] = going_on.ids
+        ids = going_on.ids
         at = next((at for at, token in enumerate(ids) if token in self._tokens), None)
         if self._going_on is self._whole or at is None:
             return self._checked(ids, text)

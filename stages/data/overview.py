@@ -41,9 +41,7 @@ class Limits:
     """What a stage allows a record to be."""
 
     context_length: int  # tokens
-    max_prompt_tokens: (
-        int  # that leave room for a scored response; all of the context where none is asked for
-    )
+    max_prompt_tokens: int  # that leave room for a scored response; all of the context if none is asked for
     base_prompt: str | None  # of evaluate: how a base model is asked, which has to fit too
     pairs_too_long: Literal["drop", "truncate"]
     group_column: str | None  # of reward

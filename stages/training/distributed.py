@@ -327,12 +327,23 @@ def _gloo_talks_through(address: str) -> None:
 def _nccl_talks_through(address: str) -> None:
     """NCCL, by the address that other nodes know this one by: never loopback, although all workers may be
     here. The id of a weight sync's group holds an address of this process, and its engines may be elsewhere.
-    An interface that the machine's owner has chosen stays.
+    An interface that the machine's owner has chosen stays. Where nodes are known by names, not by addresses,
+    NCCL finds its interface itself.
+
+    `=`: NCCL takes a bare name for the beginning of one, and eth1 for eth10 too.
     """
-    if "NCCL_SOCKET_IFNAME" in os.environ or ip_address(address).is_loopback:
+    if "NCCL_SOCKET_IFNAME" in os.environ or not _others_reach(address):
         return
     if (interface := _interface(address)) is not None:
-        os.environ["NCCL_SOCKET_IFNAME"] = interface
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"
+
+
+def _others_reach(address: str) -> bool:
+    """Whether this is an IP address, and not that of the loopback. False for the name of a host."""
+    try:
+        return not ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _interface(address: str) -> str | None:

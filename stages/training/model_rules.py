@@ -288,7 +288,7 @@ def build_without_memory(config: "PreTrainedConfig", named: str, *, scores: bool
         raise
     except Exception as error:  # a config.json with senseless values brings up any error of transformers
         name, found = _name(config, named), _class_of(config, named, scores=scores).__name__
-        if _can_bebuild_without_memory(config, "eager", scores=scores):
+        if _can_be_built_without_memory(config, "eager", scores=scores):
             raise ModelError(
                 f"{name} cannot be trained here: transformers cannot exchange the attention of {found}, so "
                 f"packed sequences would see each other; {ANOTHER_FAMILY}"
@@ -298,7 +298,7 @@ def build_without_memory(config: "PreTrainedConfig", named: str, *, scores: bool
         ) from error
 
 
-def _can_bebuild_without_memory(config: "PreTrainedConfig", attention: str, *, scores: bool) -> bool:
+def _can_be_built_without_memory(config: "PreTrainedConfig", attention: str, *, scores: bool) -> bool:
     try:
         _on_meta(config, attention, scores=scores)
     except MemoryError:

@@ -1,6 +1,6 @@
 """The probe of a loaded model: do sequences in one row see each other, or anything but what they should?
 
-    3 sequences of 8 tokens: one packed row, in train mode --compare--> each alone, eager attention, eval mode
+    3 sequences of 8 tokens: one packed row, as the stages run it --compare--> each alone, eager attention
 
 What a family's layers do with a packed row is theirs to say: a layer may mix tokens without attention, keep a
 state, or draw at random. So it is tried, on the model itself, before it is sharded. Cost: a forward of 24
@@ -42,11 +42,8 @@ def check_packed(inner: PreTrainedModel, head: nn.Module, forward: Forward, dire
             "without attention, so packed sequences would see each other"
         )
     sequences = _sequences(inner)
-    was_training = inner.training
     try:
-        inner.train()
         outputs_N, hidden_ND = _observed(head, forward, sequences)
-        inner.eval()
         with _eager(inner):
             alone = [_observed(head, forward, [one]) for one in sequences]
     except ModelError as error:
@@ -59,8 +56,6 @@ def check_packed(inner: PreTrainedModel, head: nn.Module, forward: Forward, dire
             f"{_named(inner, directory)} cannot be trained here: it does not compute a packed row "
             f"({type(error).__name__}: {reason})"[:400]
         ) from error
-    finally:
-        inner.train(was_training)
     difference = (outputs_N - torch.cat([outputs for outputs, _ in alone])).abs().max()
     expected_ND = torch.cat([hidden for _, hidden in alone])
     deviation = (hidden_ND - expected_ND).abs().max() / expected_ND.abs().max()

@@ -26,6 +26,8 @@ from blake3 import blake3
 from launch import Launch
 from results import page
 
+from pipeline.artifacts import git_commit
+
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "docs/results/chaos.md"
 WEIGHTS = ("sft", "reward", "ppo")
@@ -74,7 +76,7 @@ class Campaign:
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if not self._progress.exists():
-            self.record("begin", **of)
+            self.record("begin", commit=git_commit(), **of)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Everything of one kind that was recorded: begin, kill, missed, surprise, whole, reference."""

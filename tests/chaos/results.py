@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ EXIT_CODES = (4, -9)
 
 def page(campaign: "Campaign") -> tuple[str, bool]:
     """The text, and whether all is as it should be."""
+    (begun,) = campaign.events("begin")
     kills, runs, references = (campaign.events(kind) for kind in ("kill", "whole", "reference"))
     surprises = campaign.events("surprise")
     expected = {event["engine"]: event["weights"] for event in references}
@@ -34,6 +36,8 @@ def page(campaign: "Campaign") -> tuple[str, bool]:
     sound = bool(runs) and not (different or lost or again or unclean or hanging or wrong or surprises)
     lines = [
         "# Chaos: runs killed at random moments",
+        "",
+        _measured(begun),
         "",
         f"Machine: {_machine()}.",
         f"Command: `make chaos` (`--kills {len(kills)} --seed {campaign.seed}`). Tiny runs of all six stages "
@@ -71,6 +75,13 @@ def page(campaign: "Campaign") -> tuple[str, bool]:
         "",
     ]  # fmt: skip
     return "\n".join(lines), sound
+
+
+def _measured(begun: Event) -> str:
+    """When, and which code: with other code a campaign begins again."""
+    day = time.strftime("%-d %B %Y", time.gmtime(begun["time"]))
+    commit = begun["commit"] or "unknown"
+    return f"Measured on {day} at commit {commit[:7]}{commit[40:]}; `make chaos` measures the present code."
 
 
 def _table(

@@ -1,8 +1,11 @@
 """The campaign itself: its plan, and a short one on real runs. `make chaos` is the long one."""
 
+import re
+
+import campaign
 import pytest
 from aims import ENGINE_VICTIMS, NUM_KILLS, engine_of, plan_of
-from campaign import Campaign
+from campaign import RESULTS, Campaign
 from results import page
 
 NUM_RUNS = 10
@@ -30,6 +33,17 @@ def test_ten_runs_aim_a_hundred_times_at_everything_in_every_stage():
     for run, plan in plans.items():
         engines = {aim.victim for aim in plan} & set(ENGINE_VICTIMS["vllm"])
         assert engines <= set(ENGINE_VICTIMS[engine_of(run)])
+
+
+def test_the_page_says_when_and_of_which_code_it_was_measured_and_so_does_the_committed_one(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(campaign, "git_commit", lambda: 4 * "0123456789" + "-dirty")
+    monkeypatch.setattr(campaign.time, "time", lambda: 1.0)
+    (line,) = re.findall(r"^Measured on .*$", page(Campaign(tmp_path, seed=0))[0], re.MULTILINE)
+    assert line.startswith("Measured on 1 January 1970 at commit 0123456-dirty; ")
+    form = re.sub(r"on .* at", "on .* at", re.sub(r"commit [^;]*", "commit [0-9a-f]{7}", line))
+    assert re.search(f"^{form}$", RESULTS.read_text(), re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -72,6 +72,19 @@ LLAMA3 = (
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+INDENTED = """\
+{% for message in messages %}
+    {% if message['role'] == 'system' %}
+\t\t{{- message['content'] + eos_token }}
+    {% else %}
+        {{- '<|' + message['role'] + '|>' + message['content'] }}
+        {%- if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+    {{- '<|assistant|>' -}}
+{% endif %}
+"""
 TEMPLATES = {  # and their tokens beside <unk>, <s>, </s>; Phi-3's take the white space behind them
     "llama2": (LLAMA2, ()),
     "mistral_v1": (MISTRAL_V1, ()),
@@ -81,7 +94,9 @@ TEMPLATES = {  # and their tokens beside <unk>, <s>, </s>; Phi-3's take the whit
     "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>")),
     "qwen": (QWEN, ("<|im_start|>", "<|im_end|>")),
     "llama3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "indented": (INDENTED, ("<|user|>", "<|assistant|>")),
 }
+TAKES_SYSTEM = ("llama2", "tinyllama", "gemma", "qwen", "llama3", "indented")
 SPECIAL = ["<unk>", "<s>", "</s>"]
 CORPUS = [
     "hello world, the cat sat on the mat. Hello hello!",
@@ -141,9 +156,17 @@ def _sentencepiece(model: str) -> str:
     return tokenizer.to_str()
 
 
+RUNS = ["  ", "    ", "        ", "\t\t", "\n", "\n\n", "\n\n\n"]
+"""Of white space: added tokens that are not special, as those of GPT-NeoX, Phi, CodeGen and Gemma."""
+
+
 @cache
-def _byte_level() -> str:
-    """With Qwen's and Llama 3's pattern: line breaks join what is before them."""
+def _byte_level(spaces: str) -> str:
+    """With Qwen's and Llama 3's pattern: line breaks join what is before them.
+
+    `prefix`: with GPT-2's, a space before every text, no tokens of several line breaks, which that pattern
+    parts before a word.
+    """
     tokenizer = Tokenizer(models.BPE())
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -155,12 +178,17 @@ def _byte_level() -> str:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    if spaces == "prefix":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([*CORPUS, "a\n\nb\n\n\nc\n\n\n\nd"] * 3, trainer)
+    breaks = [] if spaces == "prefix" else ["a\n\nb\n\n\nc\n\n\n\nd"]
+    tokenizer.train_from_iterator([*CORPUS, *breaks] * 3, trainer)
+    if spaces == "runs":
+        tokenizer.add_tokens([AddedToken(run, special=False, normalized=False) for run in RUNS])
     return tokenizer.to_str()
 
 
@@ -168,7 +196,7 @@ def _byte_level() -> str:
 def chat_of(model: str, spaces: str, name: str) -> ChatTokenizer:
     template, tokens = TEMPLATES[name]
     if model == "byte_level":
-        tokenizer = Tokenizer.from_str(_byte_level())
+        tokenizer = Tokenizer.from_str(_byte_level(spaces))
     else:
         tokenizer = Tokenizer.from_str(_sentencepiece(model))
         SPACES[spaces](tokenizer)
@@ -186,13 +214,14 @@ def talk(*contents: str) -> tuple[Message, ...]:
     return tuple(Message(role=roles[at % 2], content=text) for at, text in enumerate(contents))
 
 
-KINDS = [*product(("bpe", "unigram"), SPACES), ("byte_level", "none")]
+KINDS = [*product(("bpe", "unigram"), SPACES), *product(["byte_level"], ["none", "prefix", "runs"])]
 every_kind = pytest.mark.parametrize(("model", "spaces"), KINDS, ids="-".join)
 every_template = pytest.mark.parametrize("name", TEMPLATES)
 TALKS = [
     talk("hello world", "Hello, the cat is red."),
     talk("is it red?", "Yes"),
     talk("The cat", "hello", "12 cats?", "No, the dog\nran", "\u00e9t\u00e9 \u4e16?", "it is 12."),
+    talk("x =  1\n    y = 2", "if x:\n\t\ty  = 3\n\n\n\tx"),
 ]
 
 
@@ -211,6 +240,30 @@ def test_ids_are_those_that_the_tokenizer_gives_for_the_whole_text(model, spaces
     own = own_ids(chat, messages, prompt=False)
     assert ids == own[: len(ids)] and chat.end_of_turn_id not in own[len(ids) :]
     assert list(chat.prompt_ids(messages[:-1])) == own_ids(chat, messages[:-1], prompt=True)
+
+
+@every_kind
+@pytest.mark.parametrize("name", TAKES_SYSTEM)
+def test_a_system_message_has_the_tokenizers_own_ids_too(model, spaces, name):
+    chat = chat_of(model, spaces, name)
+    for messages in TALKS:
+        prompt = (Message(role="system", content="The dog is  red."), *messages[:-1])
+        assert list(chat.prompt_ids(prompt)) == own_ids(chat, prompt, prompt=True)
+
+
+WHITE_SPACE = [
+    *(" hello", "hello ", "\n\nhello", "\n\n the cat \n", "", " ", "\n", "    x = 1\n\ty  = 2\n\n\n"),
+    *("\t\tx", "a" + " " * 17 + "b"),
+]
+
+
+@every_kind
+@every_template
+def test_a_prompt_has_the_tokenizers_own_ids_whatever_white_space_is_in_it(model, spaces, name):
+    """Also runs of it that are tokens, and that the source of the template has in it."""
+    chat = chat_of(model, spaces, name)
+    for text in WHITE_SPACE:
+        assert list(chat.prompt_ids(talk(text))) == own_ids(chat, talk(text), prompt=True), repr(text)
 
 
 ODD = [
@@ -245,9 +298,10 @@ def test_prompt_and_response_ids_are_the_conversation_and_its_answers_are_traine
 def test_content_never_becomes_a_special_token(model, spaces, name):
     """Unigram finds every entry of its vocabulary in a text, `</s>` too."""
     chat = chat_of(model, spaces, name)
-    special = set(chat.tokenizer.added_tokens_decoder)
-    forged = "a".join(token.content for token in chat.tokenizer.added_tokens_decoder.values())
-    assert not special & set(chat.text_ids(forged))
+    added = chat.tokenizer.added_tokens_decoder
+    special = {index: token.content for index, token in added.items() if token.special}
+    forged = "a".join(special.values())
+    assert special.keys().isdisjoint(chat.text_ids(forged))
     plain, attack = (chat.render(talk(text, text, text, text)).ids for text in ("a", forged))
     assert [token for token in attack if token in special] == [token for token in plain if token in special]
 
@@ -255,7 +309,7 @@ def test_content_never_becomes_a_special_token(model, spaces, name):
 @every_kind
 def test_a_text_that_stands_alone_has_the_tokenizers_own_ids(model, spaces):
     chat = chat_of(model, spaces, "tinyllama")
-    for text in (*CORPUS, " hello", "\nhello  ", "\u00e9t\u00e9"):
+    for text in (*CORPUS, *WHITE_SPACE, "\u00e9t\u00e9"):
         own = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert list(chat.text_ids(text)) == own == chat.documents_ids([text], np.dtype("uint16"))[0].tolist()
         assert list(chat.continuation_ids(text)) == [chat.tokenizer.eos_token_id, *own]
@@ -271,7 +325,8 @@ def test_a_response_reads_as_it_was_written(model, spaces, name):
     for text in ("Hello, the cat", "12", "(it) is"):
         assert chat.response_text(chat.response_ids(text)).rstrip() == text
     if name in ("mistral_v1", "tinyllama", "qwen"):  # whose prompts end with text, and that trim nothing
-        assert chat.response_text(chat.response_ids(" hello")) == " hello"
+        for text in (" hello", "\n\n the cat"):
+            assert chat.response_text(chat.response_ids(text)) == text
 
 
 @every_kind

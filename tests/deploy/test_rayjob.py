@@ -74,6 +74,15 @@ def test_the_cluster_of_the_manifest_holds_every_stage_of_its_config():
     assert "missing 4 GPU" in lacking([stages["ppo"]], fewer)
 
 
+def test_the_job_trains_and_evaluates_on_all_rows_of_its_two_files():
+    """The config's own parts are those of one file, for both."""
+    experiment = config()
+    assert experiment.sft and experiment.reward and experiment.ppo and experiment.evaluate
+    trained = [*experiment.sft.data, *experiment.reward.data, *experiment.ppo.data]
+    read = [(Path(source.path).name, source.part) for source in (*trained, *experiment.evaluate.prompts)]
+    assert read == [("train.jsonl", "all")] * 3 + [("test.jsonl", "all")]
+
+
 def test_what_kubernetes_grants_is_what_ray_is_told():
     limits = WORKERS["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert WORKERS["rayStartParams"] == {"num-cpus": limits["cpu"], "num-gpus": limits["nvidia.com/gpu"]}

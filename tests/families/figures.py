@@ -46,7 +46,7 @@ COLUMNS: dict[str, Column] = {
         limit=1e-4,
         unit="nats",
         measures=(
-            "Five sequences in one row, in train mode through the loader and forward of the stages, against "
+            "Five sequences in one row, through the loader and forward as the stages run them, against "
             "each sequence alone in transformers' eager attention: the largest difference of any log-prob."
         ),
     ),

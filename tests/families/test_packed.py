@@ -1,7 +1,7 @@
 """Each family packed, against each sequence alone in plain transformers: right, or refused when loaded.
 
 Plain is `AutoModelForCausalLM.from_pretrained` in eval mode with eager attention. Ours is what the stages
-use: loader, forward over a packed row, train mode.
+use: its loader, and its forward over a packed row.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,14 +92,14 @@ def test_packed_scores_of_a_reward_model_are_those_of_transformers_or_it_is_refu
     with torch.no_grad():
         alone = torch.cat([plain(torch.tensor([ids])).logits[:, 0] for ids in sequences])
         padded = plain(**padded_right(sequences)).logits[:, 0]
-        found = sequence_scores(model.train(), sequences, device=torch.device("cpu"))
+        found = sequence_scores(model, sequences, device=torch.device("cpu"))
     assert alone.std() > 0.1, "scores differ from sequence to sequence"
     record(name, "reward", max(largest_difference(found, alone), largest_difference(found, padded)))
 
 
 def packed_logprobs(model: CausalLM, row: PackedRow) -> Tensor:
-    """[N, V], in train mode."""
-    return model.train()(row.model_inputs(), torch.arange(row.num_tokens))[0].log_softmax(-1)
+    """[N, V], as the stages run it."""
+    return model(row.model_inputs(), torch.arange(row.num_tokens))[0].log_softmax(-1)
 
 
 def plain_logprobs(model: nn.Module, ids: Sequence[int]) -> Tensor:

@@ -14,7 +14,9 @@ OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 12020).
 
 def gpus(**findings: object) -> Gpus:
     """A machine with one GPU that a torch for CUDA 13.0 cannot use, unless told otherwise."""
-    usual = Gpus(listed=(H100,), complaint="", build="13.0", usable=(), refusal="", visible=None)
+    usual = Gpus(
+        listed=(H100,), complaint="", answers=True, build="13.0", usable=(), refusal="", visible=None
+    )
     return replace(usual, **findings)
 
 
@@ -38,6 +40,21 @@ def test_gpus_that_torch_computes_on_are_fine_and_named():
             "unset it",
         ),
         (
+            {"refusal": "No CUDA GPUs are available", "visible": "1,0"},
+            "torch sees none (No CUDA GPUs are available): CUDA_VISIBLE_DEVICES='1,0'",
+            "unset it",
+        ),
+        (
+            {"refusal": OLD_DRIVER, "visible": "0"},
+            f"torch uses none ({OLD_DRIVER}, CUDA_VISIBLE_DEVICES='0')",
+            "update NVIDIA's driver",
+        ),
+        (
+            {"answers": False, "build": None, "refusal": "ImportError: libc10.so: no such file"},
+            "torch does not answer (ImportError: libc10.so: no such file)",
+            "install it again",
+        ),
+        (
             {"listed": (), "complaint": "Failed to initialize NVML: Driver/library version mismatch"},
             "nvidia-smi: Failed to initialize NVML: Driver/library version mismatch",
             "reboot",
@@ -53,7 +70,10 @@ def test_gpus_that_torch_computes_on_are_fine_and_named():
             "install a torch for the CUDA that nvidia-smi names",
         ),
     ],
-    ids=["old driver", "cpu build", "hidden", "mismatch", "no driver", "no kernels"],
+    ids=[
+        *("old driver", "cpu build", "hidden", "beyond", "one chosen, old driver", "no answer", "mismatch"),
+        *("no driver", "no kernels"),
+    ],
 )
 def test_gpus_that_torch_does_not_use_are_a_finding_with_its_cure(findings, why: str, cure: str):
     found = gpu_finding(gpus(**findings))
@@ -91,7 +111,29 @@ def test_a_machine_without_gpus_is_fine(monkeypatch: pytest.MonkeyPatch):
     assert doctor._gpu() == doctor.Finding(ok=True, subject="gpu", text="none; everything runs on the CPU")
 
 
-def test_torch_says_in_a_child_process_what_it_is_built_for_and_why_it_computes_on_none():
-    build, usable, refusal = doctor._torch_on_gpus()
-    assert (build, usable) == (None, ())
-    assert refusal == "Torch not compiled with CUDA enabled"
+def test_a_build_for_the_cpu_on_a_machine_without_gpus_is_fine_whatever_its_version_says(monkeypatch):
+    """Only pip's wheels of torch name it `+cpu`."""
+    monkeypatch.setattr(doctor, "_listed_gpus", lambda: ((), ""))
+    monkeypatch.setattr(doctor, "_version", lambda _: "2.13.0")
+    assert doctor._gpu() == doctor.NO_GPU
+
+
+def test_torch_says_in_a_child_process_what_it_is_built_for_and_why_it_computes_on_none(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert doctor._asked_of_torch((H100,), "") == Gpus(
+        listed=(H100,),
+        complaint="",
+        answers=True,
+        build=None,
+        usable=(),
+        refusal="Torch not compiled with CUDA enabled",
+        visible="0",
+    )
+
+
+def test_a_torch_that_cannot_be_imported_is_said_in_its_own_words(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libc10.so: no such file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asked = doctor._asked_of_torch((), "")
+    assert (asked.answers, asked.refusal) == (False, "ImportError: libc10.so: no such file")
+    assert not gpu_finding(asked).ok

@@ -176,9 +176,44 @@ def test_check_judges_a_model_that_is_not_here_by_its_config(project: Path, said
     overrides = ("model.path=somebody/unheard-of", "model.architecture=olmoe.json")
     code, line = said("check", "c.yaml", *overrides)
     assert code == 2
-    assert line.startswith("model.path somebody/unheard-of: olmoe has no reward model in transformers")
+    named = "model.path somebody/unheard-of (as model.architecture describes it)"
+    assert line.startswith(f"{named}: olmoe has no reward model in transformers")
     code, line = said("check", "c.yaml", *overrides, "reward=null", "ppo=null", "model.context_length=257")
-    assert code == 2 and "more than the 256 positions of model.path somebody/unheard-of" in line
+    assert code == 2 and f"more than the 256 positions of {named}" in line
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts the config of a family into the hub's cache, as that of somebody/unheard-of, and no weights: as
+    other programs do that ask for the config alone.
+    """
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub/models--somebody--unheard-of"
+
+    def put(family: str) -> None:
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs/main").write_text("abc")
+        save_config(repository / "snapshots/abc", config_of(family))
+        (repository / "snapshots/abc/model.safetensors").unlink()
+
+    return put
+
+
+def test_check_judges_a_model_by_its_own_config_and_plans_memory_by_the_one_given(
+    project: Path, said, hub_cache
+):
+    """A stand-in of the same size may be of another family, trainable or not."""
+    for given in ("olmoe", "llama"):
+        config_of(given).to_json_file(project / f"{given}.json")
+    overrides = ("check", "c.yaml", "model.path=somebody/unheard-of")
+    hub_cache("llama")
+    assert said(*overrides, "model.architecture=olmoe.json") == (0, "")
+    hub_cache("olmoe")
+    code, line = said(*overrides, "model.architecture=llama.json")
+    assert code == 2
+    assert line.startswith("model.path somebody/unheard-of: olmoe has no reward model in transformers")
 
 
 def test_a_sequence_classifier_without_a_linear_score_is_no_reward_model():

@@ -1,6 +1,7 @@
 """What a stage reserves, what can never be placed, and how much memory a plan counts."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from fake_chain import Chain
 from families.table import FAMILIES
 
 from pipeline import placement
-from pipeline.architecture import Architecture
+from pipeline.architecture import TIED_BY_DEFAULT, Architecture
 from pipeline.config import load
 from pipeline.errors import ConfigError
 from pipeline.placement import architecture_of, bundles_by_stage, host_memory_of, memory_of, plan
@@ -156,6 +157,7 @@ def test_the_activations_counted_of_a_token_are_those_autograd_keeps(dtype: str,
     from stages.data.packing import pack
     from stages.training.models import CausalLM
     from stages.training.packed_attention import register_packed_attention
+    from stages.training.randomness import recompute_activations
 
     sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -166,9 +168,9 @@ def test_the_activations_counted_of_a_token_are_those_autograd_keeps(dtype: str,
         dtype=getattr(torch, dtype),
         attn_implementation=register_packed_attention(),
     )
-    model = CausalLM(inner).train()
+    model = CausalLM(inner)
     if recomputed:
-        inner.gradient_checkpointing_enable()
+        recompute_activations(inner)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -190,6 +192,27 @@ def test_the_activations_counted_of_a_token_are_those_autograd_keeps(dtype: str,
         assert per_token == pytest.approx(counted + 4 * 128 + itemsize * 128, rel=0.01)  # and the last norm
     else:
         assert per_token == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("positions", [300, 1500], ids=["one chunk", "two"])
+def test_the_logits_counted_are_what_log_probs_and_their_gradient_allocate(chain: Chain, positions: int):
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from stages.objectives.logprobs import token_logprobs
+
+    config = chain.config(f"model.context_length={positions}", "sft.micro_batch_size=1", "sft.batch_size=1")
+    architecture = architecture_of(config)
+    assert architecture is not None
+    parts = memory_of(config, "sft", architecture)["worker"].parts
+    counted = parts["largest logits and their gradients"] + parts["a chunk of log-softmax and its gradient"]
+    inputs, head = torch.randn(positions, 4, requires_grad=True), torch.randn(4, architecture.vocab_size)
+    targets = torch.zeros(positions, dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        token_logprobs(logits=inputs @ head, targets=targets, temperature=1.0).sum().backward()
+    events = sorted(run.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    assert max(held) == pytest.approx(counted, rel=0.02)
 
 
 def test_a_bf16_language_model_copies_its_head_to_fp32_and_a_reward_model_has_none():
@@ -243,10 +266,12 @@ def test_a_whole_model_lies_in_host_memory_before_it_is_sharded(chain: Chain):
 
 def test_the_plan_of_evaluate_counts_the_forwards_that_it_does():
     from stages import evaluate
+    from stages.objectives import logprobs
     from stages.training import evaluation
 
     assert placement.SEQUENCES_EVALUATED == evaluate.MICRO_BATCH_SIZE
     assert placement.DOCUMENTS_EVALUATED == evaluation.MICRO_BATCH_SIZE
+    assert placement.LOGPROB_CHUNK == logprobs.CHUNK_TOKENS
 
 
 def test_one_fp32_worker_gathers_nothing_and_a_cpu_engine_has_its_configured_cache(chain: Chain):
@@ -288,6 +313,33 @@ def test_a_model_that_nothing_here_describes_is_said_to_be_unknown(chain: Chain,
     )
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_plan_of_every_family_has_its_memory_or_says_that_it_does_not_know(
+    chain: Chain, tmp_path, name: str
+):
+    FAMILIES[name].config().save_pretrained(tmp_path / "model")
+    lines = list(plan(chain.config(f"model.path={tmp_path}/model"), ("sft",)))
+    assert ("each worker" in lines[1]) != lines[-1].startswith("memory: size unknown")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_where_a_config_json_does_not_say_the_head_is_tied_as_transformers_has_it(name: str, tmp_path):
+    config = FAMILIES[name].config()
+    stated = {key: value for key, value in config.to_dict().items() if key != "tie_word_embeddings"}
+    (tmp_path / "config.json").write_text(json.dumps(stated, default=str))
+    try:
+        counted = Architecture.from_file(tmp_path / "config.json")
+    except ConfigError:
+        return  # of other names for its sizes, or lists of them
+    assert counted.tie_word_embeddings == type(config)().tie_word_embeddings
+
+
+def test_a_head_that_is_said_to_be_tied_by_default_is():
+    from transformers import AutoConfig
+
+    assert all(AutoConfig.for_model(name).tie_word_embeddings for name in TIED_BY_DEFAULT)
+
+
 def test_a_model_directory_describes_itself(chain: Chain, tmp_path):
     (tmp_path / "model").mkdir()
     text = (CONFIGS / "qwen_gsm8k_gpu/architecture.json").read_text()
@@ -296,7 +348,7 @@ def test_a_model_directory_describes_itself(chain: Chain, tmp_path):
     assert architecture_of(config) == Architecture.from_file(CONFIGS / "qwen_gsm8k_gpu/architecture.json")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "falcon", "bloom", "mpt"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "falcon", "bloom", "mpt", "gemma3n_text"])
 def test_the_plan_of_a_family_with_other_names_for_its_sizes_says_that_it_does_not_know(
     chain: Chain, tmp_path, model_type: str
 ):

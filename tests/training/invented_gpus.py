@@ -42,7 +42,12 @@ def on_the_worker(worker: Worker, *, model_dir: Path) -> dict[str, Any]:
     """What reward and evaluate do: rank 0 opens real engines."""
     import torch
 
-    seen: dict[str, Any] = {"device": worker.device.type, "torch": torch.cuda.device_count(), **environment()}
+    seen: dict[str, Any] = {
+        "device": worker.device.type,
+        "torch": torch.cuda.device_count(),
+        "fp32_precision": torch.get_float32_matmul_precision(),
+        **environment(),
+    }
     if worker.rank == 0:
         with rollout_source.open_engines(
             HF, model_dir=model_dir, dtype="float32", max_model_len=64, runtime=worker.runtime

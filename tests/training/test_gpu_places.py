@@ -25,6 +25,8 @@ IMPORTABLE = os.pathsep.join(str(Path(__file__).parents[index]) for index in (1,
 
 
 TOLD = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+TF32 = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+"""As in NVIDIA's containers: torch then begins with TF32 in fp32 matrix products."""
 
 
 def seen_in(directory: Path, model_dir: Path, *cases: str) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def seen_in(directory: Path, model_dir: Path, *cases: str) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name not in TOLD}
     answer = subprocess.run(
         [sys.executable, SCRIPT, model_dir, directory, *cases],
-        env=environment | {"PYTHONPATH": IMPORTABLE},
+        env=environment | TF32 | {"PYTHONPATH": IMPORTABLE},
         capture_output=True,
         text=True,
         timeout=300,
@@ -61,7 +63,7 @@ def test_an_engine_that_a_worker_without_a_gpu_opens_sees_its_own(cpu_workers):
 def test_gloo_talks_through_loopback_on_one_host_and_nccl_never_does(cpu_workers):
     """The id of a weight sync's nccl group holds an address of the trainer, and engines may be elsewhere."""
     assert cpu_workers["GLOO_SOCKET_IFNAME"] == "lo"
-    assert cpu_workers["NCCL_SOCKET_IFNAME"] != "lo"
+    assert cpu_workers["NCCL_SOCKET_IFNAME"] != "=lo"
 
 
 @pytest.mark.slow
@@ -109,11 +111,11 @@ def two_interfaces(monkeypatch):
 
 def test_nccl_talks_through_the_interface_that_other_nodes_know_this_one_by(two_interfaces):
     distributed._nccl_talks_through("10.0.0.7")
-    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=ib0", "this one, and none whose name begins so"
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_nccl_is_left_alone_where_this_node_is_known_by_loopback_only(two_interfaces, address):
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "node-7.cluster"])
+def test_nccl_is_left_alone_where_this_node_is_known_by_loopback_or_by_a_name(two_interfaces, address):
     distributed._nccl_talks_through(address)
     assert "NCCL_SOCKET_IFNAME" not in os.environ
 
@@ -140,6 +142,14 @@ def test_fp32_matrix_products_of_a_trainer_are_fp32_whatever_was_set_before(tmp_
     finally:
         torch.set_float32_matmul_precision("highest")
     assert found == "highest"
+
+
+def test_fp32_matrix_products_of_a_worker_on_ray_are_fp32_where_torch_begins_with_tf32(cpu_workers):
+    ask = "import torch; print(torch.get_float32_matmul_precision())"
+    before = subprocess.run(
+        [sys.executable, "-c", ask], env=os.environ | TF32, capture_output=True, text=True, check=True
+    )
+    assert (before.stdout.strip(), cpu_workers["fp32_precision"]) == ("high", "highest")
 
 
 def test_a_process_gives_cached_gpu_memory_back_before_it_opens_an_engine(
