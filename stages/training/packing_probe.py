@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import ModelError
+from stages.training.model_rules import raise_unless_of_the_model
 from stages.training.packed_attention import register_packed_attention
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 3, 8
@@ -51,9 +52,8 @@ def check_packed(inner: PreTrainedModel, head: nn.Module, forward: Forward, dire
             alone = [_observed(head, forward, [one]) for one in sequences]
     except ModelError as error:
         raise ModelError(f"{_named(inner, directory)} cannot be trained here: {error}") from error
-    except MemoryError:
-        raise
     except Exception as error:  # a family's forward may refuse a packed row with any error
+        raise_unless_of_the_model(error)
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{_named(inner, directory)} cannot be trained here: it does not compute a packed row "
@@ -75,7 +75,7 @@ def check_packed(inner: PreTrainedModel, head: nn.Module, forward: Forward, dire
 def _sequences(inner: PreTrainedModel) -> list[list[int]]:
     """Ids from all over the vocabulary, the same for every model of its size."""
     embeddings = inner.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
+    assert isinstance(embeddings, nn.Embedding), "the loader has looked (model_rules.check_ends)"
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_SEQUENCES, SEQUENCE_TOKENS)
     ids: list[list[int]] = torch.randint(embeddings.num_embeddings, shape, generator=generator).tolist()
