@@ -27,7 +27,7 @@ from stages.training import ranks
 from stages.training.distributed import Worker, launch, place
 from stages.training.evaluation import perplexity
 from stages.training.fit import fit, num_steps
-from stages.training.model_rules import check_rows
+from stages.training.model_rules import check_ends, check_rows
 from stages.training.models import (
     CausalLM,
     build_causal_lm,
@@ -126,12 +126,10 @@ def _initial_model(settings: PretrainSettings, inputs: Mapping[str, Path], chat:
     if "model" in inputs:
         model = load_causal_lm(inputs["model"])
         check_context(model, settings.model.context_length)
-        check_rows(
-            model.inner.get_input_embeddings().num_embeddings,
-            chat.highest_id(documents=True),
-            named=str(inputs["model"]),
-            tokenizer=str(inputs["prepare"]),
-        )
+        named = str(inputs["model"])
+        rows = check_ends(model.inner, named, scores=False)
+        highest = chat.highest_id(documents=True)
+        check_rows(rows, highest, named=named, tokenizer=str(inputs["prepare"]))
         return model
     torch.manual_seed(stage_seed(settings.seed, "pretrain", "init"))
     return build_causal_lm(

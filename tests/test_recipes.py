@@ -523,6 +523,16 @@ def test_pretrain_refuses_rows_of_another_length_and_ids_the_model_does_not_know
     assert "its tokenizer and template write ids up to" in failure({**prepare, "model": tied_model_dir})
 
 
+def test_a_token_that_nothing_writes_needs_no_row_of_the_model_that_pretrain_goes_on_with(tied_model_dir):
+    """As `check` says of it: Llama tokenizers have a [PAD] behind the last row."""
+    tokenizer = AutoTokenizer.from_pretrained(tied_model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[PAD]"]})
+    chat = ChatTokenizer(tokenizer)
+    inputs = {"model": tied_model_dir, "prepare": tied_model_dir}
+    model = pretrain._initial_model(pretrain_settings(), inputs, chat)
+    assert chat.vocab_size == model.inner.config.vocab_size + 1
+
+
 @pytest.mark.parametrize("stage", ["prepare", "pretrain", "sft", "reward", "evaluate"])
 def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(chain, tmp_path, stage):
     settings, run, inputs = {

@@ -23,9 +23,10 @@ from stages.training.packed_attention import register_packed_attention
 NUM_SEQUENCES, SEQUENCE_TOKENS = 3, 8
 LIMIT = 1e-3
 """Largest difference of a log-prob (in nats) or a score: in fp32 rounding stays far below."""
-HIDDEN_LIMIT = 1e-4
+HIDDEN_LIMIT = 1e-3
 """The same of hidden states, as a share of the largest: they tell also where weights are small and log-probs
-flat.
+flat. Measured: 5e-7 for SmolLM2-135M, and 4e-6 at most for small LLaMAs in which one channel of the residual
+stream is up to 1e6 times as large as the others (massive activations).
 """
 
 Forward = Callable[[list[list[int]]], Tensor]
