@@ -380,6 +380,21 @@ FAMILIES: dict[str, Family] = _table(
     _family("flex_olmo", {**LLAMA_LIKE, **EXPERTS}, moe=True),
     _family("minimax_m2", {**WITH_HEAD_DIM, **LOCAL_EXPERTS}, moe=True),
     _family(
+        "granitemoe_swa", {**LLAMA_LIKE, **GRANITE_SCALES, **LOCAL_EXPERTS, **WINDOW_THEN_FULL}, moe=True
+    ),
+    _family(
+        "laguna",
+        {
+            **WITH_HEAD_DIM,
+            **EXPERTS,
+            **WINDOW_THEN_FULL,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        moe=True,
+    ),
+    _family(
         "dbrx",
         {
             "d_model": 64,

@@ -21,6 +21,7 @@ from stages.training.routing import RouterBalance, routers
 BALANCED = [
     *("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "granitemoe", "granitemoeshared"),
     *("phimoe", "gpt_oss", "jetmoe", "flex_olmo", "minimax_m2", "ernie4_5_moe", "dbrx", "mellum"),
+    *("laguna", "granitemoe_swa"),
 ]
 NOT_BALANCED = ["llama", "gpt2", "deepseek_v3", "glm4_moe", "afmoe"]  # the last three balance by a bias
 SEQUENCES = [[5, 6, 7, 8, 9], [10, 11, 12], [20, 21, 22, 23, 24, 25, 26], [30, 31]]
@@ -240,7 +241,7 @@ def test_every_family_with_experts_is_counted_or_has_nothing_to_balance(name):
         assert measured["train/router_max_load"] >= 1 and math.isfinite(measured["train/router_aux_loss"])
 
 
-@pytest.mark.parametrize("name", ["ernie4_5_moe", "minimax_m2"])
+@pytest.mark.parametrize("name", ["ernie4_5_moe", "minimax_m2", "laguna"])
 def test_experts_that_a_router_chooses_by_a_bias_of_its_own_are_counted_as_chosen(name):
     model = model_of(name)
     biases = {
