@@ -46,6 +46,18 @@ def host_and_port(address: str) -> tuple[str, int] | None:
     return found[1].strip("[]"), int(found[2])
 
 
+EXPERTS_WIDTH = 32
+"""What the hidden size of a mixture has to be a multiple of in vLLM 0.32 on the CPU (its cpu_moe kernels)."""
+
+
+def too_narrow(stage: str) -> str:
+    """What is wrong with another hidden size, and the ways out."""
+    return (
+        f"is not a multiple of {EXPERTS_WIDTH}, which vLLM's experts on the CPU ask for in {stage}; use "
+        f"one that is, rollout.engine: hf, or a GPU (resources.{stage}.num_gpus_per_engine)"
+    )
+
+
 class ResourcesConfig(Section):
     """`resources:` - where the run's processes live. Nothing here changes a result."""
 
@@ -163,6 +175,7 @@ class ExperimentConfig(Section):
         yield from self._transport_problems()
         for stage in self._stages_with_engines():
             yield from self._gpu_problems(stage)
+        yield from self._experts_too_narrow()
         yield from self._not_supported_yet()
 
     def remarks(self) -> Iterator[str]:
@@ -313,6 +326,24 @@ class ExperimentConfig(Section):
                     f"{key}: {gpus:g} GPUs for one bundle; Ray grants a share of one GPU, or whole ones "
                     "(with rollout.sync shm the engines share the first worker's bundle)"
                 )
+
+    def _experts_too_narrow(self) -> Iterator[str]:
+        """Of a mixture from scratch; a given one is judged with its config.json (planning)."""
+        width = self.model.hidden_size
+        if self.model.num_experts is not None and width % EXPERTS_WIDTH:
+            for stage in self.stages_with_cpu_vllm():
+                yield f"model.hidden_size: {width} {too_narrow(stage)}"
+
+    def stages_with_cpu_vllm(self) -> tuple[str, ...]:
+        """Those that open vLLM engines on the CPU."""
+        if self.rollout.engine != "vllm":
+            return ()
+        return tuple(
+            stage
+            for stage in self._stages_with_engines()
+            if getattr(self.resources, stage).num_gpus_per_engine == 0
+            and (stage != "reward" or self.reward is None or self.reward.init_from == "sft")
+        )
 
     def _stages_with_engines(self) -> tuple[str, ...]:
         return tuple(stage for stage in ("reward", "ppo", "evaluate") if getattr(self, stage) is not None)

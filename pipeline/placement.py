@@ -242,7 +242,7 @@ def _from_scratch(model: ModelConfig, config: ExperimentConfig) -> Architecture 
         tie_word_embeddings=model.tie_embeddings,
         num_experts=model.num_experts or 0,
         expert_size=model.intermediate_size,
-        experts_per_token=1 if model.num_experts is None else model.num_experts_per_tok,
+        experts_per_token=1 if model.num_experts is None else model.num_chosen_experts,
         shared_size=0,
     )
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import dag
+from pipeline.architecture import NAMES_OF_EXPERTS
 from pipeline.artifacts import Given, Manifest, Store, model_directory
 from pipeline.errors import ConfigError, MissingStage
-from pipeline.experiment import ExperimentConfig
+from pipeline.experiment import EXPERTS_WIDTH, STAGE_FIELDS, ExperimentConfig, too_narrow
 from rollout.config import Section
 from rollout.errors import ExpectedError
 from rollout.safetensors_header import read_header
-from stages.config import TrainingConfig
 from stages.data.scoring import load_judge
 from stages.errors import ModelError
 
@@ -141,9 +141,12 @@ def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: M
             named=named,
             context_length=config.model.context_length,
             scores=key == "reward" or "reward" in stages,
-            recomputes=any(_recomputes(getattr(config, stage)) for stage in stages),
+            recomputing=_asking(config, stages, "gradient_checkpointing"),
+            balancing=_asking(config, stages, "router_aux_loss_coef"),
         )
         check_rows(rows, _highest_id(config, stages, path), named=named, tokenizer=named)
+        if key != "reward":
+            _check_width_of_experts(config, stages, path, named)
         if key == "reward":
             _check_scores(path, named)
         if "pretrain" in stages and "prepare" in given:
@@ -166,6 +169,25 @@ def check_described_model(config: ExperimentConfig, described: Path) -> None:
         context_length=config.model.context_length,
         scores=config.reward is not None,
     )
+    _check_width_of_experts(config, STAGE_FIELDS, described, named)
+
+
+def _check_width_of_experts(
+    config: ExperimentConfig, stages: Sequence[str], described: Path, named: str
+) -> None:
+    """Raises ModelError for a mixture that the engines of `stages` have no kernel for. `described`: the model
+    or its config.json.
+    """
+    from stages.training.model_rules import read_config
+
+    asking = [stage for stage in config.stages_with_cpu_vllm() if stage in stages]
+    if not asking:
+        return
+    model = read_config(described, named=named)
+    stated = model.to_dict()
+    has_experts = any(name in stated and stated[name] for name in NAMES_OF_EXPERTS["num_experts"])
+    if has_experts and model.hidden_size % EXPERTS_WIDTH:
+        raise ModelError(f"{named}: hidden_size {model.hidden_size} {too_narrow(asking[0])}")
 
 
 def _check_scores(directory: Path, named: str) -> None:
@@ -178,8 +200,14 @@ def _check_scores(directory: Path, named: str) -> None:
     ScoreNormaliser.load(directory)
 
 
-def _recomputes(section: Section) -> bool:
-    return isinstance(section, TrainingConfig) and section.gradient_checkpointing
+def _asking(config: ExperimentConfig, stages: Sequence[str], setting: str) -> list[str]:
+    """The keys of `stages` under which `setting` is on."""
+    sections: dict[str, Section] = {stage: getattr(config, stage) for stage in stages}
+    return [
+        f"{stage}.{setting}"
+        for stage, section in sections.items()
+        if setting in type(section).model_fields and getattr(section, setting)
+    ]
 
 
 def _highest_id(config: ExperimentConfig, stages: Sequence[str], directory: Path) -> int:

@@ -117,8 +117,8 @@ class ModelConfig(Section):
     """Width of the MLP; of each expert where there are experts."""
     num_experts: int | None = Field(default=None, ge=2, le=4096)
     """Experts of each layer, a mixture (MoE) in place of the MLP; absent: none."""
-    num_experts_per_tok: int = Field(default=2, ge=1)
-    """Experts that work for each token, chosen and weighed by a router."""
+    num_experts_per_tok: int | None = Field(default=None, ge=1)
+    """Experts that work for each token, chosen and weighed by a router; absent: 2 where there are experts."""
     num_heads: int = Field(default=5, ge=1)
     """Attention heads; vLLM on CPU wants hidden_size / num_heads to be 32 or a larger multiple of 16."""
     num_kv_heads: int = Field(default=5, ge=1)
@@ -131,6 +131,15 @@ class ModelConfig(Section):
     """Tokens a sequence may have, prompt and response together."""
     chat_template: Path | None = Field(default=None, json_schema_extra=EXECUTION)
     """Jinja file; absent: the tokenizer's own template, else ChatML. Identified by its content."""
+
+    @property
+    def num_chosen_experts(self) -> int:
+        """`num_experts_per_tok` as it is in force."""
+        return 2 if self.num_experts_per_tok is None else self.num_experts_per_tok
+
+    def identity(self) -> dict[str, Any]:
+        """With the number of chosen experts in force."""
+        return {**super().identity(), "num_experts_per_tok": self.num_chosen_experts}
 
     def max_prompt_tokens(self, max_response_tokens: int) -> int:
         """Tokens of the longest prompt whose responses can be scored within the context: a response that was
@@ -158,16 +167,17 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:
         if self.num_experts is None:
+            if self.num_experts_per_tok is not None:
+                raise ValueError(
+                    "num_experts_per_tok says how many of num_experts work for a token, and that is not set; "
+                    "remove it, or describe a mixture with num_experts"
+                )
             return self
         if self.path is not None:
             raise ValueError("num_experts describes a model from scratch, path takes one; remove either")
-        if self.num_experts_per_tok > self.num_experts:
+        if self.num_chosen_experts > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}"
-            )
-        if self.hidden_size % 32:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of 32, which vLLM's experts on CPU ask for"
+                f"num_experts_per_tok {self.num_chosen_experts} is more than num_experts {self.num_experts}"
             )
         return self
 

@@ -27,6 +27,7 @@ from stages.training import ranks
 from stages.training.distributed import Worker, launch, place
 from stages.training.evaluation import perplexity
 from stages.training.fit import fit, num_steps
+from stages.training.model_rules import check_ends, check_rows
 from stages.training.models import (
     CausalLM,
     build_causal_lm,
@@ -104,7 +105,7 @@ def train(
         loss_of=lambda rows: balance.added_to(
             lambda forward: _loss(forward, rows), share=rows.share_of_tokens
         ),
-        observe=balance.take,
+        observed=balance,
     )
 
     # 4. Held-out perplexity, and the model directory.
@@ -125,12 +126,10 @@ def _initial_model(settings: PretrainSettings, inputs: Mapping[str, Path], chat:
     if "model" in inputs:
         model = load_causal_lm(inputs["model"])
         check_context(model, settings.model.context_length)
-        known = model.inner.config.vocab_size
-        if chat.vocab_size > known:
-            raise ModelError(
-                f"{inputs['prepare']}: a tokenizer of {chat.vocab_size} tokens, but {inputs['model']} knows "
-                f"{known}; run prepare with this model"
-            )
+        named = str(inputs["model"])
+        rows = check_ends(model.inner, named, scores=False)
+        highest = chat.highest_id(documents=True)
+        check_rows(rows, highest, named=named, tokenizer=str(inputs["prepare"]))
         return model
     torch.manual_seed(stage_seed(settings.seed, "pretrain", "init"))
     return build_causal_lm(

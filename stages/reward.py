@@ -38,6 +38,7 @@ from stages.training.models import (
     reward_from_causal_lm,
     save_model,
 )
+from stages.training.observed import Observed
 from stages.training.optimize import Optimizer
 from stages.training.randomness import recompute_activations
 
@@ -131,7 +132,7 @@ def train(
             [examples.train[index] for index in order.indices(step)], config.micro_batch_size, worker
         ),
         loss_of=lambda pairs: _loss(model, pairs, ranked, worker.device),
-        observe=ranked.take,
+        observed=ranked,
     )
 
     # 4. Held-out accuracy, normaliser, gates.
@@ -212,30 +213,24 @@ def _pair_scores(
 def _loss(model: TokenScorer, pairs: Pairs, ranked: "_RankedShare", device: torch.device) -> Tensor:
     """This micro-batch's share of the step's mean Bradley-Terry loss, nats per pair."""
     chosen_P, rejected_P = _pair_scores(model, pairs.examples, device)
-    ranked.add(chosen_P.detach(), rejected_P.detach())
+    ranked.see(chosen_P.detach(), rejected_P.detach())
     margins_P = torch.zeros_like(chosen_P)
     loss = pair_loss_sum(chosen_scores_P=chosen_P, rejected_scores_P=rejected_P, margins_P=margins_P)
     return loss / pairs.num_pairs
 
 
-class _RankedShare:
-    """Training accuracy and margin since it was last asked."""
+class _RankedShare(Observed):
+    """Training accuracy and margin: pairs ranked as labelled, the sum of their margins, their number."""
 
-    def __init__(self) -> None:
-        self._differences: list[Tensor] = []
+    def see(self, chosen_P: Tensor, rejected_P: Tensor) -> None:
+        """The scores of a micro-batch."""
+        margins_P = (chosen_P - rejected_P).double()
+        number = margins_P.new_tensor(len(margins_P))
+        self.add(torch.stack([(margins_P > 0).double().sum(), margins_P.sum(), number]))
 
-    def add(self, chosen_P: Tensor, rejected_P: Tensor) -> None:
-        self._differences.append(chosen_P - rejected_P)
-
-    def take(self) -> dict[str, float]:
-        """Every rank, together."""
-        differences = torch.cat(self._differences)
-        self._differences = []
-        differences = differences[differences.isfinite()]  # the others are of steps that were not taken
-        right, total, number = ranks.sums(
-            float((differences > 0).sum()), float(differences.double().sum()), len(differences)
-        )
-        return {"train/accuracy": right / number, "train/margin": total / number} if number else {}
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        right, margin, number = sums
+        return {"train/accuracy": right / number, "train/margin": margin / number}
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def train(
         loss_of=lambda conversations: balance.added_to(
             lambda forward: _loss(forward, conversations), share=conversations.share_of_tokens
         ),
-        observe=balance.take,
+        observed=balance,
     )
 
     # 4. The model directory: it stops at the template's end of turn from now on.

@@ -266,3 +266,13 @@ def test_the_whole_chain_runs_with_a_mixture_on_ray_and_vllm(tmp_path):
     assert metrics["parity_max_abs_diff"] <= 1e-4 and metrics["engine_max_abs_diff"] <= 1e-4
     line = read_steps(tmp_path / "outputs/runs/tiny/pretrain/metrics.jsonl")[-1]
     assert line.keys() >= BALANCE
+
+
+def test_the_number_of_chosen_experts_is_2_where_it_is_not_stated_and_named_as_such():
+    assert ModelConfig(**SIZES).identity()["num_experts_per_tok"] == 2
+    stated, filled_in = (
+        ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+        ModelConfig(**SIZES, num_experts=4),
+    )
+    assert stated.identity() == filled_in.identity()
+    assert ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=1).num_chosen_experts == 1

@@ -678,7 +678,8 @@ def test_a_run_that_trained_on_no_token_at_all_is_no_success(inputs, prompts, tm
     """No response of one token has an end; what is cut off is left out."""
     settings = settings_for(prompts, max_response_tokens=1, truncation="mask", max_steps=2)
     with pytest.raises(
-        TrainingStopped, match=r"^ppo: none of the steps was taken: every response was cut off, .*penalty$"
+        TrainingStopped,
+        match=r"^ppo: none of the steps was taken: every response of a batch was cut off, .*penalty$",
     ):
         run_in(tmp_path, settings, inputs)
     assert not list((tmp_path / "out").iterdir())

@@ -228,10 +228,17 @@ def test_held_out_accuracy_is_reported_per_group_and_beside_the_longer_wins_rule
 
 def test_scores_of_steps_that_were_not_taken_are_no_training_accuracy():
     ranked = reward._RankedShare()
-    ranked.add(torch.tensor([2.0, torch.nan]), torch.tensor([0.5, 1.0]))
-    ranked.add(torch.tensor([1.0, torch.inf]), torch.tensor([3.0, 1.0]))
+    for chosen, rejected, taken in (
+        (2.0, 0.5, True),
+        (torch.nan, 1.0, False),
+        (9.0, 1.0, False),
+        (1.0, 3.0, True),
+    ):
+        ranked.see(torch.tensor([chosen]), torch.tensor([rejected]))
+        ranked.close_step(taken=taken)
     assert ranked.take() == {"train/accuracy": 0.5, "train/margin": -0.25}
-    ranked.add(torch.tensor([torch.nan]), torch.tensor([1.0]))
+    ranked.see(torch.tensor([torch.nan]), torch.tensor([1.0]))
+    ranked.close_step(taken=False)
     assert ranked.take() == {}
 
 
@@ -513,7 +520,17 @@ def test_pretrain_refuses_rows_of_another_length_and_ids_the_model_does_not_know
 
     prepare = {"prepare": chain.outputs["prepare"]}
     assert "rows of 64 tokens, but model.context_length is 32" in failure(prepare, context_length=32)
-    assert "a tokenizer of 320 tokens, but" in failure({**prepare, "model": tied_model_dir})
+    assert "its tokenizer and template write ids up to" in failure({**prepare, "model": tied_model_dir})
+
+
+def test_a_token_that_nothing_writes_needs_no_row_of_the_model_that_pretrain_goes_on_with(tied_model_dir):
+    """As `check` says of it: Llama tokenizers have a [PAD] behind the last row."""
+    tokenizer = AutoTokenizer.from_pretrained(tied_model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[PAD]"]})
+    chat = ChatTokenizer(tokenizer)
+    inputs = {"model": tied_model_dir, "prepare": tied_model_dir}
+    model = pretrain._initial_model(pretrain_settings(), inputs, chat)
+    assert chat.vocab_size == model.inner.config.vocab_size + 1
 
 
 @pytest.mark.parametrize("stage", ["prepare", "pretrain", "sft", "reward", "evaluate"])

@@ -23,6 +23,7 @@ from stages.training import ranks
 from stages.training.checkpoint import Checkpoints
 from stages.training.health import Health, RollBack
 from stages.training.metrics import MetricsLog
+from stages.training.observed import Observed
 from stages.training.optimize import Optimizer
 
 
@@ -64,15 +65,15 @@ def fit(
     runtime: Runtime,
     batch_of: Callable[[int], Sequence[Batch]],
     loss_of: Callable[[Batch], Tensor],
-    observe: Callable[[], Mapping[str, float]] = dict,
+    observed: Observed | None = None,
 ) -> FitResult:
     """Train from the last checkpoint (or from the start) to `max_steps`. Whatever the batches and the model
     are made from has been read.
 
     `batch_of(position)` gives this rank's micro-batches of a step (the position is the step, unless data were
-    left out), `loss_of` a micro-batch's share of the step's loss; `observe` further metrics of the steps
-    since it was last asked. Raises DataError when a file changed meanwhile, TrainingStopped when bad steps
-    do not end, Interrupted when the run is to stop.
+    left out), `loss_of` a micro-batch's share of the step's loss; to `observed` it adds what further metrics
+    are made of. Raises DataError when a file changed meanwhile, TrainingStopped when bad steps do not end,
+    Interrupted when the run is to stop.
     """
     runtime.check_files()
     parts = {"model": optimizer}
@@ -83,10 +84,13 @@ def fit(
         health.restore(extra["health"])
     log = MetricsLog(runtime.work_dir, max_steps=max_steps, resumed_step=step)
     window = _Window(extra["window"] if extra else {"loss": None, "losses": []})
+    observed = Observed() if observed is None else observed
+    observed.restore(_observed_in(extra))
     rates: dict[str, float] = {}
     while step < max_steps:
         batch = batch_of(step + health.state.data_offset)
         result = optimizer.take_step(step, batch, loss_of, partial(health.accepts, "loss", step))
+        observed.close_step(taken=result.taken)
         if result.taken:
             window.add(result.loss, batch)
             rates = {"train/lr": result.lr, "train/grad_norm": result.grad_norm}
@@ -102,16 +106,21 @@ def fit(
                     step = next_step
                     log.cut(step)
                     window = _Window(extra["window"])
+                    observed.restore(_observed_in(extra))
                     continue
         step += 1
         if step % config.log_every_steps == 0 or step == max_steps:
-            log(step, {**window.close(), **rates, **health.metrics(), **observe()})
+            log(step, {**window.close(), **rates, **health.metrics(), **observed.take()})
         if not health.is_good():
             continue  # a checkpoint is a place to go back to: none in the middle of bad steps
         stopping = ranks.any_rank(runtime.stop_requested())
         due = step % config.checkpoint_every_steps == 0
         if stopping or (due and step < max_steps):
-            state = {"window": window.state_dict(), "health": health.state_dict()}
+            state = {
+                "window": window.state_dict(),
+                "observed": observed.state_dict(),
+                "health": health.state_dict(),
+            }
             checkpoints.save(step, parts, state, score=window.score(), regular=due)
         if stopping:
             raise Interrupted(
@@ -125,6 +134,11 @@ def fit(
         steps=max_steps,
         skipped_steps=health.state.skipped,
     )
+
+
+def _observed_in(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The window of further metrics in a checkpoint; one of an older version of this code has none."""
+    return extra["observed"] if "observed" in extra else Observed().state_dict()
 
 
 class _Window:

@@ -42,6 +42,8 @@ class HealthState:
     """What is remembered of bad steps."""
 
     skipped: int = 0  # optimizer steps not taken
+    skipped_of: dict[str, int] = field(default_factory=dict)  # of these, per model
+    left_out: str | None = None  # why there was nothing to step on, where that happened
     in_a_row: dict[str, int] = field(default_factory=dict)  # of these, up to now, per model
     spikes: int = 0  # losses far above the recent ones, taken or not
     rollbacks: int = 0
@@ -76,6 +78,7 @@ class Health:
             )
         if not taken:
             self.state.skipped += 1
+            self.state.skipped_of[name] = self.state.skipped_of.get(name, 0) + 1
             self.state.in_a_row[name] = self.state.in_a_row.get(name, 0) + 1
             return False
         self.state.in_a_row.pop(name, None)
@@ -119,6 +122,8 @@ class Health:
             **{
                 **state,
                 "skipped": past.skipped,
+                "skipped_of": past.skipped_of,
+                "left_out": past.left_out,
                 "spikes": past.spikes,
                 "rollbacks": past.rollbacks + 1,
                 "data_offset": past.data_offset + failed + 1 - to,
@@ -134,20 +139,23 @@ class Health:
         """Whether the last step of every model was taken: a place to come back to."""
         return not self.state.in_a_row
 
+    def leave_out(self, why: str) -> None:
+        """Take note of a batch that held nothing to step on. `why`: the cause and the remedy."""
+        self.state.left_out = why
+
     def check_end(self, name: str) -> None:
         """Raise TrainingStopped (exit 5) at the end of a training in which no step of `name` was taken."""
         if name in self.state.recent:
             return
-        if self.state.skipped:
-            why = (
-                f"every {name} or its gradient was not finite; lower the learning rate, or look at "
-                f"{self._runtime.log_dir / 'bad_batches'}"
-            )
-        else:
-            why = (
-                "every response was cut off, and so left out; raise ppo.max_response_tokens, or set "
-                "ppo.truncation: penalty"
-            )
+        causes = [
+            f"{skipped} or its gradient was not finite in {number} steps; lower the learning rate, or look "
+            f"at {self._runtime.log_dir / 'bad_batches'}"
+            for skipped, number in self.state.skipped_of.items()
+        ]
+        if self.state.left_out is not None:
+            causes.append(self.state.left_out)
+        assert causes, "a training has steps"
+        why = "; and ".join(causes)
         raise TrainingStopped(f"{self._runtime.stage}: none of the steps was taken: {why}")
 
     def restore(self, state: Mapping[str, Any]) -> None:

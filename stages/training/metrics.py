@@ -25,7 +25,8 @@ METRICS: dict[str, str] = {
     "train/tokens_per_second": "tokens in forward and backward, per second",
     "train/accuracy": "share of training pairs ranked as labelled",
     "train/margin": "mean chosen - rejected score",
-    "train/router_aux_loss": "balance loss of the routers without its coefficient; even: experts per token",
+    "train/router_aux_loss": "balance loss of the routers without its coefficient; equals "
+    "num_experts_per_tok when tokens are spread evenly",
     "train/router_max_load": "load of a layer's busiest expert over an even one, mean over layers",
     "train/router_dead_experts": "experts of all layers that worked for no token since the last line",
     "train/skipped_steps": "optimizer steps skipped so far: not finite, or a spike with on_spike: skip",

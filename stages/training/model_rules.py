@@ -11,7 +11,8 @@ Light import: torch and transformers come with the first model that is judged.
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,8 @@ def read_config(directory: Path, *, named: str) -> "PreTrainedConfig":
     transformers_logging.set_verbosity_error()  # what it notices of a config: judged here in a line
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except MemoryError:  # the machine's fault, not the model's
-        raise
     except Exception as error:  # a config.json with senseless values brings up any error of transformers
+        raise_unless_of_the_model(error)
         raise ModelError(
             f"{named}: transformers cannot read its config.json ({_in_short(error)}); give a model that this "
             "version of transformers knows"
@@ -67,6 +67,7 @@ def check_model_config(
     _check_decoder(config, name)
     _check_class(_class_of(config, name, scores=False), name)
     _check_layers(config, name)
+    _check_temperature(config, name)
     if scores:
         _class_of(config, name, scores=True)
     if context_length is not None:
@@ -74,25 +75,38 @@ def check_model_config(
 
 
 def check_model(
-    directory: Path, *, named: str, context_length: int, scores: bool, recomputes: bool = False
+    directory: Path,
+    *,
+    named: str,
+    context_length: int,
+    scores: bool,
+    recomputing: Sequence[str] = (),
+    balancing: Sequence[str] = (),
 ) -> int:
     """Raise ModelError for what `check_model_config` refuses in the config of `directory`, and for what its
-    class cannot build of it, or cannot recompute (gradient checkpointing) though a stage will. Returns the
-    rows of its embedding.
+    class cannot build of it, recompute (gradient checkpointing) or balance (routed experts). Returns the rows
+    of its embedding.
+
+    `recomputing`, `balancing`: the keys of the settings that ask for it.
 
     Reads no weights and builds without memory: seconds, most of them to import torch and transformers.
     """
     config = read_config(directory, named=named)
     check_model_config(config, named=named, context_length=context_length, scores=scores)
     model = build_without_memory(config, named, scores=False)
-    rows = _embedding_rows(model, named)
-    if recomputes and not model.supports_gradient_checkpointing:
-        raise ModelError(
-            f"{_name(config, named)} has no gradient checkpointing in transformers; set "
-            "gradient_checkpointing to false"
-        )
+    rows = check_ends(model, named, scores=False)
+    for key in recomputing:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(
+                f"{_name(config, named)} has no gradient checkpointing in transformers; set {key} to false"
+            )
+    if balancing:
+        from stages.training.routing import check_balanced
+
+        for key in balancing:
+            check_balanced(model, key)
     if scores:
-        _check_head(build_without_memory(config, named, scores=True), named)
+        check_ends(build_without_memory(config, named, scores=True), named, scores=True)
     return rows
 
 
@@ -158,8 +172,8 @@ def _reads_more(config: "PreTrainedConfig") -> bool:
 
 
 def _check_decoder(config: "PreTrainedConfig", name: str) -> None:
-    """What reads a whole text before it answers cannot continue one. Of `is_decoder` GPT-NeoX says nothing
-    that is meant, so it is asked of what fills in masked tokens.
+    """What reads a whole text before it answers cannot continue one. GPT-NeoX leaves is_decoder false, so
+    only families with a masked-LM class are asked.
     """
     from transformers import AutoModelForMaskedLM
 
@@ -188,6 +202,19 @@ def _check_class(found: "type[PreTrainedModel]", name: str) -> None:
 def _check_layers(config: "PreTrainedConfig", name: str) -> None:
     if found := sorted({*_layer_types(config)} & {*NOT_ATTENTION}):
         raise ModelError(_mixes_tokens(name, f"layer_types: {', '.join(found)}"))
+
+
+def _check_temperature(config: "PreTrainedConfig", name: str) -> None:
+    """Llama 4 sharpens the queries of its layers without rope by their place in the *row* (transformers'
+    modeling_llama4 counts from its start), where a packed sequence has a place of its own. It shows in rows
+    of `floor_scale` tokens and more, which several short sequences fill.
+    """
+    without_rope = hasattr(config, "no_rope_layers") and not all(config.no_rope_layers or ())
+    if without_rope and hasattr(config, "attn_temperature_tuning") and config.attn_temperature_tuning:
+        raise ModelError(
+            f"{name} cannot be trained here: its layers without rope scale queries by their place in the row "
+            f"(attn_temperature_tuning), which is not that in a packed sequence; {ANOTHER_FAMILY}"
+        )
 
 
 def _mixes_tokens(name: str, how: str) -> str:
@@ -284,9 +311,8 @@ def build_without_memory(config: "PreTrainedConfig", named: str, *, scores: bool
 
     try:
         return _on_meta(config, register_packed_attention(), scores=scores)
-    except MemoryError:  # the machine's fault, not the model's
-        raise
     except Exception as error:  # a config.json with senseless values brings up any error of transformers
+        raise_unless_of_the_model(error)
         name, found = _name(config, named), _class_of(config, named, scores=scores).__name__
         if _can_be_built_without_memory(config, "eager", scores=scores):
             raise ModelError(
@@ -321,19 +347,30 @@ def _on_meta(config: "PreTrainedConfig", attention: str, *, scores: bool) -> "Pr
     return model
 
 
-def _embedding_rows(model: "PreTrainedModel", named: str) -> int:
+def check_ends(model: "PreTrainedModel", named: str, *, scores: bool) -> int:
+    """Raise ModelError unless `model` begins with an embedding, and ends with a linear head: of logits, or of
+    `scores`. Returns the rows of the embedding.
+    """
     from torch import nn
 
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not (isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)):
+    embedding = model.get_input_embeddings()
+    if not (isinstance(embedding, nn.Embedding) and (scores or _has_linear_head(model))):
         raise ModelError(
             f"{_name(model.config, named)} cannot be trained here: transformers' {type(model).__name__} has "
             f"no embedding, or no linear output head; {ANOTHER_FAMILY}"
         )
+    if scores:
+        _check_score(model, named)
     return embedding.num_embeddings
 
 
-def _check_head(model: "PreTrainedModel", named: str) -> None:
+def _has_linear_head(model: "PreTrainedModel") -> bool:
+    from torch import nn
+
+    return isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+def _check_score(model: "PreTrainedModel", named: str) -> None:
     """transformers calls the linear layer of a sequence classifier on a decoder `score`."""
     from torch import nn
 
@@ -346,6 +383,25 @@ def _check_head(model: "PreTrainedModel", named: str) -> None:
 
 def _name(config: "PreTrainedConfig", named: str) -> str:
     return f"{named}: {config.model_type}"
+
+
+def raise_unless_of_the_model(error: Exception) -> None:
+    """Raise what says nothing about a model although it came up while one was read, built or tried: lack of
+    memory (as MemoryError, however torch calls it) and failed assertions of our own.
+    """
+    import torch
+
+    if isinstance(error, MemoryError) or (isinstance(error, AssertionError) and _is_ours(error)):
+        raise error
+    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if refused or isinstance(error, torch.OutOfMemoryError):
+        raise MemoryError(_in_short(error)) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether a line of this package raised it."""
+    *_, (innermost, _line) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_code.co_filename.startswith(str(Path(__file__).parents[1]))
 
 
 def _in_short(error: Exception) -> str:

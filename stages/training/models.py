@@ -33,8 +33,10 @@ from stages.errors import ModelError
 from stages.training import ranks
 from stages.training.model_rules import (
     build_without_memory,
+    check_ends,
     check_length,
     check_model_config,
+    raise_unless_of_the_model,
     read_config,
 )
 from stages.training.packed_attention import packed, register_packed_attention
@@ -59,7 +61,7 @@ class CausalLM(nn.Module):
         """Logits [R, K, V] at the positions `positions_K` of each row; logits elsewhere are never computed.
 
         `inputs`: `PackedRow.model_inputs()`, or `input_ids` [R, N] of unpacked rows with `use_cache=False`.
-        `with_router_logits`, of a model that has routers (`routing.has_routers`): also what each of its
+        `with_router_logits`, of a model that has routers (`routing.routers`): also what each of its
         layers with experts routed by, [R * N, E].
         """
         assert inputs["use_cache"] is False
@@ -130,7 +132,7 @@ def build_causal_lm(
         else MixtralConfig(
             **sizes,
             num_local_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
+            num_experts_per_tok=config.num_chosen_experts,
         )
     )
     inner = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **_attention())
@@ -308,14 +310,14 @@ def _loaded(auto_class: Any, directory: Path, **options: Any) -> tuple[PreTraine
             **_attention(),
             **options,
         )
-    except MemoryError:  # the machine's fault, not the model's
-        raise
     except Exception as error:  # a config.json with senseless values brings up any error of transformers
+        raise_unless_of_the_model(error)
         build_without_memory(config, named, scores=scores)  # says more where the class is at fault
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{directory}: transformers cannot load it ({type(error).__name__}: {reason})"[:400]
         ) from error
+    check_ends(model, named, scores=scores)
     switch_off(model)
     return model, list(info["missing_keys"])
 

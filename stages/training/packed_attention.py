@@ -17,7 +17,7 @@ keys and values, D width of a head.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from stages.errors import ModelError
+from stages.objectives.masked import widened
 
 PACKED_ATTENTION = "packed"
 """`attn_implementation` of the models of training."""
@@ -142,10 +143,11 @@ def packed_attention(
 
 
 def _mask_of(**options: Any) -> Tensor | None:
-    """transformers' mask interface. For a packed row int64 (1 + S): the window that bites in it (0: none),
-    then the lengths of its S sequences; else sdpa's mask. `local_size` is there for sliding windows.
+    """transformers' mask interface. For a packed row int64 (1 + S): what bites in it (0: nothing; a window's
+    size; less than 0: of what is no window), then the lengths of its S sequences; else sdpa's mask.
 
-    Whether a local mask is a window or chunks is not said; a layer with a window says so to its attention.
+    `local_size` is there for windows and for chunks; which of them it is, the function of the mask tells. A
+    mask may be made that no layer takes (qwen2_moe without windows), so it is for the layer to refuse it.
     """
     lengths = _row_lengths.get()
     if lengths is None:
@@ -153,8 +155,25 @@ def _mask_of(**options: Any) -> Tensor | None:
     if options["use_vmap"] or "allow_is_bidirectional_skip" in options:
         raise ModelError("its mask is not that of causal attention, so sequences cannot be packed")
     local_size = options.get("local_size")
-    bites = local_size is not None and local_size < max(lengths)
-    return torch.tensor([local_size if bites else 0, *lengths])
+    if local_size is None or local_size >= max(lengths):
+        return torch.tensor([0, *lengths])
+    is_window = local_size > 0 and _is_window(
+        options["mask_function"], local_size, lengths, options["device"]
+    )
+    return torch.tensor([local_size if is_window else -max(local_size, 1), *lengths])
+
+
+def _is_window(
+    mask_function: Callable[..., Tensor], size: int, lengths: Sequence[int], device: torch.device
+) -> bool:
+    """Whether each token of the longest sequence still sees the one `size` - 1 before it; of a chunk only the
+    last token does.
+    """
+    longest = max(lengths)
+    start = sum(lengths[: lengths.index(longest)])
+    queries = torch.arange(start + size - 1, start + longest, device=device)
+    first = torch.zeros_like(queries)
+    return bool(mask_function(first, first, queries, queries - (size - 1)).all())
 
 
 def _is_lengths(mask: Tensor | None) -> bool:
@@ -171,9 +190,13 @@ def _by_lengths(
     wanted: Wanted,
 ) -> Tensor:
     window, *lengths = mask.tolist()
-    if window and window != sliding_window:
+    if window < 0:
         raise ModelError(
-            f"its mask ends after {window} tokens and has no window; set model.context_length: {window}"
+            f"its mask ends after {-window} tokens and is no window; set model.context_length: {-window}"
+        )
+    if window and sliding_window not in (None, window):
+        raise ModelError(
+            f"its mask has a window of {window} tokens and its attention asks for one of {sliding_window}"
         )
     assert query_1HND.shape[2] == key_1KND.shape[2] == sum(lengths), "packed rows have no cache"
     parts = (part.split(lengths, dim=2) for part in (query_1HND, key_1KND, value_1KND))
@@ -206,13 +229,16 @@ def _within(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, wanted: Wanted) -> Tensor:
-    """Attention (R, H, N, D) written out, for what sdpa has no argument: slow, and all scores at once.
+    """Attention (R, H, N, D) written out, for what sdpa has no argument: slow, and all scores at once, in
+    fp32 where the inputs are bf16, as sdpa and vLLM keep them (bf16 rounds a score near 20 by up to 0.06).
 
     `mask`: bool or to be added; None: causal, the last query standing at the last key. Source: Gemma 2 (arXiv
     2408.00118), section 2: softcap; gpt-oss: sinks.
     """
     if wanted.dropout:
         raise ModelError("its attention combines dropout with a softcap or sinks")
+    dtype = query.dtype
+    query, key, value = widened(query), widened(key), widened(value)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scaling = 1 / math.sqrt(query.shape[-1]) if wanted.scaling is None else wanted.scaling
@@ -227,11 +253,11 @@ def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, wa
     scores = (
         scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         if mask.dtype == torch.bool
-        else scores + mask
+        else scores + mask.to(scores.dtype)
     )
     num_keys = scores.shape[-1]
     if wanted.sinks_H is not None:
         sinks = wanted.sinks_H.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., :num_keys]
-    return weights @ value
+    weights = scores.softmax(dim=-1)[..., :num_keys]
+    return (weights @ value).to(dtype)

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.errors import ModelError
+from stages.training.model_rules import raise_unless_of_the_model
 from stages.training.packed_attention import register_packed_attention
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 3, 8
 LIMIT = 1e-3
 """Largest difference of a log-prob (in nats) or a score: in fp32 rounding stays far below."""
-HIDDEN_LIMIT = 1e-4
+HIDDEN_LIMIT = 1e-3
 """The same of hidden states, as a share of the largest: they tell also where weights are small and log-probs
-flat.
+flat. Measured: 5e-7 for SmolLM2-135M, and 4e-6 at most for small LLaMAs in which one channel of the residual
+stream is up to 1e6 times as large as the others (massive activations).
 """
 
 Forward = Callable[[list[list[int]]], Tensor]
@@ -48,9 +50,8 @@ def check_packed(inner: PreTrainedModel, head: nn.Module, forward: Forward, dire
             alone = [_observed(head, forward, [one]) for one in sequences]
     except ModelError as error:
         raise ModelError(f"{_named(inner, directory)} cannot be trained here: {error}") from error
-    except MemoryError:
-        raise
     except Exception as error:  # a family's forward may refuse a packed row with any error
+        raise_unless_of_the_model(error)
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{_named(inner, directory)} cannot be trained here: it does not compute a packed row "
@@ -70,7 +71,7 @@ def check_packed(inner: PreTrainedModel, head: nn.Module, forward: Forward, dire
 def _sequences(inner: PreTrainedModel) -> list[list[int]]:
     """Ids from all over the vocabulary, the same for every model of its size."""
     embeddings = inner.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
+    assert isinstance(embeddings, nn.Embedding), "the loader has looked (model_rules.check_ends)"
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_SEQUENCES, SEQUENCE_TOKENS)
     ids: list[list[int]] = torch.randint(embeddings.num_embeddings, shape, generator=generator).tolist()

@@ -36,6 +36,11 @@ from stages.training.health import Health
 from stages.training.optimize import Optimizer, StepResult
 from stages.training.ppo_models import PPOModels
 
+ALL_CUT_OFF = (
+    "every response of a batch was cut off, and so left out; raise ppo.max_response_tokens, or set "
+    "ppo.truncation: penalty"
+)
+
 
 class Learner:
     """Policy and value model under training.
@@ -94,6 +99,7 @@ class Learner:
         )
         num_tokens = float(sum(int(mask.sum()) for mask in masks))
         if num_tokens == 0:
+            self.health.leave_out(ALL_CUT_OFF)
             return
         mine = [pack if is_mine else _empty(pack) for pack, is_mine in ranks.shared_out(packs)]
         value = self.value.take_step(

@@ -26,8 +26,8 @@ from stages.errors import ModelError
 def switch_off(model: PreTrainedModel) -> None:
     """Put `model` in eval mode for good: `train()` on it, or on what contains it, changes nothing.
 
-    Dropout probabilities are 0 besides, in the modules and in the config: the directory that is saved says
-    how it was trained, and a part that someone else puts in train mode has none.
+    Dropout probabilities are 0 besides, in the modules and in the config, so that a part that someone else
+    puts in train mode has none.
     """
     model.eval()
     model.train = partial(_stay_in_eval, model)  # type: ignore[method-assign]

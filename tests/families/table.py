@@ -81,6 +81,11 @@ WITH_HEAD_DIM = {**LLAMA_LIKE, "head_dim": 32}
 GPT2_LIKE = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
 WINDOW_THEN_FULL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA2_LIKE = {**WITH_HEAD_DIM, **WINDOW_THEN_FULL, "query_pre_attn_scalar": 32}
+SHARED_KV = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0}
 GEMMA3N = {
     "num_kv_shared_layers": 0,
@@ -89,6 +94,7 @@ GEMMA3N = {
     "laurel_rank": 8,
     "activation_sparsity_pattern": [0.5, 0.0],
 }
+GEMMA4 = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320, "global_head_dim": 32}
 GRANITE_SCALES = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
@@ -97,6 +103,7 @@ GRANITE_SCALES = {
 }
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+QWEN2_EXPERTS = {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 ROUTED_EXPERTS = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
@@ -104,6 +111,7 @@ ROUTED_EXPERTS = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+LLAMA4 = {**WITH_HEAD_DIM, **LOCAL_EXPERTS, "num_hidden_layers": 4, "intermediate_size_mlp": 96}
 LATENT_ATTENTION = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -216,14 +224,28 @@ FAMILIES: dict[str, Family] = _table(
     _family("bitnet", LLAMA_LIKE),
     _family("gemma3n", {**GEMMA2_LIKE, **GEMMA3N}, model_type="gemma3n_text"),
     _family(
-        "gemma4",
+        "gemma3n_shared_kv",
+        {**GEMMA2_LIKE, **GEMMA3N, **SHARED_KV, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0]},
+        model_type="gemma3n_text",
+    ),
+    _family("gemma4", {**GEMMA2_LIKE, **GEMMA4}, model_type="gemma4_text"),
+    _family(
+        "gemma4_shared_kv",
+        {**GEMMA2_LIKE, **GEMMA4, **SHARED_KV, "use_double_wide_mlp": True},
+        model_type="gemma4_text",
+    ),
+    _family(
+        "gemma4_moe",
         {
             **GEMMA2_LIKE,
-            "hidden_size_per_layer_input": 16,
-            "vocab_size_per_layer_input": 320,
-            "global_head_dim": 32,
+            **GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
         },
         model_type="gemma4_text",
+        moe=True,
     ),
     _family(
         "modernbert-decoder",
@@ -288,12 +310,20 @@ FAMILIES: dict[str, Family] = _table(
     _family("glm4_moe", {**WITH_HEAD_DIM, **ROUTED_EXPERTS}, moe=True),
     _family("dots1", {**LLAMA_LIKE, **ROUTED_EXPERTS, **WINDOW_THEN_FULL}, moe=True),
     _family("hunyuan_v1_moe", {**WITH_HEAD_DIM, "num_experts": 4, "moe_topk": 2}, moe=True),
+    _family("qwen2_moe", {**LLAMA_LIKE, **QWEN2_EXPERTS}, moe=True),
     _family(
-        "qwen2_moe",
-        {**LLAMA_LIKE, **EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+        "qwen2_moe_window",
+        {**LLAMA_LIKE, **QWEN2_EXPERTS, "use_sliding_window": True, "sliding_window": WINDOW},
+        model_type="qwen2_moe",
         moe=True,
     ),
     _family("phimoe", {**LLAMA_LIKE, **LOCAL_EXPERTS}, moe=True),
+    _family(
+        "phimoe_window",
+        {**LLAMA_LIKE, **LOCAL_EXPERTS, "sliding_window": WINDOW},
+        model_type="phimoe",
+        moe=True,
+    ),
     _family("gpt_oss", {**WITH_HEAD_DIM, **LOCAL_EXPERTS, **WINDOW_THEN_FULL}, moe=True),
     _family(
         "ernie4_5_moe",
@@ -350,6 +380,21 @@ FAMILIES: dict[str, Family] = _table(
     _family("flex_olmo", {**LLAMA_LIKE, **EXPERTS}, moe=True),
     _family("minimax_m2", {**WITH_HEAD_DIM, **LOCAL_EXPERTS}, moe=True),
     _family(
+        "granitemoe_swa", {**LLAMA_LIKE, **GRANITE_SCALES, **LOCAL_EXPERTS, **WINDOW_THEN_FULL}, moe=True
+    ),
+    _family(
+        "laguna",
+        {
+            **WITH_HEAD_DIM,
+            **EXPERTS,
+            **WINDOW_THEN_FULL,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        moe=True,
+    ),
+    _family(
         "dbrx",
         {
             "d_model": 64,
@@ -374,20 +419,16 @@ FAMILIES: dict[str, Family] = _table(
         },
         moe=True,
     ),
+    _family("llama4_text", LLAMA4, moe=True),
     _family(
-        "llama4_text",
-        {**WITH_HEAD_DIM, **LOCAL_EXPERTS, "num_hidden_layers": 4, "intermediate_size_mlp": 96},
+        "llama4_text_untuned",
+        {**LLAMA4, "attn_temperature_tuning": False},
+        model_type="llama4_text",
         moe=True,
     ),
     _family(
         "llama4_text_chunked",
-        {
-            **WITH_HEAD_DIM,
-            **LOCAL_EXPERTS,
-            "num_hidden_layers": 4,
-            "intermediate_size_mlp": 96,
-            "attention_chunk_size": 8,
-        },
+        {**LLAMA4, "attn_temperature_tuning": False, "attention_chunk_size": 8},
         model_type="llama4_text",
         moe=True,
     ),

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from families.figures import COLUMNS, PACKAGES, PAGE, REQUIRED, has_to_say_yes, load, markdown, record
+from families.figures import COLUMNS, PACKAGES, PAGE, REQUIRED, Figure, has_to_say_yes, load, markdown, record
 from families.table import FAMILIES, Family
 
 PINS = (Path(__file__).parents[2] / "requirements/cpu.txt").read_text(encoding="utf-8")
@@ -40,6 +40,21 @@ def test_a_figure_beyond_the_limit_is_never_recorded():
         record("llama", "packed", 0.1)
 
 
-def test_an_answer_other_than_the_committed_one_is_noticed():
+@pytest.mark.parametrize(
+    ("family", "figure"),
+    [
+        ("llama", "sequences see each other"),
+        ("bloom", "another reason than the page gives"),
+        ("bloom", 1e-6),
+        ("llama", 9e-5),  # within the limit, and far from what rounding is
+    ],
+)
+def test_an_answer_other_than_the_committed_one_is_noticed(family: str, figure: Figure):
     with pytest.raises(AssertionError, match="run make models-page"):
-        record("llama", "packed", "sequences see each other")
+        record(family, "packed", figure)
+
+
+def test_rounding_of_another_machine_is_no_other_answer():
+    committed = load()["families"]["llama"]["packed"]
+    for factor in (0.1, 1.0, 10.0):
+        record("llama", "packed", factor * committed)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.objectives.balance import dead_experts, expert_counts, load_balancing_loss, max_load
+from stages.objectives.balance import dead_experts, expert_counts, largest, load_balancing_loss, max_load
 
 
 def logits(*probabilities: list[float]) -> torch.Tensor:
@@ -69,7 +69,8 @@ def test_bf16_logits_are_weighed_in_float32():
 def test_loads_and_dead_experts_are_counted_by_layer():
     first = logits([0.5, 0.3, 0.1, 0.1], [0.4, 0.5, 0.06, 0.04])
     second = logits([0.5, 0.1, 0.3, 0.1], [0.1, 0.5, 0.1, 0.3])
-    counts_LE = expert_counts(router_logits=[first, second], num_chosen=2)
+    chosen = largest(router_logits=[first, second], num_chosen=2)
+    counts_LE = expert_counts(chosen=chosen, num_experts=4)
     assert counts_LE.tolist() == [[2, 2, 0, 0], [1, 1, 1, 1]]
     assert dead_experts(counts_LE) == 2
     assert max_load(counts_LE) == pytest.approx((2.0 + 1.0) / 2)

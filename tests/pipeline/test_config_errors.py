@@ -149,8 +149,9 @@ IN_FILES = [
      "demo.yaml:6: model: hidden_size 160 is not a multiple of num_heads 7"),
     (NAME + SFT + "model:\n  num_experts: 4\n  num_experts_per_tok: 5\n",
      "demo.yaml:7: model: num_experts_per_tok 5 is more than num_experts 4"),
-    (NAME + SFT + "model: {num_experts: 4, hidden_size: 176, num_heads: 1, num_kv_heads: 1}\n",
-     "demo.yaml:5: model: hidden_size 176 is not a multiple of 32, which vLLM's experts on CPU ask for"),
+    (NAME + SFT + "model:\n  path: somewhere\n  num_experts_per_tok: 2\n",
+     "demo.yaml:7: model: num_experts_per_tok says how many of num_experts work for a token, and that is not "
+     "set; remove it, or describe a mixture with num_experts"),
     (NAME + SFT + "model:\n  path: somewhere\n  num_experts: 4\n",
      "demo.yaml:7: model: num_experts describes a model from scratch, path takes one; remove either"),
     (NAME + "ppo:\n  data: [{path: a}]\n  kl_placement: loss\n",
@@ -199,6 +200,10 @@ IN_FILES = [
     (NAME + SFT + "  router_aux_loss_coef: 0.1\npretrain: {}\n",
      "demo.yaml:5: sft.router_aux_loss_coef: 0.1, but the model has no experts to balance; "
      "set model.num_experts, or 0"),
+    (NAME + "ppo:\n  data: [{path: a}]\n"
+     "model: {num_experts: 4, hidden_size: 176, num_heads: 1, num_kv_heads: 1}\n",
+     "demo.yaml:4: model.hidden_size: 176 is not a multiple of 32, which vLLM's experts on the CPU ask for "
+     "in ppo; use one that is, rollout.engine: hf, or a GPU (resources.ppo.num_gpus_per_engine)"),
     (NAME + SFT + "model: {revision: abc}\n",
      "demo.yaml:5: model.revision: has no meaning without model.path; set that, or remove this"),
     (NAME + SFT + "rollout:\n  num_engines: 2\npipeline: {executor: inline}\n",

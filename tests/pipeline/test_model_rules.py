@@ -17,6 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 from pipeline import cli, executor
 from rollout.errors import EnvironmentProblem
 from stages.data.chat import ChatTokenizer
+from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import model_rules
 from stages.training.model_rules import check_length, check_model, check_model_config, num_positions
@@ -123,7 +124,7 @@ def test_a_model_that_can_be_trained_is_let_through(project: Path, said):
         shutil.rmtree(project / "model")
 
 
-@pytest.mark.parametrize("family", ["olmoe", "cohere", "granite", "llama4_text", "ernie4_5"])
+@pytest.mark.parametrize("family", ["olmoe", "cohere", "granite", "llama4_text_untuned", "ernie4_5"])
 def test_a_family_without_a_reward_model_in_transformers_is_refused_where_a_reward_stage_runs(
     project: Path, said, family: str
 ):
@@ -168,7 +169,53 @@ def test_gradient_checkpointing_that_a_family_does_not_have_is_refused(project: 
     save_config(project / "model", config_of("jetmoe"))
     assert said("sft", "c.yaml") == (CODE_OF_STARTED, STARTED)
     code, line = said("sft", "c.yaml", "sft.gradient_checkpointing=true")
-    assert code == 2 and line.endswith("set gradient_checkpointing to false")
+    assert code == 2 and line.endswith("set sft.gradient_checkpointing to false")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "refused"),
+    [
+        ("llama", {}, True),
+        ("afmoe", {}, True),  # its routers are seen, and not balanced by transformers
+        ("deepseek_v3", {}, True),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, True),  # every layer is dense
+        ("qwen3_moe", {"mlp_only_layers": [0]}, False),
+        ("mixtral", {}, False),
+    ],
+)
+def test_a_balance_loss_that_a_family_does_not_have_is_refused_by_its_key(
+    project: Path, said, family: str, settings: dict[str, Any], refused: bool
+):
+    save_config(project / "model", config_of(family, **settings))
+    for command in ("check", "sft"):
+        off = ("reward=null", "ppo=null")
+        assert said(command, "c.yaml", *off)[1] in ("", STARTED)
+        code, line = said(command, "c.yaml", *off, "sft.router_aux_loss_coef=0.1")
+        assert line.startswith("sft.router_aux_loss_coef: transformers has no balance loss") is refused, line
+        assert code == 2 or not refused
+
+
+def test_llama_4_is_refused_where_it_scales_queries_by_their_place_in_the_row():
+    for settings in ({}, {"floor_scale": 32}, {"no_rope_layers": [1, 1, 0, 1]}):
+        with pytest.raises(ModelError, match="layers without rope scale queries by their place in the row"):
+            check_model_config(config_of("llama4_text", **settings), named="x", context_length=None)
+    for settings in ({"attn_temperature_tuning": False}, {"no_rope_layers": [1] * 4}):
+        check_model_config(config_of("llama4_text", **settings), named="x", context_length=None)
+
+
+def test_a_mixture_that_vllm_has_no_kernel_for_on_the_cpu_is_refused_where_it_would_be_asked_for(
+    project: Path, said
+):
+    narrow = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+    save_config(project / "model", config_of("mixtral", **narrow))
+    for command in ("check", "run"):
+        code, line = said(command, "c.yaml")
+        assert code == 2 and "hidden_size 48 is not a multiple of 32, which vLLM's experts on the CPU" in line
+    for overrides in (("rollout.engine=hf",), ("reward=null", "ppo=null")):
+        assert said("run", "c.yaml", *overrides)[1] == STARTED
+    (project / "model/config.json").unlink()
+    save_config(project / "model", config_of("llama", **narrow))
+    assert said("run", "c.yaml")[1] == STARTED
 
 
 def test_check_judges_a_model_that_is_not_here_by_its_config(project: Path, said):
@@ -223,7 +270,7 @@ def test_a_sequence_classifier_without_a_linear_score_is_no_reward_model():
     with pytest.raises(
         ModelError, match="CTRLForSequenceClassification of transformers has no linear `score`"
     ):
-        model_rules._check_head(model_rules.build_without_memory(config, "x", scores=True), "x")
+        model_rules.check_ends(model_rules.build_without_memory(config, "x", scores=True), "x", scores=True)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(project: Path, refused, said):
@@ -488,3 +535,37 @@ def test_every_config_of_transformers_is_let_through_or_refused_in_one_line():
             check_model_config(config, named="x", context_length=8, scores=True)
         except ModelError as refusal:
             assert str(refusal).isprintable(), model_type
+
+
+def out_of_memory() -> None:
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you")
+
+
+def not_ours() -> None:
+    raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+
+def of_a_library() -> None:
+    exec(compile("assert False, 'only powers of two'", "/somewhere/else.py", "exec"))
+
+
+@pytest.mark.parametrize(
+    ("fails", "raised"),
+    [
+        (out_of_memory, MemoryError),
+        (lambda: (_ for _ in ()).throw(MemoryError()), MemoryError),
+        (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to")), MemoryError),
+        (lambda: pack([]), AssertionError),
+        (of_a_library, None),
+        (not_ours, None),
+    ],
+)
+def test_lack_of_memory_and_our_own_mistakes_say_nothing_about_a_model(fails, raised):
+    try:
+        fails()
+    except Exception as error:
+        if raised is None:
+            model_rules.raise_unless_of_the_model(error)
+        else:
+            with pytest.raises(raised):
+                model_rules.raise_unless_of_the_model(error)

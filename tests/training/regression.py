@@ -10,6 +10,7 @@ from torch import nn
 
 from stages.config import PretrainConfig
 from stages.training.fit import FitResult, fit
+from stages.training.observed import Observed
 from stages.training.optimize import Optimizer
 
 CONFIG = PretrainConfig(
@@ -25,6 +26,14 @@ class Numbers:
     @property
     def num_tokens(self) -> int:
         return self.inputs.numel()
+
+
+class MeanInput(Observed):
+    """The mean of what went through the model, under a name that is declared."""
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        total, number = sums
+        return {"train/margin": total / number}
 
 
 class Killed(Exception):
@@ -50,6 +59,7 @@ class Regression:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
         self.runtime = runtime_in(self.directory, "sft")
+        self.observed = MeanInput()
         result = fit(
             Optimizer(self.model, self.config, lr=self.config.lr, max_steps=self.max_steps),
             self.config,
@@ -57,6 +67,7 @@ class Regression:
             runtime=self.runtime,
             batch_of=self._batch_of,
             loss_of=self._loss_of,
+            observed=self.observed,
         )
         return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()]), result
 
@@ -72,6 +83,7 @@ class Regression:
         return [Numbers(part) for part in inputs.split(2)]
 
     def _loss_of(self, numbers: Numbers) -> torch.Tensor:
+        self.observed.add(torch.stack([numbers.inputs.sum(), torch.tensor(numbers.num_tokens)]).double())
         errors = self.model(numbers.inputs) - numbers.inputs.sum(-1, keepdim=True)
         return errors.square().sum() / 4
 

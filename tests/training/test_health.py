@@ -1,14 +1,18 @@
 """Bad steps: skipped, kept, counted; too many in a row and training goes back and leaves those data out."""
 
+import contextlib
+import math
+
 import pytest
 import torch
+from inline import runtime_in
 from regression import CONFIG, MAX_STEPS, Killed, Regression, train
 from safetensors.torch import load_file
 
 from rollout.errors import EnvironmentProblem
 from stages.config import DataSource, HealthConfig, PPOConfig
 from stages.errors import Interrupted, TrainingStopped
-from stages.training.health import check_rollouts
+from stages.training.health import Health, check_rollouts
 from stages.training.metrics import read_steps
 
 BAD_ROW = (4, 5, 6, 7)  # four in a row, behind the checkpoint of step 3
@@ -88,7 +92,8 @@ def test_the_third_time_stops_the_run(tmp_path):
 
 def test_a_training_without_a_single_step_taken_is_no_success(tmp_path):
     """Too short for a third time: two returns, then the end."""
-    with pytest.raises(TrainingStopped, match="sft: none of the steps was taken: every loss or its gradient"):
+    said = "sft: none of the steps was taken: loss or its gradient was not finite in 10 steps; lower"
+    with pytest.raises(TrainingStopped, match=said):
         train(tmp_path, spoiled=range(100))
     lines = read_steps(tmp_path / "work" / "metrics.jsonl")
     assert lines and all("train/loss" not in line for line in lines)
@@ -230,3 +235,33 @@ def test_a_batch_of_rollouts_beyond_a_limit_stops_the_run_in_one_line(key, value
     with pytest.raises(TrainingStopped, match=r"^ppo step 7: ") as error:
         check_rollouts(6, SOUND | {key: value}, LIMITS)
     assert said in str(error.value) and "\n" not in str(error.value) and error.value.exit_code == 5
+
+
+def test_further_metrics_are_of_the_steps_that_were_taken(tmp_path):
+    """Skipped, gone back, killed and resumed: the lines are those of a run in which nothing happened."""
+
+    def lines_of(name: str, **how: object) -> list[tuple[int, float, float]]:
+        with contextlib.suppress(Killed):
+            train(tmp_path / name, **how)
+        train(tmp_path / name, **{**how, "die_at": None})
+        lines = read_steps(tmp_path / name / "work" / "metrics.jsonl")
+        return [(line["step"], line["train/loss"], line["train/margin"]) for line in lines]
+
+    undisturbed = lines_of("whole", left_out=[3, *BAD_ROW])
+    assert len(undisturbed) == MAX_STEPS / CONFIG.log_every_steps
+    assert lines_of("back", spoiled=BAD_ROW) == undisturbed
+    for die_at in (5, 8, 10, 11):
+        assert lines_of(f"killed-{die_at}", spoiled=BAD_ROW, die_at=die_at) == undisturbed, die_at
+    once = lines_of("skipped", spoiled=[4])
+    assert all(math.isfinite(margin) for _, _, margin in once)
+
+
+def test_both_causes_are_named_where_steps_were_skipped_and_batches_left_out(tmp_path):
+    health = Health(CONFIG.health, runtime_in(tmp_path, "ppo"))
+    assert not health.accepts("value loss", 0, math.nan, math.nan)
+    health.leave_out("every response was cut off")
+    said = (
+        "value loss or its gradient was not finite in 1 steps; .*bad_batches; and every response was cut off$"
+    )
+    with pytest.raises(TrainingStopped, match=said):
+        health.check_end("policy loss")

@@ -14,6 +14,7 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -168,7 +169,7 @@ def test_the_mask_of_a_packed_row_is_its_lengths_with_the_window_where_one_bites
 
 def test_chunks_shorter_than_a_sequence_are_refused_and_longer_ones_are_right():
     made = packed_model(CHUNKED).eval()
-    with pytest.raises(ModelError, match="its mask ends after 4 tokens and has no window"):
+    with pytest.raises(ModelError, match="its mask ends after 4 tokens and is no window"):
         CausalLM(made)(ROW.model_inputs(), ALL)
     short = pack([[5, 6, 7, 8], [9, 10]])
     found = CausalLM(made)(short.model_inputs(), torch.arange(6))[0]
@@ -221,3 +222,34 @@ def test_a_mask_that_is_not_causal_is_refused():
 
 def test_transformers_knows_it_by_its_name():
     assert register_packed_attention() in AttentionInterface()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"softcap": 50.0}, {"s_aux": torch.tensor([3.0, 30.0])}], ids=["softcap", "sinks"]
+)
+@pytest.mark.parametrize("mask", [torch.tensor([0, 9, 7]), None], ids=["packed", "plain"])
+def test_in_bf16_softcaps_and_sinks_are_computed_on_scores_in_fp32(asked, mask):
+    """Scores near 20, which bf16 rounds by up to 0.06. What is left is the rounding of the result."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 16, 32, generator=generator).bfloat16() for _ in range(3))
+    found, _ = packed_attention(torch.nn.Module(), 2 * query, 2 * key, value, mask, **asked)
+    exact, _ = packed_attention(
+        torch.nn.Module(), 2 * query.double(), 2 * key.double(), value.double(), mask, **asked
+    )
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, exact.bfloat16(), atol=0, rtol=2**-7)
+
+
+def test_a_window_that_only_the_mask_knows_is_computed():
+    """qwen2_moe and phimoe hand none to their attention."""
+    config = PhimoeConfig(**SIZES, sliding_window=4, num_local_experts=2, num_experts_per_tok=2)
+    expected = one_by_one(model("eager", config).eval())
+    for found, wanted in zip(by_lengths(packed_model(config)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=5e-6, rtol=1e-5)
+    full = PhimoeConfig(**SIZES, num_local_experts=2, num_experts_per_tok=2)
+    assert not torch.allclose(expected[0], one_by_one(model("eager", full).eval())[0])
+
+
+def test_a_window_other_than_that_of_the_mask_is_refused():
+    with pytest.raises(ModelError, match="a window of 2 tokens and its attention asks for one of 3"):
+        attend(torch.tensor([2, 3]), sliding_window=3)

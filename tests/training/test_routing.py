@@ -1,5 +1,6 @@
 """The balance loss in training: transformers' own number, per micro-batch, weighed by tokens."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,17 @@ from stages.data.packing import PackedRow, pack
 from stages.errors import ModelError
 from stages.objectives.balance import load_balancing_loss
 from stages.training.distributed import place
+from stages.training.model_rules import check_model_config
 from stages.training.models import CausalLM, load_causal_lm
 from stages.training.randomness import recompute_activations
-from stages.training.routing import RouterBalance, has_routers
+from stages.training.routing import RouterBalance, routers
 
 BALANCED = [
     *("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "granitemoe", "granitemoeshared"),
-    *("phimoe", "gpt_oss", "jetmoe", "flex_olmo", "minimax_m2", "ernie4_5_moe", "dbrx"),
+    *("phimoe", "gpt_oss", "jetmoe", "flex_olmo", "minimax_m2", "ernie4_5_moe", "dbrx", "mellum"),
+    *("laguna", "granitemoe_swa"),
 ]
-NOT_BALANCED = ["llama", "gpt2", "deepseek_v3", "glm4_moe"]  # the last two balance by a bias of their routers
+NOT_BALANCED = ["llama", "gpt2", "deepseek_v3", "glm4_moe", "afmoe"]  # the last three balance by a bias
 SEQUENCES = [[5, 6, 7, 8, 9], [10, 11, 12], [20, 21, 22, 23, 24, 25, 26], [30, 31]]
 COEF = 0.5
 
@@ -66,7 +69,7 @@ def balance_by_transformers(model: CausalLM, sequences: list[list[int]]) -> Tens
 @pytest.mark.parametrize("name", BALANCED)
 def test_the_balance_loss_is_the_one_transformers_computes_for_the_family(name):
     model = model_of(name)
-    assert has_routers(model.inner)
+    assert routers(model.inner)
     found = split_loss(model, [4]) - split_loss(model, [4], coef=0.0)
     wanted = COEF * balance_by_transformers(model, SEQUENCES)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
@@ -84,6 +87,7 @@ def test_without_routers_nothing_is_measured():
     balance = RouterBalance(model_of("llama"), coef=0.0, setting="sft.router_aux_loss_coef")
     row = pack(SEQUENCES)
     balance.added_to(lambda forward: cross_entropy(forward, row), share=1.0)
+    balance.close_step(taken=True)
     assert balance.take() == {}
 
 
@@ -132,6 +136,7 @@ def test_recomputed_activations_change_neither_the_loss_nor_the_counts():
         balance = RouterBalance(model, coef=COEF, setting="sft.router_aux_loss_coef")
         row = pack(SEQUENCES)
         loss = balance.added_to(lambda forward, row=row: cross_entropy(forward, row), share=1.0)
+        balance.close_step(taken=True)
         results.append((loss.detach(), gradient(model, loss), balance.take()))
     (loss, grad, metrics), (loss_again, grad_again, metrics_again) = results
     assert torch.equal(loss, loss_again) and torch.equal(grad, grad_again) and metrics == metrics_again
@@ -165,6 +170,7 @@ def test_the_metrics_of_a_window_are_those_of_all_its_tokens():
     for part in parts:
         row = pack(part)
         balance.added_to(lambda forward, row=row: cross_entropy(forward, row), share=1.0)
+        balance.close_step(taken=True)
     metrics = balance.take()
     routed = model.inner(**pack(SEQUENCES).model_inputs(), output_router_logits=True).router_logits
     chosen = [logits_NE.topk(2, dim=-1).indices.flatten().bincount(minlength=4) for logits_NE in routed]
@@ -208,6 +214,7 @@ def test_the_balance_loss_and_nothing_else_evens_the_load_of_decided_routers():
             adam.zero_grad()
             balance.added_to(lambda forward: 0 * cross_entropy(forward, row), share=1.0).backward()
             adam.step()
+            balance.close_step(taken=True)
             found.append(balance.take())
     assert results[0.0][0] == results[0.0][-1] == results[1.0][0]
     assert results[1.0][-1]["train/router_aux_loss"] < results[1.0][0]["train/router_aux_loss"] - 0.2
@@ -215,3 +222,51 @@ def test_the_balance_loss_and_nothing_else_evens_the_load_of_decided_routers():
         results[1.0][0]["train/router_dead_experts"] == 1
         and results[1.0][-1]["train/router_dead_experts"] == 0
     )
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.moe])
+def test_every_family_with_experts_is_counted_or_has_nothing_to_balance(name):
+    try:
+        check_model_config(FAMILIES[name].config(), named=name, context_length=8)
+    except ModelError:
+        pytest.skip("refused before it is built")
+    model = model_of(name)
+    balance = RouterBalance(model, coef=0.0, setting="sft.router_aux_loss_coef")
+    row = pack(SEQUENCES)
+    assert balance.added_to(lambda forward: cross_entropy(forward, row), share=1.0).isfinite()
+    balance.close_step(taken=True)
+    measured = balance.take()
+    assert bool(measured) is bool(routers(model.inner)) is (name.removesuffix("_window") in BALANCED)
+    if measured:
+        assert measured["train/router_max_load"] >= 1 and math.isfinite(measured["train/router_aux_loss"])
+
+
+@pytest.mark.parametrize("name", ["ernie4_5_moe", "minimax_m2", "laguna"])
+def test_experts_that_a_router_chooses_by_a_bias_of_its_own_are_counted_as_chosen(name):
+    model = model_of(name)
+    biases = {
+        key: bias for key, bias in model.inner.state_dict().items() if key.endswith("e_score_correction_bias")
+    }
+    for bias in biases.values():
+        bias.copy_(torch.tensor([100.0, 100.0, 0.0, 0.0]).expand_as(bias))
+    balance = RouterBalance(model, coef=0.0, setting="sft.router_aux_loss_coef")
+    row = pack(SEQUENCES)
+    balance.added_to(lambda forward: cross_entropy(forward, row), share=1.0)
+    balance.close_step(taken=True)
+    measured = balance.take()
+    assert measured["train/router_max_load"] == 2.0
+    assert measured["train/router_dead_experts"] == 2 * len(biases)
+
+
+def test_a_step_that_was_not_taken_is_not_counted():
+    model = model_of("mixtral")
+    balance = RouterBalance(model, coef=0.0, setting="sft.router_aux_loss_coef")
+    lines = []
+    for skipped in ([], SEQUENCES):
+        for part, taken in ((SEQUENCES[:1], True), (skipped, False), (SEQUENCES[1:], True)):
+            if part:
+                row = pack(part)
+                balance.added_to(lambda forward, row=row: cross_entropy(forward, row), share=1.0)
+            balance.close_step(taken=taken)
+        lines.append(balance.take())
+    assert lines[0] == lines[1] != {}
