@@ -43,7 +43,7 @@ from stages.training.models import (
     load_reward_model,
 )
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 SAMPLES_FILE = "samples.jsonl"
 MICRO_BATCH_SIZE = 16  # sequences per forward; a matter of memory and rounding only
 

@@ -55,7 +55,7 @@ from stages.training.ppo_totals import Clock, Totals
 from stages.training.ppo_update import Learner
 from stages.training.publish import Publisher
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 ROLLOUTS_FILE = "rollouts.jsonl"
 
 

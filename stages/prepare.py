@@ -50,7 +50,7 @@ from stages.data.vocabulary import given_tokenizer, tokenizer_for
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 
 DECIDING_PACKAGES = ("numpy", "py3langid", "pyarrow", "rensa", "rlhf-pipeline", "tokenizers")
 """Blocks of other versions of these are not taken up."""

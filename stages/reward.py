@@ -42,7 +42,7 @@ from stages.training.observed import Observed
 from stages.training.optimize import Optimizer
 from stages.training.randomness import recompute_activations
 
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ from stages.training.optimize import Optimizer
 from stages.training.randomness import recompute_activations
 from stages.training.routing import Forward, RouterBalance
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

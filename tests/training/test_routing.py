@@ -224,12 +224,20 @@ def test_the_balance_loss_and_nothing_else_evens_the_load_of_decided_routers():
     )
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.moe])
-def test_every_family_with_experts_is_counted_or_has_nothing_to_balance(name):
+def is_accepted(name: str) -> bool:
+    """Whether the family's config is one that is trained."""
     try:
         check_model_config(FAMILIES[name].config(), named=name, context_length=8)
     except ModelError:
-        pytest.skip("refused before it is built")
+        return False
+    return True
+
+
+MIXTURES = [name for name, family in FAMILIES.items() if family.moe and is_accepted(name)]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_family_with_experts_is_counted_or_has_nothing_to_balance(name):
     model = model_of(name)
     balance = RouterBalance(model, coef=0.0, setting="sft.router_aux_loss_coef")
     row = pack(SEQUENCES)
