@@ -35,7 +35,7 @@ class Message:
 
 Messages = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
-"""What the assistant may call, as OpenAI's API takes it: `{"type": "function", "function": {"name": ...}}`."""
+"""What the assistant may call, in OpenAI's form: `{"type": "function", "function": {"name": ...}}`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
