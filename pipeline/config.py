@@ -89,8 +89,9 @@ def json_schema() -> dict[str, Any]:
 
 def _or_null(setting: dict[str, Any]) -> dict[str, Any]:
     """A setting that is fitted to a given model: null leaves it open. Editors show what is beside anyOf."""
-    beside = {name: setting[name] for name in ("title", "description", "default") if name in setting}
-    value = {name: item for name, item in setting.items() if name not in beside}
+    shown = ("title", "description", "default")
+    beside = {name: item for name, item in setting.items() if name in shown}
+    value = {name: item for name, item in setting.items() if name not in shown}
     return {"anyOf": [value, {"type": "null"}], **beside}
 
 

@@ -31,8 +31,8 @@ One YAML file is one experiment. This page is generated from the models that rea
   from 0; the next number adds one), `model.path=null`. Values are YAML.
 - **Defaults** are those of a chain from scratch. Where a model is given (`model.path`, or somebody else's
   model as `--input`), settings marked *fitted* follow from its size and the device instead, unless they are
-  stated; `null` takes back what a base states. `rlhf check` prints every value that was chosen, and why. Their
-  [sources](operations.md#defaults-for-a-given-model).
+  stated; `null` takes back what a base states. `rlhf check` prints every value that was chosen, and why.
+  [Sources](operations.md#defaults-for-a-given-model).
 - **Scalars** follow YAML 1.2: `1e-5` is a number. There are no tags; anchors are fine.
 - **Paths** in a file are relative to that file, on the command line to the working directory. `outputs` alone
   is always relative to the working directory.

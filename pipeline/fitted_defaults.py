@@ -71,8 +71,10 @@ class Fit:
 
 def fit(config: ExperimentConfig, model: GivenModel | None) -> Fit:
     """`config` with what it leaves open fitted to `model`; as it is where none is given."""
+    if model is None:
+        return Fit(config=config, model=None, choices=())
     choices: list[Choice] = []
-    for stage in STAGE_FIELDS if model is not None else ():
+    for stage in STAGE_FIELDS:
         if not isinstance(getattr(config, stage), TrainingConfig):
             continue
         for rules in (_rates, _precision, _forwards):  # the bytes of a forward depend on the precision
