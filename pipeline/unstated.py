@@ -6,11 +6,13 @@
 Owns: which settings matter, the table. Does not own: the values (stages.config, fitted_defaults).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.fitted_defaults import Choice, Fit
 from pipeline.given_model import GivenModel
+from pipeline.yaml_source import short
 from rollout.config import Section
 from stages.config import PPOConfig, SFTConfig, TrainingConfig
 
@@ -41,7 +43,12 @@ MATTER: Mapping[str, tuple[str, ...]] = {
         "lr",
         "value_lr",
         *TRAINING[1:],
+        "gamma",
+        "gae_lambda",
+        "clip_low",
+        "clip_high",
         "kl_coef",
+        "kl_placement",
         "truncation",
         "missing_eos_penalty",
         "max_kl",
@@ -50,6 +57,9 @@ MATTER: Mapping[str, tuple[str, ...]] = {
     "rollout": ("engine", "num_engines", "max_num_seqs", "kv_cache_mib", "gpu_memory_frac"),
 }
 """Section -> the settings that decide what is learned, how long it takes or whether it fits into memory."""
+
+WHY_CHARS = 88
+"""Of what a default is, from the manual."""
 
 
 def unstated(config: ExperimentConfig, fitted: Fit) -> Iterator[Choice]:
@@ -90,9 +100,8 @@ def fitted_line(fitted: Fit) -> str | None:
 
 def _default(section: Section, setting: str, key: str) -> Choice:
     about = " ".join((type(section).model_fields[setting].description or "").split())
-    return Choice(
-        key=key, value=getattr(section, setting), why=f"default: {about.partition('. ')[0].rstrip('.')}"
-    )
+    first = re.split(r"[.;] |\.$|(?<=.{20}): ", about, maxsplit=1)[0]
+    return Choice(key=key, value=getattr(section, setting), why=short(f"default: {first}", WHY_CHARS))
 
 
 def _of_positions(model: GivenModel) -> str:
