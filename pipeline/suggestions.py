@@ -79,7 +79,7 @@ def _near(path: KeyPath) -> list[str]:
     """A setting of the same section that is spelled nearly so."""
     section = section_at(path[:-1])
     names = [] if section is None else list(section.model_fields)
-    return difflib.get_close_matches(str(path[-1]).lower(), names, n=1)
+    return difflib.get_close_matches(str(path[-1]).lower(), names, n=1, cutoff=0.7)
 
 
 def _elsewhere(path: KeyPath, stated: Collection[str]) -> list[str]:

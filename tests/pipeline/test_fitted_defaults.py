@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline import cli
 from pipeline.architecture import Architecture
 from pipeline.changes import identity_of
-from pipeline.config import ConfigError, load
+from pipeline.config import ConfigError, json_schema, load
 from pipeline.config_fields import field_at
 from pipeline.executor import execute
 from pipeline.experiment import ExperimentConfig
@@ -155,6 +155,13 @@ def test_null_is_silence_and_takes_back_what_a_base_states(chain: Chain):
     assert values(config, "sft.lr", "ppo.lr", "sft.micro_batch_size") == [2e-5, 1e-6, 4]
     with pytest.raises(ConfigError, match=r"sft\.batch_size: must be a whole number"):
         chain.config("sft.batch_size=null")
+
+
+def test_editors_are_told_that_null_is_allowed():
+    settings = json_schema()["$defs"]["PPOConfig"]["properties"]
+    for name in FITTED:
+        assert {"type": "null"} in settings[name]["anyOf"] and settings[name]["description"], name
+    assert "anyOf" not in settings["batch_size"]
 
 
 def test_null_from_scratch_is_the_default(chain: Chain):

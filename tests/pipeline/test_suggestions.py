@@ -1,5 +1,7 @@
 """What a word from another tool, or one of ours at a wrong place, is answered with: settings that exist."""
 
+import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -171,6 +173,15 @@ def _answers(line: str, meaning: Meaning) -> bool:
 )  # fmt: skip
 def test_what_a_user_reads(line_of, override, line):
     assert line_of(override) == line
+
+
+def test_every_field_of_transformers_training_arguments_is_answered():
+    (package,) = importlib.util.find_spec("transformers").submodule_search_locations
+    tree = ast.parse((Path(package) / "training_args.py").read_text())
+    (found,) = [node for node in tree.body if getattr(node, "name", "") == "TrainingArguments"]
+    fields = [item.target.id for item in found.body if isinstance(item, ast.AnnAssign)]
+    assert len(fields) > 80
+    assert [name for name in fields if name not in MEANINGS and not exists(name)] == []
 
 
 def test_only_stages_that_the_config_has_are_named(tmp_path):
