@@ -187,6 +187,10 @@ def _within_budget(
     tries = [(size, recomputes) for recomputes in recomputations for size in sizes]
     size, recomputes = next((each for each in tries if held(*each) <= budget), tries[-1])
     of_budget = f"a forward and backward holds {_gib(held(size, recomputes))} of {budget >> 30} GiB"
+    if held(size, recomputes) > budget:
+        of_budget = (
+            f"no less is possible: {_gib(held(size, recomputes))} GiB, where {budget >> 30} were meant"
+        )
     without = f"without it, {size} at once would hold {_gib(held(size, False))} GiB"
     return (
         {"micro_batch_size": size, "gradient_checkpointing": recomputes},
@@ -222,4 +226,4 @@ def _stating(config: ExperimentConfig, stage: str, choices: list[Choice]) -> Exp
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2g}"
+    return f"{size / 2**30:.3g}"

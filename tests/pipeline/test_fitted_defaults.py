@@ -189,6 +189,13 @@ def test_a_shipped_config_states_all_that_its_fingerprints_cover(path: Path, siz
     assert identity_of(fit(config, model).config) == identity_of(config)
 
 
+def test_where_nothing_fits_the_least_is_taken_and_the_reason_says_so(chain: Chain):
+    choices = {choice.key: choice for choice in fitted(chain, LLAMA_8B, "model.context_length=8192").choices}
+    assert choices["reward.micro_batch_size"].value == 1
+    assert choices["reward.gradient_checkpointing"].value is True
+    assert choices["reward.micro_batch_size"].why.startswith("no less is possible: 14.")
+
+
 def test_fitting_twice_changes_nothing(chain: Chain):
     once = fitted(chain, SMOLLM2_135M)
     again = fit(once.config, once.model)
