@@ -69,7 +69,7 @@ def architecture_of(config: ExperimentConfig) -> Architecture | None:
         return _stated_in(model.architecture)
     if model.path is None:
         return _from_scratch(model, config)
-    described = _local_config(model.path, model.revision)
+    described = config_json_of(model.path, model.revision)
     return None if described is None else _stated_in(described)
 
 
@@ -92,7 +92,7 @@ def _why_unknown(model: ModelConfig) -> str:
         return f"{model.architecture} {OTHERWISE}"
     if model.path is None:
         return "no `prepare:` tells the vocabulary; give the config.json of a model like it"
-    if _local_config(model.path, model.revision) is None:
+    if config_json_of(model.path, model.revision) is None:
         return f"{model.path} is not on this machine; give its config.json"
     return f"{model.path} {OTHERWISE}"
 
@@ -118,6 +118,13 @@ def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) 
     if rollout is not None:
         memory["engine"] = _engine(config, stage, rollout, architecture)
     return memory
+
+
+def forward_bytes(config: ExperimentConfig, stage: str, architecture: Architecture) -> float:
+    """What forward and backward of one micro-batch of a stage that trains hold, at most: activations, logits
+    and their gradients.
+    """
+    return sum(_of_tokens(config, stage, architecture).values())
 
 
 def _worker(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory:
@@ -153,20 +160,28 @@ def _models(section: TrainingConfig, stage: str, architecture: Architecture) -> 
 def _micro_batch(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, float]:
     """What forward and backward of one micro-batch hold at once, at most."""
     section = getattr(config, stage)
-    itemsize, tokens = BYTES[section.precision], _tokens(config, stage)
+    itemsize = BYTES[section.precision]
     head = architecture.vocab_size * architecture.hidden_size
     # in no layer, hence a unit of its own: embedding and head
     root = architecture.whole - architecture.num_hidden_layers * architecture.layer
     unit = max(root, architecture.layer)  # the largest that is reduced
     is_sharded = resources_of(config, stage).num_workers > 1 or section.precision == "bf16"
     has_fp32_head = section.precision == "bf16" and stage != "reward"
-    per_token = architecture.activations(itemsize, recomputed=section.gradient_checkpointing)
-    positions, row = _logits(config, stage), 2 * 4 * architecture.vocab_size  # logits, and their gradients
     return {
         # FSDP2 gathers a layer at a time, and the next one meanwhile; gradients are reduced in fp32
         f"gathered {section.precision} layers and gradients": is_sharded
         * (itemsize * (2 * root + 3 * architecture.layer) + 4 * unit),
         "fp32 copy of the head and its gradient": 2 * 4 * head * has_fp32_head,
+        **_of_tokens(config, stage, architecture),
+    }
+
+
+def _of_tokens(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, float]:
+    """What grows with the tokens of a micro-batch."""
+    section, tokens = getattr(config, stage), _tokens(config, stage)
+    per_token = architecture.activations(BYTES[section.precision], recomputed=section.gradient_checkpointing)
+    positions, row = _logits(config, stage), 2 * 4 * architecture.vocab_size  # logits, and their gradients
+    return {
         "largest logits and their gradients": row * positions,
         "a chunk of log-softmax and its gradient": row * min(positions, LOGPROB_CHUNK),
         f"activations of {tokens} tokens, about": per_token * tokens,
@@ -197,7 +212,7 @@ def _tokens(config: ExperimentConfig, stage: str) -> int:
     if isinstance(section, SFTConfig) and section.batch_tokens is not None:
         return context  # a row per forward
     sequences = 2 if stage == "reward" else 1  # a pair is two
-    return sequences * int(section.micro_batch_size) * context
+    return sequences * min(section.micro_batch_size, section.batch_size) * context
 
 
 def _logits(config: ExperimentConfig, stage: str) -> int:
@@ -263,11 +278,11 @@ def described_by(model: ModelConfig) -> Path | None:
     """The config.json of a model whose weights are not on this machine yet: its own, where the hub's cache
     has it, else `model.architecture`, which then stands for it. Memory is planned by the latter in any case.
     """
-    own = None if model.path is None else _local_config(model.path, model.revision)
+    own = None if model.path is None else config_json_of(model.path, model.revision)
     return own or model.architecture
 
 
-def _local_config(path: str, revision: str | None) -> Path | None:
+def config_json_of(path: str, revision: str | None) -> Path | None:
     """config.json of a model directory, or of a hub id that was fetched before."""
     if Path(path).is_dir():
         return Path(path) / "config.json"

@@ -9,7 +9,7 @@ Example: the row `{"prompt": "2+2?", "chosen": "4", "rejected": "5"}` is
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -17,13 +17,25 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Example: an assistant's turn that only calls a tool is `Message(role="assistant", content="",
+    tool_calls=({"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}},))`; the
+    tool's answer is `Message(role="tool", content="3", name="add")`.
+    """
 
     role: Role
     content: str
+    reasoning: str | None = None  # the assistant's thoughts, where the row keeps them apart from its content
+    tool_calls: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)  # as OpenAI's, arguments parsed
+    tool_call_id: str | None = None  # of a tool's answer: which call it answers
+    name: str | None = None  # of a tool's answer: the tool
+    is_trained: bool = True  # False: a training mark of the row leaves this assistant turn out
 
 
 Messages = tuple[Message, ...]
+Tools = tuple[Mapping[str, Any], ...]
+"""What the assistant may call, in OpenAI's form: `{"type": "function", "function": {"name": ...}}`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +50,8 @@ class Conversation:
     """Turns to imitate: the assistant turns are what is trained; it ends with one."""
 
     messages: Messages
+    tools: Tools = field(default=(), hash=False)
+    place: str = field(default="", compare=False)  # file:line of the row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +62,8 @@ class Pair:
     chosen: Messages
     rejected: Messages
     row: Mapping[str, Any]  # the row as it stood in the file
+    tools: Tools = field(default=(), hash=False)
+    place: str = field(default="", compare=False)  # file:line of the row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +74,8 @@ class Prompt:
     row: Mapping[
         str, Any
     ]  # the row's further columns, for rule rewards and scoring functions (`answer`, ...)
+    tools: Tools = field(default=(), hash=False)
+    place: str = field(default="", compare=False)  # file:line of the row
 
 
 Record = Document | Conversation | Pair | Prompt
