@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,14 +36,17 @@ from pipeline.preview import previews
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
+from pipeline.terminal import outputs_that_may_fail
 from pipeline.yaml_source import short
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
+from rollout.foreign_settings import take_out
 from stages.data.durable import disk_problems
 
 INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130
 MAX_LINE_CHARS = 2000
 """Of an error: it may quote a file, a template or a library, and goes to a terminal."""
+say = partial(print, flush=True)
 
 app = typer.Typer(
     name="rlhf",
@@ -70,7 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script: runs a command and exits with its code."""
     supervisor.end_with_the_supervisor()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's threads when they start
-    sys.exit(_exit_code(list(sys.argv[1:] if argv is None else argv)))
+    foreign = take_out(os.environ)
+    with outputs_that_may_fail() as shown:
+        if foreign:
+            decided = ", ".join(dict.fromkeys(foreign.values()))
+            _complain(f"environment: {', '.join(foreign)}: unset, because the config decides: {decided}", 0)
+        code = _exit_code(list(sys.argv[1:] if argv is None else argv))
+    sys.exit(shown.exit_code(code))
 
 
 @app.command()
@@ -138,7 +148,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check CONFIG and every row of its datasets; show them, and what a run would do. Starts nothing."""
     loaded = configs.load(config, overrides or [])
     configs.check_paths(loaded)
-    typer.echo(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
+    say(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
     model = loaded.config.model
     at_hand = model_at_hand(model.path, model.revision)
     if model.path is not None and at_hand:
@@ -150,24 +160,22 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     for block in previews(loaded.config, model_at_hand=at_hand):
         console.print(block)
     for remark in loaded.config.remarks():
-        typer.echo(f"\nnote: {remark}")
-    typer.echo("\nplan (memory at its peak, without what allocators keep):")
+        say(f"\nnote: {remark}")
+    say("\nplan (memory at its peak, without what allocators keep):")
     for line in placement.plan(loaded.config, dag.configured(loaded.config)):
-        typer.echo(f"  {line}")
+        say(f"  {line}")
     if not at_hand:
-        typer.echo(f"\nstages (all would run; {loaded.config.model.path} has to be fetched first):")
+        say(f"\nstages (all would run; {loaded.config.model.path} has to be fetched first):")
         for stage in dag.configured(loaded.config):
             needs = ", ".join(dag.needs(loaded.config, stage)) or "nothing"
-            typer.echo(f"  {stage:9} run   needs {needs:40} {_steps(loaded.config, stage)}")
+            say(f"  {stage:9} run   needs {needs:40} {_steps(loaded.config, stage)}")
         return
     planned = planning.plan_run(loaded.config)
-    typer.echo("\nstages:")
+    say("\nstages:")
     for stage, node in planned.nodes.items():
         action = "skip" if stage in planned.present else "run"
         needs = ", ".join(node.inputs) or "nothing"
-        typer.echo(
-            f"  {stage:9} {action:5} needs {needs:40} {_steps(loaded.config, stage):22} {node.fingerprint}"
-        )
+        say(f"  {stage:9} {action:5} needs {needs:40} {_steps(loaded.config, stage):22} {node.fingerprint}")
 
 
 @app.command(name="doctor")
@@ -183,7 +191,7 @@ def examine(
         raise ConfigError(f"--address {address}: {error}") from error
     findings = doctor.examine(outputs, address)
     for finding in findings:
-        typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.subject:12} {finding.text}")
+        say(f"{'ok  ' if finding.ok else 'FAIL'} {finding.subject:12} {finding.text}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(4)
 
@@ -205,13 +213,13 @@ def generate(
         text = respond(
             model_dir, prompt, temperature=temperature, max_tokens=max_tokens, seed=seed, engine=engine.value
         )
-    typer.echo(text)
+    say(text)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of config files, for editors."""
-    typer.echo(json.dumps(configs.json_schema(), indent=2))
+    say(json.dumps(configs.json_schema(), indent=2))
 
 
 def _exit_code(argv: list[str]) -> int:
@@ -260,12 +268,12 @@ def _tell_changes(planned: planning.PlannedRun) -> None:
     try:
         before = changes.last_config(path)
     except ConfigError as error:
-        typer.echo(f"the config of the last run cannot be compared with this one: {error}")
+        say(f"the config of the last run cannot be compared with this one: {error}")
         return
     if before is not None and (found := changes.between(before, config)):
         reached = changes.reached(before, config)
         anew = ", ".join(stage for stage in planned.to_run if stage in reached) or "no stage"
-        typer.echo(f"changed since the last run {config.name!r}: {changes.listed(found)}; anew: {anew}")
+        say(f"changed since the last run {config.name!r}: {changes.listed(found)}; anew: {anew}")
 
 
 def _execute(planned: planning.PlannedRun) -> None:
@@ -281,11 +289,11 @@ def _execute(planned: planning.PlannedRun) -> None:
                 _report(run_dir)
         raise
     report = _report(run_dir)
-    typer.echo("")
+    say("")
     for stage, result in results.items():
         shown = "  ".join(f"{short(key)} {number(value)}" for key, value in list(result.metrics.items())[:5])
-        typer.echo(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
-    typer.echo(f"report: {os.path.relpath(report)}")
+        say(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
+    say(f"report: {os.path.relpath(report)}")
 
 
 def _report(run_dir: Path) -> Path:
