@@ -201,7 +201,7 @@ def any_runs(processes: list[psutil.Process]) -> bool:
     return any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
 
 
-@pytest.mark.parametrize(("where", "number"), [("inline", signal.SIGTERM), ("ray", signal.SIGINT)])
+@pytest.mark.parametrize(("where", "number"), [("inline", signal.SIGTERM), ("ray", signal.SIGHUP)])
 def test_a_signal_lets_the_stage_save_its_state_and_ends_with_code_75(chain: Chain, where: str, number: int):
     chain.order("sft", sleep_s=100)
     process = chain.start("run", "demo.yaml", f"pipeline.executor={where}")

@@ -100,7 +100,7 @@ def test_a_run_on_ray_imports_nothing_of_the_working_directory_or_theirs_on_the_
     start.write_text(f"import rlhf_pipeline\nrlhf_pipeline.own_packages_first()\n{FAKE_CLI}")
     ended = answer(
         [sys.executable, str(start)],
-        *("run", "demo.yaml", "pipeline.executor=ray"),
+        *("run", "demo.yaml", "pipeline.executor=ray", "--until", "prepare"),
         cwd=chain.directory,
         path=os.pathsep.join([str(on_path), IMPORTABLE]),
     )

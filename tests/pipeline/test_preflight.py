@@ -11,7 +11,13 @@ from pipeline.preflight import check_machine
 from rollout.errors import EnvironmentProblem
 
 MIB, GIB = 2**20, 2**30
-LARGE = ("model.hidden_size=1024", "model.layers=24", "model.num_heads=16", "model.intermediate_size=4096")
+LARGE = (
+    "model.hidden_size=1024",
+    "model.layers=24",
+    "model.num_heads=16",
+    "model.num_kv_heads=16",
+    "model.intermediate_size=4096",
+)
 SMALL_QUEUE = "160 MiB required, 64 MiB free; give the container more, e.g. docker run --shm-size=8g"
 
 
