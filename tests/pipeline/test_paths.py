@@ -221,11 +221,11 @@ def test_a_working_directory_whose_name_is_not_utf_8_is_named_before_anything_st
     directory = tmp_path / os.fsdecode(b"w\xff")
     directory.mkdir()
     monkeypatch.chdir(directory)
-    (directory / "demo.yaml").write_text("sft: {max_steps: 3, data: [{path: sft.jsonl}]}\n")
+    (directory / "demo.yaml").write_text("name: u\nsft: {max_steps: 3, data: [{path: sft.jsonl}]}\n")
     with pytest.raises(
-        ConfigError, match=r"demo\.yaml:1: sft\.data\[0\]\.path: .*: a name in it is not UTF-8; rename"
+        ConfigError, match=r"demo\.yaml:2: sft\.data\[0\]\.path: .*: a name in it is not UTF-8; rename"
     ):
         configs.load(Path("demo.yaml"))
-    (tmp_path / "demo.yaml").write_text("sft: {max_steps: 3, data: [{path: sft.jsonl}]}\n")
+    (tmp_path / "demo.yaml").write_text("name: u\nsft: {max_steps: 3, data: [{path: sft.jsonl}]}\n")
     with pytest.raises(ConfigError, match=r"^outputs: .*: a name in it is not UTF-8; rename it"):
         configs.load(tmp_path / "demo.yaml")
