@@ -1,13 +1,15 @@
 """Where this project's processes start. Nobody else's module has this name; many have a `pipeline`.
 
-    rlhf --> main() --------------------> own_packages_first() --> pipeline.cli
-    python -m pipeline.cli --> pipeline --^      `--PYTHONPATH--> every process that the command starts
+    rlhf --> main() --------------------> text_is_utf_8(), own_packages_first() --> pipeline.cli
+    python -m pipeline.cli --> pipeline --^      `--environment--> every process that the command starts
 
 Owns: that `pipeline`, `stages` and `rollout` are the ones beside this file, in this process and in those that
-inherit its environment, and that no process of ours looks for modules in the directory it was started in.
-Imports the standard library only: nothing of ours is safe to import before.
+inherit its environment, that none of these looks for modules in the directory it was started in, and that
+files are UTF-8. Imports the standard library only: nothing of ours is safe to import before.
 """
 
+import codecs
+import locale
 import os
 import sys
 import sysconfig
@@ -52,10 +54,22 @@ STARTED_AS_MODULE = ("-m", "-c")
 
 def main() -> None:
     """Entry point of the console script."""
+    text_is_utf_8()
     own_packages_first()
     from pipeline.cli import main as command
 
     command()
+
+
+def text_is_utf_8() -> None:
+    """In a locale that is not UTF-8 this process starts itself again in Python's UTF-8 mode: files are UTF-8,
+    whatever the terminal is. Outputs keep their encoding; what that lacks is no error in children either.
+    """
+    if sys.stdout is not None:
+        os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
+    if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def own_packages_first() -> None:

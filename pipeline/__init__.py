@@ -10,4 +10,5 @@ if sys.argv[:1] == [
     import rlhf_pipeline
 
     del sys.path[0]
+    rlhf_pipeline.text_is_utf_8()
     rlhf_pipeline.own_packages_first()

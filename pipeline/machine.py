@@ -79,8 +79,8 @@ def _quota(group: Path, v1: bool) -> float | None:
         allowed, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
         return allowed / period if allowed is not None and period else None
     match _text(group / "cpu.max").split():
-        case [allowed, period] if allowed.isdecimal() and period.isdecimal():
-            return int(allowed) / int(period)
+        case [share, of] if share.isdecimal() and of.isdecimal():
+            return int(share) / int(of)
     return None
 
 

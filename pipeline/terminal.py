@@ -63,7 +63,7 @@ def _text_output(descriptor: int, before: TextIO | None, shown: Shown) -> TextIO
     """A text file like `before`; None: its descriptor was closed when this process started."""
     raw = _Descriptor(descriptor, shown)
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        io.BufferedWriter(raw),  # type: ignore[type-var]  # a RawIOBase is what it takes
         encoding="utf-8" if before is None else before.encoding,
         errors=MARKS,
         line_buffering=raw.isatty() or descriptor == STDERR,

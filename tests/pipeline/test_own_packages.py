@@ -124,3 +124,15 @@ def test_packages_that_are_installed_on_the_path_are_left_alone(tmp_path: Path):
     (tmp_path / "datasets-5.2.0.dist-info").mkdir()
     ended = answer(COMMAND, "schema", cwd=ROOT, path=os.pathsep.join([str(tmp_path), str(ROOT)]))
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", [COMMAND, CLI])
+def test_files_are_utf_8_in_every_locale_and_outputs_what_the_locale_says(tmp_path: Path, command: list[str]):
+    (tmp_path / "wörter.yaml").write_bytes("# →\nname: demo\nsft: {lörning: 1}\n".encode())
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    path = os.environ | environment | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [*command, "check", "wörter.yaml"], cwd=tmp_path, env=path, capture_output=True, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(b"w?rter.yaml:3: sft.l?rning: no such setting"), ended.stderr
