@@ -79,7 +79,7 @@ def own_packages_first() -> None:
     is in the way. Exits with code 4 and one line where that cannot be had: such a module is loaded, or
     one on PYTHONPATH stands in for a package that ours import.
     """
-    for problem in (*_loaded_already(), *_in_place_of_dependencies()):
+    for problem in (*loaded_from_elsewhere(), *_in_place_of_dependencies()):
         print(problem, file=sys.stderr)
         sys.exit(ENVIRONMENT_PROBLEM)
     if not sys.flags.safe_path and sys.argv[0] in STARTED_AS_MODULE and sys.path[0] in ("", os.getcwd()):
@@ -97,7 +97,8 @@ def _others_on_path() -> list[str]:
     return [entry for entry in entries if entry not in ("", ROOT)]
 
 
-def _loaded_already() -> Iterator[str]:
+def loaded_from_elsewhere() -> Iterator[str]:
+    """A line for each module that was imported by the name of one of our packages and is somebody else's."""
     for name in PACKAGES:
         module = sys.modules.get(name)
         places = list(getattr(module, "__path__", ())) or [

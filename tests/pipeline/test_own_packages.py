@@ -136,3 +136,24 @@ def test_files_are_utf_8_in_every_locale_and_outputs_what_the_locale_says(tmp_pa
     )
     assert ended.returncode == 2
     assert ended.stderr.startswith(b"w?rter.yaml:3: sft.l?rning: no such setting"), ended.stderr
+
+
+def test_a_pipeline_in_the_working_directory_that_python_imports_first_is_named(tmp_path: Path):
+    """An editable install finds our `pipeline.cli` below theirs, which Python has imported by then."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        parent = name.rpartition('.')[0]\n"
+        f"        within = {str(ROOT)!r} + '/' + parent.replace('.', '/') if parent else {str(ROOT)!r}\n"
+        "        return PathFinder.find_spec(name, [within])\n"
+        "sys.meta_path.insert(sys.meta_path.index(PathFinder) + 1, Finder)\n"
+    )
+    (tmp_path / "work/pipeline").mkdir(parents=True)
+    (tmp_path / "work/pipeline/__init__.py").write_text("")
+    ended = answer(CLI, "schema", cwd=tmp_path / "work", path=str(tmp_path / "site"))
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (4, "", 1), ended.stderr
+    assert ended.stderr.startswith(f"{tmp_path / 'work/pipeline'}: was imported as `pipeline`")
