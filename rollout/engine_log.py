@@ -28,7 +28,7 @@ AFTERMATH = frozenset(
     {"BrokenPipeError", "ConnectionResetError", "EOFError", "KeyboardInterrupt", "SystemExit"}
 )
 """Raised by those that lose the process that failed."""
-EXIT_CODE = re.compile(r"'[^']*': (-\d+)")
+EXIT_CODE = re.compile(r"'[^']*': (-?\d+)")
 DIED_OF = {
     signal.SIGKILL: "killed (SIGKILL); is there enough memory?",
     signal.SIGBUS: "ended by a bus error (SIGBUS); is /dev/shm full?",
@@ -53,8 +53,7 @@ def cause_of(error: BaseException, log: Path, since: int = 0) -> str:
     text = _one_line(error)
     if not POINTS_ELSEWHERE.search(f"{type(error).__name__}: {text}"):
         return text
-    said = cause_since(log, since) or _exit_of(str(error))
-    return said or f"one of its processes ended without a word ({text})"
+    return cause_since(log, since) or _exit_of(str(error))
 
 
 def cause_since(log: Path, since: int) -> str | None:
@@ -97,13 +96,15 @@ def _written(log: Path, since: int) -> str:
         return ""
 
 
-def _exit_of(message: str) -> str | None:
-    """How a process ended that vLLM names with its exit code, where a signal did it."""
+def _exit_of(message: str) -> str:
+    """How a process ended that wrote no error; vLLM names some with their exit codes."""
     if (code := EXIT_CODE.search(message)) is None:
-        return None
-    number = -int(code[1])
-    if number in DIED_OF:
-        return f"its process was {DIED_OF[signal.Signals(number)]}"
-    return (
-        f"its process was ended by {signal.Signals(number).name}" if number in set(signal.Signals) else None
-    )
+        return (
+            "one of its processes wrote no error and is gone; was it killed, or is there too little memory?"
+        )
+    number = int(code[1])
+    if -number in DIED_OF:
+        return f"its process was {DIED_OF[signal.Signals(-number)]}"
+    if -number in set(signal.Signals):
+        return f"its process was ended by {signal.Signals(-number).name}"
+    return f"its process wrote no error and ended with code {number}"

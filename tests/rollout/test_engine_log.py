@@ -83,7 +83,7 @@ def test_what_was_logged_before_this_start_is_not_its_cause(tmp_path: Path):
         (-9, "killed (SIGKILL); is there enough memory?"),
         (-7, "is /dev/shm full?"),
         (-11, "SIGSEGV"),
-        (1, "See root"),
+        (1, "wrote no error and ended with code 1"),
     ],
 )
 def test_a_process_that_ended_without_a_word_is_told_by_its_end(tmp_path: Path, code: int, said: str):
