@@ -52,9 +52,9 @@ class Memory:
         return sum(self.parts.values())
 
     @property
-    def lasting(self) -> float:
-        """Bytes that it holds at any time."""
-        return sum(size for name, size in self.parts.items() if name in LASTING)
+    def lasting(self) -> dict[str, int]:
+        """Bytes that it holds at any time, by what they are for."""
+        return {name: round(size) for name, size in self.parts.items() if name in LASTING}
 
 
 def bundles_by_stage(config: ExperimentConfig, stages: Collection[str]) -> dict[str, StageBundles]:

@@ -7,6 +7,7 @@ one that is certain. Does not own: what the machine has (machine), sizes (placem
 (cluster). Starts nothing and imports nothing heavy.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 from pipeline import dag, doctor, machine, placement
@@ -91,16 +92,29 @@ def _memory_remarks(
     has = machine.memory()
     for level in dag.levels(config, stages):
         held = [memory for stage in level for memory in placement.on_the_machine(config, stage, architecture)]
-        certain, peak = sum(memory.lasting for memory in held), sum(memory.peak for memory in held)
+        lasting: Counter[str] = Counter()
+        for memory in held:
+            lasting.update(memory.lasting)
+        certain, peak = lasting.total(), sum(memory.peak for memory in held)
         who = " beside ".join(level)
         if certain > has.total:
             raise EnvironmentProblem(
-                f"{who}: holds {certain / GIB:.3g} GiB, without what a step computes, and this machine has "
-                f"{has.total / GIB:.3g} GiB with its swap; take a machine with more, a cluster "
-                "(resources.address) or a smaller model"
+                f"{who}: holds {certain / GIB:.3g} GiB ({_in_words(lasting)}), without what a step computes, and "
+                f"this machine has {has.total / GIB:.3g} GiB with its swap; {_cure(lasting)}"
             )
         if peak > has.free:
             yield (
                 f"{who}: about {peak / GIB:.3g} GiB at its peak, and {has.free / GIB:.3g} GiB are free: a "
                 "process may be killed; `rlhf check` says what takes them"
             )
+
+
+def _in_words(parts: "Counter[str]") -> str:
+    """Example: "keys and values 977, fp32 weights 1.2"."""
+    return ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.most_common(3))
+
+
+def _cure(parts: "Counter[str]") -> str:
+    if parts.most_common(1)[0][0] == "keys and values":
+        return "lower rollout.kv_cache_mib"
+    return "take a machine with more, a cluster (resources.address) or a smaller model"

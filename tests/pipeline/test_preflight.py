@@ -91,9 +91,11 @@ def test_weights_and_moments_beyond_all_memory_end_it_and_a_peak_beyond_the_free
     )
     monkeypatch.setattr(machine, "memory", lambda: MachineMemory(total=2 * GIB, free=GIB))
     with pytest.raises(
-        EnvironmentProblem, match=r"pretrain: holds .* GiB, .*this machine has 2 GiB with its swap"
+        EnvironmentProblem, match=r"pretrain: holds 6.* GiB \(Adam .*\), .*this machine has 2 GiB with"
     ):
         remarks(chain, *LARGE)
+    with pytest.raises(EnvironmentProblem, match=r"keys and values .*; lower rollout\.kv_cache_mib"):
+        remarks(chain, "rollout.kv_cache_mib=9000")
 
 
 def test_too_few_open_files_end_a_run_on_ray(chain: Chain, monkeypatch: pytest.MonkeyPatch):
