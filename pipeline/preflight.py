@@ -99,8 +99,8 @@ def _memory_remarks(
         who = " beside ".join(level)
         if certain > has.total:
             raise EnvironmentProblem(
-                f"{who}: holds {certain / GIB:.3g} GiB ({_in_words(lasting)}), without what a step computes, and "
-                f"this machine has {has.total / GIB:.3g} GiB with its swap; {_cure(lasting)}"
+                f"{who}: holds {certain / GIB:.3g} GiB ({_in_words(lasting)}), without what a step computes, "
+                f"and this machine has {has.total / GIB:.3g} GiB with its swap; {_cure(lasting)}"
             )
         if peak > has.free:
             yield (
