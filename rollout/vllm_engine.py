@@ -37,9 +37,7 @@ from rollout.vllm_plugin import LOG_PATH_VARIABLE, backend
 from rollout.weight_file import checkpoint_layout
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read by `import vllm`; an engine's log file has more
-os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
-    "0"  # whoever set it elsewhere: no pickles between processes
-)
+os.environ.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)  # whoever set it: no pickles between processes
 
 from vllm.config import WeightTransferConfig
 from vllm.config.logging import LoggingConfig
@@ -324,7 +322,6 @@ def _process_environment(config: EngineConfig, *, dtype: str, log_path: Path) ->
     os.environ |= {
         LOG_PATH_VARIABLE: str(log_path),
         "VLLM_LOGGING_LEVEL": LEVEL,
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
         "VLLM_PLUGINS": "rlhf_weight_receivers",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s) + 1),
