@@ -79,13 +79,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(_complain(problem, EnvironmentProblem.exit_code))
     supervisor.end_with_the_supervisor()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's threads when they start
-    foreign = take_out(os.environ)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     with outputs_that_may_fail() as shown:
-        if foreign:
-            decided = ", ".join(dict.fromkeys(foreign.values()))
-            _complain(f"environment: {', '.join(foreign)}: unset, because the config decides: {decided}", 0)
-        code = _exit_code(list(sys.argv[1:] if argv is None else argv))
+        _beat_the_environment(arguments)
+        code = _exit_code(arguments)
     sys.exit(shown.exit_code(code))
+
+
+def _beat_the_environment(arguments: Sequence[str]) -> None:
+    """Unset what stands for a setting of ours, and say so, but not beside what is asked for as text."""
+    if (foreign := take_out(os.environ)) and arguments[:1] != ["schema"] and "--help" not in arguments:
+        decided = ", ".join(dict.fromkeys(foreign.values()))
+        line = f"note: environment: {', '.join(foreign)}: unset, because the config decides: {decided}"
+        print(line, file=sys.stderr if arguments[:1] == ["generate"] else sys.stdout, flush=True)
 
 
 @app.command()
