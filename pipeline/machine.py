@@ -8,6 +8,7 @@ Owns: reading it. Does not own: what is enough (doctor for any run, preflight fo
 import os
 import resource
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,20 +53,17 @@ def core_quota() -> float | None:
     return least if least is not None and least < usable_cores() else None
 
 
-def open_files() -> tuple[int, int]:
-    """How many files a process may have open at once, and how far it may raise that itself."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
+def open_files() -> int:
+    """How many files a process may have open at once, where it raises its own limit as far as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if hard == resource.RLIM_INFINITY else hard
 
 
-def raise_open_files(wanted: int) -> int:
-    """Let this process and those it starts open `wanted` files, or as many as it may. Returns the number."""
-    soft, hard = open_files()
-    unlimited = resource.RLIM_INFINITY
-    if soft == unlimited or soft >= wanted:
-        return wanted if soft == unlimited else soft
-    allowed = wanted if hard == unlimited else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return allowed
+def raise_open_files(wanted: int) -> None:
+    """Let this process and those it starts have `wanted` files open, or as many as they may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, open_files()), hard))
 
 
 def shared_memory_free() -> int:

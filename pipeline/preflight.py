@@ -41,8 +41,10 @@ def check_machine(planned: PlannedRun) -> list[str]:
             raise EnvironmentProblem(f"{stage}: {finding.text}")
     architecture = placement.architecture_of(config)
     _check_shared_memory(config, planned.to_run, architecture)
-    _check_open_files(config)
+    machine.raise_open_files(WANTED_OPEN_FILES)
     remarks = [] if (remark := doctor.quota_remark()) is None else [remark]
+    if config.pipeline.executor == "ray" and not (finding := doctor.open_files()).ok:
+        remarks.append(f"open files: {finding.text}")
     if architecture is not None:
         remarks += _memory_remarks(config, planned.to_run, architecture)
     return remarks
@@ -77,12 +79,6 @@ def _has_queue(config: ExperimentConfig, stage: str, rollout: EngineConfig) -> b
     """On one GPU the scheduler calls the model in its own process."""
     on_cpu = placement.resources_of(config, stage).num_gpus_per_engine == 0
     return on_cpu or rollout.tensor_parallel_size > 1
-
-
-def _check_open_files(config: ExperimentConfig) -> None:
-    allowed = machine.raise_open_files(WANTED_OPEN_FILES)
-    if config.pipeline.executor == "ray" and allowed < doctor.MIN_OPEN_FILES:
-        raise EnvironmentProblem(doctor.open_files().text)
 
 
 def _memory_remarks(
