@@ -229,3 +229,14 @@ def test_a_working_directory_whose_name_is_not_utf_8_is_named_before_anything_st
     (tmp_path / "demo.yaml").write_text("name: u\nsft: {max_steps: 3, data: [{path: sft.jsonl}]}\n")
     with pytest.raises(ConfigError, match=r"^outputs: .*: a name in it is not UTF-8; rename it"):
         configs.load(tmp_path / "demo.yaml")
+
+
+def test_a_scoring_function_that_imports_what_lies_beside_it_is_told_where_modules_are_looked_for(
+    tmp_path: Path,
+):
+    (tmp_path / "words.py").write_text("GOOD = 1\n")
+    (tmp_path / "score.py").write_text("import words\ndef score(prompt, response, row):\n    return 1.0\n")
+    with pytest.raises(
+        DataError, match=r"No module named 'words'; words lies beside it, .* or put .* on PYTHONPATH"
+    ):
+        load_judge(ScoreFunction(path=tmp_path / "score.py"))
