@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
+import rlhf_pipeline
 from pipeline import changes, dag, doctor, executor, placement, planning, supervisor, unstated
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand, model_directory
@@ -35,14 +37,17 @@ from pipeline.preview import previews
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
+from pipeline.terminal import outputs_that_may_fail
 from pipeline.yaml_source import short
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
+from rollout.foreign_settings import take_out
 from stages.data.durable import disk_problems
 
 INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130
 MAX_LINE_CHARS = 2000
 """Of an error: it may quote a file, a template or a library, and goes to a terminal."""
+say = partial(print, flush=True)
 
 app = typer.Typer(
     name="rlhf",
@@ -68,9 +73,25 @@ class Engine(StrEnum):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script: runs a command and exits with its code."""
+    for (
+        problem
+    ) in rlhf_pipeline.loaded_from_elsewhere():  # in a directory with a `pipeline/`: theirs, around ours
+        sys.exit(_complain(problem, EnvironmentProblem.exit_code))
     supervisor.end_with_the_supervisor()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's threads when they start
-    sys.exit(_exit_code(list(sys.argv[1:] if argv is None else argv)))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with outputs_that_may_fail() as shown:
+        _beat_the_environment(arguments)
+        code = _exit_code(arguments)
+    sys.exit(shown.exit_code(code))
+
+
+def _beat_the_environment(arguments: Sequence[str]) -> None:
+    """Unset what stands for a setting of ours, and say so, but not beside what is asked for as text."""
+    if (foreign := take_out(os.environ)) and arguments[:1] != ["schema"] and "--help" not in arguments:
+        decided = ", ".join(dict.fromkeys(foreign.values()))
+        line = f"note: environment: {', '.join(foreign)}: unset, because the config decides: {decided}"
+        print(line, file=sys.stderr if arguments[:1] == ["generate"] else sys.stdout, flush=True)
 
 
 @app.command()
@@ -141,7 +162,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check CONFIG and every row of its datasets; show them, and what a run would do. Starts nothing."""
     loaded = configs.load(config, overrides or [])
     configs.check_paths(loaded)
-    typer.echo(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
+    say(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
     fitted = planning.fitted_to_what_is_here(loaded.config)
     resolved, model = fitted.config, fitted.config.model
     at_hand = model_at_hand(model.path, model.revision)
@@ -154,25 +175,25 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     for block in previews(resolved, model_at_hand=at_hand):
         console.print(block)
     for remark in resolved.remarks():
-        typer.echo(f"\nnote: {remark}")
-    typer.echo("\nnot stated, so chosen:")
+        say(f"\nnote: {remark}")
+    say("\nnot stated, so chosen:")
     for line in unstated.table(loaded.config, fitted):
-        typer.echo(f"  {line}")
-    typer.echo("\nplan (memory at its peak, without what allocators keep):")
+        say(f"  {line}")
+    say("\nplan (memory at its peak, without what allocators keep):")
     for line in placement.plan(resolved, dag.configured(resolved)):
-        typer.echo(f"  {line}")
+        say(f"  {line}")
     if not at_hand:
-        typer.echo(f"\nstages (all would run; {resolved.model.path} has to be fetched first):")
+        say(f"\nstages (all would run; {resolved.model.path} has to be fetched first):")
         for stage in dag.configured(resolved):
             needs = ", ".join(dag.needs(resolved, stage)) or "nothing"
-            typer.echo(f"  {stage:9} run   needs {needs:40} {_steps(resolved, stage)}")
+            say(f"  {stage:9} run   needs {needs:40} {_steps(resolved, stage)}")
         return
     planned = planning.plan_run(resolved)
-    typer.echo("\nstages:")
+    say("\nstages:")
     for stage, node in planned.nodes.items():
         action = "skip" if stage in planned.present else "run"
         needs = ", ".join(node.inputs) or "nothing"
-        typer.echo(f"  {stage:9} {action:5} needs {needs:40} {_steps(resolved, stage):22} {node.fingerprint}")
+        say(f"  {stage:9} {action:5} needs {needs:40} {_steps(resolved, stage):22} {node.fingerprint}")
 
 
 @app.command(name="doctor")
@@ -188,7 +209,7 @@ def examine(
         raise ConfigError(f"--address {address}: {error}") from error
     findings = doctor.examine(outputs, address)
     for finding in findings:
-        typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.subject:12} {finding.text}")
+        say(f"{'ok  ' if finding.ok else 'FAIL'} {finding.subject:12} {finding.text}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(4)
 
@@ -210,13 +231,13 @@ def generate(
         text = respond(
             model_dir, prompt, temperature=temperature, max_tokens=max_tokens, seed=seed, engine=engine.value
         )
-    typer.echo(text)
+    say(text)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of config files, for editors."""
-    typer.echo(json.dumps(configs.json_schema(), indent=2))
+    say(json.dumps(configs.json_schema(), indent=2))
 
 
 def _exit_code(argv: list[str]) -> int:
@@ -270,17 +291,17 @@ def _tell_changes(planned: planning.PlannedRun) -> None:
     try:
         before = changes.last_config(path)
     except ConfigError as error:
-        typer.echo(f"the config of the last run cannot be compared with this one: {error}")
+        say(f"the config of the last run cannot be compared with this one: {error}")
         return
     if before is not None and (found := changes.between(before, config)):
         reached = changes.reached(before, config)
         anew = ", ".join(stage for stage in planned.to_run if stage in reached) or "no stage"
-        typer.echo(f"changed since the last run {config.name!r}: {changes.listed(found)}; anew: {anew}")
+        say(f"changed since the last run {config.name!r}: {changes.listed(found)}; anew: {anew}")
 
 
 def _execute(planned: planning.PlannedRun) -> None:
     if (line := unstated.fitted_line(planned.fit)) is not None:
-        typer.echo(line)
+        say(line)
     planning.validate_data(planned)
     _tell_changes(planned)
     run_dir = planned.store.run_dir(planned.config.name)
@@ -293,11 +314,11 @@ def _execute(planned: planning.PlannedRun) -> None:
                 _report(run_dir)
         raise
     report = _report(run_dir)
-    typer.echo("")
+    say("")
     for stage, result in results.items():
         shown = "  ".join(f"{short(key)} {number(value)}" for key, value in list(result.metrics.items())[:5])
-        typer.echo(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
-    typer.echo(f"report: {os.path.relpath(report)}")
+        say(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
+    say(f"report: {os.path.relpath(report)}")
 
 
 def _report(run_dir: Path) -> Path:

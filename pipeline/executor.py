@@ -1,6 +1,6 @@
 """Runs the graph: as Ray tasks whose arguments are the refs of the stages they need, or in this process.
 
-    PlannedRun --execute--> preflight --> run_stage(job, *upstream) per stage --> summary.json, links
+    PlannedRun --execute--> preflights --> run_stage(job, *upstream) per stage --> summary.json, links
 
 Owns: which stage runs when, following each to its end, the record in the run directory.
 Does not own: what has to run (planning), the body of a stage (stage_task), Ray's cluster (ray_session),
@@ -20,6 +20,7 @@ from pipeline.artifacts import METRICS, Manifest, Store, package_versions, read_
 from pipeline.config import resolved_yaml
 from pipeline.janitor import PLACE, nothing_left_behind
 from pipeline.planning import PlannedRun, current_fingerprints
+from pipeline.preflight import check_machine
 from pipeline.progress import Progress
 from pipeline.ray_session import answers_of_nodes, ray_session
 from pipeline.signals import signals_ask_to_stop
@@ -37,7 +38,7 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     """Run what is planned and record it in the run directory; the results of all planned stages.
 
     Raises the first stage's failure, after the stages beside it have ended and been recorded. When asked to
-    stop (SIGINT, SIGTERM): Interrupted, or KeyboardInterrupt when that took too long or was asked twice.
+    stop by a signal: Interrupted, or KeyboardInterrupt when that took too long or was asked twice.
     Leaves no process behind in any case.
     """
     store, config = planned.store, planned.config
@@ -49,6 +50,8 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     for stage, manifest in planned.present.items():
         progress.end(stage, "skipped", summary=_made_with_other_versions(manifest))
     failures: dict[str, ExpectedError] = {}
+    for remark in check_machine(planned):
+        progress.note(f"note: {remark}")
     try:
         if planned.to_run:
             _run(planned, progress, results, failures)
@@ -110,7 +113,7 @@ def _run_on_ray(
 ) -> None:
     log_dir = planned.store.log_dir(planned.config.name)
     with ray_session(planned.config, directory, log_dir) as check_cluster:
-        _preflight(planned)
+        _preflight(planned, progress)
         pending = _submit(planned, results)
         following: set[str] = set()
         not_run: set[str] = set()
@@ -136,7 +139,7 @@ def _run_on_ray(
             check_cluster()
 
 
-def _preflight(planned: PlannedRun) -> None:
+def _preflight(planned: PlannedRun, progress: Progress) -> None:
     """Before any stage starts: every bundle can be placed, and every node of a joined cluster is fit for it.
 
     Raises EnvironmentProblem.
@@ -151,8 +154,13 @@ def _preflight(planned: PlannedRun) -> None:
             raise EnvironmentProblem(f"{problem} - lower `resources` or add nodes")
     if address is not None:
         with cluster.nonce_in(planned.store.root) as (file, nonce):
-            for node, problem in cluster.problems(answers_of_nodes(file), file, nonce):
+            answers = answers_of_nodes(file)
+            for node, problem in cluster.problems(answers, file, nonce):
                 raise EnvironmentProblem(f"resources.address {address}: node {node} {problem}")
+        for node, answer in answers:
+            if isinstance(answer, cluster.NodeReport) and answer.foreign_settings:
+                named = ", ".join(answer.foreign_settings)
+                progress.note(f"note: node {node}: {named}: unset there, because the config decides")
 
 
 def _submit(planned: PlannedRun, results: Mapping[str, StageResult]) -> dict[str, Any]:

@@ -100,7 +100,9 @@ class PipelineConfig(Section):
     lock_timeout_s: Seconds = Field(default=30.0, ge=0)
     """How long to wait for another run that is working on the same stage."""
     stop_timeout_s: Seconds = Field(default=60.0, gt=0)
-    """After the first SIGINT or SIGTERM stages have so long to reach a step boundary and save their state."""
+    """After the first SIGINT, SIGTERM or SIGHUP stages have so long to reach a step boundary and save their
+    state.
+    """
     retry_wait_s: Seconds = Field(default=2.0, ge=0)
     """`rlhf run --retries`: pause before a restart; doubled for each further one without progress."""
 

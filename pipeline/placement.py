@@ -31,6 +31,10 @@ SEQUENCES_EVALUATED, DOCUMENTS_EVALUATED = 16, 8
 LOGPROB_CHUNK = 1024
 """Positions whose log-softmax, and its gradient, exist at once."""
 OTHERWISE = "calls its sizes otherwise than a LLaMA; give a LLaMA's config.json of its size"
+LASTING = frozenset(
+    ["fp32 weights", "gradients", "Adam", "frozen models", "frozen fp32 models", "weights", "keys and values"]
+)
+"""Parts of a process's memory that it holds for as long as it runs, whatever it computes."""
 IN_THE_STAGE_TASK = frozenset({"prepare"})
 """Stages that reserve nothing: they have no workers."""
 
@@ -44,7 +48,17 @@ class Memory:
     def __str__(self) -> str:
         """Example: "12.1 GiB: fp32 weights 4.0, gradients 4.0, Adam 4.1"."""
         parts = ", ".join(f"{name} {size / GIB:.3g}" for name, size in self.parts.items() if size)
-        return f"{sum(self.parts.values()) / GIB:.3g} GiB: {parts}"
+        return f"{self.peak / GIB:.3g} GiB: {parts}"
+
+    @property
+    def peak(self) -> float:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    @property
+    def lasting(self) -> dict[str, int]:
+        """Bytes that it holds at any time, by what they are for."""
+        return {name: round(size) for name, size in self.parts.items() if name in LASTING}
 
 
 def bundles_by_stage(config: ExperimentConfig, stages: Collection[str]) -> dict[str, StageBundles]:
@@ -109,6 +123,25 @@ def host_memory_of(config: ExperimentConfig, stage: str, architecture: Architect
         trained, frozen = _models(section, stage, architecture)
         largest = max(trained + frozen)
     return Memory(parts={"a whole model": 4 * largest})
+
+
+def on_the_machine(config: ExperimentConfig, stage: str, architecture: Architecture) -> list[Memory]:
+    """What the processes of one stage take of the memory of their machine, if all are on one: those on GPUs
+    only while they load.
+    """
+    if stage in IN_THE_STAGE_TASK:
+        return []
+    resources, memory = resources_of(config, stage), memory_of(config, stage, architecture)
+    worker = memory["worker"]
+    if resources.num_gpus:
+        loading = host_memory_of(config, stage, architecture)
+        assert loading is not None
+        worker = loading
+    rollout = rollout_of(dag.settings_for(config, stage))
+    engines = (
+        [] if rollout is None or resources.num_gpus_per_engine else [memory["engine"]] * rollout.num_engines
+    )
+    return [worker] * resources.num_workers + engines
 
 
 def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, Memory]:

@@ -28,6 +28,7 @@ from rollout.run_mark import RUN_ID_VARIABLE
 
 NODE_TIMEOUT_S = 60.0
 """For every node of a cluster to say what it has; a first task there starts a process."""
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextlib.contextmanager
@@ -88,7 +89,7 @@ def _joined_cluster(address: str, log_dir: Path) -> Iterator[None]:
     cluster.require_answer(address)
     _authenticate(RAY_AUTH_MODE="token")
     mark = {name: os.environ[name] for name in (RUN_ID_VARIABLE,) if name in os.environ}
-    environment = {"OMP_WAIT_POLICY": "passive", **mark}
+    environment = {"OMP_WAIT_POLICY": "passive", "PYTHONSAFEPATH": "1", **mark}
     with _ray_connected(log_dir, address=address, runtime_env={"env_vars": environment}):
         yield
 
@@ -101,8 +102,13 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            with _stderr_to(log_dir / "ray-messages.log"):  # a refused token is complained of every second
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            with (
+                _hangups_wait(),
+                _stderr_to(log_dir / "ray-messages.log"),
+            ):  # a refused token is complained of every second
+                ray.init(
+                    log_to_driver=False, logging_level=logging.ERROR, job_config=_job_config(), **options
+                )
         except (
             ray.exceptions.RayError,
             RuntimeError,
@@ -127,6 +133,32 @@ def _ray_connected(log_dir: Path, **options: Any) -> Iterator[None]:
     finally:
         with deaf():
             ray.shutdown()
+
+
+def _job_config() -> Any:
+    """Of workers that look for modules where this process does. Ray would put the working directory and
+    that of the script first, and a `stages/` there in place of ours.
+    """
+    from ray.job_config import JobConfig
+
+    class WithoutWorkingDirectory(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:  # asked for nothing but that
+            return True
+
+    comes_first = os.path.realpath(sys.path[0]) == str(ROOT)  # see rlhf_pipeline
+    return WithoutWorkingDirectory(_py_driver_sys_path=[str(ROOT)] if comes_first else [])
+
+
+@contextlib.contextmanager
+def _hangups_wait() -> Iterator[None]:
+    """Inside, SIGHUP is delivered later; processes that start here never get it. A closed terminal sends it
+    to all of them, and the stages have their state to save. (Ray does the same for SIGINT.)
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do to a run: first it is asked to stop, then it is stopped.
+"""What SIGINT, SIGTERM and SIGHUP do to a run: first it is asked to stop, then it is stopped.
 
     first signal --> stop file: stages leave at their next step boundary, state saved; no other one starts
     second signal, or no end within the deadline --> KeyboardInterrupt: at once, from the last checkpoint
@@ -16,8 +16,15 @@ from pathlib import Path
 
 from stages.data.durable import disk_problems
 
-END_US = (signal.SIGINT, signal.SIGTERM)
 STOPPING = b"stopping at the next step; again: at once\n"
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """What asks this process to end. A closed terminal does (SIGHUP), unless that was ignored when we
+    started, as `nohup` does.
+    """
+    hangs_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])
 
 
 @dataclass(kw_only=True)
@@ -29,7 +36,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt as SIGINT does: the one exception ray.wait lets through."""
+    """Inside, each of them raises KeyboardInterrupt, the one exception that ray.wait lets through."""
     with _handled_by(_raise_interrupt):
         yield
 
@@ -77,7 +84,7 @@ def deaf() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled_by(handler: "signal._HANDLER") -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in END_US}
+    before = {number: signal.signal(number, handler) for number in ending_signals()}
     try:
         yield
     finally:

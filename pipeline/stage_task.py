@@ -27,6 +27,7 @@ from pipeline.artifacts import MANIFEST, METRICS, Exactness, Manifest, Store, ex
 from pipeline.errors import StageFailed
 from pipeline.planning import given_input
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
+from rollout.foreign_settings import take_out
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data.durable import disk_problems, write_whole
 from stages.errors import DataError, Interrupted
@@ -181,6 +182,7 @@ def _settle_process(job: StageJob) -> None:
 
     Before torch is imported here; Ray sets OMP_NUM_THREADS=1 for a task with no CPUs of its own.
     """
+    take_out(os.environ)  # that of another machine, on a cluster
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
     hide_gpus()

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.signals import ending_signals
 from rollout.errors import EnvironmentProblem
 
 SUPERVISOR_VARIABLE = "RLHF_SUPERVISOR"
@@ -51,8 +52,8 @@ def supervise(outputs: Path, *, retries: int, wait_s: float) -> int:
     """Run this process's own command as a child until it ends for good; the exit code to end with.
 
     Starts it again `retries` times at most, after `wait_s`, doubled for every execution in a row that
-    committed nothing, but for the first. Three such ones end it too. SIGINT and SIGTERM go to the child, and
-    are the end of restarts.
+    committed nothing, but for the first. Three such ones end it too. SIGINT, SIGTERM and SIGHUP go to the
+    child, and are the end of restarts.
     """
     with _Child() as child:
         committed, num_idle = _committed(outputs), 0
@@ -106,9 +107,7 @@ class _Child:
         return self._process.wait()
 
     def __enter__(self) -> "_Child":
-        self._before = {
-            number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {number: signal.signal(number, self._pass_on) for number in ending_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

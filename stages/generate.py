@@ -3,13 +3,17 @@
 prompt --chat template, if the model has one--> ids --> engine --> response ids --> text
 """
 
+import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from rollout.api import RolloutRequest, Sampling
 from rollout.config import EngineConfig
+from rollout.errors import EngineError
 from stages.data.chat import ChatTokenizer
 from stages.data.records import Message
 from stages.errors import ModelError
@@ -58,13 +62,31 @@ def generate(
             stop_file=Path(directory) / "stop",
         )
         config = EngineConfig(engine=engine, max_num_seqs=1, kv_cache_mib=64)
-        with open_engines(
-            config,
-            model_dir=model_dir,
-            dtype="float32",
-            max_model_len=len(ids) + sampling.max_tokens,
-            runtime=runtime,
-        ) as client:
+        with (
+            _log_kept(runtime),
+            open_engines(
+                config,
+                model_dir=model_dir,
+                dtype="float32",
+                max_model_len=len(ids) + sampling.max_tokens,
+                runtime=runtime,
+            ) as client,
+        ):
             request = RolloutRequest(request_id="generate", prompt_ids=ids, sampling=sampling)
             (rollout,) = client.generate([request])
     return text_of(rollout.response_ids)
+
+
+@contextlib.contextmanager
+def _log_kept(runtime: Runtime) -> Iterator[None]:
+    """Inside, an EngineError names a copy of the engine's log that outlives the directory of this command."""
+    try:
+        yield
+    except EngineError as error:
+        text = str(error)
+        for log in runtime.log_dir.glob("*-engines/*.log"):
+            # $TMPDIR is the command's own, and goes with it
+            kept = Path("/tmp", f"{runtime.log_dir.name}.log")
+            shutil.copyfile(log, kept)
+            text = text.replace(str(log), str(kept))
+        raise type(error)(text) from error

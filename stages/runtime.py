@@ -67,5 +67,5 @@ class Runtime:
     group: Any = None  # on Ray, once the stage is placed: the placement group of its workers and engines
 
     def stop_requested(self) -> bool:
-        """Whether the driver was told to stop (SIGINT, SIGTERM). A file: seen on every node of a cluster."""
+        """Whether the driver was told to stop, by a signal. A file: seen on every node of a cluster."""
         return self.stop_file.exists()

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from stages.config import ScoreFunction
@@ -31,7 +32,7 @@ def load_judge(config: ScoreFunction) -> Judge:
     if spec is None or spec.loader is None or not config.path.is_file():
         raise DataError(f"{config.path}: no such Python file; set evaluate.score.path")
     module = importlib.util.module_from_spec(spec)
-    _guarded(where, spec.loader.exec_module, module)
+    _guarded(where, spec.loader.exec_module, module, beside=config.path.parent)
     if config.function not in vars(module):
         raise DataError(f"{where}: no such function in it; set evaluate.score.function")
     function = vars(module)[config.function]
@@ -39,7 +40,7 @@ def load_judge(config: ScoreFunction) -> Judge:
     names: set[str] = set()  # of the first result: every later one has the same parts
 
     def judge(prompt: str, response: str, row: Mapping[str, Any]) -> dict[str, float]:
-        parts = _checked(where, _guarded(where, function, prompt, response, row))
+        parts = _checked(where, _guarded(where, function, prompt, response, row, beside=config.path.parent))
         names.update(parts if not names else ())
         if parts.keys() != names:
             odd = ", ".join(sorted(names ^ parts.keys()))
@@ -51,12 +52,24 @@ def load_judge(config: ScoreFunction) -> Judge:
     return judge
 
 
-def _guarded(where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+def _guarded(where: str, function: Callable[..., Any], *arguments: Any, beside: Path) -> Any:
     """Call the user's code; whatever it raises is the user's to mend, in one line."""
     try:
         return function(*arguments)
     except Exception as error:  # the one boundary to code that is not ours
-        raise DataError(f"{where}: raised {type(error).__name__}: {error}") from error
+        hint = _hint(error, beside)
+        raise DataError(f"{where}: raised {type(error).__name__}: {error}{hint}") from error
+
+
+def _hint(error: Exception, beside: Path) -> str:
+    """For an import of what lies beside the user's file: nothing is imported from there."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    if name is None or not ((beside / f"{name}.py").is_file() or (beside / name).is_dir()):
+        return ""
+    return (
+        f"; {name} lies beside it, and modules are not looked for there: write one file, or put {beside} "
+        "on PYTHONPATH (a change of what is imported makes no stage anew)"
+    )
 
 
 def _checked(where: str, result: Any) -> dict[str, float]:

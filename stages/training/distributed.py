@@ -34,6 +34,7 @@ from rollout.errors import (
     raise_expected,
     root_cause,
 )
+from rollout.foreign_settings import take_out
 from stages.bundles import StageBundles, bundles_of, lacking
 from stages.runtime import Runtime, hide_gpus, warnings_file
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
@@ -264,6 +265,7 @@ class _TrainingActor:
     """One worker process of a stage."""
 
     def __init__(self, *, has_gpu: bool) -> None:
+        take_out(os.environ)  # that of another machine, on a cluster
         if not has_gpu:
             hide_gpus()
         _multiply_fp32_in_fp32()

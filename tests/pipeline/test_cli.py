@@ -201,7 +201,7 @@ def any_runs(processes: list[psutil.Process]) -> bool:
     return any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
 
 
-@pytest.mark.parametrize(("where", "number"), [("inline", signal.SIGTERM), ("ray", signal.SIGINT)])
+@pytest.mark.parametrize(("where", "number"), [("inline", signal.SIGTERM), ("ray", signal.SIGHUP)])
 def test_a_signal_lets_the_stage_save_its_state_and_ends_with_code_75(chain: Chain, where: str, number: int):
     chain.order("sft", sleep_s=100)
     process = chain.start("run", "demo.yaml", f"pipeline.executor={where}")
@@ -290,3 +290,23 @@ def test_doctor_writes_and_reads_back_and_recognises_a_cuda_build(
     assert re.search(r"^FAIL torchvision .*pip uninstall -y torchvision", stdout, re.M)
     assert re.search(r"^ok +outputs .*written and read back", stdout, re.M)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stream"),
+    [(["check", "demo.yaml"], 0), (["generate", "nowhere", "hello"], 1), (["schema"], None)],
+)
+def test_what_the_environment_sets_is_unset_and_said_where_it_disturbs_nothing(
+    chain: Chain, capsys, monkeypatch, arguments: list[str], stream: int | None
+):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    _, *streams = rlhf(capsys, *arguments)
+    line = (
+        "note: environment: RAY_ADDRESS, VLLM_CPU_KVCACHE_SPACE: unset, because the config decides: "
+        "resources.address, rollout.kv_cache_mib\n"
+    )
+    assert [index for index, text in enumerate(streams) if line in text] == (
+        [] if stream is None else [stream]
+    )
+    assert not {"VLLM_CPU_KVCACHE_SPACE", "RAY_ADDRESS"} & os.environ.keys()

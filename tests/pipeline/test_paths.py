@@ -1,6 +1,7 @@
 """Names, links and manifests cannot lead a run out of the directory that `outputs:` names."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from blake3 import blake3
 from fake_chain import Chain, write_model
 from test_cli import complaint, rlhf
 
+from pipeline import config as configs
 from pipeline import progress
 from pipeline.artifacts import MANIFEST, Store, model_directory, read_manifest
-from pipeline.errors import CorruptArtifact
+from pipeline.errors import ConfigError, CorruptArtifact
 from pipeline.planning import plan_run
 from stages.config import ScoreFunction
 from stages.data.scoring import load_judge
@@ -210,3 +212,31 @@ def test_stages_are_taken_from_the_table_only(tmp_path: Path, chain: Chain, caps
         code, stderr = complaint(capsys, *arguments)
         assert code == 2 and "no such stage" in stderr
     assert Store(tmp_path).find("sft", "0" * 16) is None
+
+
+def test_a_working_directory_whose_name_is_not_utf_8_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Records of a run hold absolute paths, and are UTF-8."""
+    directory = tmp_path / os.fsdecode(b"w\xff")
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    (directory / "demo.yaml").write_text("name: u\nsft: {max_steps: 3, data: [{path: sft.jsonl}]}\n")
+    with pytest.raises(
+        ConfigError, match=r"demo\.yaml:2: sft\.data\[0\]\.path: .*: a name in it is not UTF-8; rename"
+    ):
+        configs.load(Path("demo.yaml"))
+    (tmp_path / "demo.yaml").write_text("name: u\nsft: {max_steps: 3, data: [{path: sft.jsonl}]}\n")
+    with pytest.raises(ConfigError, match=r"^outputs: .*: a name in it is not UTF-8; rename it"):
+        configs.load(tmp_path / "demo.yaml")
+
+
+def test_a_scoring_function_that_imports_what_lies_beside_it_is_told_where_modules_are_looked_for(
+    tmp_path: Path,
+):
+    (tmp_path / "words.py").write_text("GOOD = 1\n")
+    (tmp_path / "score.py").write_text("import words\ndef score(prompt, response, row):\n    return 1.0\n")
+    with pytest.raises(
+        DataError, match=r"No module named 'words'; words lies beside it, .* or put .* on PYTHONPATH"
+    ):
+        load_judge(ScoreFunction(path=tmp_path / "score.py"))
