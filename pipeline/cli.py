@@ -27,6 +27,7 @@ from typer.exceptions import Abort, TyperException
 from pipeline import changes, dag, doctor, executor, placement, planning, supervisor
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand, model_directory
+from pipeline.data_remarks import left_out
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig, host_and_port
 from pipeline.janitor import nothing_left_behind
@@ -38,6 +39,7 @@ from pipeline.signals import signals_interrupt
 from pipeline.yaml_source import short
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
 from stages.data.durable import disk_problems
+from stages.data.hub import model_problem
 
 INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130
@@ -146,6 +148,10 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
         planning.check_given_models(loaded.config, dag.configured(loaded.config), {dag.MODEL: directory})
     elif not at_hand and (described := placement.described_by(model)) is not None:
         planning.check_described_model(loaded.config, described)
+    if model.path is not None and not at_hand and (problem := model_problem(model.path, model.revision)):
+        typer.echo(
+            f"note: model.path {model.path}: no such directory, and not reachable as a hub id: {problem}"
+        )
     console = Console(soft_wrap=True)
     for block in previews(loaded.config, model_at_hand=at_hand):
         console.print(block)
@@ -270,6 +276,8 @@ def _tell_changes(planned: planning.PlannedRun) -> None:
 
 def _execute(planned: planning.PlannedRun) -> None:
     planning.validate_data(planned)
+    for line in left_out(dag.datasets(planned.config, planned.to_run)):
+        typer.echo(line)
     _tell_changes(planned)
     run_dir = planned.store.run_dir(planned.config.name)
     try:

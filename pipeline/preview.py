@@ -5,11 +5,13 @@ are imported where they are computed.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from pipeline import dag
+from pipeline.data_remarks import files_read, remarks
 from pipeline.experiment import ExperimentConfig
 from stages.data.files import one_line, printable
 
@@ -30,12 +32,18 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
     """One block of text per dataset of the configured stages, once all are validated. Raises DataError,
     ModelError.
     """
+    from stages.data.observations import Observed
     from stages.data.overview import overview
     from stages.data.validation import validate
 
     datasets = dag.datasets(config, dag.configured(config))
+    ngram = None if config.prepare is None else config.prepare.decontaminate_ngram
+    observed = {
+        stage: [Observed(source, ngram=ngram) for source in sources.values()]
+        for stage, sources in datasets.items()
+    }
     validated = {
-        stage: validate(list(sources.values()), stage, getattr(config, stage))
+        stage: validate(list(sources.values()), stage, getattr(config, stage), observed[stage])
         for stage, sources in datasets.items()
     }
     chat, origin = _chat(config, model_at_hand)
@@ -43,9 +51,12 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
         f"lengths: {origin}; example: ", _marked("trained", True), " ", _marked("not trained", False)
     )
     for stage, sources in datasets.items():
-        for (key, source), found in zip(sources.items(), validated[stage], strict=True):
+        for (key, source), found, seen in zip(
+            sources.items(), validated[stage], observed[stage], strict=True
+        ):
             shown = overview(source, stage, found, chat, _limits(config, stage))
-            lines = "".join(f"  {line}\n" for line in _figures(shown))
+            told = chain(files_read(source, found), _figures(shown), remarks(stage, seen, observed, chat))
+            lines = "".join(f"  {line}\n" for line in told)
             example = (_marked(span.text, span.trained) for span in shown.example)
             yield Text.assemble(f"\n{key}: {one_line(source.path)}\n{lines}", *example)
 

@@ -123,7 +123,11 @@ def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered
     ]
     check_left(rows.sizes, fitted)
     kept = [one.example for one in fitted if one.example is not None]
-    return kept, {"conversations": float(len(kept)), **data_metrics(rows, fitted, "conversations")}
+    return kept, {
+        "conversations": float(len(kept)),
+        "turns_left_out": float(sum(one.num_turns_left_out for one in rows.records)),
+        **data_metrics(rows, fitted, "conversations"),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,15 @@
 """Readers: sources of any accepted shape -> records, or one error line that names file, line and field.
 
-    path, glob, directory --files--> splits --raw_rows--> columns --schemas--> records --weight--> Rows
-    organisation/name -----------------hub-----------------^
+    path, glob, directory --places--> splits --raw_rows--> columns --schemas--> records --weight--> Rows
+    organisation/name ------------------hub-----------------^
 
 Owns bad rows, weights, parts, identity. Does not own files (files, hub), what a row is in each kind of file
 (raw_rows, json_rows), what it means (schemas) or tokens (chat). Imports neither torch, transformers nor
 datasets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,9 +19,10 @@ from blake3 import blake3
 from stages.config import DataSource
 from stages.data.batches import content_share, repeats, stage_seed
 from stages.data.durable import file_digest
-from stages.data.files import FileSplit, cut, files_of, kind_of, one_line, reading, shown, whole
+from stages.data.files import FileSplit, cut, kind_of, one_line, reading, shown, whole
 from stages.data.hub import hub_commit, hub_rows, is_hub_id
 from stages.data.json_rows import RawRow
+from stages.data.places import found_at
 from stages.data.raw_rows import raw_rows
 from stages.data.records import Conversation, Pair, Prompt, split_key
 from stages.data.rows.cells import listed
@@ -135,7 +137,7 @@ def splits_of(source: DataSource, block_bytes: int) -> list[FileSplit]:
     """
     if is_hub_id(source.path):
         return _whole_files(source)
-    return [split for path in files_of(source.path) for split in cut(path, source, block_bytes)]
+    return [split for path in files_of(source) for split in cut(path, source, block_bytes)]
 
 
 def read_split(source: DataSource, split: FileSplit, stage: StageName) -> "RecordReader":
@@ -201,20 +203,26 @@ def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
 
 
 def content_digest(source: DataSource) -> str:
-    """What the source holds: blake3 of its files' contents in path order; of a hub dataset, in plain, the
-    commit that is meant, subset and split. File names do not enter, the kind of file does. Raises DataError.
+    """What the source holds: blake3 of the contents of its `files_of`, in order; of a hub dataset, in plain,
+    the commit that is meant, subset and split. File names do not enter, the kind of file does. Raises
+    DataError.
     """
     if is_hub_id(source.path):
         subset = "" if source.subset is None else f" {source.subset}"
         return f"hub {hub_commit(source)}{subset} {source.split}"
     total = blake3()
-    for path in files_of(source.path):
+    for path in files_of(source):
         kind = kind_of(path)
         with reading(path):
             contents = bytes.fromhex(file_digest(path))
         suffix = f".{kind.compression}" if kind.compression else ""
         total.update(f"{kind.kind}{suffix}:".encode() + contents)
     return total.hexdigest()
+
+
+def files_of(source: DataSource) -> tuple[Path, ...]:
+    """The files that are read of a local source, in order. Raises DataError."""
+    return found_at(source.path, source.split).files
 
 
 def split_digest(split: FileSplit, source: DataSource) -> str:
@@ -231,7 +239,7 @@ def _whole_files(source: DataSource) -> list[FileSplit]:
     """Every file whole."""
     if is_hub_id(source.path):
         return [whole(Path(source.path))]
-    return [whole(path) for path in files_of(source.path)]
+    return [whole(path) for path in files_of(source)]
 
 
 def _raw_rows(split: FileSplit, source: DataSource) -> Iterator[RawRow]:
@@ -255,6 +263,8 @@ class RecordReader(Iterator[Any]):
         _check_settings(source)
         self.schema: Schema | None = _stated_schema(source, stage)
         self.columns_seen: dict[str, str] = {}  # field -> the column it is read from
+        self.rows_of: Counter[Path] = Counter()  # file -> its rows
+        self._sound: dict[Path, Mapping[str, Any]] = {}  # file -> its first row that can be read
         self._num_rows = self._num_records = self._num_skipped = self._num_filtered = 0
         self._first_problem = ""
         self._records = self._read()
@@ -276,15 +286,19 @@ class RecordReader(Iterator[Any]):
     def _read(self) -> Iterator[Record]:
         takes_all = self._source.part == "all"
         for split in self._splits:
+            self.rows_of[split.path] += 0
             for line, columns, problem in _raw_rows(split, self._source):
                 self._num_rows += 1
+                self.rows_of[split.path] += 1
                 try:
                     if columns is None:
                         raise RowError(problem)
                     records = self._parse(columns)
                 except RowError as error:
-                    self._bad(f"{shown(split.path)}:{line}: {one_line(str(error))}")
+                    problem = self._foreign(split, columns) or str(error)
+                    self._bad(f"{shown(split.path)}:{line}: {one_line(problem)}")
                     continue
+                self._sound.setdefault(split.path, columns)
                 self._num_records += len(records)
                 self._num_filtered += not records
                 for record in records:
@@ -315,6 +329,38 @@ class RecordReader(Iterator[Any]):
             if reader.schema is not None:
                 return reader.schema
         return detect(self._stage, row, self._source.column_of)
+
+    def _foreign(self, split: FileSplit, row: Mapping[str, Any] | None) -> str:
+        """What to say where a file that cannot be read lies among others that can: it has other columns.
+        Empty where that is not what is wrong.
+        """
+        if row is None or split.path in self._sound or self._source.on_bad_row == "skip":
+            return ""
+        schema = self.schema or detect(self._stage, row, self._source.column_of)
+        if not any(schema.distance(row, self._source.column_of)):  # of this format, and wrong in itself
+            return ""
+        others = (other for other in self._splits if other.path != split.path)
+        sound = next(iter(self._sound.items()), None)
+        sound = sound or next(filter(None, map(self._first_sound, others)), None)
+        if sound is None or set(sound[1]) == set(row):
+            return ""
+        return (
+            f"columns {listed(row)} are not those of {shown(sound[0])} ({listed(sound[1])}), and one "
+            f"entry has "
+            "one format; move this file elsewhere, or name the others by a glob"
+        )
+
+    def _first_sound(self, split: FileSplit) -> tuple[Path, Mapping[str, Any]] | None:
+        """A file and its first row, where that can be read."""
+        try:
+            row = next(_raw_rows(split, self._source), None)
+            if row is None or row.columns is None:
+                return None
+            schema = self.schema or detect(self._stage, row.columns, self._source.column_of)
+            schema.parse(schema.cells(row.columns, self._source.column_of, self._source.min_margin))
+        except (RowError, DataError):
+            return None
+        return split.path, row.columns
 
     def _bad(self, problem: str) -> None:
         if self._source.on_bad_row == "error":

@@ -356,8 +356,8 @@ def test_a_reader_reads_no_further_than_asked(tmp_path):
          "a.jsonl:1: messages: no assistant message, so nothing to train on"),
         ("a.jsonl", b'{"messages": []}\n', "ppo", "a.jsonl:1: messages: no messages"),
         ("a.doc", b"text\nx\n", "prepare",
-         "a.doc: cannot tell what it is by its name; jsonl, json, parquet, csv, tsv, txt and .gz or .zst of "
-         "the text ones are read"),
+         "a.doc: cannot tell what it is by its name; jsonl, json, parquet, arrow, csv, tsv, txt and "
+         ".gz or .zst of the text ones are read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "prepare",
          "a.jsonl.gz: file ends early (truncated?)"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:1], "prepare",
@@ -392,7 +392,7 @@ def test_a_missing_file_is_named(tmp_path):
     assert failure(tmp_path / "no*.jsonl", "sft") == "no such file: no*.jsonl"
     (tmp_path / "empty").mkdir()
     assert failure(tmp_path / "empty", "sft") == (
-        "empty: no jsonl, json, parquet, csv, tsv, txt file in this directory"
+        "empty: no jsonl, json, parquet, arrow, csv, tsv, txt file in this directory"
     )
 
 

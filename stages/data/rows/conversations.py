@@ -115,4 +115,4 @@ def _conversation(found: Messages, name: str) -> Conversation:
         raise RowError(f"{name}: no assistant message, so nothing to train on")
     if found[0].role == "assistant":
         raise RowError(f"{name}: starts with the assistant: no prompt")
-    return Conversation(messages=found[: last + 1])
+    return Conversation(messages=found[: last + 1], num_turns_left_out=len(found) - last - 1)
