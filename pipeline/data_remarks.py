@@ -14,6 +14,7 @@ from stages.data.directories import DEFAULT_SPLIT
 from stages.data.files import COMPRESSIONS, kind_of, one_line, shown
 from stages.data.hub import is_hub_id
 from stages.data.places import found_at
+from stages.data.schemas import StageName
 from stages.data.table_rows import DELIMITERS, delimiter_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ NUM_FILES = 12
 """Named of one dataset."""
 NUM_MARKERS = 4
 """Shown of those that its texts hold."""
-TRAINS_THE_POLICY = ("sft", "ppo")
+TRAINS_THE_POLICY: tuple[StageName, ...] = ("sft", "ppo")
 """Stages whose prompts an evaluation should not ask."""
 
 
@@ -82,9 +83,9 @@ def _below(path: Path, directory: Path) -> str:
 
 
 def remarks(
-    stage: str,
+    stage: StageName,
     seen: "Observed",
-    observed: "Mapping[str, Sequence[Observed]]",
+    observed: "Mapping[StageName, Sequence[Observed]]",
     chat: "ChatTokenizer | None",
 ) -> Iterator[str]:
     """What is odd in one dataset, over all of its rows. `observed`: those of all stages."""
@@ -121,7 +122,7 @@ def _templated(seen: "Observed", chat: "ChatTokenizer | None") -> str:
     )
 
 
-def _trained_on(seen: "Observed", observed: "Mapping[str, Sequence[Observed]]") -> Iterator[str]:
+def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observed]]") -> Iterator[str]:
     from stages.data.observations import trained_on
 
     for stage in TRAINS_THE_POLICY:
@@ -133,7 +134,7 @@ def _trained_on(seen: "Observed", observed: "Mapping[str, Sequence[Observed]]") 
             )
 
 
-def left_out(datasets: Mapping[str, Mapping[str, DataSource]]) -> Iterator[str]:
+def left_out(datasets: Mapping[StageName, Mapping[str, DataSource]]) -> Iterator[str]:
     """A line for every directory among the datasets of which files are not read. Raises DataError."""
     for key, source in chain.from_iterable(sources.items() for sources in datasets.values()):
         directory = Path(source.path)

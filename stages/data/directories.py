@@ -39,6 +39,7 @@ _NO_DATA = re.compile(
     r"|(?:authors|changelog|citation|code_of_conduct|contributing|contributors|copying|copyright|disclaimer"
     r"|notice|requirements|robots)(?:\.(?:txt|md|rst|cff))?"
     r"|requirements[-_.].*\.txt"
+    r"|cache-[0-9a-f]+.*\.arrow"  # what `datasets` remembers beside its data
 )
 _METADATA = frozenset(
     f"{name}.json"

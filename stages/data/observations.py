@@ -16,6 +16,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stages.config import DataSource
 from stages.data.decontamination import num_too_short, texts_of
@@ -102,10 +103,13 @@ def trained_on(asked: Observed, trained: Sequence[Observed]) -> tuple[int, str]:
 
     Equal are questions with the same turns before them, system messages and white space aside.
     """
-    known = np.concatenate([np.frombuffer(one.asked, np.uint64) for one in trained if one.asked] or [[]])
-    own = np.frombuffer(asked.asked, np.uint64) if asked.asked else np.empty(0, np.uint64)
-    (shared,) = np.nonzero(np.isin(own, known))
+    own = _hashes(asked)
+    (shared,) = np.nonzero(np.isin(own, np.concatenate([own[:0], *map(_hashes, trained)])))
     return len(shared), asked.first_words[int(own[shared[0]])] if len(shared) else ""
+
+
+def _hashes(observed: Observed) -> NDArray[np.uint64]:
+    return np.array(observed.asked, np.uint64)
 
 
 _ANSWER = Message(role="assistant", content="")

@@ -42,8 +42,8 @@ def _found_in(directory: Path, split: str) -> Found:
         others = f"; left out: {found.reasons(directory)}" if found.left_out else ""
         raise DataError(f"{shown(directory)}: no {', '.join(KINDS)} file in this directory{others}")
     taken = {*files}
-    others = [LeftOut(path=path, why=_why_not_taken(path)) for path in found.files if path not in taken]
-    return Found(files=tuple(files), left_out=(*found.left_out, *others))
+    further = [LeftOut(path=path, why=_why_not_taken(path)) for path in found.files if path not in taken]
+    return Found(files=tuple(files), left_out=(*found.left_out, *further))
 
 
 def _why_not_taken(path: Path) -> str:

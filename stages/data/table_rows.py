@@ -44,7 +44,13 @@ def csv_rows(lines: Iterable[bytes], path: Path, header: list[str] | None) -> It
 
 def tsv_rows(lines: Iterable[bytes], path: Path, header: list[str] | None) -> Iterator[RawRow]:
     """The rows of a tsv file, likewise."""
-    return _rows_under(_tsv_cells(lines), path, header, "\t")
+    lines = iter(lines)
+    start = list(_up_to_text(lines))
+    others = _separating(start, header) if "\t" not in _text_of(start) else []
+    if header is None and others:
+        sign = DELIMITERS[others[0]]
+        raise DataError(f"{shown(path)}:{len(start)}: {sign} separates the cells, no tab; call the file .csv")
+    return _rows_under(_tsv_cells(chain(start, lines)), path, header, "\t")
 
 
 def delimiter_of(path: Path, header: list[str] | None) -> str:
@@ -62,11 +68,19 @@ def _up_to_text(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _delimiter_in(start: Sequence[bytes], header: list[str] | None) -> str:
-    first = _without_mark(start[-1].decode(errors="replace")).rstrip("\r\n") if start else ""
-    if (stated := _STATED_DELIMITER.fullmatch(first)) is not None:
+    if (stated := _STATED_DELIMITER.fullmatch(_text_of(start))) is not None:
         return stated[1]
-    fits = [sign for sign in DELIMITERS if _separates(sign, first, header)]
+    fits = _separating(start, header)
     return fits[0] if "," in fits or len(fits) == 1 else ","
+
+
+def _separating(start: Sequence[bytes], header: list[str] | None) -> list[str]:
+    """Those of DELIMITERS that may separate the cells of the first line."""
+    return [sign for sign in DELIMITERS if _separates(sign, _text_of(start), header)]
+
+
+def _text_of(start: Sequence[bytes]) -> str:
+    return _without_mark(start[-1].decode(errors="replace")).rstrip("\r\n") if start else ""
 
 
 def _separates(delimiter: str, line: str, header: list[str] | None) -> bool:

@@ -127,7 +127,8 @@ def test_what_a_directory_does_not_hold_is_one_line(tmp_path, monkeypatch, names
     "name",
     ["README.txt", "readme.zh.txt", "README_zh.txt", "LICENSE.txt", "LICENSE-MIT.txt", "Licence.txt",
      "NOTICE.txt",
-     "requirements.txt", "requirements-dev.txt", "dataset_infos.json", "config.json", "tokenizer.json"],
+     "requirements.txt", "requirements-dev.txt",
+     "cache-0a1f.arrow", "dataset_infos.json", "config.json", "tokenizer.json"],
 )  # fmt: skip
 def test_documentation_and_metadata_are_no_data_unless_they_are_named(tmp_path, name):
     filled(tmp_path, name, "a.jsonl")

@@ -85,10 +85,10 @@ def test_csv_rows_carry_the_line_they_start_at_also_after_quoted_line_ends(tmp_p
 
 
 def test_in_tsv_files_a_quote_is_a_sign_like_any_other(tmp_path):
-    data = b'text\tlabel\n"quoted" at the start\t1\nan open " quote\t0\n'
+    data = b'text\ta, b; c\n"quoted" at the start\t1\nan open " quote\t0\n'
     assert rows(written(tmp_path / "a.tsv", data)) == [
-        (2, {"text": '"quoted" at the start', "label": "1"}),
-        (3, {"text": 'an open " quote', "label": "0"}),
+        (2, {"text": '"quoted" at the start', "a, b; c": "1"}),
+        (3, {"text": 'an open " quote', "a, b; c": "0"}),
     ]
 
 
@@ -120,6 +120,8 @@ def test_a_list_names_the_columns_of_a_file_without_header_line(tmp_path, name, 
         ("a.csv", b"text,b\nx\n", {}, "a.csv:2: expected 2 cells, got 1"),
         ("a.tsv", b"text\tb\nx\ty\tz\n", {}, "a.tsv:2: expected 2 cells, got 3"),
         ("a.tsv", b"text\tb\nx,y\n", {}, "a.tsv:2: expected 2 cells, got 1; is it a csv file?"),
+        ("a.tsv", b"\ntext;b\nx;y\n", {},
+         "a.tsv:2: a semicolon separates the cells, no tab; call the file .csv"),
         ("a.csv", b"text,b,text\nx,y,z\n", {},
          "a.csv:1: column 'text' stands twice in the header; rename one, or set columns: [name, …] if the "
          "file has no header line"),
