@@ -28,6 +28,7 @@ from pipeline.yaml_source import KeyPath, Node, describe, dotted, parse_scalar, 
 from rollout.config import Section
 from stages.config import DataSource, ModelConfig, PrepareConfig, ScoreFunction
 from stages.data import hub
+from stages.data.lfs import POINTER, first_pointer
 from stages.data.places import files_matching
 from stages.errors import DataError
 
@@ -213,7 +214,11 @@ def _path_problem(item: _StatedPath) -> str | None:
         return f"not a directory: {stated}"
     if item.kind == "file" and not os.path.isfile(item.path):
         return f"not a file: {stated}"
-    return None if os.access(item.path, os.R_OK) else f"no permission to read: {stated}"
+    if not os.access(item.path, os.R_OK):
+        return f"no permission to read: {stated}"
+    if item.kind in ("directory", "file") and (pointer := first_pointer(Path(item.path))) is not None:
+        return f"{pointer.name} is {POINTER}"
+    return None
 
 
 def _is_likely_local(item: _StatedPath) -> bool:

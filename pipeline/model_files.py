@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.errors import MissingStage
 from rollout.safetensors_header import BadHeader, read_header
 from stages.data.durable import disk_problems
-from stages.data.lfs import POINTER, is_lfs_pointer
+from stages.data.lfs import POINTER, first_pointer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
@@ -39,7 +39,8 @@ def check_model_directory(directory: Path, *, named: str, in_hub_cache: bool = F
     pickled weights nor anything that names code, another model or a file elsewhere.
     """
     with disk_problems(directory):
-        _check_fetched(directory, named)
+        if (pointer := first_pointer(directory, FETCHED)) is not None:
+            raise MissingStage(f"{named}: {pointer.name} is {POINTER}")
         if not (directory / "config.json").is_file():
             raise MissingStage(
                 f"{named}: no config.json; give an artifact or a model directory (save_pretrained)"
@@ -53,12 +54,6 @@ def check_model_directory(directory: Path, *, named: str, in_hub_cache: bool = F
         for path in weights:
             _check_weights(path, named)
         _check_index(directory, named)
-
-
-def _check_fetched(directory: Path, named: str) -> None:
-    for path in sorted(directory.glob("*")):
-        if path.suffix.lower() in FETCHED and path.is_file() and is_lfs_pointer(path):
-            raise MissingStage(f"{named}: {path.name} is {POINTER}")
 
 
 def check_configs(directory: Path, *, named: str) -> None:

@@ -39,7 +39,7 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
     datasets = dag.datasets(config, dag.configured(config))
     ngram = None if config.prepare is None else config.prepare.decontaminate_ngram
     observed = {
-        stage: [Observed(source, ngram=ngram) for source in sources.values()]
+        stage: [Observed(source, ngram=ngram if stage == "evaluate" else None) for source in sources.values()]
         for stage, sources in datasets.items()
     }
     validated = {

@@ -232,11 +232,18 @@ def test_signs_of_a_pattern_in_the_name_of_the_directory_are_signs_of_the_name(w
         ("model.path=demo.yaml", "model.path: not a directory: demo.yaml (in {cwd})"),
         ("model.chat_template=t.jinja", "model.chat_template: no such file: t.jinja (in {cwd})"),
         ("model.chat_template=data", "model.chat_template: not a file: data (in {cwd})"),
+        (
+            "prepare={data: [{path: data}], tokenizer: tokenizer}",
+            "prepare.tokenizer: tokenizer.json is a Git LFS pointer, not the file itself; fetch that "
+            "with `git lfs "
+            "pull`",
+        ),
     ],
 )
 def test_check_paths_takes_files_directories_globs_and_hub_ids(write, tmp_path, override, line):
     write("{}", "data/sft.jsonl")
     write("{}", "data/[x.jsonl")
+    write("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n", "tokenizer/tokenizer.json")
     loaded = load(write(MINIMAL), [override])
     if line is None:
         check_paths(loaded)

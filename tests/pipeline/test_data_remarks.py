@@ -213,7 +213,10 @@ def test_evaluation_texts_too_short_for_decontamination_are_counted():
     long = "one two three four five six seven eight nine ten eleven twelve thirteen"
     asked = written("asked.jsonl", {"prompt": long}, {"prompt": "Cow?", "answer": "Moo."})
     texts = written("text.jsonl", *({"text": f"A cow in field {number} says moo."} for number in range(30)))
-    lines = checked(prepare={**data(texts), "vocab_size": 300}, evaluate={"prompts": [{"path": asked}]})
+    lines = checked(
+        prepare={**data(texts), "vocab_size": 300}, ppo=data(asked), evaluate={"prompts": [{"path": asked}]}
+    )
+    assert not [line for line in lines["ppo.data.0"] if "decontamination" in line]
     told = [line for line in lines["evaluate.prompts.0"] if "decontamination" in line]
     assert told == [
         "decontamination looks for 1 of 3 texts: 2 have fewer words than prepare.decontaminate_ngram"
