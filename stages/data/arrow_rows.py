@@ -37,9 +37,9 @@ def parquet_rows(path: Path) -> Iterator[RawRow]:
     with reading(path), _faults(path, "parquet"):
         # otherwise a row group is held whole, and one may be the whole file
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        names = file.schema_arrow.names
     with file:
-        batches = file.iter_batches(batch_size=BATCH_ROWS)
-        yield from _rows_of(file.schema_arrow.names, batches, path, "parquet")
+        yield from _rows_of(names, file.iter_batches(batch_size=BATCH_ROWS), path, "parquet")
 
 
 def arrow_rows(path: Path) -> Iterator[RawRow]:
@@ -55,8 +55,15 @@ def arrow_rows(path: Path) -> Iterator[RawRow]:
             is_file = source.read(len(_ARROW_FILE)) == _ARROW_FILE
             source.seek(0)
             reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+            names = reader.schema.names
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
-        yield from _rows_of(reader.schema.names, batches, path, "Arrow")
+        yield from _rows_of(names, map(_sound, batches), path, "Arrow")
+
+
+def _sound(batch: "pyarrow.RecordBatch") -> "pyarrow.RecordBatch":
+    """The batch, once its offsets are known to lie within its bytes: a damaged one would read beyond."""
+    batch.validate(full=True)
+    return batch
 
 
 def _rows_of(

@@ -21,7 +21,8 @@ from stages.errors import DataError
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
 TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
-NAMES = [f"a.{kind}{suffix}" for kind in TEXT_KINDS for suffix in ("", ".gz", ".zst")] + ["a.parquet"]
+NAMES = [f"a.{kind}{suffix}" for kind in TEXT_KINDS for suffix in ("", ".gz", ".zst")]
+NAMES += ["a.parquet", "a.arrow"]
 FUZZ = settings(
     deadline=None,
     max_examples=60,
@@ -55,6 +56,11 @@ def sound_file(name: str) -> bytes:
     if kind == "parquet":
         out = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), out)
+        return out.getvalue().to_pybytes()
+    if kind == "arrow":
+        out, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(ROWS)
+        with pyarrow.ipc.new_stream(out, table.schema) as stream:
+            stream.write_table(table)
         return out.getvalue().to_pybytes()
     if kind == "tsv":
         text = "\n".join("\t".join(json.dumps(value) for value in row.values()) for row in ROWS)
@@ -148,13 +154,13 @@ def test_any_mutation_of_a_sound_file(tmp_path, data, name, stage):
 
 
 @settings(FUZZ, max_examples=300)
-@given(data=st.data())
-def test_any_mutation_of_a_parquet_file(tmp_path, data):
-    (tmp_path / "a.parquet").write_bytes(data.draw(mutated(PARQUET)))
-    assert_records_or_one_line(tmp_path / "a.parquet", data.draw(st.sampled_from(STAGES)))
+@given(data=st.data(), name=st.sampled_from(["a.parquet", "a.arrow"]))
+def test_any_mutation_of_a_table_of_arrow(tmp_path, data, name):
+    (tmp_path / name).write_bytes(data.draw(mutated(ARROW[name])))
+    assert_records_or_one_line(tmp_path / name, data.draw(st.sampled_from(STAGES)))
 
 
-PARQUET = sound_file("a.parquet")
+ARROW = {name: sound_file(name) for name in ("a.parquet", "a.arrow")}
 
 
 @settings(FUZZ, max_examples=300)
@@ -172,7 +178,7 @@ def test_any_json_values(tmp_path, values, stage, kind):
 
 @FUZZ
 @given(
-    lines=st.lists(st.text(st.sampled_from('a,"\t\r\n\0\ufeff é\u2028'), max_size=12), max_size=6),
+    lines=st.lists(st.text(st.sampled_from('a,;|"\t\r\n\0\ufeff é\u2028'), max_size=12), max_size=6),
     kind=st.sampled_from(["csv", "tsv", "txt"]),
     header=st.sampled_from([[], ["text"], ["text", "b"]]),
 )
