@@ -336,8 +336,7 @@ class RecordReader(Iterator[Any]):
         """
         if row is None or split.path in self._sound or self._source.on_bad_row == "skip":
             return ""
-        schema = self.schema or detect(self._stage, row, self._source.column_of)
-        if not any(schema.distance(row, self._source.column_of)):  # of this format, and wrong in itself
+        if self._is_of_a_format(row):  # and wrong in itself
             return ""
         others = (other for other in self._splits if other.path != split.path)
         sound = next(iter(self._sound.items()), None)
@@ -351,16 +350,19 @@ class RecordReader(Iterator[Any]):
         )
 
     def _first_sound(self, split: FileSplit) -> tuple[Path, Mapping[str, Any]] | None:
-        """A file and its first row, where that can be read."""
+        """A file and its first row, where that is of a format."""
         try:
             row = next(_raw_rows(split, self._source), None)
-            if row is None or row.columns is None:
-                return None
-            schema = self.schema or detect(self._stage, row.columns, self._source.column_of)
-            schema.parse(schema.cells(row.columns, self._source.column_of, self._source.min_margin))
-        except (RowError, DataError):
+        except DataError:
+            return None
+        if row is None or row.columns is None or not self._is_of_a_format(row.columns):
             return None
         return split.path, row.columns
+
+    def _is_of_a_format(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the columns of the source's format, or, as long as that is open, of any."""
+        schema = self.schema or detect(self._stage, row, self._source.column_of)
+        return not any(schema.distance(row, self._source.column_of))
 
     def _bad(self, problem: str) -> None:
         if self._source.on_bad_row == "error":
