@@ -35,8 +35,15 @@ ROWS: list[dict[str, Any]] = [
 COLUMNS = [
     "text", "messages", "conversations", "prompt", "question", "completion", "response", "answer",
     "instruction", "input", "output", "chosen", "rejected", "label", "responses", "scores", "score", "rank",
-    "ranks", "replies", "role", "content", "from", "value",
+    "ranks", "replies", "role", "content", "from", "value", "tools", "functions", "tool_calls", "loss_mask",
+    "weights", "train", "labels", "reasoning_content", "name", "arguments", "instances", "message_id",
 ]  # fmt: skip
+TURN_KEYS = [
+    "weight", "train", "trainable", "loss", "loss_mask", "train_mask", "tool_calls", "function_call",
+    "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "thought", "text", "parts", "id",
+    "tools", "images", "content", "value",
+]  # fmt: skip
+ROLES = ["user", "assistant", "system", "tool", "function_call", "observation", "human", "gpt", "narrator"]
 
 
 def zstd(data: bytes) -> bytes:
@@ -105,6 +112,73 @@ def json_values() -> st.SearchStrategy[Any]:
     )
 
 
+def calls() -> st.SearchStrategy[Any]:
+    """Calls and tools as people write them, or nearly."""
+    names = st.sampled_from(["add", "", " "]) | st.none() | st.integers()
+    arguments = st.sampled_from([{"a": 1}, '{"a": null}', "{'a': 1}", "[1]", "", {"a": {"b": None}}, None])
+    function = st.fixed_dictionaries(
+        {"name": names}, optional={"arguments": arguments, "parameters": arguments}
+    )
+    wrapped = st.fixed_dictionaries(
+        {"function": function}, optional={"type": st.sampled_from(["function", "x"])}
+    )
+    one = function | wrapped | json_values()
+    listed = st.lists(one, max_size=3) | one
+    return listed | listed.map(json.dumps) | listed.map(repr)
+
+
+def turns() -> st.SearchStrategy[Any]:
+    """A message under either tool's names, with any further keys."""
+    marks = st.sampled_from([0, 1, True, False, 0.5, 1.0, None, "false"])
+    further = st.dictionaries(st.sampled_from(TURN_KEYS), marks | calls() | json_values(), max_size=3)
+    said = st.sampled_from(["q", "a", "", None, '[{"role": "user", "content": "q"}]'])
+    keys = st.sampled_from([("role", "content"), ("from", "value")])
+    turn = st.builds(
+        lambda keys, role, said: dict(zip(keys, (role, said), strict=True)),
+        keys,
+        st.sampled_from(ROLES),
+        said,
+    )
+    return st.builds(lambda turn, further: {**further, **turn}, turn, further)
+
+
+@st.composite
+def chat_rows(draw: st.DrawFn) -> dict[str, Any]:
+    """A row of messages with tools, marks and other columns beside them."""
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    talk = [question, *draw(st.lists(turns(), max_size=3)), {**draw(turns()), **answer}]
+    marks = st.lists(st.sampled_from([0, 0, 1, True, None, 0.5]), min_size=len(talk), max_size=len(talk) + 1)
+    beside = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "tools": calls(),
+                "functions": calls(),
+                "loss_mask": marks | marks.map(json.dumps) | json_values(),
+                "weights": marks,
+                "turn_labels": marks,
+                "label": st.sampled_from([0, 1.0, "1", "False", 2, None]),
+                "problem": st.just("q"),
+            },
+        )
+    )
+    shape = draw(st.sampled_from(["messages", "conversations", "prompt", "sides", "cells"]))
+    bad = [*talk[:-1], {**answer, "content": "b"}]
+    match shape:
+        case "prompt":
+            return {"prompt": talk[:-1], "completion": talk[-1:], **beside}
+        case "sides":
+            return {"chosen": talk, "rejected": bad, **beside}
+        case "cells":
+            return {
+                "prompt": json.dumps(talk[:1]),
+                "chosen": json.dumps(talk),
+                "rejected": repr(bad),
+                **beside,
+            }
+    return {shape: talk, **beside}
+
+
 def assert_records_or_one_line(path: Path, stage: StageName, **more: Any) -> None:
     source = DataSource(path=str(path), **more)
     try:
@@ -168,6 +242,21 @@ def test_any_json_values(tmp_path, values, stage, kind):
     text = "\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]"
     (tmp_path / f"a.{kind}").write_text(text)
     assert_records_or_one_line(tmp_path / f"a.{kind}", stage)
+
+
+@settings(FUZZ, max_examples=120)
+@given(row=chat_rows(), stage=st.sampled_from(STAGES), kind=st.sampled_from(["jsonl", "json", "parquet"]))
+def test_any_tools_calls_thoughts_and_marks(tmp_path, row, stage, kind):
+    path = tmp_path / f"a.{kind}"
+    try:
+        text = json.dumps(row)
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+        else:
+            path.write_text(text)
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):  # no such table
+        return
+    assert_records_or_one_line(path, stage)
 
 
 @FUZZ

@@ -212,6 +212,8 @@ def test_ids_names_and_a_call_without_arguments_are_kept(tmp_path):
          "messages[1].content: empty response; remove the row, or set on_bad_row: skip"),
         (say("tool", {"sum": 3}), "messages[1].content: expected text, got object"),
         (say("tool", "3", tool_call_id=7), "messages[1].tool_call_id: expected text, got number 7"),
+        (say("assistant", tool_calls=[function("add", arguments={"a": "\ud800"})]),
+         "messages[1].tool_calls[0].function.arguments: half a surrogate pair in it; it is no text"),
         (say("user", "q", tools=[ADD]),
          "messages[1].tools: tools are read beside the messages; move them to a column tools"),
         (say("user", "q", images=["a.png"]),

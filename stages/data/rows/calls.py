@@ -8,6 +8,7 @@ Arrow table every object has the keys of all objects of its column, null where i
 is null is left out. In JSON a null is a value like any other. Light import.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ def _as_tool(tool: Any, name: str, cells: Cells) -> dict[str, Any]:
         raise RowError(f"{inner}.input_schema: not read; rename it parameters")
     if "parameters" in whole:
         whole["parameters"] = _object_of(whole["parameters"], f"{inner}.parameters", "a JSON Schema", cells)
-    return {"type": "function", "function": whole}
+    return {"type": "function", "function": _sound(whole, inner)}
 
 
 def calls_of(message: Mapping[str, Any], name: str, cells: Cells) -> tuple[Mapping[str, Any], ...]:
@@ -155,7 +156,18 @@ def _object_of(value: Any, name: str, what: str, cells: Cells) -> Mapping[str, A
         return {}
     if not isinstance(found, Mapping):
         raise unlike(found, name, f"{what}, or its JSON text")
-    return found
+    return _sound(found, name)
+
+
+def _sound(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object whose text UTF-8 can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{name}: half a surrogate pair in it; it is no text") from None
+    except RecursionError:
+        raise RowError(f"{name}: nested too deeply") from None
+    return value
 
 
 def _read(value: Any, cells: Cells) -> Any:

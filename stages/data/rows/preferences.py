@@ -15,7 +15,7 @@ from stages.data.records import Message, Messages, Pair
 from stages.data.rows.advice import Advice
 from stages.data.rows.calls import tools_of
 from stages.data.rows.cells import Cells, RowError, as_text, filled
-from stages.data.rows.conversations import check_unanswered
+from stages.data.rows.conversations import check_unanswered, label_of
 from stages.data.rows.guesses import holds_content, is_talk, likely
 from stages.data.rows.prompts import asked
 from stages.data.rows.transcripts import is_transcript, turns_of
@@ -88,10 +88,11 @@ def _sides(cells: Cells) -> list[tuple[str, Any]]:
         if {*answers} == {*names} and label in cells.row:
             return _decided(sides, answers, label, values, cells)
     if _are_alike(*names):
-        label = next((name for name in _SAYS_WHICH if name in cells.row and name not in names), None)
-        if label is not None and cells.row[label] is not None and label not in cells.columns.values():
+        read = {*names, *cells.columns.values()}
+        labels = [name for name in _SAYS_WHICH if name in cells.row and name not in read]
+        if any(cells.row[name] is not None for name in labels):
             raise RowError(
-                Advice.TWO_ANSWERS_AND_A_LABEL.line(label=label, chosen=names[0], rejected=names[1])
+                Advice.TWO_ANSWERS_AND_A_LABEL.line(label=labels[0], chosen=names[0], rejected=names[1])
             )
     return sides
 
@@ -99,9 +100,9 @@ def _sides(cells: Cells) -> list[tuple[str, Any]]:
 def _decided(
     sides: list[tuple[str, Any]], answers: tuple[str, str], label: str, values: tuple[int, int], cells: Cells
 ) -> list[tuple[str, Any]]:
-    value = cells.row[label]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value not in values:
-        raise RowError(f"{label}: expected {values[0]} or {values[1]}, got {described(value)}")
+    value = label_of(cells.row[label])
+    if value is None:
+        raise RowError(f"{label}: expected {values[0]} or {values[1]}, got {described(cells.row[label])}")
     better = answers[values.index(int(value))]
     return sorted(sides, key=lambda side: side[0] != better)
 
