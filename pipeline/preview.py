@@ -102,7 +102,7 @@ def _figures(found: "Overview") -> Iterator[str]:
     if found.unread_keys:
         yield f"message keys that are not read: {unread_keys_in_words(found.unread_keys)}"
     if found.num_shared_prompts:
-        prompt = found.shared_prompt.replace("\n", "\\n")
+        prompt = one_line(found.shared_prompt)
         prompt = prompt if len(prompt) <= PROMPT_CHARS else f"{prompt[:PROMPT_CHARS]}\u2026"
         yield (
             f"no prompt column: of {found.num_shared_prompts} the prompt is what chosen and rejected begin "

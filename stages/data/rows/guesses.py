@@ -31,7 +31,7 @@ _LIKELY: Mapping[str, tuple[str, ...]] = {
     ),
     "completion": (
         *("completion", "response", "answer", "output", "solution", "generated_solution", "target", "reply"),
-        *("assistant", "gpt", "gold", "summary", "generation", "final_answer", "tgt"),
+        *("assistant", "gpt", "gold", "summary", "generation", "final_answer", "tgt", "chosen"),
     ),
     "chosen": (
         *("chosen", "better", "preferred", "chosen_response", "preferred_output", "winner", "positive"),
