@@ -91,7 +91,9 @@ def test_a_source_of_which_all_is_left_out_is_named_beside_others():
 
 def test_the_metrics_name_the_most_frequent_message_keys_that_nobody_reads():
     def metrics(unread_keys: dict[str, int]) -> set[str]:
-        rows = Rows[Prompt](records=[], num_skipped=1, num_filtered=2, sizes=[], unread_keys=unread_keys)
+        rows: Rows[Prompt] = Rows(
+            records=[], num_skipped=1, num_filtered=2, sizes=[], unread_keys=unread_keys
+        )
         return set(data_metrics(rows, [], "prompts"))
 
     known = {"prompts_dropped", "prompts_cut", "rows_skipped", "rows_filtered"}
