@@ -235,8 +235,9 @@ CASES = [
     Followed(
         kind=Advice.NOT_A_MARK_COLUMN,
         stage="sft",
-        row={"messages": TALK, "train_on": [0, 1]},
-        line="train_on: one mark per message of messages, but not read - set columns: {loss_mask: train_on}, "
+        row={"messages": TALK, "train on": [0, 1]},
+        line='train on: one mark per message of messages, but not read - set columns: '
+        '{loss_mask: "train on"}, '
         "or remove it",
     ),
     Followed(

@@ -112,71 +112,70 @@ def json_values() -> st.SearchStrategy[Any]:
     )
 
 
+ADD = [
+    {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": {"b": None}}}, {"name": "add"},
+    {"type": "function", "function": {"name": "add", "arguments": '{"a": null}'}},
+]  # fmt: skip
+ODD_CALLS = [
+    {"name": " "}, {"name": 7}, {"name": "add", "arguments": "{'a': 1}"}, {"name": "add", "arguments": [1]},
+    {"name": "add", "parameters": {}}, {"function": {}}, "add", [],
+]  # fmt: skip
+
+
 def calls() -> st.SearchStrategy[Any]:
-    """Calls and tools as people write them, or nearly."""
-    names = st.sampled_from(["add", "", " "]) | st.none() | st.integers()
-    arguments = st.sampled_from([{"a": 1}, '{"a": null}', "{'a': 1}", "[1]", "", {"a": {"b": None}}, None])
-    function = st.fixed_dictionaries(
-        {"name": names}, optional={"arguments": arguments, "parameters": arguments}
-    )
-    wrapped = st.fixed_dictionaries(
-        {"function": function}, optional={"type": st.sampled_from(["function", "x"])}
-    )
-    one = function | wrapped | json_values()
-    listed = st.lists(one, max_size=3) | one
-    return listed | listed.map(json.dumps) | listed.map(repr)
+    """Calls as people write them: one, a list, JSON text."""
+    listed = st.lists(st.sampled_from(ADD), min_size=1, max_size=2) | st.sampled_from(ADD)
+    return listed | listed.map(json.dumps)
 
 
-def turns() -> st.SearchStrategy[Any]:
-    """A message under either tool's names, with any further keys."""
-    marks = st.sampled_from([0, 1, True, False, 0.5, 1.0, None, "false"])
-    further = st.dictionaries(st.sampled_from(TURN_KEYS), marks | calls() | json_values(), max_size=3)
-    said = st.sampled_from(["q", "a", "", None, '[{"role": "user", "content": "q"}]'])
-    keys = st.sampled_from([("role", "content"), ("from", "value")])
-    turn = st.builds(
-        lambda keys, role, said: dict(zip(keys, (role, said), strict=True)),
-        keys,
-        st.sampled_from(ROLES),
-        said,
-    )
-    return st.builds(lambda turn, further: {**further, **turn}, turn, further)
+def odd_calls() -> st.SearchStrategy[Any]:
+    """Calls and tools that are wrong somewhere, or no such thing."""
+    listed = st.lists(st.sampled_from([*ADD, *ODD_CALLS]), max_size=2) | st.sampled_from(ODD_CALLS)
+    return listed | listed.map(json.dumps) | listed.map(repr) | json_values()
+
+
+def turns() -> st.SearchStrategy[dict[str, Any]]:
+    """A message in the words of OpenAI or ShareGPT, with keys beside its content; at times any message."""
+    mark = st.sampled_from([0, 1, True, False, None])
+    marked = st.dictionaries(st.sampled_from(["weight", "train", "loss", "id"]), mark, max_size=1)
+    thoughts = st.dictionaries(st.sampled_from(["reasoning", "thinking"]), st.just("x"), max_size=2)
+    speaks = {"role": "assistant", "content": "a"}
+    answers = st.builds(lambda mark, thought: {**mark, **thought, **speaks}, marked, thoughts)
+    called = calls().map(lambda made: {"role": "assistant", "tool_calls": made})
+    spelled = st.sampled_from(ADD).map(lambda one: {"from": "function_call", "value": json.dumps(one)})
+    result = {"role": "tool", "content": "3", "name": "add"}
+    others = st.sampled_from([result, {"from": "observation", "value": ""}, {"role": "user", "content": "q"}])
+    keys = st.dictionaries(st.sampled_from(TURN_KEYS), mark | odd_calls(), max_size=2)
+    role, said = st.sampled_from(ROLES), st.sampled_from(["q", "a", "", None])
+    anything = st.builds(lambda more, role, text: {**more, "role": role, "content": text}, keys, role, said)
+    return answers | answers | answers | called | spelled | others | anything
 
 
 @st.composite
 def chat_rows(draw: st.DrawFn) -> dict[str, Any]:
-    """A row of messages with tools, marks and other columns beside them."""
+    """A row of messages with tools, marks or another column beside them."""
     question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    talk = [question, *draw(st.lists(turns(), max_size=3)), {**draw(turns()), **answer}]
-    marks = st.lists(st.sampled_from([0, 0, 1, True, None, 0.5]), min_size=len(talk), max_size=len(talk) + 1)
+    talk = [question, *draw(st.lists(turns(), max_size=2)), answer]
+    marks = st.just([0] * (len(talk) - 1) + [1]) | st.lists(st.sampled_from([0, 1, None, 0.5]), max_size=4)
     beside = draw(
-        st.fixed_dictionaries(
-            {},
-            optional={
-                "tools": calls(),
-                "functions": calls(),
-                "loss_mask": marks | marks.map(json.dumps) | json_values(),
-                "weights": marks,
-                "turn_labels": marks,
-                "label": st.sampled_from([0, 1.0, "1", "False", 2, None]),
-                "problem": st.just("q"),
-            },
-        )
+        st.just({})
+        | st.fixed_dictionaries({"tools": calls() | odd_calls()})
+        | st.fixed_dictionaries({"functions": calls() | odd_calls()})
+        | st.dictionaries(st.sampled_from(["loss_mask", "weights", "turn_labels"]), marks, max_size=1)
+        | st.fixed_dictionaries({"label": st.sampled_from([0, 1.0, "1", "False", 2, None])})
     )
-    shape = draw(st.sampled_from(["messages", "conversations", "prompt", "sides", "cells"]))
-    bad = [*talk[:-1], {**answer, "content": "b"}]
-    match shape:
-        case "prompt":
-            return {"prompt": talk[:-1], "completion": talk[-1:], **beside}
-        case "sides":
-            return {"chosen": talk, "rejected": bad, **beside}
+    sides = {"chosen": talk, "rejected": [*talk[:-1], {**answer, "content": "b"}]}
+    cells = {"prompt": talk[:1], "completion": talk[-1:], **sides}
+    match draw(st.sampled_from(["messages", "conversations", "lists", "cells", "reprs"])):
+        case "lists":
+            return {**cells, **beside}
         case "cells":
-            return {
-                "prompt": json.dumps(talk[:1]),
-                "chosen": json.dumps(talk),
-                "rejected": repr(bad),
-                **beside,
-            }
-    return {shape: talk, **beside}
+            return {**{column: json.dumps(messages) for column, messages in cells.items()}, **beside}
+        case "reprs":
+            return {**cells, "chosen": repr(talk), **beside}
+        case field:
+            return {field: talk, **beside}
+    raise AssertionError("every field is a case")
 
 
 def assert_records_or_one_line(path: Path, stage: StageName, **more: Any) -> None:

@@ -361,6 +361,9 @@ def test_a_row_of_which_nothing_is_trained_gives_no_record_and_is_counted(tmp_pa
         ({"loss_weight": 0}, "messages[1].loss_weight: number 0, like a training mark, but not read; "
                              "write train: "
          "true or false, or remove loss_weight"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
+         "messages[1].train_detail: list, like a training mark, but not read; write train: true or false, or "
+         "remove train_detail"),
         ({"Label": False}, "messages[1].Label: false, like a training mark, but not read; write train: "
                            "true or "
          "false, or remove Label"),

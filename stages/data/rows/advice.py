@@ -40,7 +40,7 @@ class Advice(Enum):
     SCORE_KEY = "{response}.score: missing; keys are {keys} - set columns: {{{advised}}}"
     RESPONSE_KEY = "{response}.response: missing; keys are {keys} - set columns: {{{advised}}}"
     NOT_A_MARK_COLUMN = (
-        "{column}: one mark per message of {messages}, but not read - set columns: {{loss_mask: {column}}}, "
+        "{column}: one mark per message of {messages}, but not read - set columns: {{loss_mask: {mapped}}}, "
         "or remove it"
     )
     NOT_A_MARK_KEY = (

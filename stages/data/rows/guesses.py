@@ -6,14 +6,12 @@ Owns names that are advised and never read unasked, because they hold other thin
 of the line (advice). Light import.
 """
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stages.data.rows.advice import UNKNOWN, Advice
 from stages.data.rows.cells import Cells, RowError, unpacked
-from stages.data.rows.wording import listed, named_on_one_line
+from stages.data.rows.wording import in_yaml, listed
 
 _LIKELY: Mapping[str, tuple[str, ...]] = {
     "prompt": (
@@ -34,11 +32,11 @@ _LIKELY: Mapping[str, tuple[str, ...]] = {
         *("assistant", "gpt", "gold", "summary", "generation", "final_answer", "tgt", "chosen"),
     ),
     "chosen": (
-        *("chosen", "better", "preferred", "chosen_response", "preferred_output", "winner", "positive"),
+        *("chosen", "better", "preferred", "chosen_response", "preferred_output", "positive"),
         *("good", "accepted", "human_ref_a", "response_0", "response_j"),
     ),
     "rejected": (
-        *("rejected", "worse", "dispreferred", "rejected_response", "non_preferred_output", "loser"),
+        *("rejected", "worse", "dispreferred", "rejected_response", "non_preferred_output"),
         *("negative", "bad", "human_ref_b", "response_1", "response_k"),
     ),
     "text": (
@@ -63,8 +61,6 @@ _NO_CONTENT = (
     "level",
 )
 _SCORE_WORDS = ("score", "rating", "reward", "vote", "grade", "rank")
-_PLAIN = re.compile(r"[A-Za-z_][\w.*-]*")
-_YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
 
 
 def check_columns(cells: Cells, required: Sequence[str], *, is_stated: bool, is_imitated: bool) -> None:
@@ -126,12 +122,6 @@ def _in_braces(advised: Mapping[str, str]) -> str:
     return ", ".join(f"{field}: {in_yaml(column)}" for field, column in advised.items())
 
 
-def in_yaml(column: str) -> str:
-    """A column's name as it has to stand in the config, on one line."""
-    is_plain = column == UNKNOWN or _PLAIN.fullmatch(column) is not None
-    return column if is_plain and column.lower() not in _YAML_WORDS else named_on_one_line(json.dumps(column))
-
-
 def _guesses(free: Mapping[str, Any], fields: Sequence[str]) -> dict[str, str]:
     """Field -> the free column that is likely meant, or UNKNOWN."""
     left = {column: value for column, value in free.items() if _could_be_read(value)}
@@ -143,7 +133,8 @@ def _guesses(free: Mapping[str, Any], fields: Sequence[str]) -> dict[str, str]:
         found[field] = named or (talk if is_talk_field or field == "prompt" else UNKNOWN)
         left.pop(found[field], None)
     unknown = [field for field, column in found.items() if column == UNKNOWN and field in LIKELY]
-    rest = [column for column in left if holds_content(column)]
+    is_document = "text" in unknown
+    rest = [name for name in left if holds_content(name) and not (is_document and is_talk(left[name]))]
     if len(unknown) == 1 and len(rest) == 1:
         found[unknown[0]] = rest[0]
     return found

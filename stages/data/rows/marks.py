@@ -19,7 +19,7 @@ from typing import Any
 from stages.data.records import Messages, Role
 from stages.data.rows.advice import Advice
 from stages.data.rows.cells import Cells, RowError, unpacked
-from stages.data.rows.wording import described, named_on_one_line
+from stages.data.rows.wording import described, in_yaml, named_on_one_line
 
 TURN_MARKS = ("weight", "train", "trainable", "loss", "loss_mask")
 """Keys of a message."""
@@ -144,11 +144,30 @@ def _refuse_unknown(cells: Cells, field: str, num_messages: int) -> None:
             continue
         marks = unpacked(value)
         if isinstance(marks, list) and len(marks) == num_messages > 1 and all(map(is_mark, marks)):
-            raise RowError(Advice.NOT_A_MARK_COLUMN.line(column=named_on_one_line(column), messages=field))
+            raise RowError(
+                Advice.NOT_A_MARK_COLUMN.line(
+                    column=named_on_one_line(column), messages=field, mapped=in_yaml(column)
+                )
+            )
+
+
+def _holds_marks(value: Any) -> bool:
+    """A mark, or a list of them, also for parts of a turn (axolotl's train_detail)."""
+    if not isinstance(value, list):
+        return is_mark(value)
+    inner = [
+        part[key] if isinstance(part, Mapping) else part for part in value for key in _keys_of_mark(part)
+    ]
+    return bool(inner) and all(map(is_mark, inner))
+
+
+def _keys_of_mark(part: Any) -> list[str]:
+    """The keys of a part that are named like a mark; of what has no keys one that is not looked at."""
+    return [key for key in part if is_like_a_mark(key)] if isinstance(part, Mapping) else [""]
 
 
 def refuse_unknown_mark(key: str, value: Any, name: str) -> None:
     """Raise RowError for a key of a message that looks like a mark and is none of TURN_MARKS."""
-    if is_like_a_mark(key) and is_mark(value):
+    if is_like_a_mark(key) and _holds_marks(value):
         shown = named_on_one_line(key)
         raise RowError(Advice.NOT_A_MARK_KEY.line(name=f"{name}.{shown}", value=described(value), key=shown))

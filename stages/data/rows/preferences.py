@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from stages.data.records import Message, Messages, Pair
-from stages.data.rows.advice import Advice
+from stages.data.rows.advice import UNKNOWN, Advice
 from stages.data.rows.calls import tools_of
 from stages.data.rows.cells import Cells, RowError, as_text, filled
 from stages.data.rows.conversations import check_unanswered, label_of
@@ -20,7 +20,7 @@ from stages.data.rows.guesses import holds_content, is_talk, likely
 from stages.data.rows.prompts import asked
 from stages.data.rows.transcripts import is_transcript, turns_of
 from stages.data.rows.turns import as_messages, listed_messages, unpacked_messages, with_system
-from stages.data.rows.wording import described, listed, named_on_one_line
+from stages.data.rows.wording import described, in_yaml, listed
 
 SIDES = {"chosen": ("chosen",), "rejected": ("rejected",)}
 
@@ -184,13 +184,13 @@ def _check_all_is_read(cells: Cells, column: str, other: str) -> None:
     }
     if not unread:
         return
-    prompt = likely("prompt", unread) or next(filter(holds_content, unread), next(iter(unread)))
+    prompt = likely("prompt", unread) or next(filter(holds_content, unread), UNKNOWN)
     raise RowError(
         Advice.PROMPT_NOT_READ.line(
             column=column,
             other=other,
             unread=listed(unread),
-            prompt=named_on_one_line(prompt),
+            prompt=in_yaml(prompt),
         )
     )
 

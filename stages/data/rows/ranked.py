@@ -22,7 +22,7 @@ from stages.data.rows.cells import Cells, RowError, unlike, unpacked
 from stages.data.rows.conversations import answer, check_unanswered
 from stages.data.rows.guesses import score_key, text_key
 from stages.data.rows.prompts import asked
-from stages.data.rows.wording import described, listed, named_on_one_line
+from stages.data.rows.wording import described, in_yaml, listed
 
 _TEXT_KEYS = ("response", "text", "content", "answer", "completion", "output", "messages")
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward")
@@ -125,7 +125,7 @@ def _scores_beside(cells: Cells) -> str:
     lists = {column: unpacked(value) for column, value in cells.row.items()}
     return next(
         (
-            named_on_one_line(column)
+            in_yaml(column)
             for column, values in lists.items()
             if isinstance(values, list)
             and len(values) == len(responses)
@@ -138,7 +138,7 @@ def _scores_beside(cells: Cells) -> str:
 def _in_items(cells: Cells, field: str, key: str | None) -> str:
     """`field: column.*.key`, a path that reaches into every response."""
     column = cells.required("responses")[0]
-    return f"{field}: {UNKNOWN if key is None else named_on_one_line(f'{column}.*.{key}')}"
+    return f"{field}: {UNKNOWN if key is None else in_yaml(f'{column}.*.{key}')}"
 
 
 def _merit(value: Any, name: str, sign: int) -> float | None:

@@ -3,11 +3,16 @@
 Light import.
 """
 
+import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 MAX_SHOWN = 20
 """Columns, keys and characters of a wrong word that an error lists before it says `…`."""
+
+_PLAIN = re.compile(r"…|[A-Za-z_][\w.*-]*")
+_YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "y", "n", "null")
 
 
 def described(value: Any) -> str:
@@ -40,6 +45,13 @@ def listed(names: Iterable[Any]) -> str:
 def named_on_one_line(name: str) -> str:
     """A name from the data for an error: control characters and lone surrogates escaped."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
+
+
+def in_yaml(column: str) -> str:
+    """A column's name as it has to stand in the config, on one line."""
+    if _PLAIN.fullmatch(column) is not None and column.lower() not in _YAML_WORDS:
+        return column
+    return named_on_one_line(json.dumps(column))
 
 
 def shortened(word: str) -> str:
