@@ -96,7 +96,9 @@ class Schema:
         question = next((field for field in ("prompt", "instruction") if field in found), None)
         unread = {"input", "history"} - {*(() if question is None else used_by(cells, question))}
         unread |= {*(() if tool_columns(cells) else ("tools",)), *(() if mark_columns(cells) else ROW_MARKS)}
-        return {field: column for field, column in found.items() if field not in unread}
+        label = preferences.deciding_label(cells)
+        decided = {} if label is None else {"label": label}
+        return {**{field: column for field, column in found.items() if field not in unread}, **decided}
 
     def distance(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[float, ...]:
         """How far the row is from this schema, smallest first; 0 throughout: the row is of this schema.
