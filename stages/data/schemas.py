@@ -82,9 +82,15 @@ class Schema:
             group_column=group_column,
         )
 
-    def check(self, cells: Cells, *, is_stated: bool) -> None:
-        """Raise RowError for a row without the columns that are required; `is_stated`: by the config."""
-        check_columns(cells, self.required, is_stated=is_stated, is_imitated=self.is_imitated)
+    def read(self, cells: Cells, *, is_stated: bool) -> tuple[Record, ...]:
+        """The records of a row. Raises RowError, about missing columns first, because they explain the rest.
+        `is_stated`: the config names this format.
+        """
+        try:
+            return self.parse(cells)
+        except RowError:
+            check_columns(cells, self.required, is_stated=is_stated, is_imitated=self.is_imitated)
+            raise
 
     def columns_read(self, cells: Cells) -> dict[str, str]:
         """Field -> the column of the row that it is read from; `input` and `history` only where they are."""
@@ -207,7 +213,7 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
 
 def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
     """Raise RowError for a row of sft labelled false that `schema`, guessed by another, would imitate."""
-    if stage != "sft" or schema.format == "labelled":
+    if stage != "sft" or schema.format == "labelled" or row.keys().isdisjoint(_LABEL["label"]):
         return
     found = Cells(row, columns, _LABEL).first_of(_LABEL["label"])
     if found is not None and label_of(found[1]) is False:
@@ -233,8 +239,7 @@ def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
     def parse(cells: Cells) -> tuple[Record, ...]:
         schema, columns = without_label(cells)
         inner_cells = cells.through(columns, schema.aliases, is_imitated=schema.is_imitated)
-        schema.check(inner_cells, is_stated=False)
-        return schema.parse(inner_cells)
+        return schema.read(inner_cells, is_stated=False)
 
     aliases = {field: columns for schema in reversed(inner) for field, columns in schema.aliases.items()}
     return Schema(

@@ -39,8 +39,7 @@ def told(sender: str, value: Any) -> Row:
 def parsed(stage: StageName, row: Row, min_margin: float = 0.0, **columns: str) -> tuple[Record, ...]:
     schema = detect(stage, row, columns)
     cells = schema.cells(row, columns, min_margin)
-    schema.check(cells, is_stated=False)
-    return schema.parse(cells)
+    return schema.read(cells, is_stated=False)
 
 
 def talk(*messages: Message) -> tuple[Conversation, ...]:

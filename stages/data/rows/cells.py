@@ -9,7 +9,7 @@ field means (conversations, preferences, ...) or what an error advises (advice).
 import base64
 import json
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +49,7 @@ class Cells:
         self.is_imitated = is_imitated  # assistant turns are trained as they stand: training marks count
         self.is_padded = is_padded  # of an Arrow table: an object holds null for every key of other rows
         self.group_column = group_column  # a column that the stage reads by itself
-        self.unread_keys: Counter[str] = Counter()  # of its messages
+        self.unread_keys = defaultdict[str, int](int)  # key of a message that nobody reads -> how often
         self.shared_prompt: str | None = None  # that no column holds: what two texts begin with
         self._aliases = aliases
 
@@ -117,9 +117,10 @@ class Cells:
 
     def first_of(self, aliases: Iterable[str]) -> tuple[str, Any] | None:
         """(column, value) of the first of these columns that the row has and no field was given."""
-        taken = self.columns.values()
-        alias = next((alias for alias in aliases if alias in self.row and alias not in taken), None)
-        return None if alias is None else (alias, self.row[alias])
+        for alias in aliases:  # of every row, and so no generator
+            if alias in self.row and alias not in self.columns.values():
+                return alias, self.row[alias]
+        return None
 
     def text(self, field: str) -> str:
         """A field that must be text."""
