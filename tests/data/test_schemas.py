@@ -776,7 +776,8 @@ def test_filtered_rows_are_counted_beside_skipped_ones_and_the_margin_comes_from
 
 EVERY_SCHEMA = [schema for schemas in SCHEMAS.values() for schema in schemas]
 NAMES = sorted({alias for schema in EVERY_SCHEMA for names in schema.aliases.values() for alias in names})
-KEYS = ["role", "content", "from", "value", "type", "text", "replies", "rank", "score", "response", "deleted"]
+KEYS = ["role", "content", "from", "value", "type", "text", "replies", "rank", "score", "response", "deleted",
+        "tool_calls", "name", "arguments", "function", "train", "weight", "reasoning"]  # fmt: skip
 TEXTS = ["q", "q a", "q b", "\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b",
          "\n\nHuman: q\n\nAssistant:", "", " ", "\ud800", "a\nb", "human", "gpt", "system"]  # fmt: skip
 LEAVES = st.sampled_from(TEXTS) | st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400)
