@@ -23,7 +23,7 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.fitting import check_left, continuation_ids, fit_prompt
+from stages.data.fitting import check_left, continuation_ids, fit_prompt, unread_metrics
 from stages.data.readers import Rows, read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
@@ -112,6 +112,7 @@ def evaluate(
     metrics["kl_ppo_vs_sft"] = _kl(by_name["ppo"], by_name["sft"], worker.device)
     metrics |= _perplexities(candidates, inputs, settings, worker.device)
     metrics |= {"prompts": float(len(prompts)), "rows_skipped": float(rows.num_skipped)}
+    metrics |= unread_metrics(rows)
     _write_samples(out_dir / SAMPLES_FILE, prompts, candidates)
     return metrics
 

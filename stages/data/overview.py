@@ -7,7 +7,7 @@ not own: how they are shown (pipeline.preview), or any rule.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -68,6 +68,9 @@ class Overview:
     num_records: int
     num_skipped: int  # malformed, under on_bad_row: skip
     num_filtered: int  # rows without a record
+    unread_keys: Mapping[str, int]  # key of a message that nobody reads -> how often it is there
+    num_shared_prompts: int  # pairs whose prompt is what both texts begin with
+    shared_prompt: str  # the first of these
     num_sampled: int  # records that the figures below are of
     unit: Literal["tokens", "characters"]  # characters where no tokenizer is known yet
     median: int
@@ -101,6 +104,9 @@ def overview(
         num_records=found.num_records,
         num_skipped=found.counts.num_skipped,
         num_filtered=found.counts.num_filtered,
+        unread_keys=found.counts.unread_keys,
+        num_shared_prompts=found.counts.num_shared_prompts,
+        shared_prompt=_shortened(found.counts.shared_prompt),
         num_sampled=len(sample),
         unit="characters" if chat is None else "tokens",
         median=int(median),

@@ -14,6 +14,7 @@ from stages.data.arrow_rows import arrow_rows, parquet_rows
 from stages.data.files import FileSplit, kind_of, lines_of, opened, reading, shown
 from stages.data.json_rows import RawRow, json_rows, jsonl_rows
 from stages.data.lfs import POINTER, is_lfs_pointer
+from stages.data.rows.advice import Advice
 from stages.data.table_rows import csv_rows, tsv_rows
 from stages.data.text_rows import documents, text_lines
 from stages.errors import DataError
@@ -23,10 +24,7 @@ def raw_rows(split: FileSplit, source: DataSource) -> Iterator[RawRow]:
     """The rows of a split of a local file, in order. Raises DataError for what no later row can follow."""
     path, kind = split.path, kind_of(split.path)
     if source.header is not None and kind.kind not in ("csv", "tsv"):
-        raise DataError(
-            f"{shown(path)}: columns: a list names the columns of a csv or tsv file without header line; "
-            f"for a {kind.kind} file write {{field: column}}"
-        )
+        raise DataError(f"{shown(path)}: {Advice.LIST_OF_NAMES.line(kind=kind.kind)}")
     with reading(path):
         if is_lfs_pointer(path):
             raise DataError(f"{shown(path)}: {POINTER}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from stages.data.files import kind_of, opened, reading, shown, shown_column
 from stages.data.json_rows import RawRow, decoded
+from stages.data.rows.advice import Advice
 from stages.data.text_rows import text_lines, with_nul
 from stages.errors import DataError
 
@@ -129,9 +130,7 @@ def _rows_under(
             yield RawRow(line, None, f"expected {expected}, got {len(cells)}{hint}")
             continue
         if header is not None and not num_before and cells == header:
-            raise DataError(
-                f"{shown(path)}:{line}: the file has a header line; remove the list under columns:"
-            )
+            raise DataError(f"{shown(path)}:{line}: {Advice.HAS_HEADER.line()}")
         num_before += 1
         yield RawRow(line, dict(zip(names, cells, strict=True)))
 
@@ -161,11 +160,7 @@ def _header_of(rows: Iterator[Cells], path: Path) -> list[str] | None:
         raise DataError(f"{shown(path)}:{first.line}: {first.problem}")
     line, names = first
     if (twice := _twice(names)) is not None:
-        raise DataError(
-            shown(path)
-            + f":{line}: column '{shown_column(twice)}' stands twice in the header; rename one, or "
-            "set columns: [name, …] if the file has no header line"
-        )
+        raise DataError(f"{shown(path)}:{line}: {Advice.TWICE_IN_HEADER.line(column=shown_column(twice))}")
     return names
 
 

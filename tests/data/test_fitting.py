@@ -6,7 +6,15 @@ import pytest
 
 from stages.config import DataSource
 from stages.data.chat import CHATML, ChatTokenizer
-from stages.data.fitting import check_left, fit_conversation, fit_pair, fit_prompt, rules_applied
+from stages.data.fitting import (
+    check_left,
+    data_metrics,
+    fit_conversation,
+    fit_pair,
+    fit_prompt,
+    rules_applied,
+)
+from stages.data.readers import NUM_KEYS, Rows
 from stages.data.records import Conversation, Message, Pair, Prompt
 from stages.data.vocabulary import train_tokenizer
 from stages.errors import DataError
@@ -79,3 +87,16 @@ def test_a_source_of_which_all_is_left_out_is_named_beside_others():
         check_left(list(zip(sources, (1, 3, 2), strict=True)), fitted)
     line = f"b.jsonl: no rows left of 3 (no room left for a response: 3; the shortest has {lost} tokens); "
     assert str(caught.value) == line + "raise model.context_length, or set weight: 0"
+
+
+def test_the_metrics_name_the_most_frequent_message_keys_that_nobody_reads():
+    def metrics(unread_keys: dict[str, int]) -> set[str]:
+        rows: Rows[Prompt] = Rows(
+            records=[], num_skipped=1, num_filtered=2, sizes=[], unread_keys=unread_keys
+        )
+        return set(data_metrics(rows, [], "prompts"))
+
+    known = {"prompts_dropped", "prompts_cut", "rows_skipped", "rows_filtered"}
+    assert metrics({}) == known
+    many = {f"key{number}": number for number in range(NUM_KEYS + 5)}
+    assert metrics(many) - known == {f"unread_message_key/key{number}" for number in range(5, NUM_KEYS + 5)}

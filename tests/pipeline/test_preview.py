@@ -93,6 +93,23 @@ def test_the_tokenizer_is_trained_on_what_prepares_lengths_leave(directory: Path
     assert first_texts(config.data[0], config) == ["a cat", "ñ"]
 
 
+def test_keys_that_nobody_reads_and_prompts_that_no_column_holds_are_told(directory: Path):
+    turns = [
+        {"role": "user", "content": "Hi", "id\x1b": 7},
+        {"role": "assistant", "content": "Ho", "id\x1b": 8},
+    ]
+    rows = [{"messages": [*turns, {"role": "user", "content": "!", "by": "Ann"}]}, {"messages": turns}]
+    (directory / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = ({"chosen": f"{q}\nyes", "rejected": f"{q}\nno"} for q in ("Is\x1bit\nso? " + "a" * 99, "c"))
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sides))
+    shown = blocks("ppo=null", "evaluate=null")
+    assert "\n  message keys that are not read: id\\x1b (4), by (1)\n" in shown["sft.data.0"]
+    assert (
+        "\n  no prompt column: of 2 the prompt is what chosen and rejected begin with, such as "
+        f"'Is\\x1bit\\nso? {'a' * 66}\u2026'\n"
+    ) in shown["reward.data.0"]
+
+
 @pytest.mark.parametrize("overrides", [(), ("prepare=null",)])
 def test_what_would_steer_a_terminal_is_written_out(directory: Path, overrides: tuple[str, ...]):
     emoji = "\U0001f469\u200d\U0001f467\ufe0f"
