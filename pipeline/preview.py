@@ -96,6 +96,14 @@ def _figures(found: "Overview") -> Iterator[str]:
     yield f"{found.num_rows} rows, {found.num_records} records" + "".join(
         f"; rows {what}: {count}" for what, count in left_out.items() if count
     )
+    if found.num_rendered:
+        refused = f", {found.num_refused} refused and skipped" if found.num_refused else ""
+        yield f"chat template tried on {found.num_rendered} of {found.num_records} records{refused}"
+    if found.num_examples > found.num_sampled:
+        yield (
+            f"{found.num_examples} examples, one per trained answer where the chat template writes an "
+            "earlier answer differently once more turns follow"
+        )
     of = "" if found.num_sampled == found.num_records else f" of the first {found.num_sampled}"
     yield f"{found.unit}{of}: median {found.median}, p95 {found.p95}, longest {found.max}"
     rules = sorted(found.rules.items(), key=lambda counted: (-counted[1], counted[0]))

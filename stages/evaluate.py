@@ -23,7 +23,7 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.fitting import check_left, continuation_ids, fit_prompt
+from stages.data.fitting import check_left, continuation_ids, fit_prompts, fit_rows
 from stages.data.readers import Rows, read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
@@ -120,7 +120,8 @@ def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings
     """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation."""
     config = settings.evaluate
     longest = settings.model.max_prompt_tokens(config.max_response_tokens)
-    found = [fit_prompt(chat, prompt, longest, config.base_prompt) for prompt in rows.records]
+    fit = functools.partial(fit_prompts, chat, max_prompt_tokens=longest, base_prompt=config.base_prompt)
+    found = fit_rows(rows, fit)
     check_left(rows.sizes, found)
     kept = [prompt for prompt, one in zip(rows.records, found, strict=True) if one.example is not None]
     return kept[: config.max_prompts]
@@ -133,7 +134,7 @@ def _candidates(
     config: EvaluateConfig,
     device: torch.device,
 ) -> list[Candidate]:
-    as_chat = [chat.prompt_ids(prompt.messages) for prompt in prompts]
+    as_chat = [chat.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts]
     as_text = [continuation_ids(chat, prompt, config.base_prompt) for prompt in prompts]
     directories = {"base": base_model(inputs), "sft": inputs["sft"], "ppo": inputs["ppo"]}
     return [
@@ -232,7 +233,7 @@ def _scored_sequences(
     """
     if candidate.name == "base":
         return [
-            _within(context_length, chat.prompt_ids(prompt.messages), chat.response_ids(text))
+            _within(context_length, chat.prompt_ids(prompt.messages, prompt.tools), chat.response_ids(text))
             for prompt, text in zip(prompts, candidate.texts, strict=True)
         ]
     return [

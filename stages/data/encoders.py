@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from stages.data.stand_ins import any_of
 from stages.errors import ModelError
 
 FLAGS = "single_word", "lstrip", "rstrip", "normalized"
@@ -127,12 +128,6 @@ def _with_ids_for(spec: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     free = max(*vocab.values(), *added.values()) + 1
     ids = added | {name: free + at for at, name in enumerate(names)}
     return spec | {"model": spec["model"] | {"vocab": vocab | ids}}
-
-
-def any_of(texts: Collection[str]) -> re.Pattern[str]:
-    """The leftmost, then longest of `texts`, as tokenizers look for added tokens; of none, nothing."""
-    longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _with_inert(spec: dict[str, Any], inert: Collection[int], name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ datasets.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +22,7 @@ from stages.data.files import FileSplit, cut, files_of, kind_of, one_line, readi
 from stages.data.hub import hub_commit, hub_rows, is_hub_id
 from stages.data.json_rows import RawRow
 from stages.data.raw_rows import raw_rows
-from stages.data.records import Conversation, Pair, Prompt, split_key
+from stages.data.records import Conversation, Document, Pair, Prompt, split_key
 from stages.data.rows.cells import listed
 from stages.data.schemas import (
     SCHEMAS,
@@ -49,6 +49,7 @@ class Rows(Generic[R]):
     num_skipped: int  # malformed rows left out under on_bad_row: skip
     num_filtered: int  # sound rows that hold nothing to train on (ties, label false)
     sizes: list[tuple[DataSource, int]]  # how many of the records are whose, in order
+    counts: "list[Counts]"  # of reading each of these sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,7 @@ def read(
     """The records that `stage` takes: the functions above by stage name, and documents for prepare."""
     records: list[Any] = []
     sizes: list[tuple[DataSource, int]] = []
+    counts: list[Counts] = []
     num_skipped = num_filtered = 0
     for index, source in enumerate(sources):
         if source.weight == 0:
@@ -104,11 +106,14 @@ def read(
         taken = weighted(rows.records, source.weight, stage_seed(seed, "weight", index))
         records += taken
         sizes.append((source, len(taken)))
+        counts += rows.counts
         num_skipped += rows.num_skipped
         num_filtered += rows.num_filtered
     if not records:
         raise DataError(f"{', '.join(shown(source.path) for source in sources) or stage}: no rows")
-    return Rows(records=records, num_skipped=num_skipped, num_filtered=num_filtered, sizes=sizes)
+    return Rows(
+        records=records, num_skipped=num_skipped, num_filtered=num_filtered, sizes=sizes, counts=counts
+    )
 
 
 def read_source(source: DataSource, stage: StageName, group_column: str | None = None) -> Rows[Any]:
@@ -121,6 +126,7 @@ def read_source(source: DataSource, stage: StageName, group_column: str | None =
         num_skipped=reader.counts.num_skipped,
         num_filtered=reader.counts.num_filtered,
         sizes=[(source, len(records))],
+        counts=[reader.counts],
     )
 
 
@@ -276,6 +282,7 @@ class RecordReader(Iterator[Any]):
     def _read(self) -> Iterator[Record]:
         takes_all = self._source.part == "all"
         for split in self._splits:
+            shown_path = shown(split.path)
             for line, columns, problem in _raw_rows(split, self._source):
                 self._num_rows += 1
                 try:
@@ -283,13 +290,13 @@ class RecordReader(Iterator[Any]):
                         raise RowError(problem)
                     records = self._parse(columns)
                 except RowError as error:
-                    self._bad(f"{shown(split.path)}:{line}: {one_line(str(error))}")
+                    self._bad(f"{shown_path}:{line}: {one_line(str(error))}")
                     continue
                 self._num_records += len(records)
                 self._num_filtered += not records
                 for record in records:
                     if takes_all or _in_part(record, self._source):
-                        yield record
+                        yield _placed(record, f"{shown_path}:{line}")
 
     def _parse(self, row: dict[str, Any]) -> tuple[Record, ...]:
         schema = self._detected(row) if self.schema is None else self.schema
@@ -321,6 +328,10 @@ class RecordReader(Iterator[Any]):
             raise DataError(problem)
         self._first_problem = self._first_problem or problem
         self._num_skipped += 1
+
+
+def _placed(record: Record, place: str) -> Record:
+    return record if isinstance(record, Document) else replace(record, place=place)
 
 
 def _in_part(record: Record, source: DataSource) -> bool:
