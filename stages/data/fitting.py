@@ -86,8 +86,8 @@ def fit_rows(rows: Rows[R], fit: Callable[[Sequence[R]], Iterator[Fitted[E] | Re
 
 
 def check_rendering(chat: ChatTokenizer, fitted: Sequence[Fitted[tuple[Rendered, ...]]]) -> None:
-    """Raise DataError when the chat template does not render the first conversation with something to train on
-    as it should.
+    """Raise DataError when the chat template does not render the first conversation with something to
+    train on as it should.
     """
     first = next((one.example for one in fitted if one.example is not None and one.rule is None), None)
     if first is not None and (problems := chat.lint(first[-1])):

@@ -68,7 +68,7 @@ def serve() -> None:
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """{"text": ...} of `variables`, or {"chats": [...]} of as many; {"error": ...} where a template raises."""
+    """{"text": ...} of `variables`, or {"chats": [...]} of as many; {"error": ...} where one raises."""
     if "chats" not in request:
         return _guarded(lambda: {"text": _text(request["template"], request["variables"])})
     return {"chats": [_guarded(partial(_chat, request, chat)) for chat in request["chats"]]}

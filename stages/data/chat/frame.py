@@ -2,7 +2,8 @@
 
     user | x | header | opened by the prompt, or lead | answer | tail, with the end-of-turn token
 
-Found once per template. Owns: how answers begin and end, and which tokens an assistant may spell. Does not own: what real content makes of it (turns).
+Found once per template. Owns: how answers begin and end, and which tokens an assistant may spell.
+Does not own: what real content makes of it (turns).
 """
 
 import re

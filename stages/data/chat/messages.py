@@ -2,8 +2,8 @@
 
 Templates differ in what they read: thoughts under one key or another, a call's arguments as an object or as
 JSON text, no content or an empty one beside calls. Of every shape of conversation (roles, calls, thoughts)
-that turns up, a rendering with words of its own for every text shows which way nothing is left out. Owns: that
-choice. Does not own: tokens.
+that turns up, a rendering with words of its own for every text shows which way nothing is left out. Owns:
+that choice. Does not own: tokens.
 """
 
 import json
