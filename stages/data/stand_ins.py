@@ -100,6 +100,15 @@ def holds_content(value: Any) -> bool:
     return any(map(holds_content, value)) if isinstance(value, list) else isinstance(value, Content)
 
 
+def holds_any(value: Any, signs: str) -> bool:
+    """Whether any text in a JSON value has one of the signs in it."""
+    if isinstance(value, str):
+        return any(sign in value for sign in signs)
+    if isinstance(value, Mapping):
+        return any(holds_any(one, signs) for pair in value.items() for one in pair)
+    return any(holds_any(one, signs) for one in value) if isinstance(value, list) else False
+
+
 class Content(str):
     """A masked text of which a template learns what it would learn of the real one.
 

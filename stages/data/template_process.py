@@ -23,9 +23,18 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from stages.data.stand_ins import NOTHING, StandIns, any_of, holds_content, masked_messages, with_content
+from stages.data.stand_ins import (
+    NOTHING,
+    StandIns,
+    any_of,
+    holds_any,
+    holds_content,
+    masked_messages,
+    with_content,
+)
 
 MAX_MEMORY_BYTES = 512 * 2**20
 MAX_CPU_S = 2
@@ -91,9 +100,8 @@ def _chat(request: Mapping[str, Any], chat: Mapping[str, Any]) -> dict[str, Any]
         ]
 
     found, plain = texts(messages, tools), {}
-    everything = json.dumps([messages, tools], ensure_ascii=False)
-    if any(sign in everything for sign in request["signs"]):
-        stand_ins = StandIns(request["signs"], everything)
+    if holds_any([messages, tools], request["signs"]):
+        stand_ins = StandIns(request["signs"], json.dumps([messages, tools], ensure_ascii=False))
         hidden = masked_messages(messages, stand_ins.plain, any_of(request["inside"]))
         hidden_tools = with_content(tools, stand_ins.plain, NOTHING)
         if holds_content([hidden, hidden_tools]):
@@ -156,7 +164,17 @@ def _renderer(template: str) -> Callable[..., str]:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = TODAY.strftime
-    return environment.from_string(template).render
+    compiled = environment.from_string(template)
+    known = dict(compiled.globals)
+
+    def render(**variables: Any) -> str:
+        """As `Template.render`, which looks all globals up again each time: half of its time."""
+        context = new_context(
+            environment, None, compiled.blocks, {**known, **variables}, shared=True, globals=known
+        )
+        return "".join(compiled.root_render_func(context))
+
+    return render
 
 
 def _to_json(

@@ -375,7 +375,8 @@ def test_arguments_and_empty_content_are_given_in_the_form_that_the_template_wri
 
 def test_a_refusal_is_in_the_templates_own_words():
     system = Talk(messages=(Message(role="system", content="x"), *TALKS["plain"].messages))
-    assert refused(chat_of("gemma"), system) == "the chat template refuses it: System role not supported"
+    words = refused(chat_of("gemma"), system)
+    assert words.startswith("the chat template refuses it: System role not supported; change the row, or")
     two = Talk(messages=(user("?"), said("", tool_calls=2 * called(a=1).tool_calls)), tools=TOOLS)
     assert "single tool-calls at once" in refused(chat_of("llama31"), two)
 

@@ -381,7 +381,8 @@ class ChatTokenizer:
         for chat in waiting:
             answer = next(answers) if isinstance(chat, Chat) else chat
             if isinstance(answer, Refused) and isinstance(chat, Chat):
-                yield Refused(words=f"the chat template refuses it: {one_line(answer.words)}")
+                words = f"the chat template refuses it: {one_line(answer.words)}"
+                yield Refused(words=f"{words}; change the row, or set on_bad_row: skip")
             else:
                 yield answer
 
@@ -416,7 +417,8 @@ class ChatTokenizer:
         """Ids of a text in parts, of which each begins with a token of its own."""
         ids: list[int] = []
         mask: list[bool] = []
-        found = self._encoder.encode([self._encoder.named(text).translate(plain) for _, text in parts])
+        texts = [self._encoder.named(text) for _, text in parts]
+        found = self._encoder.encode([text.translate(plain) for text in texts] if plain else texts)
         for (trained, _), tokens in zip(parts, found, strict=True):
             ids += tokens
             mask += [trained] * len(tokens)
