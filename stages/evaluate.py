@@ -23,7 +23,7 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.fitting import check_left, continuation_ids, fit_prompts, fit_rows
+from stages.data.fitting import REFUSED, check_left, continuation_ids, fit_prompts, fit_rows
 from stages.data.readers import Rows, read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
@@ -81,7 +81,7 @@ def evaluate(
     # 1. Held-out prompts, models, judge.
     rows = read_prompts(config.prompts, seed=stage_seed(settings.seed, "evaluate", "rows"))
     chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
-    prompts = _fitting(rows, chat, settings)
+    prompts, num_refused = _fitting(rows, chat, settings)
     judge = None if config.score is None else load_judge(config.score)
     candidates = _candidates(inputs, prompts, chat, config, worker.device)
     worker.runtime.check_files()
@@ -111,20 +111,22 @@ def evaluate(
     metrics |= _win_rate(by_name["ppo"], by_name["sft"], settings)
     metrics["kl_ppo_vs_sft"] = _kl(by_name["ppo"], by_name["sft"], worker.device)
     metrics |= _perplexities(candidates, inputs, settings, worker.device)
-    metrics |= {"prompts": float(len(prompts)), "rows_skipped": float(rows.num_skipped)}
+    metrics |= {"prompts": float(len(prompts)), "rows_skipped": float(rows.num_skipped + num_refused)}
     _write_samples(out_dir / SAMPLES_FILE, prompts, candidates)
     return metrics
 
 
-def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> list[Prompt]:
-    """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation."""
+def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> tuple[list[Prompt], int]:
+    """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation; and
+    how many the chat template refuses.
+    """
     config = settings.evaluate
     longest = settings.model.max_prompt_tokens(config.max_response_tokens)
     fit = functools.partial(fit_prompts, chat, max_prompt_tokens=longest, base_prompt=config.base_prompt)
     found = fit_rows(rows, fit)
     check_left(rows.sizes, found)
     kept = [prompt for prompt, one in zip(rows.records, found, strict=True) if one.example is not None]
-    return kept[: config.max_prompts]
+    return kept[: config.max_prompts], sum(one.rule == REFUSED for one in found)
 
 
 def _candidates(
