@@ -12,6 +12,7 @@ from rich.text import Text
 from pipeline import dag
 from pipeline.experiment import ExperimentConfig
 from stages.data.files import one_line, printable
+from stages.data.readers import unread_keys_in_words
 
 if TYPE_CHECKING:
     from stages.data.chat import ChatTokenizer
@@ -22,6 +23,8 @@ MARKS = "\u27e6", "\u27e7"
 """Around what is trained, so that the mask is seen without colours too."""
 NUM_RULES = 12
 """Shown of each dataset, the most frequent ones: every language is a rule."""
+PROMPT_CHARS = 80
+"""Of a prompt that no column holds."""
 LAID_OUT = "\n\t\u00a0\u3000\u200c\u200d"
 """Line ends, tabs, wide spaces and the joiners of emoji and scripts: they do not print, and do no harm."""
 
@@ -103,6 +106,15 @@ def _figures(found: "Overview") -> Iterator[str]:
         yield (
             f"{found.num_examples} examples, one per trained answer where the chat template writes an "
             "earlier answer differently once more turns follow"
+        )
+    if found.unread_keys:
+        yield f"message keys that are not read: {unread_keys_in_words(found.unread_keys)}"
+    if found.num_shared_prompts:
+        prompt = one_line(found.shared_prompt)
+        prompt = prompt if len(prompt) <= PROMPT_CHARS else f"{prompt[:PROMPT_CHARS]}\u2026"
+        yield (
+            f"no prompt column: of {found.num_shared_prompts} the prompt is what chosen and rejected begin "
+            f"with, such as '{prompt}'"
         )
     of = "" if found.num_sampled == found.num_records else f" of the first {found.num_sampled}"
     yield f"{found.unit}{of}: median {found.median}, p95 {found.p95}, longest {found.max}"

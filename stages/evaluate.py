@@ -23,7 +23,14 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.fitting import REFUSED, check_left, continuation_ids, fit_prompts, fit_rows
+from stages.data.fitting import (
+    REFUSED,
+    check_left,
+    continuation_ids,
+    fit_prompts,
+    fit_rows,
+    unread_metrics,
+)
 from stages.data.readers import Rows, read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
@@ -112,12 +119,13 @@ def evaluate(
     metrics["kl_ppo_vs_sft"] = _kl(by_name["ppo"], by_name["sft"], worker.device)
     metrics |= _perplexities(candidates, inputs, settings, worker.device)
     metrics |= {"prompts": float(len(prompts)), "rows_skipped": float(rows.num_skipped + num_refused)}
+    metrics |= unread_metrics(rows)
     _write_samples(out_dir / SAMPLES_FILE, prompts, candidates)
     return metrics
 
 
 def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> tuple[list[Prompt], int]:
-    """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation; and
+    """The first `max_prompts` prompts that leave room for a response, as chat and as a continuation; and
     how many the chat template refuses.
     """
     config = settings.evaluate

@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, TypeVar
 from stages.config import DataSource
 from stages.data.chat import ChatTokenizer, PairIds, Rendered, Talk, truncate, truncate_pair
 from stages.data.files import shown
-from stages.data.readers import Counts, Rows, check_counts
+from stages.data.readers import Counts, Rows, check_counts, most_frequent
 from stages.data.records import Conversation, Pair, Prompt
 from stages.data.templates import Refused
 from stages.errors import DataError
@@ -176,7 +176,15 @@ def data_metrics(rows: Rows[Any], fitted: Sequence[Fitted[E]], name: str) -> dic
         f"{name}_cut": float(cut),
         "rows_skipped": float(rows.num_skipped + refused),
         "rows_filtered": float(rows.num_filtered),
+        **unread_metrics(rows),
     }
+
+
+def unread_metrics(rows: Rows[Any]) -> dict[str, float]:
+    """How often each key of a message was there that nobody reads, the most frequent ones; nothing where all
+    are read.
+    """
+    return {f"unread_message_key/{key}": float(num) for key, num in most_frequent(rows.unread_keys)}
 
 
 def check_left(sizes: Sequence[tuple[DataSource, int]], fitted: Sequence[Fitted[Any]]) -> None:

@@ -8,7 +8,7 @@ these figures. Does not own: how they are shown (pipeline.preview), or any rule.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, Literal
@@ -76,6 +76,9 @@ class Overview:
     num_filtered: int  # rows without a record
     num_rendered: int  # records that the chat template was tried on
     num_refused: int  # rows among them that it does not take, under on_bad_row: skip
+    unread_keys: Mapping[str, int]  # key of a message that nobody reads -> how often it is there
+    num_shared_prompts: int  # pairs whose prompt is what both texts begin with
+    shared_prompt: str  # the first of these
     num_sampled: int  # records that the figures below are of
     unit: Literal["tokens", "characters"]  # characters where no tokenizer is known yet
     median: int
@@ -113,6 +116,9 @@ def overview(
         num_records=found.num_records,
         num_skipped=found.counts.num_skipped,
         num_filtered=found.counts.num_filtered,
+        unread_keys=found.counts.unread_keys,
+        num_shared_prompts=found.counts.num_shared_prompts,
+        shared_prompt=_shortened(found.counts.shared_prompt),
         num_rendered=seen.num_rendered,
         num_refused=seen.num_refused,
         num_sampled=len(seen.lengths),

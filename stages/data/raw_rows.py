@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import DataSource
 from stages.data.files import FileSplit, kind_of, lines_of, one_line, opened, reading, shown
 from stages.data.json_rows import RawRow, decoded, json_rows, jsonl_rows
+from stages.data.rows.advice import Advice
 from stages.data.rows.cells import Binary
 from stages.errors import DataError
 
@@ -44,10 +45,7 @@ def raw_rows(split: FileSplit, source: DataSource) -> Iterator[RawRow]:
     """The rows of a split of a local file, in order. Raises DataError for what no later row can follow."""
     path, kind = split.path, kind_of(split.path)
     if source.header is not None and kind.kind not in ("csv", "tsv"):
-        raise DataError(
-            f"{shown(path)}: columns: a list names the columns of a csv or tsv file without header line; "
-            f"for a {kind.kind} file write {{field: column}}"
-        )
+        raise DataError(f"{shown(path)}: {Advice.LIST_OF_NAMES.line(kind=kind.kind)}")
     if kind.kind == "parquet":
         yield from _parquet_rows(path)
         return
@@ -140,9 +138,7 @@ def _table_rows(
             yield RawRow(line, None, f"expected {expected}, got {len(cells)}{hint}")
             continue
         if header is not None and not num_before and cells == header:
-            raise DataError(
-                f"{shown(path)}:{line}: the file has a header line; remove the list under columns:"
-            )
+            raise DataError(f"{shown(path)}:{line}: {Advice.HAS_HEADER.line()}")
         num_before += 1
         yield RawRow(line, dict(zip(names, cells, strict=True)))
 
@@ -164,10 +160,7 @@ def _header_of(rows: Iterator[RawRow | tuple[int, list[str]]], path: Path) -> li
         raise DataError(f"{shown(path)}:{first.line}: {first.problem}")
     line, names = first
     if (twice := _twice(names)) is not None:
-        raise DataError(
-            shown(path) + f":{line}: column '{_shortened(twice)}' stands twice in the header; rename one, or "
-            "set columns: [name, …] if the file has no header line"
-        )
+        raise DataError(f"{shown(path)}:{line}: {Advice.TWICE_IN_HEADER.line(column=_shortened(twice))}")
     return names
 
 

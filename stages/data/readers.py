@@ -8,8 +8,10 @@ Owns bad rows, weights, parts, identity. Does not own files (files, hub), what a
 datasets.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +25,8 @@ from stages.data.hub import hub_commit, hub_rows, is_hub_id
 from stages.data.json_rows import RawRow
 from stages.data.raw_rows import raw_rows
 from stages.data.records import Conversation, Document, Pair, Prompt, split_key
-from stages.data.rows.cells import listed
+from stages.data.rows.advice import Advice
+from stages.data.rows.wording import listed
 from stages.data.schemas import (
     SCHEMAS,
     Record,
@@ -37,8 +40,14 @@ from stages.data.schemas import (
 )
 from stages.errors import DataError
 
+_logger = logging.getLogger(__name__)
+
 R = TypeVar("R")
 T = TypeVar("T")
+_PADDED = ("parquet", "arrow")
+"""Kinds of files in which every object has the keys of all objects of its column; so have hub datasets."""
+NUM_KEYS = 20
+"""Keys of messages that are named, the most frequent ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +59,7 @@ class Rows(Generic[R]):
     num_filtered: int  # sound rows that hold nothing to train on (ties, label false)
     sizes: list[tuple[DataSource, int]]  # how many of the records are whose, in order
     counts: "list[Counts]"  # of reading each of these sources
+    unread_keys: Mapping[str, int] = field(default_factory=dict)  # key of a message -> how often it was there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +71,9 @@ class Counts:
     num_skipped: int  # malformed rows left out under on_bad_row: skip
     num_filtered: int  # rows that gave no record
     first_problem: str  # the line about the first malformed row; empty: none
+    unread_keys: Mapping[str, int] = field(default_factory=dict)  # key of a message -> how often it was there
+    num_shared_prompts: int = 0  # pairs whose prompt is what both texts begin with
+    shared_prompt: str = ""  # the first of these
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -69,10 +82,26 @@ class Counts:
             num_skipped=self.num_skipped + other.num_skipped,
             num_filtered=self.num_filtered + other.num_filtered,
             first_problem=self.first_problem or other.first_problem,
+            unread_keys=Counter(self.unread_keys) + Counter(other.unread_keys),
+            num_shared_prompts=self.num_shared_prompts + other.num_shared_prompts,
+            shared_prompt=self.shared_prompt or other.shared_prompt,
         )
 
 
 NO_ROWS = Counts(num_rows=0, num_records=0, num_skipped=0, num_filtered=0, first_problem="")
+
+
+def most_frequent(unread_keys: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The NUM_KEYS most frequent keys, with how often each was there."""
+    ordered = sorted(unread_keys.items(), key=lambda counted: (-counted[1], counted[0]))
+    return ordered[:NUM_KEYS]
+
+
+def unread_keys_in_words(unread_keys: Mapping[str, int]) -> str:
+    """`id (1200), foo (3)`."""
+    shown = [f"{key} ({number})" for key, number in most_frequent(unread_keys)]
+    more = [f"2026 {len(unread_keys) - NUM_KEYS} more"] if len(unread_keys) > NUM_KEYS else []
+    return ", ".join(shown + more)
 
 
 def read_conversations(sources: Sequence[DataSource], *, seed: int) -> Rows[Conversation]:
@@ -98,10 +127,14 @@ def read(
     sizes: list[tuple[DataSource, int]] = []
     counts: list[Counts] = []
     num_skipped = num_filtered = 0
+    unread_keys = Counter[str]()
     for index, source in enumerate(sources):
         if source.weight == 0:
             continue
         rows = read_source(source, stage, group_column)
+        if rows.unread_keys:
+            named = unread_keys_in_words(rows.unread_keys)
+            _logger.warning("%s: message keys that are not read: %s", shown(source.path), named)
         check_weight(source, len(rows.records))
         taken = weighted(rows.records, source.weight, stage_seed(seed, "weight", index))
         records += taken
@@ -109,10 +142,16 @@ def read(
         counts += rows.counts
         num_skipped += rows.num_skipped
         num_filtered += rows.num_filtered
+        unread_keys.update(rows.unread_keys)
     if not records:
         raise DataError(f"{', '.join(shown(source.path) for source in sources) or stage}: no rows")
     return Rows(
-        records=records, num_skipped=num_skipped, num_filtered=num_filtered, sizes=sizes, counts=counts
+        records=records,
+        num_skipped=num_skipped,
+        num_filtered=num_filtered,
+        sizes=sizes,
+        counts=counts,
+        unread_keys=unread_keys,
     )
 
 
@@ -127,6 +166,7 @@ def read_source(source: DataSource, stage: StageName, group_column: str | None =
         num_filtered=reader.counts.num_filtered,
         sizes=[(source, len(records))],
         counts=[reader.counts],
+        unread_keys=reader.counts.unread_keys,
     )
 
 
@@ -263,6 +303,9 @@ class RecordReader(Iterator[Any]):
         self.columns_seen: dict[str, str] = {}  # field -> the column it is read from
         self._num_rows = self._num_records = self._num_skipped = self._num_filtered = 0
         self._first_problem = ""
+        self._unread_keys = Counter[str]()
+        self._shared_prompts = 0
+        self._shared_prompt = ""
         self._records = self._read()
 
     def __next__(self) -> Record:
@@ -277,18 +320,22 @@ class RecordReader(Iterator[Any]):
             num_skipped=self._num_skipped,
             num_filtered=self._num_filtered,
             first_problem=self._first_problem,
+            unread_keys=dict(self._unread_keys),
+            num_shared_prompts=self._shared_prompts,
+            shared_prompt=self._shared_prompt,
         )
 
     def _read(self) -> Iterator[Record]:
         takes_all = self._source.part == "all"
         for split in self._splits:
+            is_padded = is_hub_id(self._source.path) or kind_of(split.path).kind in _PADDED
             shown_path = shown(split.path)
             for line, columns, problem in _raw_rows(split, self._source):
                 self._num_rows += 1
                 try:
                     if columns is None:
                         raise RowError(problem)
-                    records = self._parse(columns)
+                    records = self._parse(columns, is_padded=is_padded)
                 except RowError as error:
                     self._bad(f"{shown_path}:{line}: {one_line(str(error))}")
                     continue
@@ -298,17 +345,26 @@ class RecordReader(Iterator[Any]):
                     if takes_all or _in_part(record, self._source):
                         yield _placed(record, f"{shown_path}:{line}")
 
-    def _parse(self, row: dict[str, Any]) -> tuple[Record, ...]:
+    def _parse(self, row: dict[str, Any], *, is_padded: bool) -> tuple[Record, ...]:
         schema = self._detected(row) if self.schema is None else self.schema
-        cells = schema.cells(row, self._source.column_of, self._source.min_margin)
+        cells = schema.cells(
+            row,
+            self._source.column_of,
+            self._source.min_margin,
+            is_padded=is_padded,
+            group_column=self._group_column,
+        )
+        schema.check(cells, is_stated=self._source.format is not None)
         records = schema.parse(cells)
         if self._source.format is None:
             check_label(self._stage, schema, row, self._source.column_of)
         if self._group_column is not None and self._group_column not in row:
-            raise RowError(
-                f"{self._group_column}: missing; columns are {listed(row)} - set reward.group_column"
-            )
+            raise RowError(Advice.NO_GROUP_COLUMN.line(column=self._group_column, columns=listed(row)))
         self.schema = schema  # a row that cannot be read decides nothing
+        self._unread_keys.update(cells.unread_keys)
+        if cells.shared_prompt is not None:
+            self._shared_prompts += 1
+            self._shared_prompt = self._shared_prompt or cells.shared_prompt
         if not self.columns_seen:
             self.columns_seen = schema.columns_read(cells)
         return records

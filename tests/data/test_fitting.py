@@ -1,6 +1,8 @@
 """Fitting: what is too long is cut or left out by each stage's own rule, and counted."""
 
-from functools import cache
+import json
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 
@@ -8,11 +10,14 @@ from stages.config import DataSource
 from stages.data.chat import CHATML, ChatTokenizer
 from stages.data.fitting import (
     check_left,
+    data_metrics,
     fit_conversations,
     fit_pairs,
     fit_prompts,
+    fit_rows,
     rules_applied,
 )
+from stages.data.readers import NUM_KEYS, Rows, read_conversations
 from stages.data.records import Conversation, Message, Pair, Prompt
 from stages.data.vocabulary import train_tokenizer
 from stages.errors import DataError
@@ -91,3 +96,63 @@ def test_a_source_of_which_all_is_left_out_is_named_beside_others():
         check_left(list(zip(sources, (1, 3, 2), strict=True)), fitted)
     line = f"b.jsonl: no rows left of 3 (no room left for a response: 3; the shortest has {lost} tokens); "
     assert str(caught.value) == line + "raise model.context_length, or set weight: 0"
+
+
+def test_the_metrics_name_the_most_frequent_message_keys_that_nobody_reads():
+    def metrics(unread_keys: dict[str, int]) -> set[str]:
+        rows: Rows[Prompt] = Rows(
+            records=[], num_skipped=1, num_filtered=2, sizes=[], counts=[], unread_keys=unread_keys
+        )
+        return set(data_metrics(rows, [], "prompts"))
+
+    known = {"prompts_dropped", "prompts_cut", "rows_skipped", "rows_filtered"}
+    assert metrics({}) == known
+    many = {f"key{number}": number for number in range(NUM_KEYS + 5)}
+    assert metrics(many) - known == {f"unread_message_key/key{number}" for number in range(5, NUM_KEYS + 5)}
+
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+
+
+@cache
+def strict_chat() -> ChatTokenizer:
+    return ChatTokenizer(train_tokenizer([], 300, 1), template=REFUSING)
+
+
+def fitted_rows(path: Path, num_good: int, num_refused: int, **settings: object):
+    """Of conversations of which the last ones begin with a system message."""
+    good = [{"role": "user", "content": "Cow?"}, {"role": "assistant", "content": "Moo."}]
+    bad = [{"role": "system", "content": "Be brief."}, *good]
+    rows = [good] * num_good + [bad] * num_refused
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    found = read_conversations([DataSource(path=str(path), **settings)], seed=0)
+    return found, fit_rows(found, partial(fit_conversations, strict_chat(), context_length=99))
+
+
+def test_a_row_that_the_template_refuses_is_named_in_the_templates_words(tmp_path: Path):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:4: the chat template refuses it: no system here; change the row"
+    ):
+        fitted_rows(tmp_path / "a.jsonl", 3, 1)
+
+
+def test_refused_rows_are_skipped_up_to_the_cap_and_counted(tmp_path: Path):
+    rows, fitted = fitted_rows(tmp_path / "a.jsonl", 199, 1, on_bad_row="skip")
+    assert sum(one.example is not None for one in fitted) == 199
+    metrics = data_metrics(rows, fitted, "conversations")
+    assert (metrics["rows_skipped"], metrics["conversations_dropped"]) == (1, 1)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:199: the chat .* 2 of 200 rows are bad, more than max_skipped"
+    ):
+        fitted_rows(tmp_path / "a.jsonl", 198, 2, on_bad_row="skip", max_skipped_frac=0.005)
+
+
+def test_a_refused_row_counts_once_however_often_it_is_taken(tmp_path: Path):
+    _, fitted = fitted_rows(tmp_path / "a.jsonl", 199, 1, on_bad_row="skip", weight=3)
+    assert sum(one.example is None for one in fitted) == 3
+
+
+def test_a_conversation_of_which_no_turn_is_trained_is_left_out_by_that_name():
+    talk = (*messages("q"), Message(role="assistant", content="a", is_trained=False))
+    fitted = one(fit_conversations, Conversation(messages=talk), 99)
+    assert (fitted.example, fitted.rule) == (None, "no turn is marked to be trained")
