@@ -44,6 +44,8 @@ MAX_GROWTH = 8
 """A longer text may be as many times as long as all that the template is given."""
 MAX_ERROR_CHARS = 300
 IDLE_S = 1.0
+NO_TEXT = "\0"
+"""Of no messages, where the template needs one."""
 ENTANGLED = (
     "it looks for signs of special tokens in a message in a way that cannot be followed, so what the message "
     "spells cannot be told from what the template writes; take the tokens out of the message"
@@ -85,19 +87,24 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def _chat(request: Mapping[str, Any], chat: Mapping[str, Any]) -> dict[str, Any]:
     """{"texts": ..., "plain": ...}: one text per cut, content with the stand-ins of `plain` where it could
-    spell a special token. A text that the last one begins with is given as its length.
+    spell a special token. A text that the last one begins with is given as its length; of no message at all
+    it may be NO_TEXT.
     """
     messages, tools = chat["messages"], chat["tools"]
 
+    def text(messages: list[dict[str, Any]], tools: Any, is_prompt: bool) -> str:
+        variables = {"messages": messages, "tools": tools, "add_generation_prompt": is_prompt}
+        return _text(request["template"], request["variables"] | variables)
+
     def texts(messages: list[dict[str, Any]], tools: Any) -> list[str]:
         return [
-            _text(
-                request["template"],
-                request["variables"]
-                | {"messages": messages[:end], "tools": tools, "add_generation_prompt": is_prompt},
-            )
+            text(messages[:end], tools, is_prompt) if end else of_nothing(tools)
             for end, is_prompt in chat["cuts"]
         ]
+
+    def of_nothing(tools: Any) -> str:
+        written = _guarded(lambda: {"text": text([], tools, True)})
+        return str(written["text"]) if "text" in written else NO_TEXT
 
     found, plain = texts(messages, tools), {}
     if holds_any([messages, tools], request["signs"]):
@@ -106,11 +113,11 @@ def _chat(request: Mapping[str, Any], chat: Mapping[str, Any]) -> dict[str, Any]
         hidden_tools = with_content(tools, stand_ins.plain, NOTHING)
         if holds_content([hidden, hidden_tools]):
             real, found, plain = found, texts(hidden, hidden_tools), stand_ins.plain
-            if [stand_ins.real(text) for text in found] != real:
+            if [stand_ins.real(one) for one in found] != real:
                 raise jinja2.TemplateError(ENTANGLED)
     last = found[-1]
     return {
-        "texts": [len(text) if last.startswith(text) else text for text in found[:-1]] + [last],
+        "texts": [len(one) if last.startswith(one) else one for one in found[:-1]] + [last],
         "plain": plain,
     }
 

@@ -381,6 +381,19 @@ def test_a_refusal_is_in_the_templates_own_words():
     assert "single tool-calls at once" in refused(chat_of("llama31"), two)
 
 
+def test_a_conversation_may_begin_with_the_assistant_where_the_template_writes_a_prompt_of_nothing():
+    greeted = Talk(messages=(said("Hi!"), user("2+2?"), said("4")))
+    chat = made(CHATML, MARKS, eos="<|im_end|>")
+    assert shown(chat, examples(chat, greeted)[0]).startswith("<|im_start|>assistant\n⟦Hi!<|im_end|>⟧")
+    needy = "{% if messages[0].role == 'system' %}{% endif %}" + CHATML
+    chat = made(needy, MARKS, eos="<|im_end|>")
+    assert "begins with the assistant, and the chat template writes no prompt" in refused(chat, greeted)
+    untrained = Talk(messages=(said("Hi!", is_trained=False), *greeted.messages[1:]))
+    (example,) = examples(chat, untrained)
+    assert shown(chat, example).partition("⟦")[2] == "4<|im_end|>⟧"
+    assert chat.prompt_ids(greeted.messages[:2]) == example.ids[: example.mask.index(True)]
+
+
 def test_of_many_only_those_are_refused_that_the_template_refuses():
     system = Talk(messages=(Message(role="system", content="x"), *TALKS["plain"].messages))
     found = list(chat_of("gemma").examples([TALKS["plain"], system] * 200))

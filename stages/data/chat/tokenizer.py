@@ -168,7 +168,8 @@ class ChatTokenizer:
         token has a meaning (GPT-2 has one, which ends everything): nothing is padded here, and who pads for
         such a model chooses a token then.
         """
-        written = {*self.prompt_ids((_QUESTION, _ANSWER, _QUESTION)), self._bos_id, *self.stop_token_ids}
+        spelled = {self._added[text] for text in self._spellings.inside}
+        written = {*self._asked_again, self._bos_id, *self.stop_token_ids, *spelled}
         special = sorted(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         for token in (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *special):
             if token is not None and token not in written:
@@ -198,6 +199,7 @@ class ChatTokenizer:
             with suppress(ModelError):  # no template takes all roles
                 for piece in self._template.pieces(roles, is_prompt=True):
                     ids.update(self._encoder.encode([self._encoder.named(piece.text)])[0])
+        ids |= {self._added[text] for text in self._spellings.inside}
         return ids | ({self._bos_id} if self._adds_bos and self._bos_id is not None else set())
 
     def examples(self, talks: Sequence[Talk]) -> Iterator[tuple[Rendered, ...] | Refused]:
@@ -332,7 +334,7 @@ class ChatTokenizer:
     def lint(self, rendered: Rendered) -> list[str]:
         """What is wrong with a rendered conversation: BOS not once, a turn without one trained end token."""
         problems = []
-        probe = self.prompt_ids((_QUESTION, _ANSWER, _QUESTION))
+        probe = self._asked_again
         is_mere_end = self._bos_id == self.tokenizer.eos_token_id and not self._adds_bos  # as in GPT-2
         if self._bos_id in probe and not is_mere_end:
             doubled = rendered.ids[:2] == (self._bos_id, self._bos_id)
@@ -439,6 +441,11 @@ class ChatTokenizer:
         if isinstance(written, Refused):
             raise ModelError(written.words)
         return self._encoder.named(written.texts[-1])
+
+    @cached_property
+    def _asked_again(self) -> tuple[int, ...]:
+        """Ids of the prompt of a second question."""
+        return self.prompt_ids((_QUESTION, _ANSWER, _QUESTION))
 
     def _check_ids(self) -> None:
         """Raise ModelError when our ids of a plain conversation are not the tokenizer's own.

@@ -15,6 +15,7 @@ from stages.data.chat.frame import Frame, other_tag
 from stages.data.chat.messages import Talk
 from stages.data.records import Message
 from stages.data.stand_ins import NOTHING, Content, masked
+from stages.data.template_process import NO_TEXT
 from stages.data.templates import Written
 
 
@@ -70,6 +71,11 @@ def turns_of(talk: Talk, written: Written, frame: Frame, spelled: Spelled, *, si
         prompt, whole = written.texts[2 * at : 2 * at + 2]
         message = talk.messages[index]
         try:
+            if prompt == NO_TEXT:
+                raise Unfit(
+                    "the conversation begins with the assistant, and the chat template writes no prompt "
+                    "without messages; begin it with a user's or a system message"
+                )
             behind = (
                 whole[len(prompt) :]
                 if whole.startswith(prompt)
