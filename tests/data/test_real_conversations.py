@@ -20,6 +20,7 @@ from stages.errors import ModelError
 
 ENDS = {"gpt_oss": "<|return|>", "r1_distill": REAL["r1_distill"][1][2]}
 STOPS = {"gpt_oss": ["<|call|>"], "llama31": ["<|eom_id|>"]}
+MARKS = ("<|im_start|>", "<|im_end|>")
 NO_FLAG = ("think>", "tool_call>", "tool_response>")  # added, but not flagged special, as in the real ones
 
 
@@ -214,6 +215,30 @@ def test_what_follows_the_last_trained_turn_is_left_out():
     assert examples(chat, talk) == examples(chat, Talk(messages=talk.messages[:2]))
 
 
+def test_pairs_are_what_is_served_behind_one_prompt():
+    chat = chat_of("qwen3")
+    prompt = Talk(messages=(user("2+2?"), said(THOUGHT), user("3+3?")))
+    sides = (said(THOUGHT),), (said("five"),)
+    (pair,) = chat.pairs([(prompt, *sides)])
+    assert not isinstance(pair, Refused) and pair.prompt == chat.prompt_ids(prompt.messages)
+    for side, ids in zip(sides, (pair.chosen, pair.rejected), strict=True):
+        assert pair.prompt + ids == chat.render((*prompt.messages, *side)).ids
+    twice = (said(THOUGHT), user("?"), said("4"))
+    (longer,) = chat.pairs([(Talk(messages=prompt.messages[:1]), twice, (said("five"),))])
+    assert not isinstance(longer, Refused)  # what follows changes the side, not the prompt
+    assert longer.prompt == chat.prompt_ids(prompt.messages[:1])
+
+
+def test_prompts_hold_tools_and_earlier_calls_as_they_are_served():
+    chat, talk = chat_of("qwen3"), TALKS["calls"]
+    assert list(chat.prompt_ids(talk.messages[:3], talk.tools)) == own_ids(chat, talk, 3, prompt=True)
+    assert list(chat.prompt_ids(talk.messages[:1], talk.tools)) == own_ids(chat, talk, 1, prompt=True)
+    (words,) = made(CHATML, MARKS, eos="<|im_end|>").prompts(
+        [Talk(messages=talk.messages[:1], tools=talk.tools)]
+    )
+    assert isinstance(words, Refused) and "leaves out the row's tools" in words.words
+
+
 # Forged tokens.
 
 
@@ -314,7 +339,6 @@ PREFILLED = (
     "{{ '<|im_start|>' + m.role + '\\n' + t + '<|im_end|>\\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif -%}"
 )
-MARKS = ("<|im_start|>", "<|im_end|>")
 
 
 @pytest.mark.parametrize("tokens", [MARKS, (*MARKS, "<think>", "</think>")])
