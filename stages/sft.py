@@ -127,6 +127,7 @@ def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered
     kept = [one.example for one in fitted if one.example is not None]
     return [example for examples in kept for example in examples], {
         "conversations": float(len(kept)),
+        "examples": float(sum(map(len, kept))),
         **data_metrics(rows, fitted, "conversations"),
     }
 

@@ -359,6 +359,21 @@ def test_an_answer_that_does_not_begin_as_its_prompt_ends_is_refused_with_the_fi
     assert chat.decode(chat.response_ids("4")).strip() == "4"  # what evaluate asks for of a base model's text
 
 
+def test_where_the_template_writes_empty_thoughts_itself_a_plain_answer_is_trained_with_them():
+    """As Nemotron's."""
+    template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}").replace(
+        "message['content']",
+        "('<think></think>' if message.role == 'assistant' and '</think>' not in message.content else '') + "
+        "message['content']",
+    )
+    chat = made(template, (*MARKS, "<think>", "</think>"), eos="<|im_end|>")
+    (plain,) = examples(chat, TALKS["plain"])
+    opened = HEAD.format("2+2?") + "<think>\n"
+    assert shown(chat, plain) == f"{opened}⟦</think>4<|im_end|>⟧"
+    (thinking,) = examples(chat, Talk(messages=(user("2+2?"), said(THOUGHT))))
+    assert shown(chat, thinking) == f"{opened}⟦two twos\n</think>\n\n4<|im_end|>⟧"
+
+
 def test_an_untrained_answer_may_begin_otherwise():
     chat = made(PREFILLED, MARKS, eos="<|im_end|>")
     messages = (user("2+2?"), said("4", is_trained=False), user("3+3?"), said(THOUGHT))

@@ -23,6 +23,7 @@ CONVERSATIONS: tuple[tuple[Role, ...], ...] = (
     ("user", "assistant", "tool"),
 )
 """In which every role occurs that a message may have."""
+OPENING = re.compile(r"<\w+>\s*$")
 CLOSED = re.compile(r"</[^<>]*>\s*$")
 _PAD = "\x0c"  # white space that no template writes: where it is gone, the template trimmed the content
 _PLACEHOLDER = re.compile(rf"({_PAD}?)zqContent([0-9]{{1,9}})Xqz({_PAD}?)")
@@ -126,11 +127,8 @@ def find_frame(template: Template, added: Mapping[str, int]) -> Frame:
             "the chat template writes no end-of-turn token after the assistant; set model.chat_template"
         )
     before, prompt = _shown(answered[:at]), _shown(template.pieces(("user",), is_prompt=True))
-    if not before.startswith(prompt) and not prompt.startswith(before):
-        raise ModelError(
-            "the chat template opens a known answer with other text than its generation prompt; set "
-            "model.chat_template to one that does not"
-        )
+    if not before.startswith(prompt):
+        before = _header(before, prompt)
     lead = before[len(prompt) :]
     if lead.strip() and prompt == _shown(template.pieces(("user",), is_prompt=False)):
         raise ModelError(
@@ -147,6 +145,23 @@ def find_frame(template: Template, added: Mapping[str, int]) -> Frame:
         trims_left=answered[at].trim_left,
         trims_right=answered[at].trim_right,
     )
+
+
+def _header(before: str, prompt: str) -> str:
+    """What an answer and a prompt for one both begin with, where the prompt goes on with an opening (`<think>`).
+    A known answer may have the same, with no thoughts in it. Raises ModelError.
+    """
+    if prompt.startswith(before):
+        return before
+    signs = enumerate(zip(before, prompt, strict=False))
+    shared = prompt[: next((at for at, (one, other) in signs if one != other), len(before))]
+    tag = OPENING.search(shared)
+    if tag is None or prompt[len(shared) :].strip():
+        raise ModelError(
+            "the chat template opens a known answer with other text than its generation prompt; set "
+            "model.chat_template to one that does not"
+        )
+    return shared[: tag.start()]
 
 
 def spelled_inside(
