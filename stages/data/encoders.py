@@ -13,6 +13,7 @@ import json
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -202,3 +203,14 @@ def documents_ids(encoder: Tokenizer, texts: Sequence[str], dtype: np.dtype) -> 
     """Ids of many texts at once, on all cores, as arrays of `dtype`."""
     encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, dtype) for encoding in encodings]
+
+
+def has_joint(spec: str, texts: Sequence[str]) -> bool:
+    """Whether the tokenizer of this tokenizer.json has a token that begins in one of the texts, which follow
+    each other, and ends in the next.
+    """
+    plain = {"truncation": None, "padding": None, "post_processor": None}  # the last may move offsets
+    encoder = Tokenizer.from_str(json.dumps(json.loads(spec) | plain))
+    offsets = encoder.encode("".join(texts), add_special_tokens=False).offsets
+    cuts = list(accumulate(map(len, texts)))
+    return any(start < cut < end for start, end in offsets for cut in cuts)

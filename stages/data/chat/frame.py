@@ -148,7 +148,7 @@ def find_frame(template: Template, added: Mapping[str, int]) -> Frame:
 
 
 def _header(before: str, prompt: str) -> str:
-    """What an answer and a prompt for one both begin with, where the prompt goes on with an opening (`<think>`).
+    """What an answer and its prompt both begin with, where the prompt goes on with an opening (`<think>`).
     A known answer may have the same, with no thoughts in it. Raises ModelError.
     """
     if prompt.startswith(before):

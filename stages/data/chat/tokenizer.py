@@ -12,17 +12,14 @@ Owns tokenizer, template, stop tokens. Does not own batches, how a template is r
 stand (turns), nor what a tokenizer finds in a text (encoders).
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from stages.data.chat.directories import choose_template, configured_stops, read_template
@@ -31,7 +28,7 @@ from stages.data.chat.ids import PairIds, Rendered, trained_runs
 from stages.data.chat.messages import Forms, Talk
 from stages.data.chat.special import document_separator_id
 from stages.data.chat.turns import Spelled, Stretch, Turn, Unfit, cuts_of, examples_of, stretches, turns_of
-from stages.data.encoders import TextEncoder
+from stages.data.encoders import TextEncoder, has_joint
 from stages.data.files import one_line
 from stages.data.records import Message, Messages, Tools
 from stages.data.stand_ins import any_of
@@ -332,31 +329,28 @@ class ChatTokenizer:
         return self.continued_text(ids).partition(_ANSWER.content)[0]
 
     def lint(self, rendered: Rendered) -> list[str]:
-        """What is wrong with a rendered conversation: BOS not once, a turn without one trained end token."""
-        problems = []
-        probe = self._asked_again
+        """What is wrong with an example: BOS not once, a turn without one trained end token."""
+        return [*self._bos_problems(rendered), *self._end_problems(rendered)]
+
+    def _bos_problems(self, rendered: Rendered) -> Iterator[str]:
+        probe, number = self._asked_again, rendered.ids.count(self._bos_id)
         is_mere_end = self._bos_id == self.tokenizer.eos_token_id and not self._adds_bos  # as in GPT-2
-        if self._bos_id in probe and not is_mere_end:
-            doubled = rendered.ids[:2] == (self._bos_id, self._bos_id)
-            opens_turns = probe.count(self._bos_id) > 1  # SmolLM2: <|im_start|> is BOS too
-            if (
-                rendered.ids[0] != self._bos_id
-                or doubled
-                or (not opens_turns and rendered.ids.count(self._bos_id) > 1)
-            ):
-                problems.append(
-                    f"BOS occurs {rendered.ids.count(self._bos_id)} times, expected once, at the start"
-                )
+        if self._bos_id not in probe or is_mere_end:
+            return
+        is_doubled = rendered.ids[:2] == (self._bos_id, self._bos_id)
+        opens_turns = probe.count(self._bos_id) > 1  # SmolLM2: <|im_start|> is BOS too
+        if rendered.ids[0] != self._bos_id or is_doubled or (not opens_turns and number > 1):
+            yield f"BOS occurs {number} times, expected once, at the start"
+
+    def _end_problems(self, rendered: Rendered) -> Iterator[str]:
         runs = trained_runs(rendered)
         if not runs:
-            problems.append("no token is trained")
+            yield "no token is trained"
         for run in runs:
             ends = run.count(self.end_of_turn_id)
-            if ends != 1 or run[-1] != self.end_of_turn_id:
-                if not ends and run[-1] in self.stop_token_ids:  # as a call of a tool may end
-                    continue
-                problems.append(f"an assistant turn has {ends} trained end tokens, expected one, at its end")
-        return problems
+            is_call = not ends and run[-1] in self.stop_token_ids  # which may end otherwise
+            if not is_call and (ends != 1 or run[-1] != self.end_of_turn_id):
+                yield f"an assistant turn has {ends} trained end tokens, expected one, at its end"
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer with the template in use, as save_pretrained does."""
@@ -460,24 +454,16 @@ class ChatTokenizer:
             raise ModelError(written.words)
         turns = self._turns(talk, written, since=len(talk.messages))
         prompt, whole = written.texts
+        spec = self.tokenizer.backend_tokenizer.to_str()
         for parts in (stretches(prompt, ()), stretches(whole, turns)):
-            texts = [text for _, text in parts]
+            texts = [text.translate(written.plain) for _, text in parts]
             own = self.tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
             ids = list(self._encode(parts, written.plain).ids)
-            if ids != self._lacking_bos(own) + own and not self._merges(texts):
+            if ids != self._lacking_bos(own) + own and not has_joint(spec, texts):
                 raise ModelError(
                     "the tokenizer's ids of the chat template's text are not those of its prompt and answer; "
                     "set model.chat_template to one whose prompts end with a special token"
                 )
-
-    def _merges(self, texts: Sequence[str]) -> bool:
-        """Whether the tokenizer has a token that begins in one stretch and ends in the next."""
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        plain = {"truncation": None, "padding": None, "post_processor": None}  # the last may move offsets
-        encoder = Tokenizer.from_str(json.dumps(spec | plain))
-        offsets = encoder.encode("".join(texts), add_special_tokens=False).offsets
-        cuts = list(accumulate(map(len, texts)))
-        return any(start < cut < end for start, end in offsets for cut in cuts)
 
 
 _QUESTION, _ANSWER = Message(role="user", content="x"), Message(role="assistant", content="x")
