@@ -110,6 +110,14 @@ def _figures(found: "Overview") -> Iterator[str]:
     yield f"{found.num_rows} rows, {found.num_records} records" + "".join(
         f"; rows {what}: {count}" for what, count in left_out.items() if count
     )
+    if found.num_rendered:
+        refused = f", {found.num_refused} refused and skipped" if found.num_refused else ""
+        yield f"chat template tried on {found.num_rendered} of {found.num_records} records{refused}"
+    if found.num_examples > found.num_sampled:
+        yield (
+            f"{found.num_examples} examples, one per trained answer where the chat template writes an "
+            "earlier answer differently once more turns follow"
+        )
     if found.unread_keys:
         yield f"message keys that are not read: {unread_keys_in_words(found.unread_keys)}"
     if found.num_shared_prompts:

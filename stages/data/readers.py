@@ -59,6 +59,7 @@ class Rows(Generic[R]):
     num_skipped: int  # malformed rows left out under on_bad_row: skip
     num_filtered: int  # sound rows that hold nothing to train on (ties, label false)
     sizes: list[tuple[DataSource, int]]  # how many of the records are whose, in order
+    counts: "list[Counts]"  # of reading each of these sources
     unread_keys: Mapping[str, int] = field(default_factory=dict)  # key of a message -> how often it was there
 
 
@@ -125,6 +126,7 @@ def read(
     """The records that `stage` takes: the functions above by stage name, and documents for prepare."""
     records: list[Any] = []
     sizes: list[tuple[DataSource, int]] = []
+    counts: list[Counts] = []
     num_skipped = num_filtered = 0
     unread_keys = Counter[str]()
     for index, source in enumerate(sources):
@@ -138,6 +140,7 @@ def read(
         taken = weighted(rows.records, source.weight, stage_seed(seed, "weight", index))
         records += taken
         sizes.append((source, len(taken)))
+        counts += rows.counts
         num_skipped += rows.num_skipped
         num_filtered += rows.num_filtered
         unread_keys.update(rows.unread_keys)
@@ -148,6 +151,7 @@ def read(
         num_skipped=num_skipped,
         num_filtered=num_filtered,
         sizes=sizes,
+        counts=counts,
         unread_keys=unread_keys,
     )
 
@@ -162,6 +166,7 @@ def read_source(source: DataSource, stage: StageName, group_column: str | None =
         num_skipped=reader.counts.num_skipped,
         num_filtered=reader.counts.num_filtered,
         sizes=[(source, len(records))],
+        counts=[reader.counts],
         unread_keys=reader.counts.unread_keys,
     )
 

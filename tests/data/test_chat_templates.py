@@ -142,7 +142,7 @@ def _sentencepiece(model: str) -> str:
 
 
 @cache
-def _byte_level() -> str:
+def byte_level() -> str:
     """With Qwen's and Llama 3's pattern: line breaks join what is before them."""
     tokenizer = Tokenizer(models.BPE())
     pattern = (
@@ -168,7 +168,7 @@ def _byte_level() -> str:
 def chat_of(model: str, spaces: str, name: str) -> ChatTokenizer:
     template, tokens = TEMPLATES[name]
     if model == "byte_level":
-        tokenizer = Tokenizer.from_str(_byte_level())
+        tokenizer = Tokenizer.from_str(byte_level())
     else:
         tokenizer = Tokenizer.from_str(_sentencepiece(model))
         SPACES[spaces](tokenizer)
