@@ -18,6 +18,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from stages.config import ModelConfig, PPOSettings, PrepareConfig
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
 from stages.data.experience import Judgement, RolloutPack, assemble, engine_differences, pack_rollouts
-from stages.data.fitting import fit_prompt
+from stages.data.fitting import fit_prompts, fit_rows
 from stages.data.readers import read_prompts
 from stages.data.vocabulary import tokenizer_for
 from stages.rollout_source import ENGINE_DTYPE, EngineClient, SourcePlan, open_engines, open_source
@@ -179,7 +180,7 @@ def plan_of(settings: PPOSettings, chat: ChatTokenizer) -> SourcePlan:
     config = settings.ppo
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
     longest = settings.model.max_prompt_tokens(config.max_response_tokens)
-    fitted = [fit_prompt(chat, prompt, longest).example for prompt in rows.records]
+    fitted = [one.example for one in fit_rows(rows, partial(fit_prompts, chat, max_prompt_tokens=longest))]
     return SourcePlan(
         prompts=tuple(prompt for prompt in fitted if prompt is not None),
         num_prompts=config.num_prompts,

@@ -481,7 +481,8 @@ def model_directory(path: str, revision: str | None) -> Path:
         fetched = Path(snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise EnvironmentProblem(
-            f"model.path {path}: no such directory, and the hub gave nothing ({type(error).__name__}); "
+            f"model.path {path}: no such directory, and not reachable as a hub id either "
+            f"({type(error).__name__}); "
             "give a local model directory, or check the name and the network"
         ) from error
     check_model_directory(fetched, named=f"model.path {path}", in_hub_cache=True)

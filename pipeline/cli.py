@@ -29,6 +29,7 @@ import rlhf_pipeline
 from pipeline import changes, dag, doctor, executor, placement, planning, supervisor, unstated
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand, model_directory
+from pipeline.data_remarks import left_out
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig, host_and_port
 from pipeline.janitor import nothing_left_behind
@@ -42,6 +43,7 @@ from pipeline.yaml_source import short
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
 from rollout.foreign_settings import take_out
 from stages.data.durable import disk_problems
+from stages.data.hub import model_problem
 
 INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130
@@ -171,6 +173,8 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
         planning.check_given_models(resolved, dag.configured(resolved), {dag.MODEL: directory})
     elif not at_hand and (described := placement.described_by(model)) is not None:
         planning.check_described_model(resolved, described)
+    if model.path is not None and not at_hand and (problem := model_problem(model.path, model.revision)):
+        say(f"note: model.path {model.path}: no such directory, and not reachable as a hub id: {problem}")
     console = Console(soft_wrap=True)
     for block in previews(resolved, model_at_hand=at_hand):
         console.print(block)
@@ -303,6 +307,8 @@ def _execute(planned: planning.PlannedRun) -> None:
     if (line := unstated.fitted_line(planned.fit)) is not None:
         say(line)
     planning.validate_data(planned)
+    for line in left_out(dag.datasets(planned.config, planned.to_run)):
+        say(line)
     _tell_changes(planned)
     run_dir = planned.store.run_dir(planned.config.name)
     try:

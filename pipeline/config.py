@@ -36,7 +36,8 @@ from stages.config import (
     TrainingConfig,
 )
 from stages.data import hub
-from stages.data.files import files_matching
+from stages.data.lfs import POINTER, first_pointer
+from stages.data.places import files_matching
 from stages.errors import DataError
 
 UNION_BRANCHES = ("dict[str,str]", "list[str]")
@@ -236,20 +237,46 @@ def _path_problem(item: _StatedPath) -> str | None:
         stated += f" (in {short(str(item.stated.origin.directory), 200)})"
     if not os.path.exists(item.path):
         if isinstance(item.section, DataSource) and hub.is_hub_id(item.path):
-            is_likely_local = (item.stated.origin.directory / item.path).parent.is_dir()
-            unknown = _hub_problem(item.section) if is_likely_local else None
-            return unknown and f"{unknown}; there is no file or directory {stated} either"
+            return _unreachable(item, stated, _hub_problem(item.section)) if _is_likely_local(item) else None
         if item.kind == "data" and glob.has_magic(text):
             return None if files_matching(item.path) else f"no file matches: {stated}"
         if item.kind == "model":
-            is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", item.path)
-            return None if is_hub_id else f"no such directory: {stated}"
-        return f"no such {'directory' if item.kind == 'directory' else 'file'}: {stated}"
+            return _model_problem(item, stated)
+        is_file = item.kind == "file" or (item.kind == "data" and hub.names_a_file(item.path))
+        kind = "directory" if item.kind == "directory" else "file" if is_file else "file or directory"
+        return f"no such {kind}: {stated}"
     if item.kind in ("model", "directory") and not os.path.isdir(item.path):
         return f"not a directory: {stated}"
     if item.kind == "file" and not os.path.isfile(item.path):
         return f"not a file: {stated}"
-    return None if os.access(item.path, os.R_OK) else f"no permission to read: {stated}"
+    if not os.access(item.path, os.R_OK):
+        return f"no permission to read: {stated}"
+    if item.kind in ("directory", "file") and (pointer := first_pointer(Path(item.path))) is not None:
+        return f"{pointer.name} is {POINTER}"
+    return None
+
+
+def _is_likely_local(item: _StatedPath) -> bool:
+    """Whether what may be an id of the hub lies, but for its last part, in a directory that is here."""
+    return "/" in item.path and (item.stated.origin.directory / item.path).parent.is_dir()
+
+
+def _unreachable(item: _StatedPath, stated: str, problem: str | None) -> str | None:
+    if problem is None:
+        return None
+    kind = "directory" if item.kind == "model" else "file or directory"
+    reason = problem.removesuffix(hub.NOTHING_HERE)
+    return f"no such {kind}: {stated}, and not reachable as a hub id either: {reason}"
+
+
+def _model_problem(item: _StatedPath, stated: str) -> str | None:
+    """What is wrong with a `model.path` where nothing lies here; the hub is asked where that is likely."""
+    assert isinstance(item.section, ModelConfig)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", item.path) or hub.names_a_file(item.path):
+        return f"no such directory: {stated}"
+    if not _is_likely_local(item) or hub.is_cached_model(item.path, item.section.revision):
+        return None
+    return _unreachable(item, stated, hub.model_problem(item.path, item.section.revision))
 
 
 def _hub_problem(source: DataSource) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.errors import MissingStage
 from rollout.safetensors_header import BadHeader, read_header
 from stages.data.durable import disk_problems
+from stages.data.lfs import POINTER, first_pointer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
@@ -27,6 +28,8 @@ IF_PICKLES_ONLY = (
     "convert it to safetensors: load it with transformers where you trust it, and give the directory that "
     "save_pretrained writes"
 )
+FETCHED = (".json", ".safetensors", ".model", ".jinja")
+"""Endings of what a model is made of: none of these may be a pointer to a file that was not fetched."""
 MAX_CONFIG_BYTES = 16 * 2**20
 INDEX = "model.safetensors.index.json"
 
@@ -36,6 +39,8 @@ def check_model_directory(directory: Path, *, named: str, in_hub_cache: bool = F
     pickled weights nor anything that names code, another model or a file elsewhere.
     """
     with disk_problems(directory):
+        if (pointer := first_pointer(directory, FETCHED)) is not None:
+            raise MissingStage(f"{named}: {pointer.name} is {POINTER}")
         if not (directory / "config.json").is_file():
             raise MissingStage(
                 f"{named}: no config.json; give an artifact or a model directory (save_pretrained)"

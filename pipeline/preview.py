@@ -5,13 +5,16 @@ are imported where they are computed.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from pipeline import dag
+from pipeline.data_remarks import files_read, remarks
 from pipeline.experiment import ExperimentConfig
 from stages.data.files import one_line, printable
+from stages.data.readers import unread_keys_in_words
 
 if TYPE_CHECKING:
     from stages.data.chat import ChatTokenizer
@@ -22,6 +25,8 @@ MARKS = "\u27e6", "\u27e7"
 """Around what is trained, so that the mask is seen without colours too."""
 NUM_RULES = 12
 """Shown of each dataset, the most frequent ones: every language is a rule."""
+PROMPT_CHARS = 80
+"""Of a prompt that no column holds."""
 LAID_OUT = "\n\t\u00a0\u3000\u200c\u200d"
 """Line ends, tabs, wide spaces and the joiners of emoji and scripts: they do not print, and do no harm."""
 
@@ -30,12 +35,18 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
     """One block of text per dataset of the configured stages, once all are validated. Raises DataError,
     ModelError.
     """
+    from stages.data.observations import Observed
     from stages.data.overview import overview
     from stages.data.validation import validate
 
     datasets = dag.datasets(config, dag.configured(config))
+    ngram = None if config.prepare is None else config.prepare.decontaminate_ngram
+    observed = {
+        stage: [Observed(source, ngram=ngram if stage == "evaluate" else None) for source in sources.values()]
+        for stage, sources in datasets.items()
+    }
     validated = {
-        stage: validate(list(sources.values()), stage, getattr(config, stage))
+        stage: validate(list(sources.values()), stage, getattr(config, stage), observed[stage])
         for stage, sources in datasets.items()
     }
     chat, origin = _chat(config, model_at_hand)
@@ -43,9 +54,12 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
         f"lengths: {origin}; example: ", _marked("trained", True), " ", _marked("not trained", False)
     )
     for stage, sources in datasets.items():
-        for (key, source), found in zip(sources.items(), validated[stage], strict=True):
+        for (key, source), found, seen in zip(
+            sources.items(), validated[stage], observed[stage], strict=True
+        ):
             shown = overview(source, stage, found, chat, _limits(config, stage))
-            lines = "".join(f"  {line}\n" for line in _figures(shown))
+            told = chain(files_read(source, found), _figures(shown), remarks(stage, seen, observed, chat))
+            lines = "".join(f"  {line}\n" for line in told)
             example = (_marked(span.text, span.trained) for span in shown.example)
             yield Text.assemble(f"\n{key}: {one_line(source.path)}\n{lines}", *example)
 
@@ -96,6 +110,23 @@ def _figures(found: "Overview") -> Iterator[str]:
     yield f"{found.num_rows} rows, {found.num_records} records" + "".join(
         f"; rows {what}: {count}" for what, count in left_out.items() if count
     )
+    if found.num_rendered:
+        refused = f", {found.num_refused} refused and skipped" if found.num_refused else ""
+        yield f"chat template tried on {found.num_rendered} of {found.num_records} records{refused}"
+    if found.num_examples > found.num_sampled:
+        yield (
+            f"{found.num_examples} examples, one per trained answer where the chat template writes an "
+            "earlier answer differently once more turns follow"
+        )
+    if found.unread_keys:
+        yield f"message keys that are not read: {unread_keys_in_words(found.unread_keys)}"
+    if found.num_shared_prompts:
+        prompt = one_line(found.shared_prompt)
+        prompt = prompt if len(prompt) <= PROMPT_CHARS else f"{prompt[:PROMPT_CHARS]}\u2026"
+        yield (
+            f"no prompt column: of {found.num_shared_prompts} the prompt is what chosen and rejected begin "
+            f"with, such as '{prompt}'"
+        )
     of = "" if found.num_sampled == found.num_records else f" of the first {found.num_sampled}"
     yield f"{found.unit}{of}: median {found.median}, p95 {found.p95}, longest {found.max}"
     rules = sorted(found.rules.items(), key=lambda counted: (-counted[1], counted[0]))

@@ -38,21 +38,23 @@ class DataSource(Section):
     """One dataset of a stage."""
 
     path: str = Field(min_length=1, json_schema_extra=EXECUTION)
-    """Local file, glob or directory (jsonl, json, parquet, csv, tsv, txt; .gz and .zst of them), or the hub
-    id of a dataset, `organisation/name`. Identified by its content, not by this name.
+    """Local file, glob or directory (jsonl, json, parquet, arrow, csv, tsv, txt; .gz and .zst of them), or
+    the hub id of a dataset, `organisation/name`. Identified by its content, not by this name.
     """
     revision: str | None = Field(default=None, json_schema_extra=EXECUTION)
     """Commit, tag or branch of a hub id; absent: its newest. The commit it means is recorded."""
     subset: str | None = None
     """Configuration of a hub id that has several."""
     split: str = "train"
-    """Split of a hub id."""
+    """Split of a hub id, or of a directory whose file and folder names tell several (train, validation,
+    test). A named file or glob is read whole, and so is a directory whose names tell one split or none.
+    """
     format: DataFormat | None = None
     """Row schema; detected from the columns and the stage when absent."""
     columns: dict[str, str] | list[str] = Field(default_factory=dict)
     """Field name -> column that holds it, where the file's names differ (e.g. `prompt: question`); a path
-    reaches into nested values (`completion: instances.0.output`). A list names the columns of a csv or
-    tsv file that has no header line.
+    reaches into nested values (`completion: instances.0.output`), with `*` into every item of a list
+    (`scores: answers.*.votes`). A list names the columns of a csv or tsv file that has no header line.
     """
     document: Literal["file", "paragraph", "line"] = "paragraph"
     """What one document of a txt file is: all of it, a block of lines between blank lines, or a line."""

@@ -23,7 +23,14 @@ from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer
-from stages.data.fitting import check_left, continuation_ids, fit_prompt
+from stages.data.fitting import (
+    REFUSED,
+    check_left,
+    continuation_ids,
+    fit_prompts,
+    fit_rows,
+    unread_metrics,
+)
 from stages.data.readers import Rows, read_prompts
 from stages.data.records import Prompt
 from stages.data.scoring import load_judge
@@ -81,7 +88,7 @@ def evaluate(
     # 1. Held-out prompts, models, judge.
     rows = read_prompts(config.prompts, seed=stage_seed(settings.seed, "evaluate", "rows"))
     chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
-    prompts = _fitting(rows, chat, settings)
+    prompts, num_refused = _fitting(rows, chat, settings)
     judge = None if config.score is None else load_judge(config.score)
     candidates = _candidates(inputs, prompts, chat, config, worker.device)
     worker.runtime.check_files()
@@ -111,19 +118,23 @@ def evaluate(
     metrics |= _win_rate(by_name["ppo"], by_name["sft"], settings)
     metrics["kl_ppo_vs_sft"] = _kl(by_name["ppo"], by_name["sft"], worker.device)
     metrics |= _perplexities(candidates, inputs, settings, worker.device)
-    metrics |= {"prompts": float(len(prompts)), "rows_skipped": float(rows.num_skipped)}
+    metrics |= {"prompts": float(len(prompts)), "rows_skipped": float(rows.num_skipped + num_refused)}
+    metrics |= unread_metrics(rows)
     _write_samples(out_dir / SAMPLES_FILE, prompts, candidates)
     return metrics
 
 
-def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> list[Prompt]:
-    """The first `max_prompts` prompts that leave room for a whole response, as chat and as a continuation."""
+def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings) -> tuple[list[Prompt], int]:
+    """The first `max_prompts` prompts that leave room for a response, as chat and as a continuation; and
+    how many the chat template refuses.
+    """
     config = settings.evaluate
     longest = settings.model.max_prompt_tokens(config.max_response_tokens)
-    found = [fit_prompt(chat, prompt, longest, config.base_prompt) for prompt in rows.records]
+    fit = functools.partial(fit_prompts, chat, max_prompt_tokens=longest, base_prompt=config.base_prompt)
+    found = fit_rows(rows, fit)
     check_left(rows.sizes, found)
     kept = [prompt for prompt, one in zip(rows.records, found, strict=True) if one.example is not None]
-    return kept[: config.max_prompts]
+    return kept[: config.max_prompts], sum(one.rule == REFUSED for one in found)
 
 
 def _candidates(
@@ -133,7 +144,7 @@ def _candidates(
     config: EvaluateConfig,
     device: torch.device,
 ) -> list[Candidate]:
-    as_chat = [chat.prompt_ids(prompt.messages) for prompt in prompts]
+    as_chat = [chat.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts]
     as_text = [continuation_ids(chat, prompt, config.base_prompt) for prompt in prompts]
     directories = {"base": base_model(inputs), "sft": inputs["sft"], "ppo": inputs["ppo"]}
     return [
@@ -232,7 +243,7 @@ def _scored_sequences(
     """
     if candidate.name == "base":
         return [
-            _within(context_length, chat.prompt_ids(prompt.messages), chat.response_ids(text))
+            _within(context_length, chat.prompt_ids(prompt.messages, prompt.tools), chat.response_ids(text))
             for prompt, text in zip(prompts, candidate.texts, strict=True)
         ]
     return [

@@ -28,7 +28,7 @@ from stages.data.batches import stage_seed
 from stages.data.chat import ChatTokenizer, tokenizer_digest
 from stages.data.durable import disk_problems
 from stages.data.experience import Judgement, RolloutPack, assemble, correction_metrics, pack_rollouts
-from stages.data.fitting import check_left, data_metrics, fit_prompt
+from stages.data.fitting import check_left, data_metrics, fit_prompts, fit_rows
 from stages.data.journal import Journal, JournalEntry
 from stages.data.readers import read_prompts
 from stages.errors import Interrupted, ModelError
@@ -356,7 +356,7 @@ def _prompts(
     config = settings.ppo
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
     longest = settings.model.max_prompt_tokens(config.max_response_tokens)
-    fitted = [fit_prompt(chat, prompt, longest) for prompt in rows.records]
+    fitted = fit_rows(rows, partial(fit_prompts, chat, max_prompt_tokens=longest))
     check_left(rows.sizes, fitted)
     kept = tuple(one.example for one in fitted if one.example is not None)
     return kept, {"prompts": float(len(kept)), **data_metrics(rows, fitted, "prompts")}

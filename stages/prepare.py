@@ -37,7 +37,7 @@ from stages.data.corpus import (
     select,
     tokenizer_sample,
 )
-from stages.data.decontamination import num_too_short
+from stages.data.decontamination import num_too_short, texts_of
 from stages.data.durable import file_digest
 from stages.data.encoders import content_encoder, documents_ids
 from stages.data.files import FileSplit, whole
@@ -205,8 +205,7 @@ def evaluation_texts(sources: Sequence[DataSource]) -> list[str]:
             continue
         for prompt in read_source(source, "evaluate").records:
             assert isinstance(prompt, Prompt)
-            texts += [message.content for message in prompt.messages if message.role != "system"]
-            texts += [value for value in prompt.row.values() if isinstance(value, str)]
+            texts += texts_of(prompt)
     return texts
 
 

@@ -9,6 +9,7 @@ A response always ends with the end-of-turn token when it is scored: here, in ev
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from stages.bundles import rollout_of
 from stages.config import RewardSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, PairIds
-from stages.data.fitting import check_left, data_metrics, fit_pair
+from stages.data.fitting import check_left, data_metrics, fit_pairs, fit_rows
 from stages.data.packing import plan_packs
 from stages.data.readers import check_sides, is_held_out, read_pairs
 from stages.errors import DataError, TrainingStopped
@@ -168,7 +169,8 @@ def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
     rows = read_pairs(
         config.data, seed=stage_seed(settings.seed, "reward", "rows"), group_column=config.group_column
     )
-    fitted = [fit_pair(chat, pair, settings.model.context_length, config.too_long) for pair in rows.records]
+    fit = partial(fit_pairs, chat, context_length=settings.model.context_length, too_long=config.too_long)
+    fitted = fit_rows(rows, fit)
     check_left(rows.sizes, fitted)
     data = data_metrics(rows, fitted, "pairs")
     train: list[Example] = []

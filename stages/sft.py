@@ -2,14 +2,16 @@
 
     conversations --chat template--> ids + mask --pack--> model --cross-entropy on the mask--> AdamW
 
-A step is batch_size conversations, packed into rows of micro_batch_size of them; or, with batch_tokens, rows
-of context_length slots, into which all conversations are packed best-fit once, before the first step. Either
+A step is batch_size examples - a conversation each, or one of its answers with all before it, where the
+template writes that differently later - packed into rows of micro_batch_size of them; or, with batch_tokens,
+rows of context_length slots, into which all examples are packed best-fit once, before the first step. Either
 way nothing is padded: an empty slot does not go through the model. Packed sequences do not see each other;
 the end-of-turn token is trained once per assistant turn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from stages.config import SFTSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat import ChatTokenizer, Rendered
-from stages.data.fitting import check_left, check_rendering, data_metrics, fit_conversation
+from stages.data.fitting import check_left, check_rendering, data_metrics, fit_conversations, fit_rows
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.readers import read_conversations
 from stages.objectives.logprobs import token_logprobs
@@ -115,15 +117,20 @@ def train(
 
 
 def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered], dict[str, float]]:
-    """Rendered conversations cut to the context, and what became of the rows, as metrics."""
+    """What there is to train on, cut to the context, and what became of the rows, as metrics: one example per
+    conversation, or several (`ChatTokenizer.examples`).
+    """
     rows = read_conversations(settings.sft.data, seed=stage_seed(settings.seed, "sft", "rows"))
-    check_rendering(chat, rows.records[0])
-    fitted = [
-        fit_conversation(chat, conversation, settings.model.context_length) for conversation in rows.records
-    ]
+    fitted = fit_rows(rows, partial(fit_conversations, chat, context_length=settings.model.context_length))
+    check_rendering(chat, fitted)
     check_left(rows.sizes, fitted)
     kept = [one.example for one in fitted if one.example is not None]
-    return kept, {"conversations": float(len(kept)), **data_metrics(rows, fitted, "conversations")}
+    return [example for examples in kept for example in examples], {
+        "conversations": float(len(kept)),
+        "examples": float(sum(map(len, kept))),
+        "turns_left_out": float(sum(one.num_turns_left_out for one in rows.records)),
+        **data_metrics(rows, fitted, "conversations"),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

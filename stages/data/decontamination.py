@@ -7,8 +7,8 @@ Legend: W words of a block of documents, E runs of the evaluation texts.
 
 Words are those of `words.normalised_words`: case, punctuation and line ends make no difference. A hash says
 only where to look; the words themselves decide.
-Owns the search. Does not own which texts are looked for, nor what happens to a document that shares a run
-(prepare).
+Owns the search, and which texts of a prompt are looked for. Does not own what happens to a document that
+shares a run (prepare).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.data.records import Prompt
 from stages.data.words import blocks_of, hash_words, ngrams, normalised_words
 
 _SLOTS_PER_RUN = 8
@@ -80,6 +81,12 @@ class Contamination:
             if run == self._words[start : start + self._ngram]:
                 return " ".join(run)
         return None
+
+
+def texts_of(prompt: Prompt) -> list[str]:
+    """What must not stand in training text: what is asked, and the texts in the row's other columns."""
+    asked = [message.content for message in prompt.messages if message.role != "system"]
+    return asked + [value for value in prompt.row.values() if isinstance(value, str)]
 
 
 def num_too_short(texts: Sequence[str], ngram: int) -> int:

@@ -13,11 +13,13 @@ import json
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from stages.data.stand_ins import any_of
 from stages.errors import ModelError
 
 FLAGS = "single_word", "lstrip", "rstrip", "normalized"
@@ -131,12 +133,6 @@ def _with_ids_for(spec: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return spec | {"model": spec["model"] | {"vocab": vocab | ids}}
 
 
-def any_of(texts: Collection[str]) -> re.Pattern[str]:
-    """The leftmost, then longest of `texts`, as tokenizers look for added tokens; of none, nothing."""
-    longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
 def _with_inert(spec: dict[str, Any], inert: Collection[int], name: str) -> dict[str, Any]:
     """The tokenizer without truncation, padding and what it adds to a text, `inert` tokens flagged special.
 
@@ -209,3 +205,14 @@ def documents_ids(encoder: Tokenizer, texts: Sequence[str], dtype: np.dtype) -> 
     """Ids of many texts at once, on all cores, as arrays of `dtype`."""
     encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, dtype) for encoding in encodings]
+
+
+def has_joint(spec: str, texts: Sequence[str]) -> bool:
+    """Whether the tokenizer of this tokenizer.json has a token that begins in one of the texts, which follow
+    each other, and ends in the next.
+    """
+    plain = {"truncation": None, "padding": None, "post_processor": None}  # the last may move offsets
+    encoder = Tokenizer.from_str(json.dumps(json.loads(spec) | plain))
+    offsets = encoder.encode("".join(texts), add_special_tokens=False).offsets
+    cuts = list(accumulate(map(len, texts)))
+    return any(start < cut < end for start, end in offsets for cut in cuts)

@@ -1,22 +1,19 @@
-"""Files: a path, glob or directory -> files of a known kind, opened and decompressed, or cut into splits.
+"""Files: a file of a known kind, opened and decompressed, or cut into splits.
 
-    path --files_of--> files --cut--> FileSplit --opened--> bytes        (rows: bytes -> columns)
+    places --> file --cut--> FileSplit --opened--> bytes        (rows: bytes -> columns)
 
 Owns names, kinds, compression, what the operating system and a decompressor complain of, and where a file may
-be cut. Does not own what is in a file (rows, json_rows) nor what a row means (schemas). Light import.
+be cut. Does not own which files a path means (places), what is in a file (rows, json_rows) nor what a row
+means (schemas). Light import.
 """
 
-import fnmatch
-import glob
 import gzip
 import io
 import os
-import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -24,11 +21,13 @@ from typing import BinaryIO, Literal, cast
 from stages.config import DataSource
 from stages.errors import DataError
 
-Kind = Literal["jsonl", "json", "parquet", "csv", "tsv", "txt"]
-KINDS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "csv", "tsv", "txt")
+Kind = Literal["jsonl", "json", "parquet", "arrow", "csv", "tsv", "txt"]
+KINDS: tuple[Kind, ...] = ("jsonl", "json", "parquet", "arrow", "csv", "tsv", "txt")
+ARROW_KINDS = ("parquet", "arrow")
+"""Tables of Arrow's, which compress by themselves."""
 _OTHER_NAMES: dict[str, Kind] = {"ndjson": "jsonl", "jsonlines": "jsonl"}
 COMPRESSIONS = ("gz", "zst")
-"""Of every kind but parquet, which compresses by itself."""
+"""Of every kind but Arrow's."""
 MAX_SHOWN_CHARS = 2000
 """An error line longer than this (a column name of a megabyte) is shortened in the middle."""
 _READ_BYTES = 1 << 20
@@ -84,6 +83,11 @@ def shown(path: str | Path) -> str:
     return one_line(path if relative.startswith("..") else relative)
 
 
+def shown_column(name: str) -> str:
+    """A column's name as an error line may hold it."""
+    return one_line(name if len(name) <= 80 else f"{name[:80]}…")
+
+
 def has_data_suffix(path: str | Path) -> bool:
     """Whether the name is that of a file this package reads."""
     return _kind_in(Path(path).name) is not None
@@ -94,7 +98,7 @@ def _kind_in(name: str) -> FileKind | None:
     compression = last if stem and last in COMPRESSIONS else ""
     suffix = stem.rpartition(".")[2] if compression else last
     kind = next((kind for kind in KINDS if kind == suffix), _OTHER_NAMES.get(suffix))
-    if kind is None or "." not in name or (kind == "parquet" and compression):
+    if kind is None or "." not in name or (kind in ARROW_KINDS and compression):
         return None
     return FileKind(kind=kind, compression=compression)
 
@@ -112,119 +116,6 @@ def kind_of(path: Path) -> FileKind:
 
 def _compressed() -> str:
     return " or ".join(f".{compression}" for compression in COMPRESSIONS)
-
-
-def files_of(path: str) -> list[Path]:
-    """The files behind a path, glob or directory (recursive, no hidden ones), sorted. Raises DataError."""
-    place = Path(path)
-    with reading(place):
-        if place.is_dir():
-            return _files_in(place)
-        if place.exists():
-            return [_plain_file(place)]
-        files = files_matching(path)
-    if not files:
-        raise DataError(f"no such file: {shown(path)}")
-    return files
-
-
-def _files_in(directory: Path) -> list[Path]:
-    below = sorted(place / name for place, names in _walk([directory]) for name in names)
-    files = _once([file for file in below if has_data_suffix(file)])
-    if not files:
-        raise DataError(f"{shown(directory)}: no {', '.join(KINDS)} file in this directory")
-    return files
-
-
-def files_matching(pattern: str) -> list[Path]:
-    """The files that a glob leads to, sorted, each once: `*`, `?` and `[...]` as in the shell, `**` for any
-    directories between, or for all that is below. Raises DataError for a directory that cannot be read.
-    """
-    if "\0" in pattern or os.path.basename(pattern) in ("", "."):  # no name, or one of a directory
-        return []
-    path = Path(pattern)
-    places = [Path(path.anchor)]
-    parts = path.relative_to(path.anchor).parts
-    for at, part in enumerate(parts, start=1):
-        if part == "**":
-            walked = list(_walk(places))
-            places = [place for place, _ in walked]
-            if at == len(parts):
-                places = [place / name for place, names in walked for name in names]
-        elif glob.has_magic(part):
-            fits = re.compile(fnmatch.translate(part)).match
-            takes_hidden = part.startswith(".")
-            places = [
-                place / entry.name
-                for place in places
-                for entry in _entries(place)
-                if fits(entry.name) and (takes_hidden or not entry.name.startswith("."))
-            ]
-        else:
-            places = [place / part for place in places if _is_there(place / part)]
-    return _once(sorted(places, key=str))
-
-
-def _walk(tops: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """Those directories and all below, each once, by its shortest path, with the names of the files in it;
-    links are followed, nothing hidden is seen. Raises DataError.
-    """
-    seen = set()
-    waiting = [(len(top.parts), top) for top in tops]
-    heapify(waiting)
-    while waiting:
-        depth, place = heappop(waiting)
-        real = os.path.realpath(place)
-        if real in seen:
-            continue
-        seen.add(real)
-        names = []
-        for entry in _entries(place):
-            if entry.name.startswith("."):
-                continue
-            if os.path.isdir(entry):
-                heappush(waiting, (depth + 1, place / entry.name))
-            else:
-                names.append(entry.name)
-        yield place, names
-
-
-def _is_there(place: Path) -> bool:
-    """Whether a file, directory or link of this name exists. Raises DataError where that is kept secret."""
-    try:
-        place.lstat()
-    except PermissionError as error:
-        raise DataError(f"{shown(place)}: cannot be read: {error.strerror}") from error
-    except OSError:
-        return False
-    return True
-
-
-def _entries(place: Path) -> list[os.DirEntry[str]]:
-    """What is in a directory; nothing is in what is none. Raises DataError."""
-    if not os.path.isdir(place):
-        return []
-    with reading(place), os.scandir(place) as entries:
-        return list(entries)
-
-
-def _once(paths: Sequence[Path]) -> list[Path]:
-    """The files among the paths, one that has several names by the shortest path. Raises DataError."""
-    files: dict[Path, Path] = {}
-    for path in sorted(paths, key=lambda path: len(path.parts)):
-        real = Path(os.path.realpath(path))  # also where the path has more links than the system follows
-        if path.is_symlink() and has_data_suffix(path) and not real.exists():
-            raise DataError(f"{shown(path)}: a link that leads nowhere")
-        if real.is_file():
-            files.setdefault(real, path)
-    chosen = {*files.values()}
-    return [path for path in paths if path in chosen]
-
-
-def _plain_file(path: Path) -> Path:
-    if not path.is_file():  # a pipe or a device would never end
-        raise DataError(f"{shown(path)}: not a file")
-    return path
 
 
 @contextmanager

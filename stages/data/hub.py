@@ -14,12 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stages.config import DataSource
+from stages.data.arrow_rows import BATCH_ROWS, batch_rows
 from stages.data.files import has_data_suffix, one_line
 from stages.data.json_rows import RawRow
-from stages.data.raw_rows import BATCH_ROWS, batch_rows
 from stages.errors import DataError
 
 REQUEST_TIMEOUT_S = 5.0
@@ -28,22 +28,50 @@ DEADLINE_S = 10.0
 """For the hub to say which commit is meant, whatever names and addresses have to be tried."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_FILE_ENDING = re.compile(
+    r"\.(?:7z|avro|bin|bz2|ckpt|feather|gz|h5|hdf5|npy|npz|orc|pkl|pth|safetensors|tar|tgz|xlsx?|xml|xz|ya?ml|zip|zst)",
+    re.IGNORECASE,
+)
+"""Of files that nobody names a repository like, beside those that are read."""
+NOTHING_HERE = " (there is no such directory here)"
+Kind = Literal["dataset", "model"]
 
 
 def is_hub_id(path: str) -> bool:
     """Whether `path` is a dataset of the hub: looks like `organisation/name`, and is nothing local."""
-    return _HUB_ID.fullmatch(path) is not None and not has_data_suffix(path) and not Path(path).exists()
+    return _HUB_ID.fullmatch(path) is not None and not names_a_file(path) and not Path(path).exists()
+
+
+def names_a_file(path: str) -> bool:
+    """Whether the path ends like a file of data or weights, so that it can be no id of the hub."""
+    return has_data_suffix(path) or _FILE_ENDING.fullmatch(Path(path).suffix) is not None
 
 
 def hub_commit(source: DataSource) -> str:
     """The commit that a hub source means now; the same all through this process. Raises DataError."""
     if source.revision is not None and _COMMIT.fullmatch(source.revision):
         return source.revision
-    return _asked_commit(source.path, source.revision)
+    return _asked_commit("dataset", source.path, source.revision)
+
+
+def model_problem(path: str, revision: str | None) -> str | None:
+    """Why the hub does not give a model, in one line; None: it has it."""
+    try:
+        _asked_commit("model", path, revision)
+    except DataError as error:
+        return str(error).removesuffix(NOTHING_HERE)
+    return None
+
+
+def is_cached_model(path: str, revision: str | None) -> bool:
+    """Whether a model of the hub was fetched before, as far as its config.json shows. Asks nobody."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str)
 
 
 @cache
-def _asked_commit(path: str, revision: str | None) -> str:
+def _asked_commit(kind: Kind, path: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -55,7 +83,8 @@ def _asked_commit(path: str, revision: str | None) -> str:
     )
 
     def ask() -> str | None:
-        return HfApi().dataset_info(path, revision=revision, timeout=REQUEST_TIMEOUT_S).sha
+        info = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        return info(path, revision=revision, timeout=REQUEST_TIMEOUT_S).sha
 
     try:
         commit = _within(DEADLINE_S, ask)
@@ -65,12 +94,13 @@ def _asked_commit(path: str, revision: str | None) -> str:
         raise DataError(f"{path}: its owner must grant access; ask on the hub, and log in there") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise DataError(
-            f"{path}: neither a local path nor a dataset of the hub (a private one needs a login)"
+            f"{path}: no such file or directory, and no {kind} of the hub either (a private one needs a "
+            "login)"
         ) from None
     except HfHubHTTPError as error:
         raise DataError(
-            f"cannot reach the hub for {path}: it answered {error.response.status_code}; try again later, or "
-            "give a local path"
+            f"cannot reach the hub for {path}: it answered {error.response.status_code}; try again later, "
+            f"or give a local path{NOTHING_HERE}"
         ) from error
     except (HTTPError, OSError, ValueError) as error:  # no connection, HF_HUB_OFFLINE, a page instead of JSON
         raise _offline(path) from error
@@ -80,7 +110,7 @@ def _asked_commit(path: str, revision: str | None) -> str:
 
 
 def _offline(path: str) -> DataError:
-    return DataError(f"cannot reach the hub for {path}: offline; give a local path")
+    return DataError(f"cannot reach the hub for {path}: offline; give a local path{NOTHING_HERE}")
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -135,7 +165,7 @@ def _builder(source: DataSource, commit: str) -> Any:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
-    _asked_commit(source.path, commit)  # `datasets` would try for half a minute
+    _asked_commit("dataset", source.path, commit)  # `datasets` would try for half a minute
     try:
         builder = datasets.load_dataset_builder(source.path, name=source.subset, revision=commit)
     except ConnectionError as error:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.data.files import shown
-from stages.data.rows.cells import described, not_utf8
+from stages.data.rows.advice import Advice
+from stages.data.rows.guesses import LIKELY
+from stages.data.rows.wording import described, listed, not_utf8
 from stages.errors import DataError
 
 
@@ -56,6 +58,8 @@ def _odd_line(data: bytes, number: int) -> RawRow | None:
 
 
 def _line_row(value: Any, number: int) -> RawRow:
+    if number == 1 and isinstance(value, dict) and value.keys() == {"type", "instances"}:
+        return RawRow(number, None, Advice.LIST_IN_A_LINE.line(key="instances"))
     row = row_of(value, number)
     return row._replace(problem=row.problem + _NO_LINES) if number == 1 and isinstance(value, list) else row
 
@@ -72,8 +76,39 @@ def decoded(data: bytes, number: int) -> str | RawRow:
 def row_of(value: Any, line: int) -> RawRow:
     """The row that a JSON value is."""
     if isinstance(value, dict):
-        return RawRow(line, value)
+        problem = _shape_of(value)
+        return RawRow(line, None, problem) if problem else RawRow(line, value)
     return RawRow(line, None, f"expected an object {{column: value}}, got {described(value)}")
+
+
+def _shape_of(value: dict[str, Any]) -> str:
+    """What an object is that holds many rows; empty: it is one row."""
+    kind = type(next(iter(value.values()), None))
+    if kind not in (dict, list) or any(type(cells) is not kind for cells in value.values()):
+        return ""
+    if value.keys() == {"columns", "index", "data"}:  # pandas' split
+        return Advice.TABLE_BY_COLUMNS.line(shape="{columns: [names], index: [numbers], data: [[values]]}")
+    if kind is list:
+        return Advice.LISTS_BY_COLUMN.line() if _are_columns(value) else ""
+    first = next(iter(value.values())).keys()
+    if first and all(map(str.isdecimal, first)) and all(cells.keys() == first for cells in value.values()):
+        return Advice.TABLE_BY_COLUMNS.line(shape="{column: {row: value}}")
+    if first and all(map(str.isdecimal, value)):
+        return Advice.TABLE_BY_COLUMNS.line(shape="{row: {column: value}}")
+    return ""
+
+
+def _are_columns(lists: dict[str, list[Any]]) -> bool:
+    """Whether lists hold a cell per row. Objects may be the messages or responses of one row, numbers alone
+    its token ids.
+    """
+    cells = [cell for one in lists.values() for cell in one]
+    is_even = len({len(one) for one in lists.values()}) == 1 and lists.keys() - {"messages", "conversations"}
+    return bool(
+        is_even
+        and any(isinstance(cell, str | list) for cell in cells)
+        and not any(isinstance(cell, dict) for cell in cells)
+    )
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -82,7 +117,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[RawRow]:
     """The elements of a list, or values one after another. A syntax error ends the file: DataError."""
     text = _whole_text(lines, path)
-    at = _after_space(text, 0)
+    at = _list_in(text, _after_space(text, 0))
+    is_wrapped = text[at : at + 1] == "[" and text[_after_space(text, 0)] == "{"
     in_list = text[at : at + 1] == "["
     at = first = _after_space(text, at + in_list)
     counted_to, line_number = 0, 1
@@ -96,7 +132,7 @@ def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[RawRow]:
             raise DataError(f"{shown(path)}:{where}: {json_problem(error, text)}") from None
         at = _after_space(text, at)
         is_all = not in_list and counted_to == first and at == len(text)
-        problem = _wrapped(value) if is_all else ""
+        problem = _several_lists(value) if is_all else ""
         yield RawRow(line_number, None, problem) if problem else row_of(value, line_number)
         if in_list and text[at : at + 1] == ",":
             at = _after_space(text, at + 1)
@@ -106,17 +142,68 @@ def json_rows(lines: Iterable[bytes], path: Path) -> Iterator[RawRow]:
             raise DataError(
                 f"{shown(path)}:{line_number}: not valid JSON: missing ',' or ']' (column {column})"
             )
-    if in_list:
+    if in_list and not is_wrapped:  # else what is around the list was read whole
         _check_end(text, at, path)
 
 
-def _wrapped(value: Any) -> str:
-    """What to do about a file that is one object, with the rows in a list inside it; empty: it is not."""
-    for key in ("data", "rows", "examples", "train"):
-        inner = value[key] if isinstance(value, dict) and key in value else None
-        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
-            return f"one object, with rows in the list under '{key}'; leave only that list in the file"
+_WRAPPERS = ("data", "rows", "examples", "train", "instances")
+"""Keys of an object under which files hold their rows; LMFlow's is instances."""
+_OF_A_ROW = {
+    "messages",
+    "conversations",
+    "conversation",
+    *(name for names in LIKELY.values() for name in names),
+}
+"""Keys beside which a list belongs to one row, such as its examples."""
+
+
+def _lists_in(value: Any) -> list[str]:
+    """The keys of an object that hold rows in lists; none where the object seems to be a row itself."""
+    if not isinstance(value, dict) or not _OF_A_ROW.isdisjoint(value):
+        return []
+    return [
+        key
+        for key, inner in value.items()
+        if isinstance(inner, list)
+        and inner
+        and all(isinstance(item, dict) and item.keys().isdisjoint(("role", "from")) for item in inner)
+    ]
+
+
+def _wrapping_key(value: Any) -> str | None:
+    """The key of an object that holds all rows of a file in a list; None: it is not such an object."""
+    keys = _lists_in(value)
+    return keys[0] if len(keys) == 1 and keys[0] in _WRAPPERS else None
+
+
+def _several_lists(value: Any) -> str:
+    """What to do about a file that is one object with rows in several lists; empty: it is not."""
+    keys = _lists_in(value)
+    if len(keys) > 1 and {*keys} & {*_WRAPPERS}:
+        return Advice.SEVERAL_LISTS.line(keys=listed(keys))
     return ""
+
+
+def _list_in(text: str, start: int) -> int:
+    """Where the list begins that holds all rows inside the one object that the text is; else `start`."""
+    decoder = json.JSONDecoder()
+    if text[start : start + 1] != "{":
+        return start
+    try:
+        whole, end = decoder.raw_decode(text, start)
+        key = _wrapping_key(whole)
+        if key is None or _after_space(text, end) != len(text):
+            return start
+        at = _after_space(text, start + 1)
+        while True:
+            name, at = decoder.raw_decode(text, at)
+            at = _after_space(text, _after_space(text, at) + 1)  # past the colon
+            if name == key and text[at : at + 1] == "[":
+                return at
+            _, at = decoder.raw_decode(text, at)
+            at = _after_space(text, _after_space(text, at) + 1)  # past the comma
+    except (ValueError, RecursionError):
+        return start
 
 
 def _whole_text(lines: Iterable[bytes], path: Path) -> str:

@@ -1,38 +1,44 @@
 """Overview of one dataset, as its stage will see it: for a look before a run, without running anything.
 
     DataSource --readers--> records --fitting | filter--> lengths, rules that cut or drop, an example's mask
+                                    --chat template--> rows that it does not take
 
-Reads the first SAMPLE_CHARS characters, for all of it was read before (validation). Owns: these figures. Does
-not own: how they are shown (pipeline.preview), or any rule.
+Counts tokens of the first SAMPLE_CHARS characters, because all of it was read before (validation). Owns:
+these figures. Does not own: how they are shown (pipeline.preview), or any rule.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any, Literal
 
 import numpy as np
 
 from stages.config import DataFormat, DataSource, PrepareConfig
-from stages.data.chat import ChatTokenizer, Rendered
+from stages.data.chat import ChatTokenizer, Rendered, Talk
 from stages.data.corpus import STEPS, Dropped, Filter, check_passed
 from stages.data.fitting import (
     Fitted,
+    Refusals,
     check_left,
     check_rendering,
-    fit_conversation,
-    fit_pair,
-    fit_prompt,
+    fit_conversations,
+    fit_pairs,
+    fit_prompts,
     rules_applied,
 )
 from stages.data.readers import read_whole
 from stages.data.records import Conversation, Document, Pair, Prompt
 from stages.data.schemas import Record, StageName
+from stages.data.templates import Refused
 from stages.data.validation import Validated
 
 SAMPLE_CHARS = 10_000_000
 """Of the records whose lengths and rules are counted."""
+RENDERED_CHARS = 100_000_000
+"""Of the records behind these that the chat template is tried on."""
+RENDERED_AT_ONCE = 512
 EXAMPLE_CHARS = 2000
 
 
@@ -66,12 +72,18 @@ class Overview:
     num_records: int
     num_skipped: int  # malformed, under on_bad_row: skip
     num_filtered: int  # rows without a record
+    num_rendered: int  # records that the chat template was tried on
+    num_refused: int  # rows among them that it does not take, under on_bad_row: skip
+    unread_keys: Mapping[str, int]  # key of a message that nobody reads -> how often it is there
+    num_shared_prompts: int  # pairs whose prompt is what both texts begin with
+    shared_prompt: str  # the first of these
     num_sampled: int  # records that the figures below are of
     unit: Literal["tokens", "characters"]  # characters where no tokenizer is known yet
     median: int
     p95: int
     max: int
     rules: Counter[str]  # rule -> records it cuts or leaves out
+    num_examples: int  # to train on, of the sampled conversations; 0: of others
     example: tuple[Span, ...]  # the first one; nothing is trained in it where no tokenizer is known
 
 
@@ -85,13 +97,16 @@ def overview(
     sample = _sample(reader)
     assert reader.schema is not None, "a source with a record has a schema"
     if chat is None:
-        lengths, rules = [_chars(record) for record in sample], Counter[str]()
+        seen = _Figures(lengths=[_chars(record) for record in sample])
         example = [Span(text=_shortened("\n".join(_turns(sample[0]))), trained=False)]
-    else:
+    elif isinstance(sample[0], Document):
         is_all = len(sample) == found.num_records
-        lengths, rules = _figures(sample, chat, limits, left_of=source if is_all else None)
-        example = list(_example(sample[0], chat, limits))
-    median, p95 = np.percentile(lengths, [50, 95])
+        seen = _documents(sample, chat, limits, left_of=source if is_all else None)
+        example = [Span(text=_shortened(sample[0].text), trained=True)]
+    else:
+        seen = _rendered(source, sample, reader, found, chat, limits)
+        example = list(_example(sample[seen.first], chat)) if seen.lengths else []
+    median, p95 = np.percentile(seen.lengths or [0], [50, 95])
     return Overview(
         format=reader.schema.format,
         columns=reader.columns_seen,
@@ -99,12 +114,18 @@ def overview(
         num_records=found.num_records,
         num_skipped=found.counts.num_skipped,
         num_filtered=found.counts.num_filtered,
-        num_sampled=len(sample),
+        unread_keys=found.counts.unread_keys,
+        num_shared_prompts=found.counts.num_shared_prompts,
+        shared_prompt=_shortened(found.counts.shared_prompt),
+        num_rendered=seen.num_rendered,
+        num_refused=seen.num_refused,
+        num_sampled=len(seen.lengths),
         unit="characters" if chat is None else "tokens",
         median=int(median),
         p95=int(p95),
-        max=max(lengths),
-        rules=rules,
+        max=max(seen.lengths, default=0),
+        rules=seen.rules,
+        num_examples=seen.num_examples,
         example=tuple(example),
     )
 
@@ -154,20 +175,87 @@ def _turns(record: Record) -> Iterator[str]:
             yield from (f"{message.role}: {message.content}" for message in messages)
 
 
-def _figures(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    """Of a sample."""
+
+    lengths: list[int]  # of records that are not refused
+    rules: Counter[str] = field(default_factory=Counter)
+    num_rendered: int = 0
+    num_refused: int = 0
+    num_examples: int = 0
+    first: int = 0  # index of the first record that is not refused
+
+
+def _documents(
     sample: list[Any], chat: ChatTokenizer, limits: Limits, *, left_of: DataSource | None
-) -> tuple[list[int], Counter[str]]:
-    """Lengths in tokens, and how many records each rule cuts or leaves out; something must be `left_of` a
-    source that is looked at whole.
+) -> _Figures:
+    """Something must be `left_of` a source that is looked at whole."""
+    texts = [document.text for document in sample]
+    lengths = [len(ids) for ids in chat.documents_ids(texts, np.dtype(np.uint32))]
+    return _Figures(lengths=lengths, rules=_dropped(texts, limits, left_of))
+
+
+def _rendered(
+    source: DataSource,
+    sample: list[Any],
+    others: Iterator[Any],
+    found: Validated,
+    chat: ChatTokenizer,
+    limits: Limits,
+) -> _Figures:
+    """The sample in tokens; of the `others` only whether the template takes them. Raises DataError where it
+    takes fewer than it must, or nothing is left.
     """
-    if isinstance(sample[0], Document):
-        texts = [document.text for document in sample]
-        lengths = [len(ids) for ids in chat.documents_ids(texts, np.dtype(np.uint32))]
-        return lengths, _dropped(texts, limits, left_of)
-    fitted = [_fitted(record, chat, limits) for record in sample]
-    if left_of is not None:
-        check_left([(left_of, len(fitted))], fitted)
-    return [one.num_tokens for one in fitted], rules_applied(fitted)
+    refusals = Refusals(source)
+    fitted: list[Fitted[Any]] = []
+    good: list[int] = []
+    for index, (record, one) in enumerate(zip(sample, _fitted(sample, chat, limits), strict=True)):
+        if isinstance(one, Refused):
+            refusals.add(record, one)
+        else:
+            fitted.append(one)
+            good.append(index)
+    num_others = 0
+    chars = 0
+    while batch := list(islice(others, RENDERED_AT_ONCE if chars < RENDERED_CHARS else 0)):
+        num_others += len(batch)
+        chars += sum(map(_chars, batch))
+        for record, refused in zip(batch, _refusals(batch, chat), strict=True):
+            if refused is not None:
+                refusals.add(record, refused)
+    refusals.check(found.counts, len(sample) + num_others - refusals.number)
+    if isinstance(sample[0], Conversation):
+        check_rendering(chat, fitted)
+    if not num_others and len(sample) == found.num_records:
+        check_left([(source, len(fitted))], fitted)
+    return _Figures(
+        lengths=[one.num_tokens for one in fitted],
+        rules=rules_applied(fitted),
+        num_rendered=len(sample) + num_others,
+        num_refused=refusals.number,
+        num_examples=sum(len(one.example) for one in fitted if one.example is not None)
+        if isinstance(sample[0], Conversation)
+        else 0,
+        first=next((at for at, one in zip(good, fitted, strict=True) if one.example is not None), 0),
+    )
+
+
+def _refusals(records: list[Any], chat: ChatTokenizer) -> Iterator[Refused | None]:
+    """Why the chat template does not take each record; None: it does."""
+    talks = [list(_talks(record)) for record in records]
+    found = chat.refusals([talk for several in talks for talk in several])
+    for several in talks:
+        yield next(filter(None, [next(found) for _ in several]), None)
+
+
+def _talks(record: Record) -> Iterator[Talk]:
+    match record:
+        case Pair(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools):
+            yield Talk(messages=(*prompt, *chosen), tools=tools)
+            yield Talk(messages=(*prompt, *rejected), tools=tools)
+        case Conversation(messages=messages, tools=tools) | Prompt(messages=messages, tools=tools):
+            yield Talk(messages=messages, tools=tools)
 
 
 def _dropped(texts: list[str], limits: Limits, left_of: DataSource | None) -> Counter[str]:
@@ -182,32 +270,33 @@ def _dropped(texts: list[str], limits: Limits, left_of: DataSource | None) -> Co
     )
 
 
-def _fitted(record: Record, chat: ChatTokenizer, limits: Limits) -> Fitted[Any]:
-    match record:
+def _fitted(records: list[Any], chat: ChatTokenizer, limits: Limits) -> Iterator[Fitted[Any] | Refused]:
+    match records[0]:
         case Conversation():
-            return fit_conversation(chat, record, limits.context_length)
+            return fit_conversations(chat, records, limits.context_length)
         case Pair():
-            return fit_pair(chat, record, limits.context_length, limits.pairs_too_long)
+            return fit_pairs(chat, records, limits.context_length, limits.pairs_too_long)
         case Prompt():
-            return fit_prompt(chat, record, limits.max_prompt_tokens, limits.base_prompt)
+            return fit_prompts(chat, records, limits.max_prompt_tokens, limits.base_prompt)
     raise AssertionError("documents are not fitted")
 
 
-def _example(record: Record, chat: ChatTokenizer, limits: Limits) -> Iterator[Span]:
+def _example(record: Record, chat: ChatTokenizer) -> Iterator[Span]:
     """The record decoded from its ids, special tokens visible, by what is trained of it."""
     match record:
-        case Document(text=text):
-            yield Span(text=_shortened(text), trained=True)
-        case Conversation(messages=messages):
-            check_rendering(chat, record)
-            yield from _spans(chat.render(messages), chat)
-        case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
+        case Conversation():
+            (examples,) = chat.examples(list(_talks(record)))
+            for number, example in enumerate(() if isinstance(examples, Refused) else examples):
+                if number:
+                    yield Span(text="\n", trained=False)
+                yield from _spans(example, chat)
+        case Pair(prompt=prompt, chosen=chosen, rejected=rejected, tools=tools):
             yield Span(text="chosen: ", trained=False)
-            yield from _spans(chat.render((*prompt, *chosen)), chat)
+            yield from _spans(chat.render((*prompt, *chosen), tools), chat)
             yield Span(text="\nrejected: ", trained=False)
-            yield from _spans(chat.render((*prompt, *rejected)), chat)
-        case Prompt(messages=messages):
-            yield Span(text=_shortened(_decoded(chat.prompt_ids(messages), chat)), trained=False)
+            yield from _spans(chat.render((*prompt, *rejected), tools), chat)
+        case Prompt(messages=messages, tools=tools):
+            yield Span(text=_shortened(_decoded(chat.prompt_ids(messages, tools), chat)), trained=False)
 
 
 def _spans(rendered: Rendered, chat: ChatTokenizer) -> Iterator[Span]:

@@ -1,15 +1,17 @@
 """Readers: sources of any accepted shape -> records, or one error line that names file, line and field.
 
-    path, glob, directory --files--> splits --raw_rows--> columns --schemas--> records --weight--> Rows
-    organisation/name -----------------hub-----------------^
+    path, glob, directory --places--> splits --raw_rows--> columns --schemas--> records --weight--> Rows
+    organisation/name ------------------hub-----------------^
 
 Owns bad rows, weights, parts, identity. Does not own files (files, hub), what a row is in each kind of file
 (raw_rows, json_rows), what it means (schemas) or tokens (chat). Imports neither torch, transformers nor
 datasets.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,12 +20,14 @@ from blake3 import blake3
 from stages.config import DataSource
 from stages.data.batches import content_share, repeats, stage_seed
 from stages.data.durable import file_digest
-from stages.data.files import FileSplit, cut, files_of, kind_of, one_line, reading, shown, whole
+from stages.data.files import FileSplit, cut, kind_of, one_line, reading, shown, whole
 from stages.data.hub import hub_commit, hub_rows, is_hub_id
 from stages.data.json_rows import RawRow
+from stages.data.places import found_at
 from stages.data.raw_rows import raw_rows
-from stages.data.records import Conversation, Pair, Prompt, split_key
-from stages.data.rows.cells import listed
+from stages.data.records import Conversation, Document, Pair, Prompt, split_key
+from stages.data.rows.advice import Advice
+from stages.data.rows.wording import listed
 from stages.data.schemas import (
     SCHEMAS,
     Record,
@@ -37,8 +41,14 @@ from stages.data.schemas import (
 )
 from stages.errors import DataError
 
+_logger = logging.getLogger(__name__)
+
 R = TypeVar("R")
 T = TypeVar("T")
+_PADDED = ("parquet", "arrow")
+"""Kinds of files in which every object has the keys of all objects of its column; so have hub datasets."""
+NUM_KEYS = 20
+"""Keys of messages that are named, the most frequent ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +59,8 @@ class Rows(Generic[R]):
     num_skipped: int  # malformed rows left out under on_bad_row: skip
     num_filtered: int  # sound rows that hold nothing to train on (ties, label false)
     sizes: list[tuple[DataSource, int]]  # how many of the records are whose, in order
+    counts: "list[Counts]"  # of reading each of these sources
+    unread_keys: Mapping[str, int] = field(default_factory=dict)  # key of a message -> how often it was there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +72,9 @@ class Counts:
     num_skipped: int  # malformed rows left out under on_bad_row: skip
     num_filtered: int  # rows that gave no record
     first_problem: str  # the line about the first malformed row; empty: none
+    unread_keys: Mapping[str, int] = field(default_factory=dict)  # key of a message -> how often it was there
+    num_shared_prompts: int = 0  # pairs whose prompt is what both texts begin with
+    shared_prompt: str = ""  # the first of these
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -68,10 +83,26 @@ class Counts:
             num_skipped=self.num_skipped + other.num_skipped,
             num_filtered=self.num_filtered + other.num_filtered,
             first_problem=self.first_problem or other.first_problem,
+            unread_keys=Counter(self.unread_keys) + Counter(other.unread_keys),
+            num_shared_prompts=self.num_shared_prompts + other.num_shared_prompts,
+            shared_prompt=self.shared_prompt or other.shared_prompt,
         )
 
 
 NO_ROWS = Counts(num_rows=0, num_records=0, num_skipped=0, num_filtered=0, first_problem="")
+
+
+def most_frequent(unread_keys: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The NUM_KEYS most frequent keys, with how often each was there."""
+    ordered = sorted(unread_keys.items(), key=lambda counted: (-counted[1], counted[0]))
+    return ordered[:NUM_KEYS]
+
+
+def unread_keys_in_words(unread_keys: Mapping[str, int]) -> str:
+    """`id (1200), foo (3)`."""
+    shown = [f"{key} ({number})" for key, number in most_frequent(unread_keys)]
+    more = [f"2026 {len(unread_keys) - NUM_KEYS} more"] if len(unread_keys) > NUM_KEYS else []
+    return ", ".join(shown + more)
 
 
 def read_conversations(sources: Sequence[DataSource], *, seed: int) -> Rows[Conversation]:
@@ -95,20 +126,34 @@ def read(
     """The records that `stage` takes: the functions above by stage name, and documents for prepare."""
     records: list[Any] = []
     sizes: list[tuple[DataSource, int]] = []
+    counts: list[Counts] = []
     num_skipped = num_filtered = 0
+    unread_keys = Counter[str]()
     for index, source in enumerate(sources):
         if source.weight == 0:
             continue
         rows = read_source(source, stage, group_column)
+        if rows.unread_keys:
+            named = unread_keys_in_words(rows.unread_keys)
+            _logger.warning("%s: message keys that are not read: %s", shown(source.path), named)
         check_weight(source, len(rows.records))
         taken = weighted(rows.records, source.weight, stage_seed(seed, "weight", index))
         records += taken
         sizes.append((source, len(taken)))
+        counts += rows.counts
         num_skipped += rows.num_skipped
         num_filtered += rows.num_filtered
+        unread_keys.update(rows.unread_keys)
     if not records:
         raise DataError(f"{', '.join(shown(source.path) for source in sources) or stage}: no rows")
-    return Rows(records=records, num_skipped=num_skipped, num_filtered=num_filtered, sizes=sizes)
+    return Rows(
+        records=records,
+        num_skipped=num_skipped,
+        num_filtered=num_filtered,
+        sizes=sizes,
+        counts=counts,
+        unread_keys=unread_keys,
+    )
 
 
 def read_source(source: DataSource, stage: StageName, group_column: str | None = None) -> Rows[Any]:
@@ -121,6 +166,8 @@ def read_source(source: DataSource, stage: StageName, group_column: str | None =
         num_skipped=reader.counts.num_skipped,
         num_filtered=reader.counts.num_filtered,
         sizes=[(source, len(records))],
+        counts=[reader.counts],
+        unread_keys=reader.counts.unread_keys,
     )
 
 
@@ -135,7 +182,7 @@ def splits_of(source: DataSource, block_bytes: int) -> list[FileSplit]:
     """
     if is_hub_id(source.path):
         return _whole_files(source)
-    return [split for path in files_of(source.path) for split in cut(path, source, block_bytes)]
+    return [split for path in files_of(source) for split in cut(path, source, block_bytes)]
 
 
 def read_split(source: DataSource, split: FileSplit, stage: StageName) -> "RecordReader":
@@ -201,20 +248,26 @@ def weighted(records: Sequence[T], weight: float, seed: int) -> list[T]:
 
 
 def content_digest(source: DataSource) -> str:
-    """What the source holds: blake3 of its files' contents in path order; of a hub dataset, in plain, the
-    commit that is meant, subset and split. File names do not enter, the kind of file does. Raises DataError.
+    """What the source holds: blake3 of the contents of its `files_of`, in order; of a hub dataset, in plain,
+    the commit that is meant, subset and split. File names do not enter, the kind of file does. Raises
+    DataError.
     """
     if is_hub_id(source.path):
         subset = "" if source.subset is None else f" {source.subset}"
         return f"hub {hub_commit(source)}{subset} {source.split}"
     total = blake3()
-    for path in files_of(source.path):
+    for path in files_of(source):
         kind = kind_of(path)
         with reading(path):
             contents = bytes.fromhex(file_digest(path))
         suffix = f".{kind.compression}" if kind.compression else ""
         total.update(f"{kind.kind}{suffix}:".encode() + contents)
     return total.hexdigest()
+
+
+def files_of(source: DataSource) -> tuple[Path, ...]:
+    """The files that are read of a local source, in order. Raises DataError."""
+    return found_at(source.path, source.split).files
 
 
 def split_digest(split: FileSplit, source: DataSource) -> str:
@@ -231,7 +284,7 @@ def _whole_files(source: DataSource) -> list[FileSplit]:
     """Every file whole."""
     if is_hub_id(source.path):
         return [whole(Path(source.path))]
-    return [whole(path) for path in files_of(source.path)]
+    return [whole(path) for path in files_of(source)]
 
 
 def _raw_rows(split: FileSplit, source: DataSource) -> Iterator[RawRow]:
@@ -255,8 +308,13 @@ class RecordReader(Iterator[Any]):
         _check_settings(source)
         self.schema: Schema | None = _stated_schema(source, stage)
         self.columns_seen: dict[str, str] = {}  # field -> the column it is read from
+        self.rows_of: Counter[Path] = Counter()  # file -> its rows
+        self._sound: dict[Path, Mapping[str, Any]] = {}  # file -> its first row that can be read
         self._num_rows = self._num_records = self._num_skipped = self._num_filtered = 0
         self._first_problem = ""
+        self._unread_keys = Counter[str]()
+        self._shared_prompts = 0
+        self._shared_prompt = ""
         self._records = self._read()
 
     def __next__(self) -> Record:
@@ -271,37 +329,55 @@ class RecordReader(Iterator[Any]):
             num_skipped=self._num_skipped,
             num_filtered=self._num_filtered,
             first_problem=self._first_problem,
+            unread_keys=dict(self._unread_keys),
+            num_shared_prompts=self._shared_prompts,
+            shared_prompt=self._shared_prompt,
         )
 
     def _read(self) -> Iterator[Record]:
         takes_all = self._source.part == "all"
         for split in self._splits:
+            self.rows_of[split.path] += 0
+            is_padded = is_hub_id(self._source.path) or kind_of(split.path).kind in _PADDED
+            shown_path = shown(split.path)
             for line, columns, problem in _raw_rows(split, self._source):
                 self._num_rows += 1
+                self.rows_of[split.path] += 1
                 try:
                     if columns is None:
                         raise RowError(problem)
-                    records = self._parse(columns)
+                    records = self._parse(columns, is_padded=is_padded)
                 except RowError as error:
-                    self._bad(f"{shown(split.path)}:{line}: {one_line(str(error))}")
+                    problem = self._foreign(split, columns) or str(error)
+                    self._bad(f"{shown_path}:{line}: {one_line(problem)}")
                     continue
+                self._sound.setdefault(split.path, columns)
                 self._num_records += len(records)
                 self._num_filtered += not records
                 for record in records:
                     if takes_all or _in_part(record, self._source):
-                        yield record
+                        yield record if isinstance(record, Document) else _placed(record, shown_path, line)
 
-    def _parse(self, row: dict[str, Any]) -> tuple[Record, ...]:
+    def _parse(self, row: dict[str, Any], *, is_padded: bool) -> tuple[Record, ...]:
         schema = self._detected(row) if self.schema is None else self.schema
-        cells = schema.cells(row, self._source.column_of, self._source.min_margin)
-        records = schema.parse(cells)
+        cells = schema.cells(
+            row,
+            self._source.column_of,
+            self._source.min_margin,
+            is_padded=is_padded,
+            group_column=self._group_column,
+        )
+        records = schema.read(cells, is_stated=self._source.format is not None)
         if self._source.format is None:
             check_label(self._stage, schema, row, self._source.column_of)
         if self._group_column is not None and self._group_column not in row:
-            raise RowError(
-                f"{self._group_column}: missing; columns are {listed(row)} - set reward.group_column"
-            )
+            raise RowError(Advice.NO_GROUP_COLUMN.line(column=self._group_column, columns=listed(row)))
         self.schema = schema  # a row that cannot be read decides nothing
+        if cells.unread_keys:
+            self._unread_keys.update(cells.unread_keys)
+        if cells.shared_prompt is not None:
+            self._shared_prompts += 1
+            self._shared_prompt = self._shared_prompt or cells.shared_prompt
         if not self.columns_seen:
             self.columns_seen = schema.columns_read(cells)
         return records
@@ -316,11 +392,49 @@ class RecordReader(Iterator[Any]):
                 return reader.schema
         return detect(self._stage, row, self._source.column_of)
 
+    def _foreign(self, split: FileSplit, row: Mapping[str, Any] | None) -> str:
+        """What to say where a file that cannot be read lies among others that can: it has other columns.
+        Empty where that is not what is wrong.
+        """
+        if row is None or split.path in self._sound or self._source.on_bad_row == "skip":
+            return ""
+        if self._is_of_a_format(row):  # and wrong in itself
+            return ""
+        others = (other for other in self._splits if other.path != split.path)
+        sound = next(iter(self._sound.items()), None)
+        sound = sound or next(filter(None, map(self._first_sound, others)), None)
+        if sound is None or set(sound[1]) == set(row):
+            return ""
+        return (
+            f"columns {listed(row)} are not those of {shown(sound[0])} ({listed(sound[1])}), and one "
+            f"entry has "
+            "one format; move this file elsewhere, or name the others by a glob"
+        )
+
+    def _first_sound(self, split: FileSplit) -> tuple[Path, Mapping[str, Any]] | None:
+        """A file and its first row, where that is of a format."""
+        try:
+            row = next(_raw_rows(split, self._source), None)
+        except DataError:
+            return None
+        if row is None or row.columns is None or not self._is_of_a_format(row.columns):
+            return None
+        return split.path, row.columns
+
+    def _is_of_a_format(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has the columns of the source's format, or, as long as that is open, of any."""
+        schema = self.schema or detect(self._stage, row, self._source.column_of)
+        return not any(schema.distance(row, self._source.column_of))
+
     def _bad(self, problem: str) -> None:
         if self._source.on_bad_row == "error":
             raise DataError(problem)
         self._first_problem = self._first_problem or problem
         self._num_skipped += 1
+
+
+def _placed(record: Conversation | Pair | Prompt, path: str, line: int) -> Record:
+    return replace(record, place=f"{path}:{line}")
 
 
 def _in_part(record: Record, source: DataSource) -> bool:

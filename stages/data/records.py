@@ -52,6 +52,7 @@ class Conversation:
     messages: Messages
     tools: Tools = field(default=(), hash=False)
     place: str = field(default="", compare=False)  # file:line of the row
+    num_turns_left_out: int = field(default=0, compare=False)  # of the row: what stood after the last answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,12 @@ from typing import Any, Literal
 from stages.config import DataFormat
 from stages.data.records import Record
 from stages.data.rows import conversations, preferences, prompts, ranked, trees
-from stages.data.rows.cells import Cells, RowError, described
-from stages.data.rows.conversations import as_label
+from stages.data.rows.advice import Advice
+from stages.data.rows.calls import TOOLS, tool_columns
+from stages.data.rows.cells import Cells, RowError
+from stages.data.rows.conversations import label_of
+from stages.data.rows.guesses import check_columns
+from stages.data.rows.marks import ROW_MARKS, mark_columns
 from stages.data.rows.preferences import SIDES
 from stages.data.rows.prompts import ASKED, used_by
 from stages.data.rows.transcripts import is_transcript
@@ -32,7 +36,6 @@ __all__ = [
     "Schema",
     "StageName",
     "check_label",
-    "described",
     "detect",
     "fields_of",
     "named",
@@ -50,19 +53,44 @@ class Schema:
     required: tuple[str, ...]  # fields that must be there
     aliases: Aliases  # every field -> the columns looked for, in order
     parse: Callable[[Cells], tuple[Record, ...]]
+    is_imitated: bool = False  # its assistant turns are trained as they stand, so training marks count
     fits: Callable[[Cells], bool] | None = None  # where this fails, any other schema is nearer
     inner: Callable[[Cells], tuple["Schema", Mapping[str, str]]] | None = None
     """Of labelled rows: the schema they are of without their label, and its column map."""
 
-    def cells(self, row: Mapping[str, Any], columns: Mapping[str, str], min_margin: float = 0.0) -> Cells:
+    def cells(
+        self,
+        row: Mapping[str, Any],
+        columns: Mapping[str, str],
+        min_margin: float = 0.0,
+        *,
+        is_padded: bool = False,
+        group_column: str | None = None,
+    ) -> Cells:
         """The row through this schema's fields. Raises RowError for a configured field it does not have."""
         unknown = next((field for field in columns if field not in self.aliases), None)
         if unknown is not None:
-            raise RowError(
-                f"columns: format {self.format} has no field '{unknown}'; "
-                f"fields are {', '.join(self.aliases)} - or set format"
-            )
-        return Cells(row, columns, self.aliases, min_margin)
+            fields = ", ".join(self.aliases)
+            raise RowError(Advice.NO_SUCH_FIELD.line(format=self.format, field=unknown, fields=fields))
+        return Cells(
+            row,
+            columns,
+            self.aliases,
+            min_margin,
+            is_imitated=self.is_imitated,
+            is_padded=is_padded,
+            group_column=group_column,
+        )
+
+    def read(self, cells: Cells, *, is_stated: bool) -> tuple[Record, ...]:
+        """The records of a row. Raises RowError, about missing columns first, because they explain the rest.
+        `is_stated`: the config names this format.
+        """
+        try:
+            return self.parse(cells)
+        except RowError:
+            check_columns(cells, self.required, is_stated=is_stated, is_imitated=self.is_imitated)
+            raise
 
     def columns_read(self, cells: Cells) -> dict[str, str]:
         """Field -> the column of the row that it is read from; `input` and `history` only where they are."""
@@ -70,11 +98,13 @@ class Schema:
             schema, renamed = self.inner(cells)
             rest = schema.columns_read(schema.cells(cells.row, renamed))
             return {"label": cells.required("label")[0], **rest}
-        columns = {field: cells.column(field) for field in self.aliases}
-        found = {field: column for field, column in columns.items() if column is not None}
+        found = cells.columns_read()
         question = next((field for field in ("prompt", "instruction") if field in found), None)
         unread = {"input", "history"} - {*(() if question is None else used_by(cells, question))}
-        return {field: column for field, column in found.items() if field not in unread}
+        unread |= {*(() if tool_columns(cells) else ("tools",)), *(() if mark_columns(cells) else ROW_MARKS)}
+        label = preferences.deciding_label(cells)
+        decided = {} if label is None else {"label": label}
+        return {**{field: column for field, column in found.items() if field not in unread}, **decided}
 
     def distance(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[float, ...]:
         """How far the row is from this schema, smallest first; 0 throughout: the row is of this schema.
@@ -105,8 +135,8 @@ def _is_alpaca(cells: Cells) -> bool:
     return completion == "output" or (prompt == "instruction" and completion in (None, "response"))
 
 
-_SYSTEM = {"system": ASKED["system"]}
-_TALK = {"conversations": ("conversations", "conversation"), **_SYSTEM}
+_BESIDE = {"system": ASKED["system"], **TOOLS}
+_TALK = {"conversations": ("conversations", "conversation"), **_BESIDE}
 _LABEL = {"label": ("label", "kto_tag")}
 _TREE = {"prompt": ("prompt",)}
 
@@ -114,24 +144,28 @@ _PLAIN_SFT = (
     Schema(
         format="messages",
         required=("messages",),
-        aliases={"messages": ("messages",), **_SYSTEM},
+        aliases={"messages": ("messages",), **_BESIDE, **ROW_MARKS},
         parse=conversations.messages,
+        is_imitated=True,
     ),
     Schema(
         format="sharegpt",
         required=("conversations",),
-        aliases={**_TALK, "chosen": ("chosen",)},
+        aliases={**_TALK, "chosen": ("chosen",), **ROW_MARKS},
         parse=conversations.sharegpt,
+        is_imitated=True,
     ),
     Schema(
         format="prompt_completion",
         required=("prompt", "completion"),
         aliases={
             **ASKED,
-            "prompt": ("prompt", "question", "query", "instruction"),
+            "prompt": ("prompt", "question", "query", "instruction", "input"),
             "completion": ("completion", "response", "answer", "output"),
+            **ROW_MARKS,
         },
         parse=conversations.prompt_completion,
+        is_imitated=True,
         fits=lambda cells: not _is_alpaca(cells),
     ),
     Schema(
@@ -139,10 +173,12 @@ _PLAIN_SFT = (
         required=("instruction", "output"),
         aliases={
             "instruction": ("instruction",),
-            **{field: ASKED[field] for field in ("input", "system", "history")},
+            **{field: ASKED[field] for field in ("input", "system", "history", "tools")},
             "output": ("output", "response", "completion", "answer"),
+            **ROW_MARKS,
         },
         parse=conversations.instruction,
+        is_imitated=True,
     ),
 )
 _PLAIN_PROMPTS = (
@@ -177,24 +213,16 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
 
 def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
     """Raise RowError for a row of sft labelled false that `schema`, guessed by another, would imitate."""
-    if stage != "sft" or schema.format == "labelled":
+    if stage != "sft" or schema.format == "labelled" or row.keys().isdisjoint(_LABEL["label"]):
         return
     found = Cells(row, columns, _LABEL).first_of(_LABEL["label"])
-    if found is not None and _is_boolean(found[1]) and not as_label(found[1], found[0]):
-        raise RowError(
-            f"{found[0]}: false, but by its first row the source is not labelled; set format: labelled, or "
-            f"format: {schema.format} to imitate it"
-        )
-
-
-def _is_boolean(value: Any) -> bool:
-    """true or false, or the word: tables of text have no other."""
-    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+    if found is not None and label_of(found[1]) is False:
+        raise RowError(Advice.LABELLED_LATER.line(column=found[0], format=schema.format))
 
 
 def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
-    """Rows of one of `inner` with a boolean `label`, or one that the config names; `keep` turns their reader
-    into that of labelled rows.
+    """Rows of one of `inner` with a true or false `label`, or one that the config names; `keep` turns their
+    reader, and their format without the label, into the reader of labelled rows.
     """
 
     def without_label(cells: Cells) -> tuple[Schema, dict[str, str]]:
@@ -205,19 +233,20 @@ def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
         if cells.column("label") is None:
             return False
         schema, columns = without_label(cells)
-        is_label = cells.is_renamed("label") or _is_boolean(cells.required("label")[1])
+        is_label = cells.is_renamed("label") or label_of(cells.required("label")[1]) is not None
         return is_label and not any(schema.distance(cells.row, columns))
 
     def parse(cells: Cells) -> tuple[Record, ...]:
         schema, columns = without_label(cells)
-        return schema.parse(schema.cells(cells.row, columns, cells.min_margin))
+        inner_cells = cells.through(columns, schema.aliases, is_imitated=schema.is_imitated)
+        return schema.read(inner_cells, is_stated=False)
 
     aliases = {field: columns for schema in reversed(inner) for field, columns in schema.aliases.items()}
     return Schema(
         format="labelled",
         required=("label",),
         aliases={**_LABEL, **aliases},
-        parse=keep(parse),
+        parse=keep(parse, lambda cells: without_label(cells)[0].format),
         fits=fits,
         inner=without_label,
     )
@@ -235,7 +264,7 @@ _PROMPTS = (
         parse=prompts.hh_prompt,
         fits=_transcript_in("chosen"),
     ),
-    _labelled(_PLAIN_PROMPTS, lambda parse: parse),
+    _labelled(_PLAIN_PROMPTS, lambda parse, _: parse),
 )
 
 SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
@@ -294,7 +323,7 @@ SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
             parse=trees.tree_pairs,
             fits=trees.holds_tree,
         ),
-        _labelled(_PLAIN_SFT, lambda parse: preferences.label_is_no_pair),
+        _labelled(_PLAIN_SFT, lambda *_: preferences.label_is_no_pair),
     ),
     "ppo": _PROMPTS,
     "evaluate": _PROMPTS,

@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,15 @@ from rollout.config import Section
 from stages.config import DataSource, PrepareConfig, RewardConfig
 from stages.data.batches import content_share, repeats
 from stages.data.corpus import STEPS, Dropped, Filter, check_passed, check_trained, held_out
+from stages.data.hub import is_hub_id
 from stages.data.languages import check_languages
+from stages.data.observations import Observed
 from stages.data.readers import Counts, check_counts, check_sides, check_weight, is_held_out, read_whole
 from stages.data.records import Document, Pair
 from stages.data.schemas import StageName
+
+Look = Callable[[Any], None]
+"""What is done with every record that is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,44 +36,53 @@ class Validated:
 
     counts: Counts
     num_records: int  # of the source's `part:`
+    files: tuple[tuple[Path, int], ...]  # each with its rows, in order; none of a hub dataset
 
 
-def validate(sources: Sequence[DataSource], stage: StageName, config: Section) -> list[Validated]:
-    """Read all `sources` (none of weight 0) as the `stage` of this section will. Raises DataError."""
+def validate(
+    sources: Sequence[DataSource], stage: StageName, config: Section, observed: Sequence[Observed] = ()
+) -> list[Validated]:
+    """Read all `sources` (none of weight 0) as the `stage` of this section will; each of `observed` looks at
+    the records of one of them, in order. Raises DataError.
+    """
+    looks: list[Look] = [one.look for one in observed] or [_nothing for _ in sources]
     match config:
         case PrepareConfig():
-            return _documents(sources, config)
+            return _documents(sources, config)  # which nobody asks or answers
         case RewardConfig():
-            return _pairs(sources, config)
-    return [_read(source, stage) for source in sources]
+            return _pairs(sources, config, looks)
+    return [_read(source, stage, look) for source, look in zip(sources, looks, strict=True)]
 
 
-def _read(
-    source: DataSource,
-    stage: StageName,
-    group_column: str | None = None,
-    look: Callable[[Any], None] = lambda record: None,
-) -> Validated:
-    """Call `look` with every record."""
+def _nothing(record: Any) -> None: ...
+
+
+def _read(source: DataSource, stage: StageName, *looks: Look, group_column: str | None = None) -> Validated:
+    """Call all `looks` with every record."""
     reader = read_whole(source, stage, group_column)
     num_records = 0
     for record in reader:
         num_records += 1
-        look(record)
+        for look in looks:
+            look(record)
     check_counts(source, reader.counts, num_records)
     if stage != "prepare":  # whose sources are weighed against each other
         check_weight(source, num_records)
-    return Validated(counts=reader.counts, num_records=num_records)
+    files = tuple(reader.rows_of.items()) if not is_hub_id(source.path) else ()
+    return Validated(counts=reader.counts, num_records=num_records, files=files)
 
 
-def _pairs(sources: Sequence[DataSource], config: RewardConfig) -> list[Validated]:
+def _pairs(sources: Sequence[DataSource], config: RewardConfig, looks: Sequence[Look]) -> list[Validated]:
     """Both sides of the held-out share must have a pair."""
     sides: Counter[bool] = Counter()
 
-    def look(pair: Pair) -> None:
+    def count(pair: Pair) -> None:
         sides[is_held_out(pair, config.heldout_frac)] += 1
 
-    found = [_read(source, "reward", config.group_column, look) for source in sources]
+    found = [
+        _read(source, "reward", count, look, group_column=config.group_column)
+        for source, look in zip(sources, looks, strict=True)
+    ]
     check_sides(sources, num_train=sides[False], num_heldout=sides[True])
     return found
 
@@ -97,6 +112,6 @@ def _passed(source: DataSource, keeps: Filter) -> tuple[Validated, np.ndarray]:
     def look(document: Document) -> None:
         shares.extend(content_share(text) for text in keeps([document.text], dropped))
 
-    found = _read(source, "prepare", look=look)
+    found = _read(source, "prepare", look)
     check_passed(source, len(shares), dropped)
     return found, np.frombuffer(shares)

@@ -173,7 +173,7 @@ def test_pin_10_prompt_and_response_ids_are_exactly_the_rendered_conversation(ma
 def test_pin_9_every_assistant_turn_is_trained_with_exactly_one_end_token(make, messages):
     chat = make()
     rendered = chat.render(messages)
-    runs = chat_module._trained_runs(rendered)
+    runs = chat_module.trained_runs(rendered)
     said = [message.content for message in messages if message.role == "assistant"]
     assert len(runs) == len(said)
     for run, content in zip(runs, said, strict=True):

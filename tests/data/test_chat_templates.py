@@ -161,7 +161,7 @@ RUNS = ["  ", "    ", "        ", "\t\t", "\n", "\n\n", "\n\n\n"]
 
 
 @cache
-def _byte_level(spaces: str) -> str:
+def byte_level(spaces: str) -> str:
     """With Qwen's and Llama 3's pattern: line breaks join what is before them.
 
     `prefix`: with GPT-2's, a space before every text, no tokens of several line breaks, which that pattern
@@ -196,7 +196,7 @@ def _byte_level(spaces: str) -> str:
 def chat_of(model: str, spaces: str, name: str) -> ChatTokenizer:
     template, tokens = TEMPLATES[name]
     if model == "byte_level":
-        tokenizer = Tokenizer.from_str(_byte_level(spaces))
+        tokenizer = Tokenizer.from_str(byte_level(spaces))
     else:
         tokenizer = Tokenizer.from_str(_sentencepiece(model))
         SPACES[spaces](tokenizer)

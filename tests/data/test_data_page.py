@@ -28,7 +28,7 @@ from stages import prepare
 from stages.config import DataSource, PPOConfig, PrepareConfig, RewardConfig, SFTConfig
 from stages.data import readers
 from stages.data.hub import is_hub_id
-from stages.data.records import Conversation, Document, Messages, Pair
+from stages.data.records import Conversation, Document, Message, Messages, Pair, Tools
 from stages.data.schemas import SCHEMAS, Record, StageName
 from stages.data.validation import validate
 from stages.errors import DataError
@@ -93,7 +93,27 @@ def written(directory: Path, path: str, data: bytes) -> None:
 
 
 def turns(messages: Messages) -> str:
-    return " | ".join(f"{message.role}: {message.content}" for message in messages)
+    return " | ".join(map(turn, messages))
+
+
+def turn(message: Message) -> str:
+    """A turn as the page writes it: whether it is trained, its thoughts, its calls."""
+    speaker = " ".join([message.role, *([message.name] if message.name else [])])
+    marks = ([] if message.is_trained else ["not trained"]) + (
+        [f"thinks: {message.reasoning}"] if message.reasoning else []
+    )
+    calls = [
+        f"calls {call['function']['name']} {json.dumps(call['function']['arguments'])}"
+        for call in message.tool_calls
+    ]
+    shown = f" ({'; '.join(marks)})" if marks else ""
+    said = " ".join([*([message.content] if message.content else []), *calls])
+    return f"{speaker}{shown}: {said}"
+
+
+def offered(tools: Tools) -> str:
+    names = ", ".join(tool["function"]["name"] for tool in tools)
+    return f"tools: {names} | " if tools else ""
 
 
 def in_words(record: Record) -> str:
@@ -101,13 +121,13 @@ def in_words(record: Record) -> str:
     match record:
         case Document(text=text):
             words = text
-        case Conversation(messages=messages):
-            words = turns(messages)
+        case Conversation(messages=messages, tools=tools):
+            words = offered(tools) + turns(messages)
         case Pair(prompt=prompt, chosen=(chosen,), rejected=(rejected,)):
             words = f"{turns(prompt)} | chosen: {chosen.content} | rejected: {rejected.content}"
         case _:
             row = f" | row: {json.dumps(record.row)}" if record.row else ""
-            words = turns(record.messages) + row
+            words = offered(record.tools) + turns(record.messages) + row
     return words.replace("\n", "\\n")
 
 
@@ -177,6 +197,7 @@ ODD = {
     "nothing": b"",
     "anything": b"PK",
     "a quote not closed": b'text\n"One.\n',
+    "Python's repr of messages": b"id,messages\n1,\"[{'role': 'user', 'content': '2+2?'}]\"\n",
 }
 """What files hold that no code span can show."""
 ERRORS = table("stage: file")

@@ -116,13 +116,19 @@ def test_what_the_hub_does_not_give_is_one_line(tmp_path, hub):
     hub.files = {**FILES, "train.jsonl": b'{"text": "one"\n'}
     broken, missing = read(tmp_path, {"path": "org/name"}, {"path": "org/gone"}, HF_ENDPOINT=hub.url)
     assert broken.startswith("org/name: JSON parse error: Missing a comma or '}'")
-    assert missing == "org/gone: neither a local path nor a dataset of the hub (a private one needs a login)"
+    assert missing == (
+        "org/gone: no such file or directory, and no dataset of the hub either (a private one needs a login)"
+    )
     hub.status = 503
     (line,) = read(tmp_path, {"path": "org/name"}, HF_ENDPOINT=hub.url)
-    assert line == "cannot reach the hub for org/name: it answered 503; try again later, or give a local path"
+    assert line == (
+        "cannot reach the hub for org/name: it answered 503; try again later, or give a local path "
+        "(there is no "
+        "such directory here)"
+    )
 
 
-OFFLINE = "cannot reach the hub for org/name: offline; give a local path"
+OFFLINE = "cannot reach the hub for org/name: offline; give a local path (there is no such directory here)"
 
 
 @pytest.mark.parametrize("revision", [None, "v1", COMMIT])
@@ -161,7 +167,8 @@ def test_rows_of_another_commit_are_never_taken_for_the_one_that_is_asked_for(tm
     [
         ("org/name", True), ("Org-1/name.v2_x", True), ("org/name.jsonl", False), ("org/a.csv.gz", False),
         ("name", False), ("a/b/c", False), ("/org/name", False), ("./name", False), ("../name", False),
-        ("org/na*e", False), ("org/name\n", False), ("örg/name", False),
+        ("org/na*e", False), ("org/name\n", False), ("örg/name", False), ("org/name.arrow", False),
+        ("org/name.jsonl.bz2", False), ("org/name.zip", False), ("org/name/", False), ("org/v1.5", True),
     ],
 )  # fmt: skip
 def test_a_hub_id_is_told_from_a_path(path, expected):

@@ -21,7 +21,8 @@ from stages.errors import DataError
 
 STAGES: tuple[StageName, ...] = get_args(StageName)
 TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
-NAMES = [f"a.{kind}{suffix}" for kind in TEXT_KINDS for suffix in ("", ".gz", ".zst")] + ["a.parquet"]
+NAMES = [f"a.{kind}{suffix}" for kind in TEXT_KINDS for suffix in ("", ".gz", ".zst")]
+NAMES += ["a.parquet", "a.arrow"]
 FUZZ = settings(
     deadline=None,
     max_examples=60,
@@ -35,8 +36,15 @@ ROWS: list[dict[str, Any]] = [
 COLUMNS = [
     "text", "messages", "conversations", "prompt", "question", "completion", "response", "answer",
     "instruction", "input", "output", "chosen", "rejected", "label", "responses", "scores", "score", "rank",
-    "ranks", "replies", "role", "content", "from", "value",
+    "ranks", "replies", "role", "content", "from", "value", "tools", "functions", "tool_calls", "loss_mask",
+    "weights", "train", "labels", "reasoning_content", "name", "arguments", "instances", "message_id",
 ]  # fmt: skip
+TURN_KEYS = [
+    "weight", "train", "trainable", "loss", "loss_mask", "train_mask", "tool_calls", "function_call",
+    "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "thought", "text", "parts", "id",
+    "tools", "images", "content", "value",
+]  # fmt: skip
+ROLES = ["user", "assistant", "system", "tool", "function_call", "observation", "human", "gpt", "narrator"]
 
 
 def zstd(data: bytes) -> bytes:
@@ -55,6 +63,11 @@ def sound_file(name: str) -> bytes:
     if kind == "parquet":
         out = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), out)
+        return out.getvalue().to_pybytes()
+    if kind == "arrow":
+        out, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(ROWS)
+        with pyarrow.ipc.new_stream(out, table.schema) as stream:
+            stream.write_table(table)
         return out.getvalue().to_pybytes()
     if kind == "tsv":
         text = "\n".join("\t".join(json.dumps(value) for value in row.values()) for row in ROWS)
@@ -105,6 +118,72 @@ def json_values() -> st.SearchStrategy[Any]:
     )
 
 
+ADD = [
+    {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": {"b": None}}}, {"name": "add"},
+    {"type": "function", "function": {"name": "add", "arguments": '{"a": null}'}},
+]  # fmt: skip
+ODD_CALLS = [
+    {"name": " "}, {"name": 7}, {"name": "add", "arguments": "{'a': 1}"}, {"name": "add", "arguments": [1]},
+    {"name": "add", "parameters": {}}, {"function": {}}, "add", [],
+]  # fmt: skip
+
+
+def calls() -> st.SearchStrategy[Any]:
+    """Calls as people write them: one, a list, JSON text."""
+    listed = st.lists(st.sampled_from(ADD), min_size=1, max_size=2) | st.sampled_from(ADD)
+    return listed | listed.map(json.dumps)
+
+
+def odd_calls() -> st.SearchStrategy[Any]:
+    """Calls and tools that are wrong somewhere, or no such thing."""
+    listed = st.lists(st.sampled_from([*ADD, *ODD_CALLS]), max_size=2) | st.sampled_from(ODD_CALLS)
+    return listed | listed.map(json.dumps) | listed.map(repr) | json_values()
+
+
+def turns() -> st.SearchStrategy[dict[str, Any]]:
+    """A message in the words of OpenAI or ShareGPT, with keys beside its content; at times any message."""
+    mark = st.sampled_from([0, 1, True, False, None])
+    marked = st.dictionaries(st.sampled_from(["weight", "train", "loss", "id"]), mark, max_size=1)
+    thoughts = st.dictionaries(st.sampled_from(["reasoning", "thinking"]), st.just("x"), max_size=2)
+    speaks = {"role": "assistant", "content": "a"}
+    answers = st.builds(lambda mark, thought: {**mark, **thought, **speaks}, marked, thoughts)
+    called = calls().map(lambda made: {"role": "assistant", "tool_calls": made})
+    spelled = st.sampled_from(ADD).map(lambda one: {"from": "function_call", "value": json.dumps(one)})
+    result = {"role": "tool", "content": "3", "name": "add"}
+    others = st.sampled_from([result, {"from": "observation", "value": ""}, {"role": "user", "content": "q"}])
+    keys = st.dictionaries(st.sampled_from(TURN_KEYS), mark | odd_calls(), max_size=2)
+    role, said = st.sampled_from(ROLES), st.sampled_from(["q", "a", "", None])
+    anything = st.builds(lambda more, role, text: {**more, "role": role, "content": text}, keys, role, said)
+    return answers | answers | answers | called | spelled | others | anything
+
+
+@st.composite
+def chat_rows(draw: st.DrawFn) -> dict[str, Any]:
+    """A row of messages with tools, marks or another column beside them."""
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    talk = [question, *draw(st.lists(turns(), max_size=2)), answer]
+    marks = st.just([0] * (len(talk) - 1) + [1]) | st.lists(st.sampled_from([0, 1, None, 0.5]), max_size=4)
+    beside = draw(
+        st.just({})
+        | st.fixed_dictionaries({"tools": calls() | odd_calls()})
+        | st.fixed_dictionaries({"functions": calls() | odd_calls()})
+        | st.dictionaries(st.sampled_from(["loss_mask", "weights", "turn_labels"]), marks, max_size=1)
+        | st.fixed_dictionaries({"label": st.sampled_from([0, 1.0, "1", "False", 2, None])})
+    )
+    sides = {"chosen": talk, "rejected": [*talk[:-1], {**answer, "content": "b"}]}
+    cells = {"prompt": talk[:1], "completion": talk[-1:], **sides}
+    match draw(st.sampled_from(["messages", "conversations", "lists", "cells", "reprs"])):
+        case "lists":
+            return {**cells, **beside}
+        case "cells":
+            return {**{column: json.dumps(messages) for column, messages in cells.items()}, **beside}
+        case "reprs":
+            return {**cells, "chosen": repr(talk), **beside}
+        case field:
+            return {field: talk, **beside}
+    raise AssertionError("every field is a case")
+
+
 def assert_records_or_one_line(path: Path, stage: StageName, **more: Any) -> None:
     source = DataSource(path=str(path), **more)
     try:
@@ -148,13 +227,13 @@ def test_any_mutation_of_a_sound_file(tmp_path, data, name, stage):
 
 
 @settings(FUZZ, max_examples=300)
-@given(data=st.data())
-def test_any_mutation_of_a_parquet_file(tmp_path, data):
-    (tmp_path / "a.parquet").write_bytes(data.draw(mutated(PARQUET)))
-    assert_records_or_one_line(tmp_path / "a.parquet", data.draw(st.sampled_from(STAGES)))
+@given(data=st.data(), name=st.sampled_from(["a.parquet", "a.arrow"]))
+def test_any_mutation_of_a_table_of_arrow(tmp_path, data, name):
+    (tmp_path / name).write_bytes(data.draw(mutated(ARROW[name])))
+    assert_records_or_one_line(tmp_path / name, data.draw(st.sampled_from(STAGES)))
 
 
-PARQUET = sound_file("a.parquet")
+ARROW = {name: sound_file(name) for name in ("a.parquet", "a.arrow")}
 
 
 @settings(FUZZ, max_examples=300)
@@ -170,9 +249,24 @@ def test_any_json_values(tmp_path, values, stage, kind):
     assert_records_or_one_line(tmp_path / f"a.{kind}", stage)
 
 
+@settings(FUZZ, max_examples=120)
+@given(row=chat_rows(), stage=st.sampled_from(STAGES), kind=st.sampled_from(["jsonl", "json", "parquet"]))
+def test_any_tools_calls_thoughts_and_marks(tmp_path, row, stage, kind):
+    path = tmp_path / f"a.{kind}"
+    try:
+        text = json.dumps(row)
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+        else:
+            path.write_text(text)
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):  # no such table
+        return
+    assert_records_or_one_line(path, stage)
+
+
 @FUZZ
 @given(
-    lines=st.lists(st.text(st.sampled_from('a,"\t\r\n\0\ufeff é\u2028'), max_size=12), max_size=6),
+    lines=st.lists(st.text(st.sampled_from('a,;|"\t\r\n\0\ufeff é\u2028'), max_size=12), max_size=6),
     kind=st.sampled_from(["csv", "tsv", "txt"]),
     header=st.sampled_from([[], ["text"], ["text", "b"]]),
 )

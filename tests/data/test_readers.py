@@ -275,11 +275,34 @@ def test_gzipped_files_bom_crlf_and_blank_lines_are_tolerated(tmp_path):
         '[{"text": "one"},\n {"text": "two"}]',
         '{"text": "one"}\n{"text": "two"}\n',
         '[\n{"text":\n"one"}\n,{"text": "two"}\n]\n',
+        '{"version": "1", "data": [{"text": "one"}, {"text": "two"}], "by": {"name": "us"}}',
+        '{"rows": 2, "data": "rows", "train": [{"text": "one"}, {"text": "two"}]}',
+        '{\n"type": "text_only",\n"instances": [{"text": "one"},\n{"text": "two"}]\n}\n',
     ],
 )
-def test_json_files_hold_a_list_or_objects_one_after_another(tmp_path, text):
+def test_json_files_hold_a_list_alone_or_in_an_object_or_objects_one_after_another(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     assert records(tmp_path / "a.json", "prepare") == [Document(text="one"), Document(text="two")]
+
+
+def test_a_row_in_a_list_inside_an_object_is_named_by_its_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{\n"type": "text_only",\n"instances": [{"text": "one"},\n{"text": 7}]\n}\n')
+    assert failure(path, "prepare") == "a.json:4: text: expected text, got number 7"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": "a", "examples": [{"q": "x", "a": "y"}], "train": [{"x": 1}]},
+        {"data": [say("user", "q"), say("assistant", "a")]},
+    ],
+    ids=lambda row: "+".join(row),
+)
+def test_a_row_alone_in_a_json_file_is_a_row_with_the_lists_it_has(tmp_path, row):
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    columns = {"messages": "data"} if "data" in row else {}
+    assert records(tmp_path / "a.json", "sft", columns=columns) == [TALK]
 
 
 def test_a_reader_reads_no_further_than_asked(tmp_path):
@@ -323,8 +346,6 @@ def test_a_reader_reads_no_further_than_asked(tmp_path):
         ("a.jsonl", b'{\n"text": "x"\n}\n', "prepare",
          "a.jsonl:1: not valid JSON: expected a property name in double quotes (column 2); a list or "
          "multi-line objects: name it .json"),
-        ("a.json", b'{"version": "1", "data": [{"text": "x"}]}', "prepare",
-         "a.json:1: one object, with rows in the list under 'data'; leave only that list in the file"),
         ("a.jsonl", b'{"text": "x"}{"text": "y"}\n', "prepare",
          "a.jsonl:1: not valid JSON: more text after the end of the object (column 14)"),
         ("a.jsonl", b'{"text": "x\n', "prepare", "a.jsonl:1: not valid JSON: text never closed (column 10)"),
@@ -356,8 +377,8 @@ def test_a_reader_reads_no_further_than_asked(tmp_path):
          "a.jsonl:1: messages: no assistant message, so nothing to train on"),
         ("a.jsonl", b'{"messages": []}\n', "ppo", "a.jsonl:1: messages: no messages"),
         ("a.doc", b"text\nx\n", "prepare",
-         "a.doc: cannot tell what it is by its name; jsonl, json, parquet, csv, tsv, txt and .gz or .zst of "
-         "the text ones are read"),
+         "a.doc: cannot tell what it is by its name; jsonl, json, parquet, arrow, csv, tsv, txt and "
+         ".gz or .zst of the text ones are read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "prepare",
          "a.jsonl.gz: file ends early (truncated?)"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:1], "prepare",
@@ -392,7 +413,7 @@ def test_a_missing_file_is_named(tmp_path):
     assert failure(tmp_path / "no*.jsonl", "sft") == "no such file: no*.jsonl"
     (tmp_path / "empty").mkdir()
     assert failure(tmp_path / "empty", "sft") == (
-        "empty: no jsonl, json, parquet, csv, tsv, txt file in this directory"
+        "empty: no jsonl, json, parquet, arrow, csv, tsv, txt file in this directory"
     )
 
 

@@ -38,7 +38,8 @@ def told(sender: str, value: Any) -> Row:
 
 def parsed(stage: StageName, row: Row, min_margin: float = 0.0, **columns: str) -> tuple[Record, ...]:
     schema = detect(stage, row, columns)
-    return schema.parse(schema.cells(row, columns, min_margin))
+    cells = schema.cells(row, columns, min_margin)
+    return schema.read(cells, is_stated=False)
 
 
 def talk(*messages: Message) -> tuple[Conversation, ...]:
@@ -117,10 +118,10 @@ def test_every_sft_schema_is_detected_and_gives_the_same_conversation(row, forma
     ("name", "message"),
     [("human", user), ("user", user), ("prompter", user)]
     + [(name, assistant) for name in ("gpt", "assistant", "chatgpt", "bing", "bard", "model", "chat")]
-    + [("function_call", assistant), ("system", system), ("developer", system)]
+    + [("system", system), ("developer", system)]
     + [
         (name, lambda text: Message(role="tool", content=text))
-        for name in ("tool", "observation", "function", "function_response")
+        for name in ("tool", "observation", "function", "function_response", "tool_response", "ipython")
     ],
 )
 def test_every_name_of_a_role_is_that_role(name, message):
@@ -222,12 +223,9 @@ def test_lists_in_a_table_of_text_are_read_as_the_lists_they_are():
     assert preferred({"prompt": "q", "responses": '["good", "bad"]', "ranks": "[1, 2]"}) == GOOD_OR_BAD
     row = {"instruction": "q", "output": "a", "history": '[["h", "b"]]'}
     assert parsed("sft", row) == talk(user("h"), assistant("b"), user("q"), assistant("a"))
-    assert problem("sft", {**row, "history": "[['h', 'b']]"}) == (
-        "history: expected a list of [question, answer], got text"
-    )
-    assert problem("sft", {"messages": "[{'role': 'user'}]"}) == (
-        "messages: expected a list of messages, got text"
-    )
+    repr = "Python's repr of a list, not JSON; write the cell with json.dumps"
+    assert problem("sft", {**row, "history": "[['h', 'b']]"}) == f"history: {repr}"
+    assert problem("sft", {"messages": "[{'role': 'user'}]"}) == f"messages: {repr}"
     assert parsed("sft", {"prompt": "[1, 2]", "completion": "[3]"}) == talk(user("[1, 2]"), assistant("[3]"))
 
 
@@ -242,10 +240,11 @@ def test_a_system_column_goes_first_unless_the_messages_bring_their_own():
     assert preferred(implicit)[0][0] == (system("S"), user("q"))
 
 
-def test_a_false_label_filters_the_row_and_other_words_for_it_need_the_format_stated():
+def test_a_false_label_filters_the_row_whatever_word_it_is():
     row = {"prompt": "q", "completion": "a", "label": False}
     assert parsed("sft", row) == ()
-    assert detect("sft", {**row, "label": 0}, {}).format == "prompt_completion"
+    assert detect("sft", {**row, "label": 0}, {}).format == "labelled"
+    assert detect("sft", {**row, "label": 2}, {}).format == "prompt_completion"
     for label, kept in [("False", 0), (" true", 1), (1, 1), ("0", 0)]:
         schema = named("sft", "labelled")
         assert schema is not None
@@ -527,7 +526,8 @@ def test_a_configured_field_decides_between_schemas_that_both_fit():
     row = {"messages": [say("user", "q"), say("assistant", "a")], "ask": "p", "gold": "c"}
     assert parsed("sft", row, prompt="ask", completion="gold") == talk(user("p"), assistant("c"))
     assert problem("sft", row, prompt="ask", messages="messages") == (
-        "columns: format messages has no field 'prompt'; fields are messages, system - or set format"
+        "columns: format messages has no field 'prompt'; fields are messages, system, tools, loss_mask - "
+        "or set format"
     )
 
 
@@ -590,14 +590,15 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
     ("stage", "row", "line"),
     [
         # missing columns: the nearest schema's
-        ("sft", {"text": "x"}, "messages: missing; columns are text - set columns: {messages: …}"),
+        ("sft", {"text": "x"},
+         "prompt: missing; columns are text - set columns: {prompt: …, completion: …}, or {messages: …}"),
         ("sft", {"prompt": "x"}, "completion: missing; columns are prompt - set columns: {completion: …}"),
         ("sft", {"instruction": "x"}, "output: missing; columns are instruction - set columns: {output: …}"),
         ("reward", {"prompt": "x", "rejected": "y"},
          "chosen: missing; columns are prompt, rejected - set columns: {chosen: …}"),
-        ("reward", {"a": 1}, "chosen: missing; columns are a - set columns: {chosen: …}"),
+        ("reward", {"a": 1}, "chosen: missing; columns are a - set columns: {chosen: …, rejected: …}"),
         ("reward", {"conversations": [], "rejected": {}},
-         "conversations: no messages"),
+         "chosen: missing; columns are conversations, rejected - set columns: {chosen: …}"),
         ("reward", {"conversations": [told("human", "q")], "rejected": "x"},
          "chosen: missing; columns are conversations, rejected - set columns: {chosen: …}"),
         ("ppo", {}, "prompt: missing; columns are none - set columns: {prompt: …}"),
@@ -647,16 +648,10 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
          "completion[0]: a system message after the first message; templates take it first only"),
         ("sft", {"messages": [say("user", "q"), say("assistant", None)]},
          "messages[1].content: expected text, got null"),
-        ("sft", {"messages": [say("user", "q"), {**say("assistant", None), "tool_calls": [{}]}]},
-         "messages[1].tool_calls: tool calls are not read; write the call into content as text"),
         ("sft", {"messages": [say("user", [{"type": "text", "text": "q"}, {"type": "image"}])]},
          "messages[0].content[1].type: only text parts are read, not image"),
         ("sft", {"messages": [say("user", [{"type": "text"}])]},
          "messages[0].content[0].text: missing; keys are type"),
-        ("sft", {"messages": [say("user", "q"), {**say("assistant", "a"), "weight": 0}]},
-         "messages[1].weight: every assistant turn is trained, also this one; remove weight, or the row"),
-        ("sft", {"conversations": [told("human", "q"), {**told("gpt", "a"), "train": False}], "system": "S"},
-         "conversations[1].train: every assistant turn is trained, also this one; remove train, or the row"),
         ("sft", {"messages": [say("user", ["q"])]},
          "messages[0].content[0]: expected a part {type: text, text: …}, got text"),
         ("sft", {"messages": [say("user", [])]}, f"messages[0].content: empty prompt{EMPTY}"),
@@ -665,8 +660,6 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
          "completion: does not end with the assistant"),
         ("sft", {"conversations": [told("human", "q"), told("gpt", "a")], "chosen": "b"},
          "conversations: ends with the assistant, so nothing is asked that an answer could follow"),
-        ("sft", {"conversations": [told("human", "q"), told("gpt", "a")], "tools": "[{\"name\": \"f\"}]"},
-         f"tools: descriptions of tools are not put into the prompt{EMPTY}"),
         ("ppo", {"prompt": "<image>What?", "images": ["a.png"]}, f"images: images are not read{EMPTY}"),
         ("ppo", {"prompt": [say("system", "S")]}, "prompt: empty prompt: no message to answer"),
         ("ppo", {"messages": []}, "messages: no messages"),
@@ -715,7 +708,8 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
         ("reward", {"prompt": "q", "responses": [{"text": "a", "rank": 1}, {"text": "b"}]},
          "responses[1].score: missing; keys are text - set columns: {scores: …}"),
         ("reward", {"prompt": "q", "responses": [{"rank": 1}, {"rank": 2}]},
-         "responses[0].response: missing; keys are rank"),
+         "responses[0].response: missing; keys are rank - set columns: {responses: …, scores: "
+         "responses.*.rank}"),
         ("reward", {"prompt": "q", "completions": [{"response": "", "rank": 1}, {"text": "b", "rank": 2}]},
          f"completions[0].response: empty response{EMPTY}"),
         ("reward", {"prompt": "q", "responses": ["a"], "scores": [1]},
@@ -746,13 +740,17 @@ def test_every_bad_row_is_named_in_one_line(tmp_path, stage, row, line):
 def test_a_stated_format_is_not_guessed_around(tmp_path):
     row = {"prompt": "q", "completion": "a", "label": 2}
     assert failure(tmp_path, "sft", row, format="labelled") == (
-        "a.jsonl:1: label: expected true or false, got number 2"
+        "a.jsonl:1: label: expected true or false, got number 2; set format: prompt_completion where it "
+        "labels "
+        "something else"
     )
     assert failure(tmp_path, "sft", row, format="tree") == (
         "a.jsonl:1: prompt: expected a turn {text, role, replies}, got text"
     )
     assert failure(tmp_path, "sft", row, columns={"label": "label"}) == (
-        "a.jsonl:1: label: expected true or false, got number 2"
+        "a.jsonl:1: label: expected true or false, got number 2; set format: prompt_completion where it "
+        "labels "
+        "something else"
     )
 
 
@@ -778,7 +776,8 @@ def test_filtered_rows_are_counted_beside_skipped_ones_and_the_margin_comes_from
 
 EVERY_SCHEMA = [schema for schemas in SCHEMAS.values() for schema in schemas]
 NAMES = sorted({alias for schema in EVERY_SCHEMA for names in schema.aliases.values() for alias in names})
-KEYS = ["role", "content", "from", "value", "type", "text", "replies", "rank", "score", "response", "deleted"]
+KEYS = ["role", "content", "from", "value", "type", "text", "replies", "rank", "score", "response", "deleted",
+        "tool_calls", "name", "arguments", "function", "train", "weight", "reasoning"]  # fmt: skip
 TEXTS = ["q", "q a", "q b", "\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b",
          "\n\nHuman: q\n\nAssistant:", "", " ", "\ud800", "a\nb", "human", "gpt", "system"]  # fmt: skip
 LEAVES = st.sampled_from(TEXTS) | st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400)
@@ -859,7 +858,10 @@ def assert_sound(record: Record) -> None:
             assert chosen != rejected and prompt[0].role != "assistant"
             assert {side[at].role for side in (chosen, rejected) for at in (0, -1)} == {"assistant"}
             messages = (*prompt, *chosen, *rejected)
-    assert all(message.content.encode() or message.role in ("system", "tool") for message in messages)
+    assert all(
+        message.content.encode() or message.tool_calls or message.role in ("system", "tool")
+        for message in messages
+    )
     assert "system" not in {message.role for message in messages[1:]}
 
 

@@ -19,7 +19,8 @@ import pytest
 
 from stages.config import DataSource
 from stages.data import readers
-from stages.data.files import files_matching, files_of, whole
+from stages.data.files import whole
+from stages.data.places import files_matching, found_at
 from stages.data.raw_rows import raw_rows
 from stages.errors import DataError
 
@@ -58,6 +59,10 @@ def texts(path: Path, **settings: Any) -> list[str]:
     return [document.text for document in readers.read_source(source(path, **settings), "prepare").records]
 
 
+def files_at(path: Path) -> list[Path]:
+    return [*found_at(str(path), "train").files]
+
+
 def failure(path: Path, **settings: Any) -> str:
     with pytest.raises(DataError) as caught:
         readers.read_source(source(path, **settings), "prepare")
@@ -80,10 +85,10 @@ def test_csv_rows_carry_the_line_they_start_at_also_after_quoted_line_ends(tmp_p
 
 
 def test_in_tsv_files_a_quote_is_a_sign_like_any_other(tmp_path):
-    data = b'text\tlabel\n"quoted" at the start\t1\nan open " quote\t0\n'
+    data = b'text\ta, b; c\n"quoted" at the start\t1\nan open " quote\t0\n'
     assert rows(written(tmp_path / "a.tsv", data)) == [
-        (2, {"text": '"quoted" at the start', "label": "1"}),
-        (3, {"text": 'an open " quote', "label": "0"}),
+        (2, {"text": '"quoted" at the start', "a, b; c": "1"}),
+        (3, {"text": 'an open " quote', "a, b; c": "0"}),
     ]
 
 
@@ -115,6 +120,8 @@ def test_a_list_names_the_columns_of_a_file_without_header_line(tmp_path, name, 
         ("a.csv", b"text,b\nx\n", {}, "a.csv:2: expected 2 cells, got 1"),
         ("a.tsv", b"text\tb\nx\ty\tz\n", {}, "a.tsv:2: expected 2 cells, got 3"),
         ("a.tsv", b"text\tb\nx,y\n", {}, "a.tsv:2: expected 2 cells, got 1; is it a csv file?"),
+        ("a.tsv", b"\ntext;b\nx;y\n", {},
+         "a.tsv:2: a semicolon separates the cells, no tab; call the file .csv"),
         ("a.csv", b"text,b,text\nx,y,z\n", {},
          "a.csv:1: column 'text' stands twice in the header; rename one, or set columns: [name, …] if the "
          "file has no header line"),
@@ -175,7 +182,7 @@ def test_an_unclosed_quote_is_never_skipped_for_it_swallows_the_rows_after_it(tm
 
 
 def test_an_unclosed_quote_ends_at_the_longest_cell_and_not_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.data.raw_rows.MAX_CELL_CHARS", 2000)
+    monkeypatch.setattr("stages.data.table_rows.MAX_CELL_CHARS", 2000)
     path = written(tmp_path / "a.csv", b'text,b\none,1\n"two,2\n' + b"three,3\n" * 300 + b"\xe9")
     assert failure(path) == (
         "a.csv:3: quote opened and never closed, or a cell of more than 2,000 characters"
@@ -359,7 +366,7 @@ def test_a_directory_is_read_with_all_its_kinds_in_path_order(tmp_path):
     parquet(tmp_path / "q.parquet", text=["one", "two"])
     written(tmp_path / "z.jsonl.zst", zstd(SOUND["jsonl"]))
     written(tmp_path / "README.md", b"not data")
-    assert len(files_of(str(tmp_path))) == 7
+    assert len(files_at(tmp_path)) == 7
     assert texts(tmp_path) == ["one", "two"] * 7
 
 
@@ -383,7 +390,7 @@ def test_links_upwards_do_not_lead_round_and_round(tmp_path):
     for name in ("up", "again", "top"):
         (below / name).symlink_to(tmp_path / "data")
     for pattern in ("**", "**/*.jsonl", "**/inner/**/*.jsonl", "*/**"):
-        assert files_of(str(tmp_path / pattern)) == [below / "a.jsonl"], pattern
+        assert files_at(tmp_path / pattern) == [below / "a.jsonl"], pattern
 
 
 def test_a_directory_is_taken_by_its_shortest_path(tmp_path):
@@ -392,7 +399,7 @@ def test_a_directory_is_taken_by_its_shortest_path(tmp_path):
     (tmp_path / "a/b/far").symlink_to(tmp_path / "z")
     written(tmp_path / "z/x.jsonl", b'{"text": "one"}')
     for place in ("", "**", "**/x.jsonl", "**/*.jsonl"):
-        assert files_of(str(tmp_path / place)) == [tmp_path / "z/x.jsonl"], place
+        assert files_at(tmp_path / place) == [tmp_path / "z/x.jsonl"], place
 
 
 PATTERNS = (
@@ -419,7 +426,7 @@ def test_a_directory_that_may_not_be_read_is_not_left_out_in_silence(tmp_path, p
     for folder in ("open", "shut"):
         (tmp_path / folder).mkdir()
         written(tmp_path / folder / "a.jsonl", b'{"text": "one"}')
-    code = "import sys, stages.data.files as files; print(files.files_of(sys.argv[1]))"
+    code = "import sys, stages.data.places as places; print(places.found_at(sys.argv[1], 'train'))"
     (tmp_path / "shut").chmod(0)
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / pattern)],
@@ -460,7 +467,8 @@ def test_upper_case_suffixes_are_suffixes(tmp_path):
 @pytest.mark.parametrize("name", ["jsonl", "a.parquet.gz", "a.gz", "a", "a.jsonl.bz2", ".zst"])
 def test_a_name_that_says_nothing_is_met_with_the_kinds_there_are(tmp_path, name):
     assert failure(written(tmp_path / name, b"{}\n")) == (
-        f"{name}: cannot tell what it is by its name; jsonl, json, parquet, csv, tsv, txt and .gz or .zst of "
+        f"{name}: cannot tell what it is by its name; jsonl, json, parquet, arrow, csv, tsv, txt and "
+        f".gz or .zst of "
         "the text ones are read"
     )
 
@@ -549,3 +557,105 @@ def test_later_splits_use_the_schema_that_the_first_row_of_the_source_has(tmp_pa
     assert len(splits) == 2
     assert [r for split in splits for r in readers.read_split(settings, split, "sft")] == whole_file
     assert whole_file[0] == whole_file[1]
+
+
+# Other signs between the cells of a csv file
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_a_csv_file_may_have_another_sign_between_its_cells(tmp_path, sign):
+    data = f'\ufeffprompt{sign}text\r\n"a{sign}b, ""c"""{sign}one, two\r\nx{sign}y\r\n'
+    assert rows(written(tmp_path / "a.csv", data.encode())) == [
+        (2, {"prompt": f'a{sign}b, "c"', "text": "one, two"}),
+        (3, {"prompt": "x", "text": "y"}),
+    ]
+    packed = written(tmp_path / "a.csv.gz", gzip.compress(data.encode()))
+    assert rows(packed) == rows(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "expected"),
+    [
+        (b"sep=;\r\nprompt;text\r\nx;y\r\n", {}, [(3, {"prompt": "x", "text": "y"})]),
+        (b"sep=:\nprompt:text\nx:y,z\n", {}, [(3, {"prompt": "x", "text": "y,z"})]),
+        (b";prompt;text\n0;x;y\n", {}, [(2, {"": "0", "prompt": "x", "text": "y"})]),
+        (b"\n\nprompt|text\nx|y\n", {}, [(4, {"prompt": "x", "text": "y"})]),
+        (b"x;y\n", {"columns": ["prompt", "text"]}, [(1, {"prompt": "x", "text": "y"})]),
+        (b"x; y\n", {"columns": ["text"]}, [(1, {"text": "x; y"})]),
+        (b"text\nx; y\n", {}, [(2, {"text": "x; y"})]),
+        (b"prompt,text\nx;1,y;2\n", {}, [(2, {"prompt": "x;1", "text": "y;2"})]),
+        (b"a;b|c\nx\n", {}, [(2, {"a;b|c": "x"})]),
+        (b'"a;b"\nx\n', {}, [(2, {"a;b": "x"})]),
+    ],
+)  # fmt: skip
+def test_the_first_line_tells_the_sign_between_cells(tmp_path, data, settings, expected):
+    assert rows(written(tmp_path / "a.csv", data), **settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b"a;text\nx;y;z\n",
+         "a.csv:2: expected 2 cells, got 3; a cell that holds a semicolon must stand in quotes"),
+        (b"a;text\nx,y\n",
+         "a.csv:2: expected 2 cells, got 1; a semicolon separates the cells of the first line"),
+        (b'a;text\n"one\ntwo";"say ""hi"" \n" now;x\n',
+         "a.csv:3: quote opened and never closed; the next one, in line 4, has text after it"),
+    ],
+)  # fmt: skip
+def test_errors_of_such_a_file_name_its_sign_and_line(tmp_path, data, line):
+    assert failure(written(tmp_path / "a.csv", data)) == line
+
+
+# Arrow files
+
+
+def arrow(path: Path, *, batch_rows: int, is_file: bool, **columns: Any) -> Path:
+    table = pyarrow.table(columns)
+    new = pyarrow.ipc.new_file if is_file else pyarrow.ipc.new_stream
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=batch_rows)
+    return path
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_arrow_rows_are_numbered_through_all_batches(tmp_path, is_file):
+    texts = [f"row {n}" for n in range(1, 1001)]
+    path = arrow(tmp_path / "a.arrow", batch_rows=700, is_file=is_file, text=texts)
+    assert rows(path) == [(n, {"text": text}) for n, text in enumerate(texts, start=1)]
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_truncated_damaged_and_empty_arrow_files_are_told_apart(tmp_path, is_file):
+    whole_file = arrow(
+        tmp_path / "a.arrow", batch_rows=100, is_file=is_file, text=["x" * 50] * 1000
+    ).read_bytes()
+    for cut in (len(whole_file) - 4, len(whole_file) // 2, 5, 0):
+        path = written(tmp_path / "b.arrow", whole_file[:cut])
+        assert failure(path) == "b.arrow: file ends early (truncated?)", cut
+    assert (
+        failure(written(tmp_path / "b.arrow", b"{}" * 100)) == "b.arrow: not a valid Arrow file, or damaged"
+    )
+    empty = arrow(
+        tmp_path / "c.arrow", batch_rows=1, is_file=is_file, text=pyarrow.array([], pyarrow.string())
+    )
+    assert failure(empty) == "c.arrow: no rows"
+
+
+# Git LFS
+
+
+@pytest.mark.parametrize(
+    "suffix", ["jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow", "jsonl.gz", "txt.zst"]
+)
+def test_a_git_lfs_pointer_is_named_whatever_its_ending(tmp_path, suffix):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 123456\n"
+    path = written(tmp_path / f"a.{suffix}", pointer)
+    assert (
+        failure(path) == f"a.{suffix}: a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
+    )
+
+
+def test_a_text_about_git_lfs_is_a_text(tmp_path):
+    text = "version https://git-lfs.github.com/spec/v1 is how a pointer begins. " + "It is small. " * 100
+    assert texts(written(tmp_path / "a.txt", text.encode())) == [text]

@@ -14,7 +14,7 @@ from pipeline import config_docs
 from pipeline.config import ConfigError, check_paths, json_schema, load, resolved_yaml
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig, ResourcesConfig
 from pipeline.yaml_source import parse_scalar, short
-from stages.data.files import files_of
+from stages.data.places import found_at
 from stages.errors import DataError
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("configs/**/*.yaml"))
@@ -182,9 +182,22 @@ def test_what_looks_like_a_mistyped_local_path_is_met_as_such(write, tmp_path, m
         check=False,
     )
     assert done.stderr.endswith(
-        f"demo.yaml:4: sft.data[0].path: cannot reach the hub for data/trian: offline; give a local path; "
-        f"there is no file or directory data/trian (in {tmp_path}/configs) either\n"
+        f"demo.yaml:4: sft.data[0].path: no such file or directory: data/trian (in {tmp_path}/configs), and "
+        "not reachable as a hub id either: cannot reach the hub for data/trian: offline; give a local path\n"
     )
+
+
+def test_a_model_path_whose_directory_is_here_is_met_as_a_mistyped_path(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.data.hub.model_problem", lambda path, revision: f"the hub has no {path}")
+    write("{}", "models/other/config.json")
+    with pytest.raises(DataError) as error:
+        check_paths(load(write(MINIMAL), ["model.path=models/mine"]), ["model"])
+    assert str(error.value) == (
+        f"override model.path=models/mine: model.path: no such directory: models/mine (in {tmp_path}), "
+        f"and not "
+        "reachable as a hub id either: the hub has no models/mine"
+    )
+    check_paths(load(write(MINIMAL), ["model.path=elsewhere/mine"]), ["model"])
 
 
 def test_a_source_of_weight_0_need_not_be_there(write):
@@ -197,7 +210,7 @@ def test_signs_of_a_pattern_in_the_name_of_the_directory_are_signs_of_the_name(w
     for stated in ("*.jsonl", "a.jsonl", "../run[[]1]/*.jsonl"):
         loaded = load(write(MINIMAL.replace("data/sft.jsonl", f'"{stated}"'), "run[1]/demo.yaml"))
         check_paths(loaded)
-        assert [file.name for file in files_of(loaded.config.sft.data[0].path)] == ["a.jsonl"]
+        assert [file.name for file in found_at(loaded.config.sft.data[0].path, "train").files] == ["a.jsonl"]
     loaded = load(write(MINIMAL.replace("data/sft.jsonl", "gone.jsonl"), "run[1]/demo.yaml"))
     with pytest.raises(DataError, match="no such file: gone"):
         check_paths(loaded)
@@ -215,14 +228,22 @@ def test_signs_of_a_pattern_in_the_name_of_the_directory_are_signs_of_the_name(w
         ("model.path=./gone", "model.path: no such directory: ./gone (in {cwd})"),
         ("model.path=/gone", "model.path: no such directory: /gone"),
         ("model.path=a/b/c", "model.path: no such directory: a/b/c (in {cwd})"),
+        ("model.path=a/b.safetensors", "model.path: no such directory: a/b.safetensors (in {cwd})"),
         ("model.path=demo.yaml", "model.path: not a directory: demo.yaml (in {cwd})"),
         ("model.chat_template=t.jinja", "model.chat_template: no such file: t.jinja (in {cwd})"),
         ("model.chat_template=data", "model.chat_template: not a file: data (in {cwd})"),
+        (
+            "prepare={data: [{path: data}], tokenizer: tokenizer}",
+            "prepare.tokenizer: tokenizer.json is a Git LFS pointer, not the file itself; fetch that "
+            "with `git lfs "
+            "pull`",
+        ),
     ],
 )
 def test_check_paths_takes_files_directories_globs_and_hub_ids(write, tmp_path, override, line):
     write("{}", "data/sft.jsonl")
     write("{}", "data/[x.jsonl")
+    write("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n", "tokenizer/tokenizer.json")
     loaded = load(write(MINIMAL), [override])
     if line is None:
         check_paths(loaded)

@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers
 from pipeline import cli, preview
 from pipeline import config as configs
 from pipeline.preview import CONTEXT, MARKS, TRAINED, previews
+from stages.data import overview
 from stages.data.chat import CHATML, IM_START
 from stages.data.overview import first_texts
 from stages.data.vocabulary import train_tokenizer
@@ -93,6 +94,23 @@ def test_the_tokenizer_is_trained_on_what_prepares_lengths_leave(directory: Path
     assert first_texts(config.data[0], config) == ["a cat", "ñ"]
 
 
+def test_keys_that_nobody_reads_and_prompts_that_no_column_holds_are_told(directory: Path):
+    turns = [
+        {"role": "user", "content": "Hi", "id\x1b": 7},
+        {"role": "assistant", "content": "Ho", "id\x1b": 8},
+    ]
+    rows = [{"messages": [*turns, {"role": "user", "content": "!", "by": "Ann"}]}, {"messages": turns}]
+    (directory / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = ({"chosen": f"{q}\nyes", "rejected": f"{q}\nno"} for q in ("Is\x1bit\nso? " + "a" * 99, "c"))
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sides))
+    shown = blocks("ppo=null", "evaluate=null")
+    assert "\n  message keys that are not read: id\\x1b (4), by (1)\n" in shown["sft.data.0"]
+    assert (
+        "\n  no prompt column: of 2 the prompt is what chosen and rejected begin with, such as "
+        f"'Is\\x1bit\\nso? {'a' * 66}\u2026'\n"
+    ) in shown["reward.data.0"]
+
+
 @pytest.mark.parametrize("overrides", [(), ("prepare=null",)])
 def test_what_would_steer_a_terminal_is_written_out(directory: Path, overrides: tuple[str, ...]):
     emoji = "\U0001f469\u200d\U0001f467\ufe0f"
@@ -162,6 +180,43 @@ def test_a_template_that_sft_would_refuse_is_refused(directory: Path):
     tokenizer.save_pretrained("doubled")
     with pytest.raises(DataError, match=r"sft: .* does not render trainable turns: BOS occurs 3 times"):
         blocks("prepare.tokenizer=doubled")
+
+
+REFUSING = "{% if 'bad' in messages[0].content %}{{ raise_exception('Not so') }}{% endif %}" + CHATML
+
+
+@pytest.fixture
+def refusing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The template refuses the third of four rows of everything, which is behind the sample."""
+    (directory / "refusing.jinja").write_text(REFUSING)
+    asked = ["Hi", "Ho", "bad", "Hu"]
+    rows = [{"question": one, "answer": "Ha", "chosen": "Ha", "rejected": "He"} for one in asked]
+    for name in ("sft.jsonl", "pairs.jsonl"):
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(overview, "SAMPLE_CHARS", 1)
+    return directory
+
+
+@pytest.mark.parametrize("key", ["sft", "reward", "ppo"])
+def test_a_row_that_the_template_refuses_is_found_wherever_it_stands(refusing: Path, key: str):
+    settings = [
+        f"{one}.data.0.on_bad_row={'error' if one == key else 'skip'}" for one in ("sft", "reward", "ppo")
+    ]
+    with pytest.raises(
+        DataError, match=r"(sft|pairs)\.jsonl:3: the chat template refuses it: Not so; change"
+    ):
+        blocks("model.chat_template=refusing.jinja", "reward.heldout_frac=0.5", *settings)
+
+
+def test_check_says_how_many_records_the_template_was_tried_on(refusing: Path):
+    settings = (
+        "model.chat_template=refusing.jinja",
+        "reward.data.0.on_bad_row=skip",
+        "reward.heldout_frac=0.5",
+    )
+    shown = blocks(*settings)
+    assert "chat template tried on 4 of 4 records, 1 refused and skipped" in shown["sft.data.0"]
+    assert "chat template tried" not in shown["prepare.data.0"]
 
 
 def test_a_prompt_has_to_leave_room_for_the_end_token_that_scoring_appends(directory: Path):

@@ -224,3 +224,12 @@ def test_a_manifest_does_not_vouch_for_code(directory: Path, tmp_path_factory, s
     write_manifest(directory, stage)
     with pytest.raises(MissingStage, match=r"config\.json has auto_map"):
         Store(tmp_path_factory.mktemp("outputs")).identify(stage, directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_is_named_in_a_model_directory(directory: Path, name: str):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 123456\n"
+    (directory / name).write_bytes(pointer)
+    assert f"{name} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`" in complaint(
+        directory
+    )

@@ -2,17 +2,19 @@
 
     row + columns: {field: column or path} + aliases --> Cells --> (column, value)
 
-Owns renaming, aliases, paths into nested values, and how a value is described in one line. Does not own what
-a field means (conversations, preferences, ...). Light import.
+Owns renaming, aliases, paths into nested values, and lists that stand in a cell as text. Does not own what a
+field means (conversations, preferences, ...) or what an error advises (advice). Light import.
 """
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-MAX_SHOWN = 20
-"""Columns, keys and characters of a wrong word that an error lists before it says `…`."""
+from stages.data.rows.advice import Advice
+from stages.data.rows.wording import described, listed, named_on_one_line, not_utf8
 
 
 class RowError(Exception):
@@ -28,7 +30,8 @@ class Cells:
 
     A field is read from the column the config names (`columns:`), else from the first of its aliases that the
     row has and the config has not given to another field. `completion: instances.0.output` is a path: object
-    keys and list indices between dots; a column whose own name is that text wins over the path.
+    keys and list indices between dots, `*` for all items of a list (`scores: answers.*.pm_score`); a column
+    whose own name is that text wins over the path.
     """
 
     def __init__(
@@ -37,9 +40,38 @@ class Cells:
         columns: Mapping[str, str],
         aliases: Mapping[str, tuple[str, ...]],
         min_margin: float = 0.0,
+        *,
+        is_imitated: bool = False,
+        is_padded: bool = False,
+        group_column: str | None = None,
     ):
         self.row, self.columns, self.min_margin = row, columns, min_margin
+        self.is_imitated = is_imitated  # assistant turns are trained as they stand: training marks count
+        self.is_padded = is_padded  # of an Arrow table: an object holds null for every key of other rows
+        self.group_column = group_column  # a column that the stage reads by itself
+        self.unread_keys = defaultdict[str, int](int)  # key of a message that nobody reads -> how often
+        self.shared_prompt: str | None = None  # that no column holds: what two texts begin with
         self._aliases = aliases
+
+    def through(
+        self, columns: Mapping[str, str], aliases: Mapping[str, tuple[str, ...]], *, is_imitated: bool
+    ) -> "Cells":
+        """The same row through another schema; what is said of it comes to both."""
+        cells = Cells(
+            self.row,
+            columns,
+            aliases,
+            self.min_margin,
+            is_imitated=is_imitated,
+            is_padded=self.is_padded,
+            group_column=self.group_column,
+        )
+        cells.unread_keys = self.unread_keys
+        return cells
+
+    def has_field(self, field: str) -> bool:
+        """Whether the schema knows the field."""
+        return field in self._aliases
 
     def column(self, field: str) -> str | None:
         """The column, or path, that holds the field in this row."""
@@ -47,6 +79,18 @@ class Cells:
             return self.columns[field] if self._is_there(self.columns[field]) else None
         found = self.first_of(self._aliases[field])
         return None if found is None else found[0]
+
+    def columns_read(self) -> dict[str, str]:
+        """Field -> the column that holds it, of the fields that the row has."""
+        columns = {field: self.column(field) for field in self._aliases}
+        return {field: column for field, column in columns.items() if column is not None}
+
+    def columns_of(self, field: str) -> list[str]:
+        """Every column that holds the field: the one the config names, else all of its aliases."""
+        if field in self.columns:
+            return [self.required(field)[0]]
+        taken = self.columns.values()
+        return [alias for alias in self._aliases[field] if alias in self.row and alias not in taken]
 
     def is_renamed(self, field: str) -> bool:
         """Whether the config names this field's column."""
@@ -57,7 +101,11 @@ class Cells:
         column = self.column(field)
         if column is None:
             name = self.columns[field] if self.is_renamed(field) else field
-            raise RowError(f"{named_on_one_line(name)}: {self._absence(name)} - set columns: {{{field}: …}}")
+            raise RowError(
+                Advice.BROKEN_PATH.line(
+                    path=named_on_one_line(name), problem=self._absence(name), field=field
+                )
+            )
         return column, self._value(column)
 
     def optional(self, field: str) -> tuple[str, Any] | None:
@@ -69,9 +117,10 @@ class Cells:
 
     def first_of(self, aliases: Iterable[str]) -> tuple[str, Any] | None:
         """(column, value) of the first of these columns that the row has and no field was given."""
-        taken = self.columns.values()
-        alias = next((alias for alias in aliases if alias in self.row and alias not in taken), None)
-        return None if alias is None else (alias, self.row[alias])
+        for alias in aliases:  # of every row, and so no generator
+            if alias in self.row and alias not in self.columns.values():
+                return alias, self.row[alias]
+        return None
 
     def text(self, field: str) -> str:
         """A field that must be text."""
@@ -91,14 +140,7 @@ class Cells:
 
     def _reached(self, path: str) -> Any:
         """What the path leads to in the row, or where it breaks."""
-        value: Any = self.row
-        parts = path.split(".")
-        for depth, part in enumerate(parts):
-            problem = _missing_part(value, part, ".".join(parts[:depth]))
-            if problem:
-                return _Break(problem, depth)
-            value = value[int(part)] if isinstance(value, list) else value[part]
-        return value
+        return _followed(self.row, path.split("."), 0)
 
     def _absence(self, name: str) -> str:
         reached = self._reached(name)
@@ -112,6 +154,20 @@ class _Break:
 
     def __init__(self, problem: str, depth: int) -> None:
         self.problem, self.depth = problem, depth
+
+
+def _followed(value: Any, parts: Sequence[str], start: int) -> Any:
+    """What `parts[start:]` lead to from `value`, or where they break."""
+    for depth in range(start, len(parts)):
+        part = parts[depth]
+        if part == "*" and isinstance(value, list):
+            found = [_followed(item, parts, depth + 1) for item in value]
+            return next((one for one in found if isinstance(one, _Break)), found)
+        problem = _missing_part(value, part, ".".join(parts[:depth]))
+        if problem:
+            return _Break(problem, depth)
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return value
 
 
 def _missing_part(value: Any, part: str, parent: str) -> str:
@@ -146,34 +202,23 @@ def as_text(value: Any, name: str) -> str:
 
 
 def unpacked(value: Any) -> Any:
-    """`value`, or the list whose JSON it is: how a list stands in a table of text."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+    """`value`, or the list or object whose JSON it is: how these stand in a table of text."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        found = json.loads(value)
+        return json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return found if isinstance(found, list) else value
 
 
-def not_utf8(data: bytes) -> str:
-    """What is wrong with bytes that are not UTF-8, and where."""
-    sound = data.decode(errors="surrogateescape")
-    column = next(at for at, sign in enumerate(sound, start=1) if "\udc80" <= sign <= "\udcff")
-    return f"not UTF-8 (byte 0x{ord(sound[column - 1]) - 0xDC00:02X} at column {column}); convert with iconv"
+_PYTHON = re.compile(r"\s*(?:array\()?[\[{][\s\[{]*'")
 
 
-def described(value: Any) -> str:
-    """A JSON value in words, short: `number 7`, `null`, `list`."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        shown = str(value) if isinstance(value, float) or abs(value) < 10**20 else "too long to show"
-        return f"number {shown}"
-    name = type(value).__name__
-    return {"str": "text", "dict": "object", "Binary": "bytes"}.get(name, name)
+def unlike(value: Any, name: str, expected: str) -> RowError:
+    """The error about a value that should be `expected`, a list or an object, or its JSON text."""
+    if isinstance(value, str) and _PYTHON.match(value):
+        return RowError(Advice.PYTHON_REPR.line(name=name))
+    return RowError(f"{name}: expected {expected}, got {described(value)}")
 
 
 def filled(text: str, name: str, what: str) -> str:
@@ -181,20 +226,3 @@ def filled(text: str, name: str, what: str) -> str:
     if not text.strip():
         raise RowError(f"{name}: empty {what}; remove the row, or set on_bad_row: skip")
     return text
-
-
-def listed(names: Iterable[Any]) -> str:
-    """Column names or keys for an error: one line, the first MAX_SHOWN of them."""
-    shown = [named_on_one_line(str(name)) for name in names]
-    more = [f"… {len(shown) - MAX_SHOWN} more"] if len(shown) > MAX_SHOWN else []
-    return ", ".join(shown[:MAX_SHOWN] + more) or "none"
-
-
-def named_on_one_line(name: str) -> str:
-    """A name from the data for an error: control characters and lone surrogates escaped."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
-
-
-def shortened(word: str) -> str:
-    """A wrong word from the data for an error: escaped and cut."""
-    return named_on_one_line(word[:MAX_SHOWN]) + ("…" if len(word) > MAX_SHOWN else "")

@@ -2,17 +2,22 @@
 
     messages | conversations (+ chosen) | prompt, completion | instruction, output --> Conversation
 
-Owns where the trained answer comes from. Does not own questions (prompts) or turns (turns). Light import.
+Owns where the trained answer comes from. Does not own questions (prompts), turns (turns), or which of them a
+row marks as trained (marks). Light import.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from stages.data.records import Conversation, Document, Messages, Record
-from stages.data.rows.cells import Cells, RowError, described, unpacked
+from stages.data.rows.advice import Advice
+from stages.data.rows.calls import tools_of
+from stages.data.rows.cells import Cells, RowError
+from stages.data.rows.marks import refuse_lists
 from stages.data.rows.prompts import asked
 from stages.data.rows.transcripts import turns_of
 from stages.data.rows.turns import as_messages, listed_messages
+from stages.data.rows.wording import described
 
 
 def document(cells: Cells) -> tuple[Document, ...]:
@@ -23,19 +28,17 @@ def document(cells: Cells) -> tuple[Document, ...]:
 def messages(cells: Cells) -> tuple[Conversation, ...]:
     """`messages: [{role, content}, …]`."""
     column, found = listed_messages(cells, "messages")
-    _check_trained(cells, "messages", found)
-    return (_conversation(found, column),)
+    return _conversation(found, column, cells)
 
 
 def sharegpt(cells: Cells) -> tuple[Conversation, ...]:
     """`conversations: [{from, value}, …]`; of a preference row, the chosen answer ends it."""
     column, found = listed_messages(cells, "conversations")
-    _check_trained(cells, "conversations", found)
     chosen = cells.optional("chosen")
     if chosen is None:
-        return (_conversation(found, column),)
+        return _conversation(found, column, cells)
     check_unanswered(found, column)
-    return (_conversation(found + answer(*chosen), chosen[0]),)
+    return _conversation(found + answer(*chosen, cells), chosen[0], cells)
 
 
 def prompt_completion(cells: Cells) -> tuple[Conversation, ...]:
@@ -51,31 +54,42 @@ def instruction(cells: Cells) -> tuple[Conversation, ...]:
 def hh_conversation(cells: Cells) -> tuple[Conversation, ...]:
     """The chosen transcript."""
     column, _ = cells.required("chosen")
-    return (_conversation(turns_of(cells.text("chosen"), column), column),)
+    return _conversation(turns_of(cells.text("chosen"), column), column, cells)
 
 
-def labelled(inner: Callable[[Cells], tuple[Record, ...]]) -> Callable[[Cells], tuple[Record, ...]]:
-    """A row that `inner` reads, kept where `label` is true: an answer labelled false is not imitated."""
+def labelled(
+    inner: Callable[[Cells], tuple[Record, ...]], unlabelled: Callable[[Cells], str]
+) -> Callable[[Cells], tuple[Record, ...]]:
+    """A row that `inner` reads, kept where `label` is true: an answer labelled false is not imitated.
+    `unlabelled`: the format of the row without its label.
+    """
 
     def parse(cells: Cells) -> tuple[Record, ...]:
         column, value = cells.required("label")
-        return inner(cells) if as_label(value, column) else ()
+        label = label_of(value)
+        if label is None:
+            instead = unlabelled(cells)
+            raise RowError(Advice.NO_LABEL.line(column=column, value=described(value), format=instead))
+        return inner(cells) if label else ()
 
     return parse
 
 
-def as_label(value: Any, name: str) -> bool:
-    """true or false; also 1 and 0, and either as text, for tables without booleans."""
-    known = {"true": True, "1": True, "false": False, "0": False}
-    word = value.strip().lower() if isinstance(value, str) else str(value).lower()
-    if not isinstance(value, bool | int | str) or word not in known:
-        raise RowError(f"{name}: expected true or false, got {described(value)}")
-    return known[word]
+def label_of(value: Any) -> bool | None:
+    """What a value says as a label: true or false, 1 or 0, or either as text, for tables without booleans;
+    None: it is none.
+    """
+    if isinstance(value, bool | int | float):
+        return bool(value) if value in (0, 1) else None
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word in ("true", "1", "1.0"):
+        return True
+    return False if word in ("false", "0", "0.0") else None
 
 
-def answer(column: str, value: Any) -> Messages:
+def answer(column: str, value: Any, cells: Cells) -> Messages:
     """Text or messages that end with the assistant."""
-    found = as_messages(value, column, "assistant")
+    found = as_messages(value, column, "assistant", cells)
     if found[-1].role != "assistant":
         raise RowError(f"{column}: does not end with the assistant")
     if found[0].role == "system":
@@ -89,30 +103,23 @@ def check_unanswered(found: Messages, column: str) -> None:
         raise RowError(f"{column}: ends with the assistant, so nothing is asked that an answer could follow")
 
 
-def _check_trained(cells: Cells, field: str, found: Messages) -> None:
-    """Raise RowError for an assistant's turn that is marked as not to be trained: all of them are."""
-    column, value = cells.required(field)
-    turns = unpacked(value)
-    for index, (turn, message) in enumerate(zip(turns, found[-len(turns) :], strict=True)):
-        for key in ("weight", "train"):
-            if message.role == "assistant" and key in turn and turn[key] in (0, False):
-                raise RowError(
-                    f"{column}[{index}].{key}: every assistant turn is trained, also this one; remove {key}, "
-                    "or the row"
-                )
-
-
 def _answered(cells: Cells, question: str, field: str) -> tuple[Conversation, ...]:
+    refuse_lists(cells)
     before = asked(cells, question)
     column, value = cells.required(field)
-    return (_conversation(before + answer(column, value), column),)
+    return _conversation(before + answer(column, value, cells), column, cells)
 
 
-def _conversation(found: Messages, name: str) -> Conversation:
-    """Up to the last assistant message: what stands after it could not be trained."""
+def _conversation(found: Messages, name: str, cells: Cells) -> tuple[Conversation, ...]:
+    """Up to the last assistant message: what stands after it could not be trained. None where every turn of
+    the assistant is marked as not to be trained.
+    """
     last = max((index for index, message in enumerate(found) if message.role == "assistant"), default=None)
     if last is None:
         raise RowError(f"{name}: no assistant message, so nothing to train on")
     if found[0].role == "assistant":
         raise RowError(f"{name}: starts with the assistant: no prompt")
-    return Conversation(messages=found[: last + 1])
+    if not any(message.is_trained for message in found if message.role == "assistant"):
+        return ()
+    left_out = len(found) - last - 1
+    return (Conversation(messages=found[: last + 1], tools=tools_of(cells), num_turns_left_out=left_out),)

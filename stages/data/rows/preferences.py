@@ -2,26 +2,45 @@
 
     chosen, rejected (+ prompt | conversations) --common beginning to the prompt--> Pair
 
-Owns where the prompt ends and the two sides begin. Does not own questions (prompts), turns (turns), or which
-of several responses is better (ranked, trees). Light import.
+Owns where the prompt ends and the two sides begin, and a label that says which side is the better one. Does
+not own questions (prompts), turns (turns), or which of several responses is better (ranked, trees). Light
+import.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from stages.data.records import Message, Messages, Pair
-from stages.data.rows.cells import Cells, RowError, as_text, described, filled
-from stages.data.rows.conversations import check_unanswered
+from stages.data.rows.advice import UNKNOWN, Advice
+from stages.data.rows.calls import tools_of
+from stages.data.rows.cells import Cells, RowError, as_text, filled
+from stages.data.rows.conversations import check_unanswered, label_of
+from stages.data.rows.guesses import holds_content, is_talk, likely
 from stages.data.rows.prompts import asked
 from stages.data.rows.transcripts import is_transcript, turns_of
-from stages.data.rows.turns import as_messages, listed_messages, with_system
+from stages.data.rows.turns import as_messages, listed_messages, unpacked_messages, with_system
+from stages.data.rows.wording import described, in_yaml, listed
 
 SIDES = {"chosen": ("chosen",), "rejected": ("rejected",)}
+
+_DECIDED_BY = {
+    ("human_ref_A", "human_ref_B"): ("labels", (1, 0)),
+    ("response_0", "response_1"): ("better_response_id", (0, 1)),
+}
+"""Two answers of a row -> the column that says which is better, and its value for either (SHP,
+PKU-SafeRLHF).
+"""
+_SAYS_WHICH = (
+    *("label", "labels", "choice", "preference", "preferred", "overall_preference", "winner", "better"),
+    *("better_response_id", "safer_response_id", "preference_strength", "winner_model_a"),
+)
+"""Columns that may say which of two answers is better, in words or numbers of their own."""
 
 
 def preference(cells: Cells) -> tuple[Pair, ...]:
     """`chosen` and `rejected` as text or messages; the prompt has its own column, or both begin with it."""
-    named = [cells.required(field) for field in SIDES]
+    named = [(name, unpacked_messages(value, name)) for name, value in _sides(cells)]
     for name, value in named:
         if not isinstance(value, str | Mapping | list):
             raise RowError(f"{name}: expected text, got {described(value)}")
@@ -30,25 +49,26 @@ def preference(cells: Cells) -> tuple[Pair, ...]:
     question = cells.optional("prompt")
     if question is None and isinstance(named[0][1], str):
         return hh_pair(cells) if is_transcript(named[0][1]) else (_pair_of_texts(cells),)
-    chosen, rejected = (as_messages(value, name, "assistant") for name, value in named)
+    chosen, rejected = (as_messages(value, name, "assistant", cells) for name, value in named)
     if question is None:
         return (pair_of_messages((), with_system(cells, chosen), with_system(cells, rejected), cells),)
     prompt = asked(cells, "prompt")
     check_unanswered(prompt, question[0])
-    return (_after_prompt(prompt, chosen, rejected, cells, is_text=isinstance(question[1], str)),)
+    is_text = isinstance(unpacked_messages(question[1], question[0]), str)
+    return (_after_prompt(prompt, chosen, rejected, cells, is_text=is_text),)
 
 
 def sharegpt_preference(cells: Cells) -> tuple[Pair, ...]:
     """`conversations` up to the question, `chosen` and `rejected` as `{from, value}` or text."""
     column, prompt = listed_messages(cells, "conversations")
     check_unanswered(prompt, column)
-    chosen, rejected = (as_messages(value, name, "assistant") for name, value in map(cells.required, SIDES))
+    chosen, rejected = (as_messages(value, name, "assistant", cells) for name, value in _sides(cells))
     return (_after_prompt(prompt, chosen, rejected, cells, is_text=False),)
 
 
 def hh_pair(cells: Cells) -> tuple[Pair, ...]:
     """Two transcripts that part somewhere."""
-    chosen, rejected = (turns_of(cells.text(field), cells.required(field)[0]) for field in SIDES)
+    chosen, rejected = (turns_of(as_text(value, name), name) for name, value in _sides(cells))
     return (pair_of_messages((), chosen, rejected, cells),)
 
 
@@ -56,6 +76,48 @@ def label_is_no_pair(cells: Cells) -> NoReturn:
     """A labelled answer has no other answer beside it."""
     column, _ = cells.required("label")
     raise RowError(f"{column}: one labelled answer is no pair of answers; use this source for sft or ppo")
+
+
+def deciding_label(cells: Cells) -> str | None:
+    """The column that says which of two answers is the better one, where their names do not."""
+    found = _decision(cells)
+    return None if found is None else found[1]
+
+
+def _decision(cells: Cells) -> tuple[tuple[str, str], str, tuple[int, int]] | None:
+    """(two answers, the column that says which is better, its value for either), where the row has them."""
+    names = {cells.column(field) for field in SIDES if cells.has_field(field)}
+    known = ((answers, *by) for answers, by in _DECIDED_BY.items() if {*answers} == names)
+    return next((one for one in known if one[1] in cells.row), None)
+
+
+def _sides(cells: Cells) -> list[tuple[str, Any]]:
+    """(column, value) of the better answer, then of the other: as their names say, or a label beside two
+    answers whose names do not. Raises RowError for a label whose meaning is not known.
+    """
+    sides = [cells.required(field) for field in SIDES]
+    names = [name for name, _ in sides]
+    decision = _decision(cells)
+    if decision is not None:
+        answers, label, values = decision
+        says = label_of(cells.row[label])
+        if says is None:
+            found = described(cells.row[label])
+            raise RowError(f"{label}: expected {values[0]} or {values[1]}, got {found}")
+        return sorted(sides, key=lambda side: side[0] != answers[values.index(int(says))])
+    read = {*names, *cells.columns.values()}
+    labels = [name for name in _SAYS_WHICH if name in cells.row and name not in read]
+    if _are_alike(*names) and any(cells.row[name] is not None for name in labels):
+        raise RowError(
+            Advice.TWO_ANSWERS_AND_A_LABEL.line(label=labels[0], chosen=names[0], rejected=names[1])
+        )
+    return sides
+
+
+def _are_alike(one: str, other: str) -> bool:
+    """Whether two columns are named like two of a kind, such as `response_a` and `response_b`."""
+    shared = len(_common_prefix(one, other))
+    return one != other and shared > 1 and all(len(name) - shared <= 1 for name in (one, other))
 
 
 def _after_prompt(
@@ -91,31 +153,53 @@ def _num_repeated(before: Messages, after: Messages) -> int:
 
 def _same(one: Messages, other: Messages) -> bool:
     """Equal but for white space around what is said."""
-    return [(turn.role, turn.content.strip()) for turn in one] == [
-        (turn.role, turn.content.strip()) for turn in other
+    return [replace(turn, content=turn.content.strip()) for turn in one] == [
+        replace(turn, content=turn.content.strip()) for turn in other
     ]
 
 
 def _pair_of_texts(cells: Cells) -> Pair:
     """No prompt column: the shared beginning is the prompt, back to its last line break, or else its last
-    space: two answers may begin with the same words.
+    space: two answers may begin with the same words. Only where no other column may hold the prompt.
     """
-    (column, chosen), (other, rejected) = map(cells.required, SIDES)
+    (column, chosen), (other, rejected) = _sides(cells)
     for name, side in ((column, chosen), (other, rejected)):
         filled(as_text(side, name), name, "response")
     if chosen == rejected:
         raise RowError(f"{other}: the same as {column}; remove the row, or set on_bad_row: skip")
+    _check_all_is_read(cells, column, other)
     shared = _common_prefix(chosen, rejected)
     breaks = [shared.rfind("\n") + 1, max(shared.rfind(space) for space in " \t") + 1]
     cut = next(
         (at for at in breaks if shared[:at].strip() and chosen[at:].strip() and rejected[at:].strip()), 0
     )
     if not cut:
-        raise RowError(
-            f"{column}: shares no beginning with {other}, so there is no prompt - set columns: {{prompt: …}}"
-        )
-    prompt = with_system(cells, (Message(role="user", content=shared[:cut].rstrip()),))
+        raise RowError(Advice.NO_PROMPT.line(column=column, other=other))
+    cells.shared_prompt = shared[:cut].rstrip()
+    prompt = with_system(cells, (Message(role="user", content=cells.shared_prompt),))
     return pair_of_messages(prompt, _said(chosen[cut:]), _said(rejected[cut:]), cells)
+
+
+def _check_all_is_read(cells: Cells, column: str, other: str) -> None:
+    """Raise RowError where a further column holds text or messages, and so perhaps the prompt."""
+    fields = ("chosen", "rejected", "system", "tools")
+    read = {cells.group_column, *(cells.column(field) for field in fields if cells.has_field(field))}
+    unread = {
+        name: value
+        for name, value in cells.row.items()
+        if name not in read and (is_talk(value) or (isinstance(value, str) and value.strip()))
+    }
+    if not unread:
+        return
+    prompt = likely("prompt", unread) or next(filter(holds_content, unread), UNKNOWN)
+    raise RowError(
+        Advice.PROMPT_NOT_READ.line(
+            column=column,
+            other=other,
+            unread=listed(unread),
+            prompt=in_yaml(prompt),
+        )
+    )
 
 
 def _said(text: str) -> Messages:
@@ -134,13 +218,17 @@ def pair_of_messages(prompt: Messages, chosen: Messages, rejected: Messages, cel
     for field, side in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
         _check_side(side, names[field])
     if not prompt:
-        raise RowError(
-            f"{names['chosen']}: shares no beginning with {names['rejected']}, so there is no prompt "
-            "- set columns: {prompt: …}"
-        )
+        _check_all_is_read(cells, names["chosen"], names["rejected"])
+        raise RowError(Advice.NO_PROMPT.line(column=names["chosen"], other=names["rejected"]))
     if prompt[0].role == "assistant":
         raise RowError(f"{names['chosen']}: starts with the assistant: no prompt")
-    return Pair(prompt=prompt, chosen=chosen[shared:], rejected=rejected[shared:], row=cells.row)
+    return Pair(
+        prompt=prompt,
+        chosen=chosen[shared:],
+        rejected=rejected[shared:],
+        row=cells.row,
+        tools=tools_of(cells),
+    )
 
 
 def _check_side(side: Messages, name: str) -> None:

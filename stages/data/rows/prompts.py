@@ -1,6 +1,6 @@
 """Prompts: what a row asks, and what a policy is to answer.
 
-    prompt | question | instruction (+ input) (+ history) (+ system) --asked--> Messages --> Prompt
+    prompt | question | instruction (+ input, history, system) --asked--> Messages (+ tools) --> Prompt
 
 Owns how the parts of a question are joined, the same for every stage, so that `split_key` is too. Does not
 own answers (conversations, preferences). Light import.
@@ -9,15 +9,18 @@ own answers (conversations, preferences). Light import.
 from typing import Any
 
 from stages.data.records import Message, Messages, Prompt
-from stages.data.rows.cells import Cells, RowError, as_text, described, filled, unpacked
+from stages.data.rows.calls import TOOLS, tool_columns, tools_of
+from stages.data.rows.cells import Cells, RowError, as_text, filled, unlike, unpacked
 from stages.data.rows.transcripts import first_turn_of, is_open_transcript, open_turns_of
-from stages.data.rows.turns import as_messages, listed_messages, with_system
+from stages.data.rows.turns import as_messages, listed_messages, unpacked_messages, with_system
+from stages.data.rows.wording import described
 
 ASKED = {
     "prompt": ("prompt", "question", "instruction", "query"),
     "input": ("input", "context"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
+    **TOOLS,
 }
 """Fields of a question -> the columns looked for."""
 
@@ -33,13 +36,13 @@ def asked(cells: Cells, field: str) -> Messages:
         return with_system(cells, open_turns_of(as_text(value, column), column))
     if isinstance(value, str):
         return with_system(cells, (*_history(cells), _question(cells, column, value)))
-    return with_system(cells, as_messages(value, column, "user"))
+    return with_system(cells, as_messages(value, column, "user", cells))
 
 
 def _question_in(cells: Cells, field: str) -> tuple[str, Any]:
-    """(column, value); `messages` in a table of text are a list."""
+    """(column, value); messages that stand in it as JSON text are messages."""
     column, value = cells.required(field)
-    return column, unpacked(value) if column == "messages" else value
+    return column, unpacked_messages(unpacked(value) if column == "messages" else value, column)
 
 
 def used_by(cells: Cells, field: str) -> tuple[str, ...]:
@@ -65,11 +68,11 @@ def _input_of(cells: Cells, column: str, value: str) -> tuple[str, object] | Non
     """
     if cells.is_renamed("input"):
         return cells.required("input")
-    found = cells.first_of(ASKED["input"])
+    found = cells.first_of(alias for alias in ASKED["input"] if alias != column)
     if column == "instruction" or found is None:
         return found
     text = found[1].strip() if isinstance(found[1], str) else ""
-    is_read = text and found[0] != column and "instruction" not in cells.row and text not in value
+    is_read = text and "instruction" not in cells.row and text not in value
     return found if is_read else None
 
 
@@ -90,7 +93,7 @@ def _history(cells: Cells) -> Messages:
     column, rounds = cells.required("history")
     rounds = unpacked(rounds)
     if not isinstance(rounds, list):
-        raise RowError(f"{column}: expected a list of [question, answer], got {described(rounds)}")
+        raise unlike(rounds, column, "a list of [question, answer]")
     turns: list[Message] = []
     for index, exchange in enumerate(rounds):
         name = f"{column}[{index}]"
@@ -125,4 +128,6 @@ def _prompt(messages: Messages, column: str, cells: Cells, *used: str) -> Prompt
     last = max((index for index, message in enumerate(messages) if message.role != "assistant"), default=None)
     if last is None or all(message.role == "system" for message in messages[: last + 1]):
         raise RowError(f"{column}: empty prompt: no message to answer")
-    return Prompt(messages=messages[: last + 1], row=cells.rest(*used))
+    tools = tool_columns(cells)
+    row = {column: value for column, value in cells.rest(*used).items() if column not in tools}
+    return Prompt(messages=messages[: last + 1], row=row, tools=tools_of(cells))

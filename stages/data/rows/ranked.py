@@ -16,9 +16,13 @@ from itertools import combinations
 from typing import Any
 
 from stages.data.records import Messages, Pair
-from stages.data.rows.cells import Cells, RowError, described, listed, unpacked
+from stages.data.rows.advice import UNKNOWN, Advice
+from stages.data.rows.calls import tools_of
+from stages.data.rows.cells import Cells, RowError, unlike, unpacked
 from stages.data.rows.conversations import answer, check_unanswered
+from stages.data.rows.guesses import score_key, text_key
 from stages.data.rows.prompts import asked
+from stages.data.rows.wording import described, in_yaml, listed
 
 _TEXT_KEYS = ("response", "text", "content", "answer", "completion", "output", "messages")
 _SCORE_KEYS = ("score", "overall_score", "rating", "reward")
@@ -56,13 +60,16 @@ def ranked(cells: Cells) -> tuple[Pair, ...]:
 def pairs_of(prompt: Messages, responses: Sequence[Rated], cells: Cells) -> tuple[Pair, ...]:
     """Every two responses that differ in text and, by more than `min_margin`, in merit."""
     pairs = []
+    tools = tools_of(cells)
     for one, other in combinations(responses, 2):
         if one.merit is None or other.merit is None or one.messages == other.messages:
             continue
         if abs(one.merit - other.merit) <= cells.min_margin:
             continue
         better, worse = (one, other) if one.merit > other.merit else (other, one)
-        pairs.append(Pair(prompt=prompt, chosen=better.messages, rejected=worse.messages, row=cells.row))
+        pairs.append(
+            Pair(prompt=prompt, chosen=better.messages, rejected=worse.messages, row=cells.row, tools=tools)
+        )
     return tuple(pairs)
 
 
@@ -71,15 +78,15 @@ def rated_responses(cells: Cells) -> tuple[Rated, ...]:
     column, items = cells.required("responses")
     items = unpacked(items)
     if not isinstance(items, list):
-        raise RowError(f"{column}: expected a list of responses, got {described(items)}")
+        raise unlike(items, column, "a list of responses")
     if len(items) < 2:
         raise RowError(f"{column}: {len(items)} responses; a pair needs two")
     merits = _listed_merits(cells, column, len(items))
     names = [f"{column}[{index}]" for index in range(len(items))]
     if merits is None:
-        merits = [_merit_inside(item, name) for item, name in zip(items, names, strict=True)]
+        merits = [_merit_inside(cells, item, name) for item, name in zip(items, names, strict=True)]
     return tuple(
-        Rated(messages=_response(item, name), merit=merit)
+        Rated(messages=_response(cells, item, name), merit=merit)
         for item, name, merit in zip(items, names, merits, strict=True)
     )
 
@@ -92,21 +99,46 @@ def _listed_merits(cells: Cells, column: str, num_responses: int) -> list[float 
             continue
         name, values = found[0], unpacked(found[1])
         if not isinstance(values, list):
-            raise RowError(f"{name}: expected a list of numbers, got {described(values)}")
+            raise unlike(values, name, "a list of numbers")
         if len(values) != num_responses:
             raise RowError(f"{name}: {len(values)} numbers for {num_responses} responses in {column}")
         return [_merit(value, f"{name}[{index}]", sign) for index, value in enumerate(values)]
     return None
 
 
-def _merit_inside(item: Any, name: str) -> float | None:
+def _merit_inside(cells: Cells, item: Any, name: str) -> float | None:
     if not isinstance(item, Mapping):
-        raise RowError(f"{name}: no score or rank for it - set columns: {{scores: …}} or {{ranks: …}}")
+        raise RowError(Advice.NO_SCORES.line(response=name, scores=_scores_beside(cells)))
     for keys, sign in ((_SCORE_KEYS, 1), (_RANK_KEYS, -1)):
         key = next((key for key in keys if key in item), None)
         if key is not None:
             return _merit(item[key], f"{name}.{key}", sign)
-    raise RowError(f"{name}.score: missing; keys are {listed(item)} - set columns: {{scores: …}}")
+    key = score_key(item)
+    field = "ranks" if key is not None and "rank" in key.lower() else "scores"
+    advised = _in_items(cells, field, key)
+    raise RowError(Advice.SCORE_KEY.line(response=name, keys=listed(item), advised=advised))
+
+
+def _scores_beside(cells: Cells) -> str:
+    """The column that may hold the responses' scores: a list of as many numbers."""
+    responses = unpacked(cells.required("responses")[1])
+    lists = {column: unpacked(value) for column, value in cells.row.items()}
+    return next(
+        (
+            in_yaml(column)
+            for column, values in lists.items()
+            if isinstance(values, list)
+            and len(values) == len(responses)
+            and all(isinstance(value, int | float) for value in values)
+        ),
+        UNKNOWN,
+    )
+
+
+def _in_items(cells: Cells, field: str, key: str | None) -> str:
+    """`field: column.*.key`, a path that reaches into every response."""
+    column = cells.required("responses")[0]
+    return f"{field}: {UNKNOWN if key is None else in_yaml(f'{column}.*.{key}')}"
 
 
 def _merit(value: Any, name: str, sign: int) -> float | None:
@@ -119,11 +151,17 @@ def _merit(value: Any, name: str, sign: int) -> float | None:
     return sign * float(value)
 
 
-def _response(item: Any, name: str) -> Messages:
+def _response(cells: Cells, item: Any, name: str) -> Messages:
     """Text, messages, or an object that holds either beside its score."""
-    if not isinstance(item, Mapping) or "role" in item or "from" in item:
-        return answer(name, item)
+    if not isinstance(item, Mapping):
+        return answer(name, item, cells)
+    if "role" in item or "from" in item:
+        rated = (*_SCORE_KEYS, *_RANK_KEYS)
+        return answer(name, {key: value for key, value in item.items() if key not in rated}, cells)
     key = next((key for key in _TEXT_KEYS if key in item), None)
     if key is None:
-        raise RowError(f"{name}.response: missing; keys are {listed(item)}")
-    return answer(f"{name}.{key}", item[key])
+        scores = [field for field in ("scores", "ranks") if cells.optional(field) is not None]
+        inside = [] if scores else [_in_items(cells, "scores", score_key(item))]
+        advised = ", ".join([_in_items(cells, "responses", text_key(item)), *inside])
+        raise RowError(Advice.RESPONSE_KEY.line(response=name, keys=listed(item), advised=advised))
+    return answer(f"{name}.{key}", item[key], cells)

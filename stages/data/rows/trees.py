@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.data.records import Conversation, Message, Messages, Pair, Prompt
-from stages.data.rows.cells import Cells, RowError, as_text, described, filled, listed
+from stages.data.rows.cells import Cells, RowError, as_text, filled
 from stages.data.rows.ranked import Rated, pairs_of
 from stages.data.rows.turns import as_role
+from stages.data.rows.wording import described, listed
 
 _LARGEST_RANK = 10**9
 

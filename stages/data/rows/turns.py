@@ -2,20 +2,28 @@
 
     {role, content} | {from, value} | content parts --as_messages--> (Message, ...)
 
-Owns key names, role names, content parts, and what no chat template can take. Does not own which column a
-message stands in (conversations, preferences, prompts). Light import.
+Owns key names, role names, content parts, thoughts, which keys nobody reads, and what no chat template can
+take. Does not own which column a message stands in (conversations, preferences, prompts), calls (calls) or
+training marks (marks). Light import.
 
 A message may hold role/content (OpenAI, TRL) or from/value (ShareGPT), wherever it stands. Content is text,
-or a list of `{type: text, text: …}` parts, which are joined as they are. Tool calls and parts that are no
-text are refused: only text is trained, and leaving them out would change what the turn says. Two turns of one
-role in a row stay as they are: templates take them. A system message stands first or not at all.
+or a list of `{type: text, text: …}` parts, which are joined as they are. Beside a call it may be absent.
+Parts that are no text are refused: only text is trained, and leaving them out would change what the turn
+says. Keys that are not read are counted. Two turns of one role in a row stay as they are: templates take
+them. A system message stands first or not at all.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from stages.data.records import Message, Messages, Role
-from stages.data.rows.cells import Cells, RowError, as_text, described, filled, listed, shortened, unpacked
+from stages.data.rows.advice import Advice
+from stages.data.rows.calls import CALL_KEYS, as_calls, calls_of
+from stages.data.rows.cells import Cells, RowError, as_text, filled, unlike, unpacked
+from stages.data.rows.marks import TURN_MARKS, mark_of, marked, refuse_unknown_mark
+from stages.data.rows.wording import described, listed, shortened
 
 ROLE_OF: dict[str, Role] = {
     "system": "system",
@@ -31,20 +39,35 @@ ROLE_OF: dict[str, Role] = {
     "model": "assistant",
     "chat": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
 """Names of a role in the wild -> the role."""
+_CALLERS = ("function_call", "tool_call")
+"""Roles whose content is a call, as ShareGPT's descendants write it."""
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an assistant's thoughts."""
+_CONTENT_ELSEWHERE = {
+    "text": "content",
+    "parts": "content, a text or a list of {type: text, text: …}",
+    "thought": "reasoning_content",
+}
+"""Keys that hold what a turn says where its content is empty -> what is read."""
 
 _UNREAD = {
-    "tools": "descriptions of tools are not put into the prompt",
     "images": "images are not read",
     "videos": "videos are not read",
     "audios": "audio is not read",
 }
-"""Columns beside a conversation without which it would not mean the same, where they hold a list."""
+"""Columns beside a conversation, or keys of a message, without which it would not mean the same, where they
+hold a list.
+"""
+_TOOLS = ("tools", "functions")
 
 
 def as_role(value: Any, name: str) -> Role:
@@ -55,28 +78,49 @@ def as_role(value: Any, name: str) -> Role:
     return ROLE_OF[role]
 
 
-def as_message(value: Any, name: str) -> Message:
-    """`{role, content}` or `{from, value}` -> Message."""
+def as_message(value: Any, name: str, cells: Cells) -> Message:
+    """`{role, content}` or `{from, value}` -> Message. Raises RowError."""
     if not isinstance(value, Mapping):
         raise RowError(f"{name}: expected a message {{role, content}}, got {described(value)}")
     role_key, content_key = _keys(value)
-    for key in (role_key, content_key):
-        if key not in value:
-            raise RowError(f"{name}.{key}: missing; keys are {listed(value)}")
+    if role_key not in value:
+        raise RowError(f"{name}.{role_key}: missing; keys are {listed(value)}")
     role = as_role(value[role_key], f"{name}.{role_key}")
-    for key in ("tool_calls", "function_call"):
-        if key in value and value[key] not in (None, [], {}):
-            raise RowError(
-                f"{name}.{key}: tool calls are not read; write the call into {content_key} as text"
-            )
-    content = as_content(value[content_key], f"{name}.{content_key}")
-    if role in ("user", "assistant"):
-        filled(content, f"{name}.{content_key}", "response" if role == "assistant" else "prompt")
-    return Message(role=role, content=content)
+    has_content = content_key in value
+    said = value[content_key] if has_content else None
+    if len(value) == 2 and has_content and value[role_key] not in _CALLERS:
+        content = as_content(said, f"{name}.{content_key}")
+        return Message(role=role, content=_filled(content, role, f"{name}.{content_key}"))
+
+    calls = calls_of(value, name, cells)
+    if calls and role != "assistant":
+        raise RowError(f"{name}: a call on a {role} turn; only the assistant calls tools")
+    if value[role_key] in _CALLERS and not calls:
+        calls, said = as_calls(said, f"{name}.{content_key}", cells), None
+    _check_content_elsewhere(value, said, name)
+    if said is None and calls:
+        content = ""
+    elif not has_content:
+        raise RowError(f"{name}.{content_key}: missing; keys are {listed(value)}")
+    else:
+        content = as_content(said, f"{name}.{content_key}")
+    _count_unread(value, {role_key, content_key, *_read_of(role, cells)}, name, cells)
+    is_marked_out = cells.is_imitated and mark_of(value, name, role) is False and role == "assistant"
+    return Message(
+        role=role,
+        content=content if calls else _filled(content, role, f"{name}.{content_key}"),
+        reasoning=_thoughts(value, name) if role == "assistant" else None,
+        tool_calls=calls,
+        tool_call_id=_text_of(value, "tool_call_id", name) if role == "tool" else None,
+        name=_text_of(value, "name", name) if role == "tool" else None,
+        is_trained=not is_marked_out,
+    )
 
 
 def _keys(message: Mapping[str, Any]) -> tuple[str, str]:
     """(role key, content key): each as it is there; tables fill the unused ones with null."""
+    if "role" in message and "content" in message and None not in (message["role"], message["content"]):
+        return "role", "content"
     is_sharegpt = [
         new in message and (old not in message or message[old] is None)
         for old, new in (("role", "from"), ("content", "value"))
@@ -84,6 +128,67 @@ def _keys(message: Mapping[str, Any]) -> tuple[str, str]:
     if "role" not in message and "content" not in message and any(is_sharegpt):
         return "from", "value"
     return "from" if is_sharegpt[0] else "role", "value" if is_sharegpt[1] else "content"
+
+
+def _filled(content: str, role: Role, name: str) -> str:
+    if role in ("user", "assistant"):
+        filled(content, name, "response" if role == "assistant" else "prompt")
+    return content
+
+
+def _text_of(message: Mapping[str, Any], key: str, name: str) -> str | None:
+    if key not in message or message[key] is None:
+        return None
+    return as_text(message[key], f"{name}.{key}")
+
+
+def _thoughts(message: Mapping[str, Any], name: str) -> str | None:
+    """The assistant's thoughts beside its content, under one of their names or the same under several."""
+    found = [(key, _text_of(message, key, name)) for key in _THOUGHTS]
+    said = [(key, text) for key, text in found if text is not None and text.strip()]
+    for key, text in said:
+        if text != said[0][1]:
+            raise RowError(f"{name}.{key}: differs from {said[0][0]}; keep one of them")
+    return said[0][1] if said else None
+
+
+def _check_content_elsewhere(message: Mapping[str, Any], said: Any, name: str) -> None:
+    """Raise RowError where the content is empty and another key seems to hold it."""
+    if said not in (None, [], {}) and not (isinstance(said, str) and not said.strip()):
+        return
+    for key, meant in _CONTENT_ELSEWHERE.items():
+        if key in message and not _is_nothing(message[key]):
+            raise RowError(f"{name}.{key}: not read, and the content is empty; write it as {meant}")
+
+
+def _read_of(role: Role, cells: Cells) -> tuple[str, ...]:
+    """The keys that are read of a turn of that role, beside role and content."""
+    marks = TURN_MARKS if cells.is_imitated else ()
+    match role:
+        case "assistant":
+            return (*CALL_KEYS, *_THOUGHTS, *marks)
+        case "tool":
+            return ("tool_call_id", "name", *marks)
+    return marks
+
+
+def _count_unread(message: Mapping[str, Any], read: set[str], name: str, cells: Cells) -> None:
+    """Count the keys of a message that nobody reads; raise RowError for those that cannot be left out."""
+    for key, value in message.items():
+        if key in read or _is_nothing(value):
+            continue
+        if key in _UNREAD and isinstance(value, list):
+            raise RowError(f"{name}.{key}: {_UNREAD[key]}; remove the row, or set on_bad_row: skip")
+        if key in _TOOLS and isinstance(unpacked(value), list | Mapping):
+            raise RowError(f"{name}.{key}: tools are read beside the messages; move them to a column {key}")
+        if cells.is_imitated:
+            refuse_unknown_mark(str(key), value, name)
+        cells.unread_keys[shortened(str(key))] += 1
+
+
+def _is_nothing(value: Any) -> bool:
+    """What a table or a tool writes where there is nothing to say."""
+    return value is None or (not isinstance(value, bool | int | float) and not value)
 
 
 def as_content(value: Any, name: str) -> str:
@@ -104,17 +209,18 @@ def _part(part: Any, name: str) -> str:
     return as_text(part["text"], f"{name}.text")
 
 
-def as_messages(value: Any, name: str, role: Literal["user", "assistant"]) -> Messages:
-    """Text (one message of `role`), one message, or a list of messages; of a prompt (`user`), the assistant's
-    is not the first. Raises RowError.
+def as_messages(value: Any, name: str, role: Literal["user", "assistant"], cells: Cells) -> Messages:
+    """Text (one message of `role`, or the JSON of messages), one message, or a list of messages; of a prompt
+    (`user`), the assistant's is not the first. Raises RowError.
     """
+    value = unpacked_messages(value, name)
     if isinstance(value, str):
         text = filled(as_text(value, name), name, "response" if role == "assistant" else "prompt")
         return (Message(role=role, content=text),)
     if isinstance(value, Mapping):
-        messages: Messages = (as_message(value, name),)
+        messages: Messages = (as_message(value, name, cells),)
     elif isinstance(value, list):
-        messages = tuple(as_message(item, f"{name}[{index}]") for index, item in enumerate(value))
+        messages = tuple(as_message(item, f"{name}[{index}]", cells) for index, item in enumerate(value))
     else:
         raise RowError(f"{name}: expected text, got {described(value)}")
     if not messages:
@@ -129,13 +235,54 @@ def as_messages(value: Any, name: str, role: Literal["user", "assistant"]) -> Me
     return messages
 
 
+_BEGINS_LIKE_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(?:role|from)"\s*:')
+_BEGINS_LIKE_PYTHON = re.compile(r"\s*(?:array\()?\[?\s*\{\s*'(?:role|from|content|value)'\s*:")
+
+
+def unpacked_messages(value: Any, name: str) -> Any:
+    """`value`, or the messages whose JSON it is: how they stand in a table of text. Raises RowError for what
+    was meant as such and is none.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
+        return value
+    if _BEGINS_LIKE_PYTHON.match(value):
+        raise RowError(Advice.PYTHON_REPR.line(name=name))
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        if _BEGINS_LIKE_MESSAGES.match(value):
+            where = f" (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else ""
+            raise RowError(
+                f"{name}: begins like the JSON of messages, but is not valid JSON{where}"
+            ) from None
+        return value
+    return found if _are_messages(found) else value
+
+
+def _are_messages(found: Any) -> bool:
+    """One message or a list of them, with a role that is known: other JSON is a text like any other."""
+    turns = found if isinstance(found, list) else [found]
+    if not turns or not all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):
+        return False
+    if found is not turns and not any(
+        {*keys} <= found.keys() for keys in (("role", "content"), ("from", "value"))
+    ):
+        return False
+    return any(turn[key] in ROLE_OF for turn in turns for key in ("role", "from") if _is_text(turn, key))
+
+
+def _is_text(turn: Mapping[str, Any], key: str) -> bool:
+    return key in turn and isinstance(turn[key], str)
+
+
 def listed_messages(cells: Cells, field: str) -> tuple[str, Messages]:
     """(column, messages) of a field that must hold a list of messages, after the row's `system` column."""
     column, value = cells.required(field)
     value = unpacked(value)
     if not isinstance(value, list):
-        raise RowError(f"{column}: expected a list of messages, got {described(value)}")
-    return column, with_system(cells, as_messages(value, column, "user"))
+        raise unlike(value, column, "a list of messages")
+    messages = marked(cells, column, value, as_messages(value, column, "user", cells))
+    return column, with_system(cells, messages)
 
 
 def with_system(cells: Cells, messages: Messages) -> Messages:
@@ -151,7 +298,7 @@ def with_system(cells: Cells, messages: Messages) -> Messages:
 
 
 def refuse_unread(cells: Cells) -> None:
-    """Raise RowError for a row whose conversation leans on a list of tools, images, ...: it is not read."""
+    """Raise RowError for a row whose conversation leans on a list of images, ...: it is not read."""
     for column, problem in _UNREAD.items():
         if column in cells.row and _holds_a_list(cells.row[column]):
             raise RowError(f"{column}: {problem}; remove the row, or set on_bad_row: skip")

@@ -1,0 +1,143 @@
+"""What `rlhf check` says of a dataset beside its figures: the files it is read from, and what is odd in it.
+
+Owns: the words. Does not own: which files are read (stages.data.places), what is counted
+(stages.data.observations). Light import.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.config import DataSource
+from stages.data.directories import DEFAULT_SPLIT
+from stages.data.files import COMPRESSIONS, kind_of, one_line, shown
+from stages.data.hub import is_hub_id
+from stages.data.places import found_at
+from stages.data.schemas import StageName
+from stages.data.table_rows import DELIMITERS, delimiter_of
+
+if TYPE_CHECKING:
+    from stages.data.chat import ChatTokenizer
+    from stages.data.observations import Observed
+    from stages.data.validation import Validated
+
+NUM_FILES = 12
+"""Named of one dataset."""
+NUM_MARKERS = 4
+"""Shown of those that its texts hold."""
+TRAINS_THE_POLICY: tuple[StageName, ...] = ("sft", "ppo")
+"""Stages whose prompts an evaluation should not ask."""
+
+
+def files_read(source: DataSource, found: "Validated") -> Iterator[str]:
+    """The files of a directory or glob with their rows, what is left out, and how odd csv files are read."""
+    if is_hub_id(source.path):
+        return
+    directory = Path(source.path)
+    if directory.is_dir() or len(found.files) > 1:
+        yield _listed(found.files, directory)
+    if directory.is_dir():
+        if reasons := found_at(source.path, source.split).reasons(directory):
+            yield f"left out: {reasons}"
+    elif source.split != DEFAULT_SPLIT:
+        yield f"split: {one_line(source.split)} picks nothing here: a named file or glob is read whole"
+    yield from _copies(found.files)
+    for path, _ in found.files:
+        if kind_of(path).kind == "csv" and (sign := delimiter_of(path, source.header)) != ",":
+            yield f"{_below(path, directory)}: its cells are separated by {DELIMITERS.get(sign, repr(sign))}"
+
+
+def _copies(files: Sequence[tuple[Path, int]]) -> Iterator[str]:
+    """Of files that differ in their kind alone and have as many rows, one may be a copy of the other."""
+    same: dict[tuple[Path, int], list[str]] = {}
+    for path, rows in files:
+        same.setdefault((_without_kind(path), rows), []).append(path.name)
+    for (_, rows), names in same.items():
+        if rows and len(names) > 1:
+            named = one_line(" and ".join(names))
+            yield f"{named} have {_rows(rows)} each: all are read, is one a copy of another?"
+
+
+def _without_kind(path: Path) -> Path:
+    """Example: d/a for d/a.jsonl.gz."""
+    path = path.with_suffix("") if path.suffix[1:].lower() in COMPRESSIONS else path
+    return path.with_suffix("") if path.suffix else path
+
+
+def _listed(files: Sequence[tuple[Path, int]], directory: Path) -> str:
+    names = [f"{_below(path, directory)} ({_rows(rows)})" for path, rows in files[:NUM_FILES]]
+    if others := files[NUM_FILES:]:
+        names.append(f"{len(others)} more ({_rows(sum(rows for _, rows in others))})")
+    return f"{len(files)} {'file' if len(files) == 1 else 'files'}: {', '.join(names)}"
+
+
+def _rows(number: int) -> str:
+    return f"{number} {'row' if number == 1 else 'rows'}"
+
+
+def _below(path: Path, directory: Path) -> str:
+    """The path within its directory; as `shown` where it is not in one."""
+    is_below = path != directory and path.is_relative_to(directory)
+    return one_line(path.relative_to(directory)) if is_below else shown(path)
+
+
+def remarks(
+    stage: StageName,
+    seen: "Observed",
+    observed: "Mapping[StageName, Sequence[Observed]]",
+    chat: "ChatTokenizer | None",
+) -> Iterator[str]:
+    """What is odd in one dataset, over all of its rows. `observed`: those of all stages."""
+    if seen.turns_left_out:
+        yield (
+            f"{seen.turns_left_out} {'turn' if seen.turns_left_out == 1 else 'turns'} after the last answer "
+            f"left out, in {seen.records_cut} of {seen.num_records} records: nothing there can be trained"
+        )
+    if seen.templated:
+        yield _templated(seen, chat)
+    if seen.contradicted:
+        yield (
+            f"in {seen.contradicted} of {seen.num_records} pairs the score of the chosen answer is not above "
+            f"that of the rejected one ({one_line(seen.first_contradicted)})"
+        )
+    if seen.evaluation_texts_too_short:
+        number, short = seen.evaluation_texts, seen.evaluation_texts_too_short
+        yield (
+            f"decontamination looks for {number - short} of {number} texts: {short} "
+            f"{'has' if short == 1 else 'have'} fewer words than prepare.decontaminate_ngram"
+        )
+    if stage == "evaluate":
+        yield from _trained_on(seen, observed)
+
+
+def _templated(seen: "Observed", chat: "ChatTokenizer | None") -> str:
+    markers = [marker for marker, _ in seen.markers.most_common(NUM_MARKERS)]
+    is_own = chat is not None and any(marker in chat.template for marker in markers)
+    whose = "the chat template's own markers" if is_own else "markers of a chat template"
+    return (
+        f"{seen.templated} of {seen.num_records} records hold {whose} ({one_line(', '.join(markers))}), "
+        f"as if "
+        "templated already: they are read as plain text, inside another template; give the bare messages"
+    )
+
+
+def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observed]]") -> Iterator[str]:
+    from stages.data.observations import trained_on
+
+    for stage in TRAINS_THE_POLICY:
+        number, first = trained_on(seen, observed.get(stage, ()))
+        if number:
+            yield (
+                f"{number} of {seen.num_records} prompts are prompts that {stage} trains on (such as "
+                f"'{one_line(first)}'): part: train there and part: heldout here keep them apart"
+            )
+
+
+def left_out(datasets: Mapping[StageName, Mapping[str, DataSource]]) -> Iterator[str]:
+    """A line for every directory among the datasets of which files are not read. Raises DataError."""
+    for key, source in chain.from_iterable(sources.items() for sources in datasets.values()):
+        directory = Path(source.path)
+        is_local = not is_hub_id(source.path) and directory.is_dir()
+        if is_local and (reasons := found_at(source.path, source.split).reasons(directory)):
+            yield f"{key}: of {shown(directory)} left out: {reasons}"

@@ -1,0 +1,587 @@
+"""What stands beside role and content: tools, calls, thoughts, training marks, and keys that nobody reads."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from stages.config import DataSource
+from stages.data import readers
+from stages.data.records import Conversation, Message, Pair, Prompt
+from stages.data.schemas import StageName
+from stages.errors import DataError
+
+Row = dict[str, Any]
+
+
+def say(role: str, content: Any = None, **more: Any) -> Row:
+    return {"role": role, **({} if content is None else {"content": content}), **more}
+
+
+def function(name: str, **more: Any) -> Row:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def jsonl(path: Path, *rows: Row) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path: Path, stage: StageName = "sft", **settings: Any) -> readers.Rows[Any]:
+    return readers.read_source(DataSource(path=str(path), **settings), stage)
+
+
+def one(tmp_path: Path, row: Row, stage: StageName = "sft") -> Any:
+    (record,) = read(jsonl(tmp_path / "a.jsonl", row), stage).records
+    return record
+
+
+def failure(tmp_path: Path, row: Row, stage: StageName = "sft") -> str:
+    with pytest.raises(DataError) as caught:
+        read(jsonl(tmp_path / "a.jsonl", row), stage)
+    line = str(caught.value)
+    assert line.startswith(f"{tmp_path}/a.jsonl:1: ") or line.startswith("a.jsonl:1: ")
+    return line.partition("a.jsonl:1: ")[2]
+
+
+ADD = function(
+    "add", parameters={"type": "object", "properties": {"a": {"type": "integer", "default": None}}}
+)
+ASKED = [say("user", "1+2?")]
+CALL = function("add", arguments={"a": 1, "b": None})
+
+
+# Tools
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        {"tools": [ADD]},
+        {"tools": ADD},
+        {"tools": json.dumps([ADD])},
+        {"tools": json.dumps(ADD)},
+        {"tools": [json.dumps(ADD)]},
+        {"tools": [ADD["function"]]},
+        {"tools": ADD["function"]},
+        {"tools": [{"type": "function", **ADD["function"]}]},
+        {"tools": [function("add", parameters=json.dumps(ADD["function"]["parameters"]))]},
+        {"functions": [ADD["function"]]},
+        {"functions": json.dumps([ADD["function"]]), "tools": None},
+    ],
+    ids=lambda tools: json.dumps(tools)[:60],
+)
+@pytest.mark.parametrize("beside", ["messages", "conversations", "prompt"])
+def test_tools_in_every_form_are_openai_functions_in_every_stage(tmp_path, tools, beside):
+    answered = [*ASKED, say("assistant", "3")]
+    row = {"prompt": "1+2?", "completion": "3"} if beside == "prompt" else {beside: answered}
+    assert one(tmp_path, {**row, **tools}).tools == (ADD,)
+    prompt = one(tmp_path, {**row, **tools}, "ppo")
+    assert prompt.tools == (ADD,)
+    assert not {"tools", "functions"} & {key for key, value in prompt.row.items() if value is not None}
+    pair = {beside: "1+2?" if beside == "prompt" else ASKED, "chosen": "3", "rejected": "4"}
+    sides = {"chosen": [say("assistant", "3")], "rejected": [say("assistant", "4")]}
+    pair = {**pair, **(sides if beside == "messages" else {})}
+    assert one(tmp_path, {**pair, **tools}, "reward").tools == (ADD,)
+
+
+@pytest.mark.parametrize("tools", [None, [], {}, "", "[]", "null", " "], ids=repr)
+def test_no_tools_are_no_tools(tmp_path, tools):
+    assert one(tmp_path, {"messages": [*ASKED, say("assistant", "3")], "tools": tools}).tools == ()
+
+
+def test_a_column_of_code_named_functions_is_no_list_of_tools(tmp_path):
+    row = {"prompt": "Explain.", "functions": "def add(a, b): ..."}
+    assert one(tmp_path, row, "ppo") == Prompt(
+        messages=(Message(role="user", content="Explain."),), row={"functions": row["functions"]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("tools", "line"),
+    [
+        ({"tools": "weather"},
+         "tools: expected tools as a list of JSON Schema functions, or its JSON text, got text"),
+        ({"tools": 7}, "tools: expected tools as a list of JSON Schema functions, or its JSON text, got "
+                       "number 7"),
+        ({"tools": "[{'name': 'add'}]"}, "tools: Python's repr of a list, not JSON; write the cell with "
+                                         "json.dumps"),
+        ({"tools": ["weather"]},
+         "tools[0]: expected a tool {type: function, function: {name, description, parameters}}, got text"),
+        ({"tools": [{"add": {}}]}, "tools[0].name: missing; keys are add"),
+        ({"tools": [{"type": "function", "function": "add"}]},
+         "tools[0].function: expected a function {name, description, parameters}, got text"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type: only functions are read, not web_search"),
+        ({"tools": [{"name": " "}]}, "tools[0].name: empty"),
+        ({"tools": [{"name": "add", "parameters": [1]}]},
+         "tools[0].parameters: expected a JSON Schema, or its JSON text, got list"),
+        ({"tools": [{"name": "add", "input_schema": {}}]},
+         "tools[0].input_schema: not read; rename it parameters"),
+        ({"tools": [ADD], "functions": [ADD]}, "functions: beside tools; keep one of them"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_tools_that_cannot_be_read_are_named(tmp_path, stage, tools, line):
+    row = {"messages": [*ASKED, say("assistant", "3")], **tools}
+    assert failure(tmp_path, row, stage) == line
+
+
+# Calls
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        say("assistant", "", tool_calls=[CALL]),
+        say("assistant", tool_calls=[CALL]),
+        say("assistant", tool_calls=CALL),
+        say("assistant", tool_calls=json.dumps([CALL])),
+        say("assistant", tool_calls=[{"name": "add", "arguments": {"a": 1, "b": None}}]),
+        say("assistant", tool_calls=[function("add", arguments='{"a": 1, "b": null}')]),
+        say("assistant", function_call={"name": "add", "arguments": '{"a": 1, "b": null}'}, tool_calls=None),
+        say("function_call", '{"name": "add", "arguments": {"a": 1, "b": null}}'),
+        say("tool_call", '[{"name": "add", "arguments": {"a": 1, "b": null}}]'),
+        {"from": "function_call", "value": '{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": null}"}'},
+    ],
+    ids=lambda turn: json.dumps(turn)[:80],
+)
+def test_calls_in_every_form_are_openai_calls_with_their_arguments_parsed(tmp_path, turn):
+    result = {"from": "observation", "value": "3"} if "from" in turn else say("tool", "3")
+    asked = {"from": "human", "value": "1+2?"} if "from" in turn else ASKED[0]
+    (_, called, answer) = one(tmp_path, {"messages": [asked, turn, result, turn]}).messages[:3]
+    assert called == Message(role="assistant", content="", tool_calls=(CALL,))
+    assert answer == Message(role="tool", content="3")
+
+
+def test_ids_names_and_a_call_without_arguments_are_kept(tmp_path):
+    turns = [
+        *ASKED,
+        say("assistant", "Let me see.", tool_calls=[{"id": "c1", **function("now", arguments=None)}]),
+        say("tool", "noon", tool_call_id="c1", name="now"),
+        say("function", "noon", name="now"),
+        say("assistant", "3"),
+    ]
+    conversation = one(tmp_path, {"messages": turns})
+    assert conversation.messages[1:4] == (
+        Message(
+            role="assistant",
+            content="Let me see.",
+            tool_calls=({"id": "c1", **function("now", arguments={})},),
+        ),
+        Message(role="tool", content="noon", tool_call_id="c1", name="now"),
+        Message(role="tool", content="noon", name="now"),
+    )
+    prompt = one(tmp_path, {"prompt": turns[:4]}, "ppo")
+    assert prompt.messages == conversation.messages[:4]
+
+
+@pytest.mark.parametrize(
+    ("turn", "line"),
+    [
+        (say("assistant", tool_calls=[{}]), "messages[1].tool_calls[0].name: missing; keys are none"),
+        (say("assistant", tool_calls=["add"]),
+         "messages[1].tool_calls[0]: expected a call {name, arguments}, got text"),
+        (say("assistant", tool_calls="add(1)"),
+         "messages[1].tool_calls: expected a call {name, arguments}, or a list of them, got text"),
+        (say("assistant", tool_calls=[{"name": "add", "parameters": {"a": 1}}]),
+         "messages[1].tool_calls[0].arguments: missing; keys are name, parameters"),
+        (say("assistant", tool_calls=[function("add", arguments="a=1")]),
+         "messages[1].tool_calls[0].function.arguments: expected an object, or its JSON text, got text"),
+        (say("assistant", tool_calls=[function("add", arguments="[1]")]),
+         "messages[1].tool_calls[0].function.arguments: expected an object, or its JSON text, got list"),
+        (say("assistant", tool_calls=[function("add", arguments="{'a': 1}")]),
+         "messages[1].tool_calls[0].function.arguments: Python's repr of a list, not JSON; write the cell "
+         "with "
+         "json.dumps"),
+        (say("assistant", tool_calls=[{"type": "mcp", "name": "add"}]),
+         "messages[1].tool_calls[0].type: only functions are read, not mcp"),
+        (say("assistant", tool_calls=[CALL], function_call=CALL["function"]),
+         "messages[1].function_call: beside tool_calls; keep one of them"),
+        (say("user", "q", tool_calls=[CALL]), "messages[1]: a call on a user turn; only the assistant "
+                                              "calls tools"),
+        (say("function_call", "add(1)"),
+         "messages[1].content: expected a call {name, arguments}, or a list of them, got text"),
+        (say("assistant", tool_calls=[]), "messages[1].content: missing; keys are role, tool_calls"),
+        (say("assistant", "", tool_calls=[]),
+         "messages[1].content: empty response; remove the row, or set on_bad_row: skip"),
+        (say("tool", {"sum": 3}), "messages[1].content: expected text, got object"),
+        (say("tool", "3", tool_call_id=7), "messages[1].tool_call_id: expected text, got number 7"),
+        (say("assistant", tool_calls=[function("add", arguments={"a": "\ud800"})]),
+         "messages[1].tool_calls[0].function.arguments: half a surrogate pair in it; it is no text"),
+        (say("user", "q", tools=[ADD]),
+         "messages[1].tools: tools are read beside the messages; move them to a column tools"),
+        (say("user", "q", images=["a.png"]),
+         "messages[1].images: images are not read; remove the row, or set on_bad_row: skip"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_calls_that_cannot_be_read_are_named(tmp_path, turn, line):
+    assert failure(tmp_path, {"messages": [*ASKED, turn, say("assistant", "a")]}) == line
+
+
+def test_what_an_arrow_table_pads_is_no_part_of_tools_or_calls(tmp_path):
+    other = function("now", parameters={"properties": {"zone": {"type": "string"}}})
+    turns = [
+        *ASKED,
+        say("assistant", "", tool_calls=[function("add", arguments={"a": 1})]),
+        say("tool", "3"),
+        say("assistant", "", tool_calls=[function("now", arguments={"zone": "UTC"})]),
+    ]
+    table = pyarrow.Table.from_pylist([{"messages": turns, "tools": [ADD, other]}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (conversation,) = read(tmp_path / "a.parquet").records
+    _, called, answer, again = conversation.messages
+    assert called.tool_calls == (function("add", arguments={"a": 1}),)
+    assert again.tool_calls == (function("now", arguments={"zone": "UTC"}),)
+    assert answer == Message(role="tool", content="3")
+    add = function("add", parameters={"type": "object", "properties": {"a": {"type": "integer"}}})
+    assert conversation.tools == (add, other)
+
+
+def test_calls_tell_two_turns_without_text_apart(tmp_path):
+    calls = {
+        side: [*ASKED, say("assistant", tool_calls=[function("add", arguments={"a": number})])]
+        for side, number in (("chosen", 1), ("rejected", 2))
+    }
+    pair = one(tmp_path, {"prompt": ASKED, **calls}, "reward")
+    assert isinstance(pair, Pair)
+    assert [side[0].tool_calls[0]["function"]["arguments"]["a"] for side in (pair.chosen, pair.rejected)] == [
+        1,
+        2,
+    ]
+
+
+# Thoughts
+
+
+@pytest.mark.parametrize(
+    ("keys", "reasoning"),
+    [
+        ({"reasoning_content": "Two twos."}, "Two twos."),
+        ({"reasoning": "Two twos."}, "Two twos."),
+        ({"thinking": "Two twos."}, "Two twos."),
+        ({"thinking": "Two twos.", "reasoning": "Two twos.", "reasoning_content": None}, "Two twos."),
+        ({"reasoning": " "}, None),
+    ],
+    ids=str,
+)
+def test_thoughts_under_every_name_are_the_turns_reasoning(tmp_path, keys, reasoning):
+    row = {"messages": [say("user", "2+2?"), say("assistant", "4", **keys)]}
+    assert one(tmp_path, row).messages[1] == Message(role="assistant", content="4", reasoning=reasoning)
+    pair = {"prompt": "2+2?", "chosen": [say("assistant", "4", **keys)], "rejected": [say("assistant", "5")]}
+    assert one(tmp_path, pair, "reward").chosen[0].reasoning == reasoning
+
+
+@pytest.mark.parametrize(
+    ("turn", "line"),
+    [
+        (say("assistant", "4", reasoning="a", thinking="b"),
+         "messages[1].thinking: differs from reasoning; keep one of them"),
+        (say("assistant", "4", thinking=["a"]), "messages[1].thinking: expected text, got list"),
+        (say("assistant", "", text="4"), "messages[1].text: not read, and the content is empty; write it "
+                                         "as content"),
+        (say("assistant", "", thought="4", tool_calls=[CALL]),
+         "messages[1].thought: not read, and the content is empty; write it as reasoning_content"),
+        (say("model", parts=[{"text": "4"}]),
+         "messages[1].parts: not read, and the content is empty; write it as content, a text or a list of "
+         "{type: text, text: …}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_thoughts_and_contents_that_cannot_be_read_are_named(tmp_path, turn, line):
+    assert failure(tmp_path, {"messages": [say("user", "2+2?"), turn]}) == line
+
+
+# Training marks
+
+
+def trained(record: Conversation) -> list[str]:
+    return [
+        message.content for message in record.messages if message.role == "assistant" and message.is_trained
+    ]
+
+
+TURNS = [say("user", "x?"), say("assistant", "WRONG"), say("user", "no, y"), say("assistant", "y")]
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "trainable", "loss", "loss_mask"])
+@pytest.mark.parametrize("no", [0, False, 0.0], ids=repr)
+def test_a_turn_that_is_marked_out_is_context(tmp_path, key, no):
+    turns = [{**TURNS[0], key: no}, {**TURNS[1], key: no}, TURNS[2], {**TURNS[3], key: not no}]
+    record = one(tmp_path, {"messages": turns})
+    assert [message.content for message in record.messages] == ["x?", "WRONG", "no, y", "y"]
+    assert trained(record) == ["y"]
+    assert record.messages[0].is_trained, "of no account where nothing is said by the assistant"
+
+
+@pytest.mark.parametrize(
+    "column", ["loss_mask", "loss_masks", "train", "trainable", "weight", "weights", "loss"]
+)
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_a_list_of_marks_has_one_for_each_message(tmp_path, column, field):
+    row = {field: TURNS, "system": "S", column: [0, 0, False, 1.0]}
+    assert trained(one(tmp_path, row)) == ["y"]
+    assert trained(one(tmp_path, {**row, column: "[0, null, 0, 0]"})) == ["WRONG"]
+
+
+def test_a_list_of_marks_may_have_any_name_that_the_config_says(tmp_path):
+    row = {"messages": TURNS, "mine": {"marks": [0, 0, 0, 1]}}
+    rows = read(jsonl(tmp_path / "a.jsonl", row), columns={"loss_mask": "mine.marks"})
+    assert trained(rows.records[0]) == ["y"]
+
+
+def test_marks_of_a_turn_and_of_the_row_that_agree_are_one(tmp_path):
+    turns = [TURNS[0], {**TURNS[1], "train": False, "weight": 0}, *TURNS[2:]]
+    assert trained(
+        one(tmp_path, {"messages": turns, "loss_mask": [0, 0, 0, 1], "weights": [0, 0, 0, 1]})
+    ) == ["y"]
+
+
+def test_a_row_of_which_nothing_is_trained_gives_no_record_and_is_counted(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"messages": TURNS}, {"messages": TURNS, "loss_mask": [0, 0, 0, 0]})
+    rows = read(path)
+    assert (len(rows.records), rows.num_filtered) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("mark", "line"),
+    [
+        ({"weight": 0.5}, "messages[1].weight: expected 0 or 1, true or false, got number 0.5: a turn is "
+                          "trained or "
+         "not; round it, or weigh whole rows by the weight of their source"),
+        ({"loss": "no"}, "messages[1].loss: expected 0 or 1, true or false, got text: a turn is trained or "
+         "not; round it, or weigh whole rows by the weight of their source"),
+        ({"train": True, "weight": 0}, "messages[1].train: contradicts messages[1].weight; keep one of them"),
+        ({"loss_weight": 0}, "messages[1].loss_weight: number 0, like a training mark, but not read; "
+                             "write train: "
+         "true or false, or remove loss_weight"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
+         "messages[1].train_detail: list, like a training mark, but not read; write train: true or false, or "
+         "remove train_detail"),
+        ({"Label": False}, "messages[1].Label: false, like a training mark, but not read; write train: "
+                           "true or "
+         "false, or remove Label"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_marks_of_a_turn_that_cannot_be_read_are_named(tmp_path, mark, line):
+    assert failure(tmp_path, {"messages": [TURNS[0], {**TURNS[1], **mark}]}) == line
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"messages": [{**TURNS[0], "train": True}, TURNS[1]]},
+         "messages[0].train: true on a user turn, but only assistant turns are trained; write 0, or "
+         "remove it"),
+        ({"messages": TURNS, "loss_mask": [1, 1, 0, 1]},
+         "loss_mask[0]: number 1 on a user turn, but only assistant turns are trained; write 0, or remove "
+         "it"),
+        ({"conversations": TURNS, "loss_mask": [0, 1]},
+         "loss_mask: 2 marks for 4 messages in conversations; write one per message"),
+        ({"messages": TURNS, "weights": [0, 0.5, 0, 1]},
+         "weights[1]: expected 0 or 1, true or false, got number 0.5: a turn is trained or not; round it, "
+         "or weigh "
+         "whole rows by the weight of their source"),
+        ({"messages": TURNS, "loss_mask": [0, 0, 0, 1], "weights": [0, 1, 0, 1]},
+         "weights[1]: contradicts loss_mask[1]; keep one of them"),
+        ({"messages": [TURNS[0], {**TURNS[1], "train": True}, *TURNS[2:]], "loss_mask": [0, 0, 0, 1]},
+         "loss_mask[1]: contradicts messages[1]; keep one of them"),
+        ({"messages": TURNS, "train": False},
+         "train: false for a whole row; remove the row, or write one mark per message"),
+        ({"prompt": "x?", "completion": "y", "loss_mask": [0, 1]},
+         "loss_mask: marks are read beside messages or conversations, one per message; write the row so, or "
+         "remove loss_mask"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_marks_of_a_row_that_cannot_be_read_are_named(tmp_path, row, line):
+    assert failure(tmp_path, row) == line
+
+
+@pytest.mark.parametrize(
+    "further", [{"weight": 0.5}, {"train": True}, {"loss": 1.25}, {"labels": [3, 7]}], ids=str
+)
+def test_a_column_that_only_sounds_like_a_mark_is_a_column_like_any_other(tmp_path, further):
+    assert trained(one(tmp_path, {"messages": TURNS, **further})) == ["WRONG", "y"]
+
+
+# Keys that nobody reads
+
+
+def test_keys_that_nobody_reads_are_counted_by_name_and_marks_where_nothing_is_imitated(tmp_path):
+    turns = [
+        say("user", "q", id=7, name="Ann"),
+        say("assistant", "a", id="m2", weight=0, train=None, tags=[]),
+    ]
+    path = jsonl(tmp_path / "a.jsonl", {"messages": turns}, {"messages": [*turns[:1], say("assistant", "b")]})
+    assert read(path).unread_keys == {"id": 3, "name": 2}
+    assert read(path, "ppo").unread_keys == {"id": 3, "name": 2, "weight": 1}
+    source = DataSource(path=str(path))
+    found = readers.read([source, source], "sft", seed=0)
+    assert found.unread_keys == {"id": 6, "name": 4}
+
+
+def test_keys_of_rows_that_are_left_out_are_not_counted(tmp_path):
+    good = {"messages": [say("user", "q", id=1), say("assistant", "a")]}
+    bad = {"messages": [say("user", "q", other=1), say("assistant", " ")]}
+    assert read(jsonl(tmp_path / "a.jsonl", good, bad), on_bad_row="skip").unread_keys == {"id": 1}
+
+
+def test_a_rated_message_is_read_with_its_score(tmp_path):
+    row = {"prompt": "q", "responses": [say("assistant", "a", score=1), say("assistant", "b", score=2)]}
+    rows = read(jsonl(tmp_path / "a.jsonl", row), "reward")
+    assert rows.records[0].chosen[0].content == "b" and not rows.unread_keys
+
+
+# Text that is JSON, and places
+
+
+MESSAGES = json.dumps(ASKED)
+ANSWERS = {text: json.dumps([say("assistant", text)]) for text in ("good", "bad")}
+WHOLE = {text: json.dumps([*ASKED, say("assistant", text)]) for text in ("good", "bad")}
+
+
+def as_table(path: Path, rows: Iterable[Row]) -> Path:
+    """The rows as csv, jsonl or parquet, by the name of the file."""
+    rows = list(rows)
+    if path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        jsonl(path, *rows)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("stage", "row"),
+    [
+        ("sft", {"prompt": MESSAGES, "completion": "good"}),
+        ("sft", {"prompt": "1+2?", "completion": ANSWERS["good"]}),
+        ("sft", {"prompt": MESSAGES, "completion": json.dumps(say("assistant", "good"))}),
+        ("sft", {"messages": WHOLE["good"]}),
+        ("sft", {"conversations": WHOLE["good"]}),
+        ("sft", {"instruction": MESSAGES, "output": ANSWERS["good"]}),
+        ("reward", {"prompt": "1+2?", "chosen": WHOLE["good"], "rejected": WHOLE["bad"]}),
+        ("reward", {"prompt": MESSAGES, "chosen": ANSWERS["good"], "rejected": ANSWERS["bad"]}),
+        ("reward", {"prompt": MESSAGES, "chosen": "good", "rejected": "bad"}),
+        ("reward", {"chosen": WHOLE["good"], "rejected": WHOLE["bad"]}),
+        ("reward", {"prompt": MESSAGES, "responses": json.dumps(["bad", "good"]), "scores": "[1, 2]"}),
+        ("ppo", {"prompt": MESSAGES}),
+        ("ppo", {"messages": WHOLE["good"]}),
+        ("evaluate", {"question": MESSAGES}),
+    ],
+    ids=str,
+)
+def test_json_text_of_messages_is_read_as_messages_in_every_cell(tmp_path, kind, stage, row):
+    (record,) = read(as_table(tmp_path / f"a.{kind}", [row]), stage).records
+    good, bad = (Message(role="assistant", content=text) for text in ("good", "bad"))
+    asked = (Message(role="user", content="1+2?"),)
+    match record:
+        case Conversation(messages=messages):
+            assert messages == (*asked, good)
+        case Pair(prompt=prompt, chosen=chosen, rejected=rejected):
+            assert (prompt, chosen, rejected) == (asked, (good,), (bad,))
+        case Prompt(messages=messages):
+            assert messages == asked
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "[]", '{"role": "admin", "content": "x"}', '[{"name": "x"}]', "[x](y)", "array"]
+)
+def test_other_json_is_a_text_like_any_other(tmp_path, text):
+    record = one(tmp_path, {"prompt": "q", "completion": text})
+    assert record.messages[1] == Message(role="assistant", content=text)
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "field"),
+    [
+        ("sft", {"messages": str(ASKED)}, "messages"),
+        ("sft", {"prompt": str(ASKED), "completion": "a"}, "prompt"),
+        ("sft", {"prompt": "q", "completion": f"{[say('assistant', 'a')]}"}, "completion"),
+        ("sft", {"conversations": f"array({[{'from': 'human', 'value': 'q'}]})"}, "conversations"),
+        ("reward", {"prompt": "q", "chosen": str([say("assistant", "a")]), "rejected": "b"}, "chosen"),
+        ("ppo", {"prompt": str(ASKED[0])}, "prompt"),
+    ],
+)  # fmt: skip
+def test_pythons_repr_of_messages_is_named_as_such(tmp_path, stage, row, field):
+    line = failure(tmp_path, row, stage)
+    assert line == f"{field}: Python's repr of a list, not JSON; write the cell with json.dumps"
+
+
+def test_messages_cut_short_in_a_cell_are_no_text(tmp_path):
+    line = failure(tmp_path, {"prompt": MESSAGES[:-3], "completion": "a"})
+    assert line == "prompt: begins like the JSON of messages, but is not valid JSON (character 30)"
+
+
+def test_every_record_says_where_its_row_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(
+        '\n{"prompt": "q", "completion": "a"}\n\n{"prompt": "r", "completion": "b"}\n'
+    )
+    assert [record.place for record in read(Path("a.jsonl")).records] == ["a.jsonl:2", "a.jsonl:4"]
+    assert [record.place for record in read(Path("a.jsonl"), "ppo").records] == ["a.jsonl:2", "a.jsonl:4"]
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    as_table(tmp_path / "b.parquet", [pair, pair])
+    assert [record.place for record in read(Path("b.parquet"), "reward").records] == [
+        "b.parquet:1",
+        "b.parquet:2",
+    ]
+
+
+# Which answer is better
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "values"),
+    [
+        (("human_ref_A", "human_ref_B"), "labels", (1, 0)),
+        (("response_0", "response_1"), "better_response_id", (0, 1)),
+    ],
+)
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_a_label_beside_two_answers_says_which_is_chosen(tmp_path, names, label, values, is_turned):
+    rows = [{"history": "q", names[0]: "one", names[1]: "two", label: value} for value in values]
+    mapped = names[::-1] if is_turned else names
+    columns = {"prompt": "history", "chosen": mapped[0], "rejected": mapped[1]}
+    found = read(jsonl(tmp_path / "a.jsonl", *rows), "reward", columns=columns).records
+    assert [pair.chosen[0].content for pair in found] == ["one", "two"]
+    assert [pair.rejected[0].content for pair in found] == ["two", "one"]
+    reader = readers.read_whole(DataSource(path=str(tmp_path / "a.jsonl"), columns=columns), "reward")
+    next(reader)
+    assert reader.columns_seen == {**columns, "label": label}, "check says so"
+    with pytest.raises(DataError, match=rf"{label}: expected {values[0]} or {values[1]}, got number 2"):
+        read(jsonl(tmp_path / "a.jsonl", {**rows[0], label: 2}), "reward", columns=columns)
+
+
+def test_the_beginning_of_two_texts_is_their_prompt_only_where_all_text_is_read(tmp_path):
+    sides = {"chosen": "Q: 2+2?\nIt is 4.", "rejected": "Q: 2+2?\nIt is 5."}
+    path = jsonl(
+        tmp_path / "a.jsonl", {**sides, "group": "sums", "score": 3, "note": None}, {**sides, "group": "x"}
+    )
+    reader = readers.read_whole(DataSource(path=str(path)), "reward", "group")
+    assert [pair.prompt[0].content for pair in reader] == ["Q: 2+2?"] * 2
+    assert (reader.counts.num_shared_prompts, reader.counts.shared_prompt) == (2, "Q: 2+2?")
+    with pytest.raises(DataError, match="text that is not read in group"):
+        read(path, "reward")
+
+
+@pytest.mark.parametrize("labels", [(1, 0), (1.0, 0.0), ("1", "0"), ("1.0", "0.0"), (True, False)], ids=str)
+def test_a_label_is_true_or_false_also_as_a_number(tmp_path, labels):
+    rows = [
+        {"prompt": "q", "completion": text, "label": label} for text, label in zip("ab", labels, strict=True)
+    ]
+    found = read(jsonl(tmp_path / "a.jsonl", *rows))
+    assert ([record.messages[1].content for record in found.records], found.num_filtered) == (["a"], 1)
