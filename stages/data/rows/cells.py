@@ -30,8 +30,8 @@ class Cells:
 
     A field is read from the column the config names (`columns:`), else from the first of its aliases that the
     row has and the config has not given to another field. `completion: instances.0.output` is a path: object
-    keys and list indices between dots, `*` for all items of a list (`scores: answers.*.pm_score`), also inside
-    a cell of JSON text; a column whose own name is that text wins over the path.
+    keys and list indices between dots, `*` for all items of a list (`scores: answers.*.pm_score`), inside a
+    cell of JSON text too; a column whose own name is that text wins over the path.
     """
 
     def __init__(
