@@ -51,8 +51,8 @@ class DataSource(Section):
     """Row schema; detected from the columns and the stage when absent."""
     columns: dict[str, str] | list[str] = Field(default_factory=dict)
     """Field name -> column that holds it, where the file's names differ (e.g. `prompt: question`); a path
-    reaches into nested values (`completion: instances.0.output`). A list names the columns of a csv or
-    tsv file that has no header line.
+    reaches into nested values (`completion: instances.0.output`), with `*` into every item of a list
+    (`scores: answers.*.votes`). A list names the columns of a csv or tsv file that has no header line.
     """
     document: Literal["file", "paragraph", "line"] = "paragraph"
     """What one document of a txt file is: all of it, a block of lines between blank lines, or a line."""

@@ -343,7 +343,7 @@ class RecordReader(Iterator[Any]):
                 self._num_filtered += not records
                 for record in records:
                     if takes_all or _in_part(record, self._source):
-                        yield _placed(record, f"{shown_path}:{line}")
+                        yield record if isinstance(record, Document) else _placed(record, shown_path, line)
 
     def _parse(self, row: dict[str, Any], *, is_padded: bool) -> tuple[Record, ...]:
         schema = self._detected(row) if self.schema is None else self.schema
@@ -354,14 +354,14 @@ class RecordReader(Iterator[Any]):
             is_padded=is_padded,
             group_column=self._group_column,
         )
-        schema.check(cells, is_stated=self._source.format is not None)
-        records = schema.parse(cells)
+        records = schema.read(cells, is_stated=self._source.format is not None)
         if self._source.format is None:
             check_label(self._stage, schema, row, self._source.column_of)
         if self._group_column is not None and self._group_column not in row:
             raise RowError(Advice.NO_GROUP_COLUMN.line(column=self._group_column, columns=listed(row)))
         self.schema = schema  # a row that cannot be read decides nothing
-        self._unread_keys.update(cells.unread_keys)
+        if cells.unread_keys:
+            self._unread_keys.update(cells.unread_keys)
         if cells.shared_prompt is not None:
             self._shared_prompts += 1
             self._shared_prompt = self._shared_prompt or cells.shared_prompt
@@ -386,8 +386,8 @@ class RecordReader(Iterator[Any]):
         self._num_skipped += 1
 
 
-def _placed(record: Record, place: str) -> Record:
-    return record if isinstance(record, Document) else replace(record, place=place)
+def _placed(record: Conversation | Pair | Prompt, path: str, line: int) -> Record:
+    return replace(record, place=f"{path}:{line}")
 
 
 def _in_part(record: Record, source: DataSource) -> bool:

@@ -82,9 +82,15 @@ class Schema:
             group_column=group_column,
         )
 
-    def check(self, cells: Cells, *, is_stated: bool) -> None:
-        """Raise RowError for a row without the columns that are required; `is_stated`: by the config."""
-        check_columns(cells, self.required, is_stated=is_stated, is_imitated=self.is_imitated)
+    def read(self, cells: Cells, *, is_stated: bool) -> tuple[Record, ...]:
+        """The records of a row. Raises RowError, about missing columns first, because they explain the rest.
+        `is_stated`: the config names this format.
+        """
+        try:
+            return self.parse(cells)
+        except RowError:
+            check_columns(cells, self.required, is_stated=is_stated, is_imitated=self.is_imitated)
+            raise
 
     def columns_read(self, cells: Cells) -> dict[str, str]:
         """Field -> the column of the row that it is read from; `input` and `history` only where they are."""
@@ -96,7 +102,9 @@ class Schema:
         question = next((field for field in ("prompt", "instruction") if field in found), None)
         unread = {"input", "history"} - {*(() if question is None else used_by(cells, question))}
         unread |= {*(() if tool_columns(cells) else ("tools",)), *(() if mark_columns(cells) else ROW_MARKS)}
-        return {field: column for field, column in found.items() if field not in unread}
+        label = preferences.deciding_label(cells)
+        decided = {} if label is None else {"label": label}
+        return {**{field: column for field, column in found.items() if field not in unread}, **decided}
 
     def distance(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[float, ...]:
         """How far the row is from this schema, smallest first; 0 throughout: the row is of this schema.
@@ -205,7 +213,7 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
 
 def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
     """Raise RowError for a row of sft labelled false that `schema`, guessed by another, would imitate."""
-    if stage != "sft" or schema.format == "labelled":
+    if stage != "sft" or schema.format == "labelled" or row.keys().isdisjoint(_LABEL["label"]):
         return
     found = Cells(row, columns, _LABEL).first_of(_LABEL["label"])
     if found is not None and label_of(found[1]) is False:
@@ -231,8 +239,7 @@ def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:
     def parse(cells: Cells) -> tuple[Record, ...]:
         schema, columns = without_label(cells)
         inner_cells = cells.through(columns, schema.aliases, is_imitated=schema.is_imitated)
-        schema.check(inner_cells, is_stated=False)
-        return schema.parse(inner_cells)
+        return schema.read(inner_cells, is_stated=False)
 
     aliases = {field: columns for schema in reversed(inner) for field, columns in schema.aliases.items()}
     return Schema(

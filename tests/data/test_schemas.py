@@ -39,8 +39,7 @@ def told(sender: str, value: Any) -> Row:
 def parsed(stage: StageName, row: Row, min_margin: float = 0.0, **columns: str) -> tuple[Record, ...]:
     schema = detect(stage, row, columns)
     cells = schema.cells(row, columns, min_margin)
-    schema.check(cells, is_stated=False)
-    return schema.parse(cells)
+    return schema.read(cells, is_stated=False)
 
 
 def talk(*messages: Message) -> tuple[Conversation, ...]:
@@ -777,7 +776,8 @@ def test_filtered_rows_are_counted_beside_skipped_ones_and_the_margin_comes_from
 
 EVERY_SCHEMA = [schema for schemas in SCHEMAS.values() for schema in schemas]
 NAMES = sorted({alias for schema in EVERY_SCHEMA for names in schema.aliases.values() for alias in names})
-KEYS = ["role", "content", "from", "value", "type", "text", "replies", "rank", "score", "response", "deleted"]
+KEYS = ["role", "content", "from", "value", "type", "text", "replies", "rank", "score", "response", "deleted",
+        "tool_calls", "name", "arguments", "function", "train", "weight", "reasoning"]  # fmt: skip
 TEXTS = ["q", "q a", "q b", "\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b",
          "\n\nHuman: q\n\nAssistant:", "", " ", "\ud800", "a\nb", "human", "gpt", "system"]  # fmt: skip
 LEAVES = st.sampled_from(TEXTS) | st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**400)

@@ -559,6 +559,9 @@ def test_a_label_beside_two_answers_says_which_is_chosen(tmp_path, names, label,
     found = read(jsonl(tmp_path / "a.jsonl", *rows), "reward", columns=columns).records
     assert [pair.chosen[0].content for pair in found] == ["one", "two"]
     assert [pair.rejected[0].content for pair in found] == ["two", "one"]
+    reader = readers.read_whole(DataSource(path=str(tmp_path / "a.jsonl"), columns=columns), "reward")
+    next(reader)
+    assert reader.columns_seen == {**columns, "label": label}, "check says so"
     with pytest.raises(DataError, match=rf"{label}: expected {values[0]} or {values[1]}, got number 2"):
         read(jsonl(tmp_path / "a.jsonl", {**rows[0], label: 2}), "reward", columns=columns)
 

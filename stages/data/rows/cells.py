@@ -9,7 +9,7 @@ field means (conversations, preferences, ...) or what an error advises (advice).
 import base64
 import json
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +30,8 @@ class Cells:
 
     A field is read from the column the config names (`columns:`), else from the first of its aliases that the
     row has and the config has not given to another field. `completion: instances.0.output` is a path: object
-    keys and list indices between dots, `*` for all items of a list (`scores: answers.*.pm_score`); a column
-    whose own name is that text wins over the path.
+    keys and list indices between dots, `*` for all items of a list (`scores: answers.*.pm_score`), inside a
+    cell of JSON text too; a column whose own name is that text wins over the path.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Cells:
         self.is_imitated = is_imitated  # assistant turns are trained as they stand: training marks count
         self.is_padded = is_padded  # of an Arrow table: an object holds null for every key of other rows
         self.group_column = group_column  # a column that the stage reads by itself
-        self.unread_keys: Counter[str] = Counter()  # of its messages
+        self.unread_keys = defaultdict[str, int](int)  # key of a message that nobody reads -> how often
         self.shared_prompt: str | None = None  # that no column holds: what two texts begin with
         self._aliases = aliases
 
@@ -117,9 +117,10 @@ class Cells:
 
     def first_of(self, aliases: Iterable[str]) -> tuple[str, Any] | None:
         """(column, value) of the first of these columns that the row has and no field was given."""
-        taken = self.columns.values()
-        alias = next((alias for alias in aliases if alias in self.row and alias not in taken), None)
-        return None if alias is None else (alias, self.row[alias])
+        for alias in aliases:  # of every row, and so no generator
+            if alias in self.row and alias not in self.columns.values():
+                return alias, self.row[alias]
+        return None
 
     def text(self, field: str) -> str:
         """A field that must be text."""
@@ -158,7 +159,7 @@ class _Break:
 def _followed(value: Any, parts: Sequence[str], start: int) -> Any:
     """What `parts[start:]` lead to from `value`, or where they break."""
     for depth in range(start, len(parts)):
-        part = parts[depth]
+        part, value = parts[depth], unpacked(value)  # in a table of text it is JSON
         if part == "*" and isinstance(value, list):
             found = [_followed(item, parts, depth + 1) for item in value]
             return next((one for one in found if isinstance(one, _Break)), found)

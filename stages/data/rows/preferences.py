@@ -78,33 +78,40 @@ def label_is_no_pair(cells: Cells) -> NoReturn:
     raise RowError(f"{column}: one labelled answer is no pair of answers; use this source for sft or ppo")
 
 
+def deciding_label(cells: Cells) -> str | None:
+    """The column that says which of two answers is the better one, where their names do not."""
+    found = _decision(cells)
+    return None if found is None else found[1]
+
+
+def _decision(cells: Cells) -> tuple[tuple[str, str], str, tuple[int, int]] | None:
+    """(two answers, the column that says which is better, its value for either), where the row has them."""
+    names = {cells.column(field) for field in SIDES if cells.has_field(field)}
+    known = ((answers, *by) for answers, by in _DECIDED_BY.items() if {*answers} == names)
+    return next((one for one in known if one[1] in cells.row), None)
+
+
 def _sides(cells: Cells) -> list[tuple[str, Any]]:
     """(column, value) of the better answer, then of the other: as their names say, or a label beside two
     answers whose names do not. Raises RowError for a label whose meaning is not known.
     """
     sides = [cells.required(field) for field in SIDES]
     names = [name for name, _ in sides]
-    for answers, (label, values) in _DECIDED_BY.items():
-        if {*answers} == {*names} and label in cells.row:
-            return _decided(sides, answers, label, values, cells)
-    if _are_alike(*names):
-        read = {*names, *cells.columns.values()}
-        labels = [name for name in _SAYS_WHICH if name in cells.row and name not in read]
-        if any(cells.row[name] is not None for name in labels):
-            raise RowError(
-                Advice.TWO_ANSWERS_AND_A_LABEL.line(label=labels[0], chosen=names[0], rejected=names[1])
-            )
+    decision = _decision(cells)
+    if decision is not None:
+        answers, label, values = decision
+        says = label_of(cells.row[label])
+        if says is None:
+            found = described(cells.row[label])
+            raise RowError(f"{label}: expected {values[0]} or {values[1]}, got {found}")
+        return sorted(sides, key=lambda side: side[0] != answers[values.index(int(says))])
+    read = {*names, *cells.columns.values()}
+    labels = [name for name in _SAYS_WHICH if name in cells.row and name not in read]
+    if _are_alike(*names) and any(cells.row[name] is not None for name in labels):
+        raise RowError(
+            Advice.TWO_ANSWERS_AND_A_LABEL.line(label=labels[0], chosen=names[0], rejected=names[1])
+        )
     return sides
-
-
-def _decided(
-    sides: list[tuple[str, Any]], answers: tuple[str, str], label: str, values: tuple[int, int], cells: Cells
-) -> list[tuple[str, Any]]:
-    value = label_of(cells.row[label])
-    if value is None:
-        raise RowError(f"{label}: expected {values[0]} or {values[1]}, got {described(cells.row[label])}")
-    better = answers[values.index(int(value))]
-    return sorted(sides, key=lambda side: side[0] != better)
 
 
 def _are_alike(one: str, other: str) -> bool:

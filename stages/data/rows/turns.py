@@ -119,6 +119,8 @@ def as_message(value: Any, name: str, cells: Cells) -> Message:
 
 def _keys(message: Mapping[str, Any]) -> tuple[str, str]:
     """(role key, content key): each as it is there; tables fill the unused ones with null."""
+    if "role" in message and "content" in message and None not in (message["role"], message["content"]):
+        return "role", "content"
     is_sharegpt = [
         new in message and (old not in message or message[old] is None)
         for old, new in (("role", "from"), ("content", "value"))
