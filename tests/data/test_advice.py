@@ -226,6 +226,13 @@ CASES = [
              "responses.*.ranking}",
     ),
     Followed(
+        kind=Advice.SCORE_KEY,
+        stage="reward",
+        row={"question": "Cow?", "answers": json.dumps(ANSWERS)},
+        line="answers[0].score: missing; keys are answer_id, pm_score, text - set columns: "
+        "{scores: answers.*.pm_score}",
+    ),
+    Followed(
         kind=Advice.RESPONSE_KEY,
         stage="reward",
         row={"prompt": "Cow?", "responses": [{"body": "Moo.", "score": 2}, {"body": "Woof.", "score": 1}]},

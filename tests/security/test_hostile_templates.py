@@ -10,7 +10,7 @@ import pytest
 from stages.data import templates
 from stages.data.chat import CHATML, ChatTokenizer
 from stages.data.records import Message
-from stages.data.templates import render
+from stages.data.templates import Chat, Refused, Spellings, render, render_chats
 from stages.errors import ModelError
 
 TALK = [Message(role=role, content=f"words {role}") for role in ("system", "user", "assistant", "user")]
@@ -129,6 +129,21 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 def test_a_template_cannot_leave_its_sandbox(refusal: Callable[[str], str], template: str):
     line = refusal(template)
     assert "Error" in line or "unsafe" in line
+
+
+@pytest.mark.parametrize(
+    "reach",
+    ["_real", "_cut", "split.__globals__", "split.__func__", "__class__", "__new__", "replace.__code__"],
+)
+def test_hidden_content_opens_no_way_out_either(reach: str):
+    """Stand-in texts are objects of ours, with methods of ours."""
+    chat = Chat(messages=[{"role": "user", "content": "<x>"}], tools=None, cuts=[(1, False)])
+    for template in (f"{{{{ messages[0].content.{reach} }}}}", f"{{{{ messages[0].content['{reach}'] }}}}"):
+        (found,) = render_chats(template, {}, [chat], Spellings(signs="<>"))
+        if isinstance(found, Refused):
+            assert "unsafe" in found.words
+        else:
+            assert found.texts == ("",)
 
 
 @pytest.mark.parametrize("name", BOMBS)

@@ -30,8 +30,8 @@ class Cells:
 
     A field is read from the column the config names (`columns:`), else from the first of its aliases that the
     row has and the config has not given to another field. `completion: instances.0.output` is a path: object
-    keys and list indices between dots, `*` for all items of a list (`scores: answers.*.pm_score`); a column
-    whose own name is that text wins over the path.
+    keys and list indices between dots, `*` for all items of a list (`scores: answers.*.pm_score`), inside a
+    cell of JSON text too; a column whose own name is that text wins over the path.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _Break:
 def _followed(value: Any, parts: Sequence[str], start: int) -> Any:
     """What `parts[start:]` lead to from `value`, or where they break."""
     for depth in range(start, len(parts)):
-        part = parts[depth]
+        part, value = parts[depth], unpacked(value)  # in a table of text it is JSON
         if part == "*" and isinstance(value, list):
             found = [_followed(item, parts, depth + 1) for item in value]
             return next((one for one in found if isinstance(one, _Break)), found)

@@ -12,7 +12,7 @@ have to agree.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,10 +67,11 @@ def marked(cells: Cells, column: str, turns: Sequence[Any], messages: Messages) 
 
 def refuse_lists(cells: Cells) -> None:
     """Raise RowError where a row that is no list of messages has marks for each."""
-    for column in mark_columns(cells):
+    columns = mark_columns(cells)
+    if columns:
         raise RowError(
-            f"{column}: marks are read beside messages or conversations, one per message; write the row so, "
-            f"or remove {column}"
+            f"{columns[0]}: marks are read beside messages or conversations, one per message; write the row "
+            f"so, or remove {columns[0]}"
         )
 
 
@@ -126,7 +127,7 @@ def _as_mark(value: Any, name: str, role: Role) -> bool:
     return bool(value)
 
 
-def _agreed(marks: Iterator[tuple[str, bool | None]] | Sequence[tuple[str, bool | None]]) -> bool | None:
+def _agreed(marks: Iterable[tuple[str, bool | None]]) -> bool | None:
     """What the marks of one turn, which are named, say together."""
     first: tuple[str, bool | None] | None = None
     for name, mark in marks:
