@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
-from pipeline import changes, dag, doctor, executor, placement, planning, supervisor
+from pipeline import changes, dag, doctor, executor, placement, planning, supervisor, unstated
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand, model_directory
 from pipeline.data_remarks import left_out
@@ -97,9 +97,12 @@ def run(
         raise typer.Exit(supervisor.supervise(loaded.config.outputs, retries=retries, wait_s=wait_s))
     last, forced = _stage_name("--until", until), _stage_name("--force", force)
     if resume:
-        _check_unchanged(loaded.config)
+        _check_was_started(loaded.config)
     configs.check_paths(loaded, {"model", *dag.until(loaded.config, last)})
-    _execute(planning.plan_run(loaded.config, last=last, force=forced))
+    planned = planning.plan_run(loaded.config, last=last, force=forced)
+    if resume:
+        _check_unchanged(planned.config)
+    _execute(planned)
 
 
 def _run_one(stage: str) -> Callable[..., None]:
@@ -141,39 +144,41 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     loaded = configs.load(config, overrides or [])
     configs.check_paths(loaded)
     typer.echo(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
-    model = loaded.config.model
+    fitted = planning.fitted_to_what_is_here(loaded.config)
+    resolved, model = fitted.config, fitted.config.model
     at_hand = model_at_hand(model.path, model.revision)
     if model.path is not None and at_hand:
         directory = model_directory(model.path, model.revision)  # judged before anything of it is loaded
-        planning.check_given_models(loaded.config, dag.configured(loaded.config), {dag.MODEL: directory})
+        planning.check_given_models(resolved, dag.configured(resolved), {dag.MODEL: directory})
     elif not at_hand and (described := placement.described_by(model)) is not None:
-        planning.check_described_model(loaded.config, described)
+        planning.check_described_model(resolved, described)
     if model.path is not None and not at_hand and (problem := model_problem(model.path, model.revision)):
         typer.echo(
             f"note: model.path {model.path}: no such directory, and not reachable as a hub id: {problem}"
         )
     console = Console(soft_wrap=True)
-    for block in previews(loaded.config, model_at_hand=at_hand):
+    for block in previews(resolved, model_at_hand=at_hand):
         console.print(block)
-    for remark in loaded.config.remarks():
+    for remark in resolved.remarks():
         typer.echo(f"\nnote: {remark}")
+    typer.echo("\nnot stated, so chosen:")
+    for line in unstated.table(loaded.config, fitted):
+        typer.echo(f"  {line}")
     typer.echo("\nplan (memory at its peak, without what allocators keep):")
-    for line in placement.plan(loaded.config, dag.configured(loaded.config)):
+    for line in placement.plan(resolved, dag.configured(resolved)):
         typer.echo(f"  {line}")
     if not at_hand:
-        typer.echo(f"\nstages (all would run; {loaded.config.model.path} has to be fetched first):")
-        for stage in dag.configured(loaded.config):
-            needs = ", ".join(dag.needs(loaded.config, stage)) or "nothing"
-            typer.echo(f"  {stage:9} run   needs {needs:40} {_steps(loaded.config, stage)}")
+        typer.echo(f"\nstages (all would run; {resolved.model.path} has to be fetched first):")
+        for stage in dag.configured(resolved):
+            needs = ", ".join(dag.needs(resolved, stage)) or "nothing"
+            typer.echo(f"  {stage:9} run   needs {needs:40} {_steps(resolved, stage)}")
         return
-    planned = planning.plan_run(loaded.config)
+    planned = planning.plan_run(resolved)
     typer.echo("\nstages:")
     for stage, node in planned.nodes.items():
         action = "skip" if stage in planned.present else "run"
         needs = ", ".join(node.inputs) or "nothing"
-        typer.echo(
-            f"  {stage:9} {action:5} needs {needs:40} {_steps(loaded.config, stage):22} {node.fingerprint}"
-        )
+        typer.echo(f"  {stage:9} {action:5} needs {needs:40} {_steps(resolved, stage):22} {node.fingerprint}")
 
 
 @app.command(name="doctor")
@@ -247,13 +252,18 @@ def _complain(text: str, code: int) -> int:
     return code
 
 
+def _check_was_started(config: ExperimentConfig) -> None:
+    """Raises ConfigError where `--resume` has nothing to go on with."""
+    path = Store(config.outputs).config_file(config.name)
+    if not path.is_file():
+        raise ConfigError(f"--resume: run {config.name!r} was not started yet ({path}); leave out --resume")
+
+
 def _check_unchanged(config: ExperimentConfig) -> None:
-    """Raises ConfigError unless the run was started before, with the same settings."""
+    """Raises ConfigError unless the run was started before with the same settings, fitted ones included."""
     path = Store(config.outputs).config_file(config.name)
     before = changes.last_config(path)
-    if before is None:
-        raise ConfigError(f"--resume: run {config.name!r} was not started yet ({path}); leave out --resume")
-    if found := changes.between(before, config):
+    if before is not None and (found := changes.between(before, config)):
         raise ConfigError(
             f"--resume: not the config of the last run ({path}): {changes.listed(found)}; set them back, or "
             "leave out --resume to go on with the new ones"
@@ -275,6 +285,8 @@ def _tell_changes(planned: planning.PlannedRun) -> None:
 
 
 def _execute(planned: planning.PlannedRun) -> None:
+    if (line := unstated.fitted_line(planned.fit)) is not None:
+        typer.echo(line)
     planning.validate_data(planned)
     for line in left_out(dag.datasets(planned.config, planned.to_run)):
         typer.echo(line)

@@ -2,11 +2,11 @@
 
     yaml_source.read_config -> Node tree -> pydantic -> paths made absolute -> LoadedConfig
                                                |
-                                             error -> config_fields.explained -> `demo.yaml:12: sft.lrr: ...`
+                                             error -> config_errors.explained -> `demo.yaml:12: sft.lrr: ...`
 
 Owns: turning a tree into the config, paths, the resolved config as YAML, the JSON Schema.
 Does not own: reading YAML (yaml_source), what is valid (experiment, stages.config), the wording of errors
-(config_fields), the manual (config_docs).
+(config_errors), the manual (config_docs).
 """
 
 import glob
@@ -21,12 +21,20 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config_fields import explained, section_of
+from pipeline.config_errors import explained
+from pipeline.config_fields import section_of
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from pipeline.yaml_source import KeyPath, Node, describe, dotted, parse_scalar, read_config, short
 from rollout.config import Section
-from stages.config import DataSource, ModelConfig, PrepareConfig, ScoreFunction
+from stages.config import (
+    FITTED,
+    DataSource,
+    ModelConfig,
+    PrepareConfig,
+    ScoreFunction,
+    TrainingConfig,
+)
 from stages.data import hub
 from stages.data.lfs import POINTER, first_pointer
 from stages.data.places import files_matching
@@ -72,9 +80,20 @@ def json_schema() -> dict[str, Any]:
     schema = ExperimentConfig.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
+        for name in FITTED:
+            if name in section["properties"]:
+                section["properties"][name] = _or_null(section["properties"][name])
     about = "Config file that this one builds on, relative to it. Mappings merge, lists are replaced."
     schema["properties"] = {"base": {"type": "string", "description": about}, **schema["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _or_null(setting: dict[str, Any]) -> dict[str, Any]:
+    """A setting that is fitted to a given model: null leaves it open. Editors show what is beside anyOf."""
+    shown = ("title", "description", "default")
+    beside = {name: item for name, item in setting.items() if name in shown}
+    value = {name: item for name, item in setting.items() if name not in shown}
+    return {"anyOf": [value, {"type": "null"}], **beside}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -93,11 +112,17 @@ _Dumper.add_representer(str, _quoted_if_needed)
 
 
 def _open_empty_sections(node: Node, section: type[Section]) -> Node:
-    """A section's key with nothing after it (`pretrain:`) is that section, with defaults; `null` is none."""
+    """A section's key with nothing after it (`pretrain:`) is that section, with defaults; `null` is none.
+
+    `null` for a setting that is fitted to a given model takes back what a base states.
+    """
     if not isinstance(node.value, dict):
         return node
     entries = dict(node.value)
     for key, child in node.value.items():
+        if issubclass(section, TrainingConfig) and key in FITTED and child.value is None and child.text:
+            del entries[key]
+            continue
         annotation = section.model_fields[key].annotation if key in section.model_fields else None
         inner = None if get_origin(annotation) is list else section_of(annotation)
         if inner is not None:

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.config_fields import bounds, choices, section_of
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
+from pipeline.fitted_defaults import rule
 from rollout.config import EXECUTION, Section
 
 PATH = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -28,13 +29,18 @@ One YAML file is one experiment. This page is generated from the models that rea
   defaults.
 - **Override on the command line** with `key=value`: `sft.lr=1e-4`, `sft.data.0.path=my.jsonl` (items count
   from 0; the next number adds one), `model.path=null`. Values are YAML.
+- **Defaults** are those of a chain from scratch. Where a model is given (`model.path`, or somebody else's
+  model as `--input`), settings marked *fitted* follow from its size and the device instead, unless they are
+  stated; `null` takes back what a base states. `rlhf check` prints every value that was chosen, and why.
+  [Sources](operations.md#defaults-for-a-given-model).
 - **Scalars** follow YAML 1.2: `1e-5` is a number. There are no tags; anchors are fine.
 - **Paths** in a file are relative to that file, on the command line to the working directory. `outputs` alone
   is always relative to the working directory.
 - **A stage** is part of the run if it has a section.
 - **Settings marked \u2020** do not change a result: changing one re-runs no stage.
 - **A mistake** ends the command with exit code 2 and one line, such as
-  `demo.yaml:12: sft.lrr: no such setting; did you mean 'lr'?`; a missing dataset with exit code 3.
+  `demo.yaml:12: sft.lrr: no such setting; did you mean 'lr'?`; a missing dataset with exit code 3. The names
+  that TRL, transformers, axolotl, LLaMA-Factory, OpenRLHF, verl and vLLM have for a setting are known to it.
 """
 
 TYPE_NAMES = {
@@ -56,7 +62,7 @@ def _sections() -> Iterator[str]:
     yield from _table("Top level", "", ExperimentConfig)
     shared: dict[type[Section], list[str]] = {}
     for name, section in _inner(ExperimentConfig):
-        yield from _table(f"`{name}`", section.__doc__ or "", section)
+        yield from _table(f"`{name}`", section.__doc__ or "", section, stage=name)
         for inner_name, inner in _inner(section):
             where = "<stage>" if inner_name in STAGE_FIELDS else inner_name
             shared.setdefault(inner, []).append(f"{name}.{where}")
@@ -71,7 +77,7 @@ def _inner(section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
             yield name + (".<i>" if get_origin(field.annotation) is list else ""), inner
 
 
-def _table(title: str, about: str, section: type[Section]) -> Iterator[str]:
+def _table(title: str, about: str, section: type[Section], *, stage: str = "") -> Iterator[str]:
     yield f"## {title}\n"
     if about:
         yield f"{_sentence(about)}\n"
@@ -82,7 +88,8 @@ def _table(title: str, about: str, section: type[Section]) -> Iterator[str]:
             continue  # has a heading of its own
         mark = " \u2020" if field.json_schema_extra == EXECUTION else ""
         about = " ".join((field.description or "").split())
-        cells = [_type(field), _default(field), ", ".join(bounds(field)), about]
+        default = _default(field) + _fitted(stage, name)
+        cells = [_type(field), default, ", ".join(bounds(field)), about]
         yield f"| `{name}`{mark} | {' | '.join(map(_cell, cells))} |"
     yield ""
 
@@ -116,6 +123,12 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is dict or section_of(annotation) is annotation:
         return "mapping"
     return " or ".join(_type_name(inner) for inner in get_args(annotation))
+
+
+def _fitted(stage: str, name: str) -> str:
+    """What takes the place of the default where a model is given."""
+    fitted = rule(stage, name)
+    return f"; fitted to a given model: {fitted}" if fitted is not None else ""
 
 
 def _default(field: FieldInfo) -> str:

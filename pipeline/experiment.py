@@ -47,7 +47,9 @@ def host_and_port(address: str) -> tuple[str, int] | None:
 
 
 class ResourcesConfig(Section):
-    """`resources:` - where the run's processes live. Nothing here changes a result."""
+    """`resources:` - where the run's processes live. Nothing here changes a result by itself; where a given
+    model is trained on a GPU, what the config leaves open is fitted to that (precision, micro-batches).
+    """
 
     address: str | None = None
     """Ray cluster to join (`host:port`, `[IPv6]:port`, or `auto`); absent: a local one for this run."""
@@ -154,6 +156,8 @@ class ExperimentConfig(Section):
                 f"sft.batch_tokens: {self.sft.batch_tokens} do not hold one row of model.context_length "
                 f"{context}; use {context} or more"
             )
+        if self.ppo is not None and self.model.path is None and (problem := self.ppo.torn_packs()):
+            yield f"ppo.batch_size: {problem}"  # a micro-batch that is fitted to a given model divides it
         yield from self._nothing_to_balance()
         if self.ppo is not None and self.ppo.precision == "bf16" and self.rollout.engine == "hf":
             yield "rollout.engine: hf is the fp32 reference; use vllm with ppo.precision bf16"

@@ -56,6 +56,15 @@ def check_model_directory(directory: Path, *, named: str, in_hub_cache: bool = F
         _check_index(directory, named)
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold the weights: those of the index, where there is one. Raises OSError."""
+    stated = _json_object(directory / INDEX, str(directory)) if (directory / INDEX).exists() else {}
+    match stated.get("weight_map"):
+        case dict() as files:
+            return sorted({directory / str(name) for name in files.values()})
+    return sorted(directory.glob("*.safetensors"))
+
+
 def check_configs(directory: Path, *, named: str) -> None:
     """Raises MissingStage for a configuration file that is none, or that names code or another model."""
     if (directory / "adapter_config.json").exists():

@@ -65,7 +65,7 @@ def architecture_of(config: ExperimentConfig) -> Architecture | None:
         return Architecture.from_file(model.architecture)
     if model.path is None:
         return _from_scratch(model, config)
-    described = _local_config(model.path, model.revision)
+    described = config_json_of(model.path, model.revision)
     return None if described is None else _stated_in(described)
 
 
@@ -86,7 +86,7 @@ def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
 def _why_unknown(model: ModelConfig) -> str:
     if model.path is None:
         return "no `prepare:` tells the vocabulary; give the config.json of a model like it"
-    if _local_config(model.path, model.revision) is None:
+    if config_json_of(model.path, model.revision) is None:
         return f"{model.path} is not on this machine; give its config.json"
     return f"{model.path} calls its sizes otherwise than a LLaMA; give a LLaMA's config.json of its size"
 
@@ -112,6 +112,13 @@ def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) 
     if rollout is not None:
         memory["engine"] = _engine(config, stage, rollout, architecture)
     return memory
+
+
+def forward_bytes(config: ExperimentConfig, stage: str, architecture: Architecture) -> float:
+    """What forward and backward of one micro-batch of a stage that trains hold, at most: activations, logits
+    and their gradients.
+    """
+    return sum(_of_tokens(config, stage, architecture).values())
 
 
 def _worker(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory:
@@ -147,19 +154,27 @@ def _models(section: TrainingConfig, stage: str, architecture: Architecture) -> 
 def _micro_batch(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, float]:
     """What forward and backward of one micro-batch hold at once, at most."""
     section = getattr(config, stage)
-    itemsize, tokens = BYTES[section.precision], _tokens(config, stage)
+    itemsize = BYTES[section.precision]
     head = architecture.vocab_size * architecture.hidden_size
     # in no layer, hence a unit of its own: embedding and head
     root = architecture.whole - architecture.num_hidden_layers * architecture.layer
     unit = max(root, architecture.layer)  # the largest that is reduced
     is_sharded = resources_of(config, stage).num_workers > 1 or section.precision == "bf16"
     has_fp32_head = section.precision == "bf16" and stage != "reward"
-    per_token = architecture.activations(itemsize, recomputed=section.gradient_checkpointing)
     return {
         # FSDP2 gathers a layer at a time, and the next one meanwhile; gradients are reduced in fp32
         f"gathered {section.precision} layers and gradients": is_sharded
         * (itemsize * (2 * root + 3 * architecture.layer) + 4 * unit),
         "fp32 copy of the head and its gradient": 2 * 4 * head * has_fp32_head,
+        **_of_tokens(config, stage, architecture),
+    }
+
+
+def _of_tokens(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, float]:
+    """What grows with the tokens of a micro-batch."""
+    section, tokens = getattr(config, stage), _tokens(config, stage)
+    per_token = architecture.activations(BYTES[section.precision], recomputed=section.gradient_checkpointing)
+    return {
         "largest logits and their gradients": 2 * 4 * _logits(config, stage) * architecture.vocab_size,
         f"activations of {tokens} tokens, about": per_token * tokens,
     }
@@ -188,7 +203,7 @@ def _tokens(config: ExperimentConfig, stage: str) -> int:
     if isinstance(section, SFTConfig) and section.batch_tokens is not None:
         return context  # a row per forward
     sequences = 2 if stage == "reward" else 1  # a pair is two
-    return sequences * int(section.micro_batch_size) * context
+    return sequences * min(section.micro_batch_size, section.batch_size) * context
 
 
 def _logits(config: ExperimentConfig, stage: str) -> int:
@@ -252,10 +267,10 @@ def described_by(model: ModelConfig) -> Path | None:
     """The config.json of a given model that is on this machine, before the model is."""
     if model.path is None or model.architecture is not None:
         return model.architecture
-    return _local_config(model.path, model.revision)
+    return config_json_of(model.path, model.revision)
 
 
-def _local_config(path: str, revision: str | None) -> Path | None:
+def config_json_of(path: str, revision: str | None) -> Path | None:
     """config.json of a model directory, or of a hub id that was fetched before."""
     if Path(path).is_dir():
         return Path(path) / "config.json"

@@ -1,10 +1,11 @@
 """What a command has to run: which stages, which artifacts it takes as they are, on which inputs.
 
-    config --dag.select--> what comes from outside, identified --dag.plan--> nodes
+    config --dag.select--> what comes from outside, identified --fit--> settings --dag.plan--> nodes
        --Store.find--> PlannedRun --validate_data--> executor
 
 Owns: what is made anew, what is missing, and judging all data and given files before anything starts.
-Does not own: edges and fingerprints (dag), what is found under `outputs/` (artifacts), running it (executor).
+Does not own: edges and fingerprints (dag), settings that follow from a given model (fitted_defaults), what is
+found under `outputs/` (artifacts), running it (executor).
 """
 
 import contextlib
@@ -12,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import dag
-from pipeline.artifacts import Given, Manifest, Store, model_directory
+from pipeline import dag, placement
+from pipeline.artifacts import MANIFEST, Given, Manifest, Store, model_at_hand, model_directory
 from pipeline.errors import ConfigError, MissingStage
 from pipeline.experiment import ExperimentConfig
+from pipeline.fitted_defaults import Fit, fit
+from pipeline.given_model import GivenModel
 from rollout.config import Section
 from rollout.errors import ExpectedError
 from rollout.safetensors_header import read_header
@@ -28,13 +31,14 @@ from stages.errors import ModelError
 class PlannedRun:
     """What one command is going to do."""
 
-    config: ExperimentConfig
+    config: ExperimentConfig  # fitted: nothing in it follows from the given model any more
     store: Store
     nodes: Mapping[str, dag.Node]  # in the order of the stage table
     outside: Mapping[str, Given]  # input keys that no stage of this run makes
     present: Mapping[str, Manifest]  # verified artifacts that are taken as they are
     to_run: tuple[str, ...]
     replaced: frozenset[str]  # stages of to_run whose artifact is made anew
+    fit: Fit  # what was fitted, and to which model
 
 
 def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | None = None) -> PlannedRun:
@@ -51,6 +55,8 @@ def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | 
     store = Store(config.outputs)
     selection = dag.select(config, stages)
     outside = _identified(config, store, selection, {})
+    fitted = fit(config, _model_of(config, outside))
+    config = fitted.config
     nodes = dag.plan(config, selection, _fingerprints(outside))
     present = _present(store, [node for stage, node in nodes.items() if stage not in forced])
     return PlannedRun(
@@ -61,6 +67,7 @@ def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | 
         present=present,
         to_run=tuple(stage for stage in nodes if stage not in present),
         replaced=forced,
+        fit=fitted,
     )
 
 
@@ -83,6 +90,8 @@ def plan_stage(
     store = Store(config.outputs)
     selection = dag.select(config, [stage], inputs.keys())
     outside = _identified(config, store, selection, inputs)
+    fitted = fit(config, _model_of(config, outside))
+    config = fitted.config
     nodes = dag.plan(config, selection, _fingerprints(outside))
     needed = [nodes[key] for key in dag.needs(config, stage) if key in nodes]
     present = _present(store, needed)
@@ -102,7 +111,20 @@ def plan_stage(
         present=present,
         to_run=() if stage in present else (stage,),
         replaced=frozenset({stage} if force else ()),
+        fit=fitted,
     )
+
+
+def fitted_to_what_is_here(config: ExperimentConfig) -> Fit:
+    """`config` as a run would fit it, as far as this machine tells the size of its model: fetches nothing.
+
+    Raises what `model_directory` raises for a model that is here.
+    """
+    model = config.model
+    if model.path is not None and model_at_hand(model.path, model.revision):
+        directory = model_directory(model.path, model.revision)  # judged before anything of it is read
+        return fit(config, GivenModel.in_directory(directory, named=f"model.path {model.path}"))
+    return fit(config, _model_described(config))
 
 
 def validate_data(planned: PlannedRun) -> None:
@@ -239,6 +261,44 @@ def _identified(
         else:
             outside[key] = given_input(store, key, inputs[key])
     return outside
+
+
+def _model_of(config: ExperimentConfig, outside: Mapping[str, Given]) -> GivenModel | None:
+    """The model that a run starts from, of which sizes are taken; None for a chain from scratch.
+
+    `model.path`, wherever its weights come in: a stage that is run alone is fitted as within the graph.
+    Without it, a model of somebody else's that a stage is given: an artifact of ours came from scratch.
+    """
+    if dag.MODEL in outside:
+        return GivenModel.in_directory(outside[dag.MODEL].path, named=_as_given(config, dag.MODEL, Path()))
+    described = _model_described(config)
+    if described is not None and described.num_parameters is not None:
+        return described
+    for key in ("pretrain", "sft"):
+        if key in outside and (described is not None or _is_foreign(outside[key])):
+            path = outside[key].path
+            return GivenModel.in_directory(path, named=_as_given(config, key, path))
+    return described
+
+
+def _model_described(config: ExperimentConfig) -> GivenModel | None:
+    """The model of `model.path` by its files on this machine, else by the config.json that the config gives
+    for it. None where none is given.
+    """
+    model = config.model
+    if model.path is None:
+        return None
+    named = f"model.path {model.path}"
+    own = placement.config_json_of(model.path, model.revision)
+    if own is not None:
+        return GivenModel.in_directory(own.parent, named=named)
+    if model.architecture is not None:
+        return GivenModel.described_in(model.architecture, named=named)
+    return GivenModel.unknown(named)
+
+
+def _is_foreign(given: Given) -> bool:
+    return not (given.path / MANIFEST).is_file()
 
 
 def _fingerprints(outside: Mapping[str, Given]) -> dict[str, str]:

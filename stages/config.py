@@ -256,6 +256,12 @@ class HealthConfig(Section):
     """Take the step of a spike and say so, or skip it like one that is not finite."""
 
 
+FITTED = ("lr", "value_lr", "precision", "micro_batch_size", "gradient_checkpointing")
+"""Settings of a `TrainingConfig` that are fitted to a given model where a config states none, or null
+(pipeline.fitted_defaults). The defaults beside the fields are those of a chain from scratch.
+"""
+
+
 class TrainingConfig(Section):
     """What every stage that trains by gradient has."""
 
@@ -599,6 +605,15 @@ class PPOConfig(TrainingConfig):
         """Whether anything weighs the KL to the reference."""
         return self.kl_coef > 0
 
+    def torn_packs(self) -> str | None:
+        """What is wrong with a batch_size that micro-batches do not divide, in words that follow its name."""
+        if self.batch_size % self.pack_size == 0:
+            return None
+        return (
+            f"{self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}, and packs are "
+            "never torn"
+        )
+
     def correction(self, *, max_staleness: int) -> Correction:
         """The rollout correction in force where rollouts are up to `max_staleness` versions old."""
         differs = self.precision == "bf16" or max_staleness > 0
@@ -626,11 +641,8 @@ class PPOConfig(TrainingConfig):
             )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise ValueError("kl_controller adaptive scales kl_coef, which is 0; give it a start value")
-        if self.batch_size % self.pack_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size}, and packs are never torn"
-            )
+        if "micro_batch_size" in self.model_fields_set and (problem := self.torn_packs()) is not None:
+            raise ValueError(f"batch_size {problem}")
         if self.kl_horizon < self.responses_per_step:
             raise ValueError(
                 f"kl_horizon {self.kl_horizon} is below the {self.responses_per_step} responses of an "

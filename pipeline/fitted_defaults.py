@@ -1,0 +1,229 @@
+"""Settings that follow from the model that is given, where a config states none.
+
+    config + GivenModel --fit--> Fit(config with each of them stated, choices with their reasons)
+
+A model of 7 B parameters is ruined by what a million from scratch need. So where a model is given, a silent
+config gets the field's learning rates, a precision for the device, and micro-batches (or recomputed
+activations) that stay within a memory budget. A setting that is stated is never changed; `null` is silence.
+
+Owns: these rules, their numbers and where those are from. Does not own: the defaults of a chain from scratch
+(beside their fields in stages.config), reading the size (given_model), the bytes (placement). Light import.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import placement
+from pipeline.architecture import Architecture
+from pipeline.config_fields import field_at
+from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
+from pipeline.given_model import GivenModel
+from stages.config import FITTED, PPOConfig, SFTConfig, TrainingConfig
+
+LEARNING_RATES: Mapping[str, float] = {
+    "pretrain.lr": 5e-5,
+    "sft.lr": 2e-5,
+    "reward.lr": 1e-5,
+    "ppo.lr": 1e-6,
+    "ppo.value_lr": 1e-5,
+}
+"""For a given model of 1 B parameters or more. pretrain goes on with its pretraining: 5e-5 is the default of
+transformers' TrainingArguments. sft: Zephyr 7B (alignment-handbook), TRL's scripts/sft.py. reward: TRL's
+reward_modeling.py, for 0.5 B and 8 B. ppo: verl's run_qwen2-7b_rm.sh, policy and critic.
+"""
+FULL_SIZE = 1e9
+"""Parameters from which on these learning rates hold. Below, they grow with the root of FULL_SIZE over the
+parameters: Adam's best rate falls as 1 / width (Yang et al. 2022, arXiv 2203.03466), and parameters grow with
+the square of the width. SmolLM2-135M gets 2.7 times the rate, Qwen2.5-0.5B 1.4 times.
+"""
+BF16_SIZE = 1e8
+"""Parameters from which on a given model trains in bf16 on a GPU."""
+MICRO_BATCHES = (16, 8, 4, 2, 1)
+"""Sequences per forward that are tried, in this order."""
+GPU_BYTES, CPU_BYTES = 8 * 2**30, 2 * 2**30
+"""What forward and backward of one micro-batch may hold, beside weights, gradients and moments: a tenth of
+the memory of an 80 GB GPU; a quarter of that on a CPU, whose machine has other things in memory too.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One setting that the config does not state.
+
+    Example: Choice(key="sft.lr", value=2e-5, why="for 1 B parameters and more")
+    """
+
+    key: str  # dotted
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A config in which every setting that follows from the model is stated."""
+
+    config: ExperimentConfig
+    model: GivenModel | None  # None: from scratch
+    choices: tuple[Choice, ...]  # in the order of the config; none from scratch
+
+
+def fit(config: ExperimentConfig, model: GivenModel | None) -> Fit:
+    """`config` with what it leaves open fitted to `model`; as it is where none is given."""
+    if model is None:
+        return Fit(config=config, model=None, choices=())
+    choices: list[Choice] = []
+    for stage in STAGE_FIELDS:
+        if not isinstance(getattr(config, stage), TrainingConfig):
+            continue
+        for rules in (_rates, _precision, _forwards):  # the bytes of a forward depend on the precision
+            chosen = list(rules(config, stage, model))
+            config = _stating(config, stage, chosen)
+            choices += chosen
+    return Fit(config=config, model=model, choices=tuple(choices))
+
+
+def learning_rate(key: str, num_parameters: int | None, *, at_most: float) -> float:
+    """The peak learning rate `key` ("sft.lr") for a given model: two digits, never above `at_most`, and never
+    larger for a larger model. An unknown size counts as FULL_SIZE.
+    """
+    full = LEARNING_RATES[key]
+    if num_parameters is None or num_parameters >= FULL_SIZE:
+        return full
+    return min(at_most, float(f"{full * math.sqrt(FULL_SIZE / num_parameters):.2g}"))
+
+
+def rule(stage: str, name: str) -> str | None:
+    """How `<stage>.<name>` is fitted to a given model, for the manual; None for what is not."""
+    key, field = f"{stage}.{name}", field_at((stage, name))
+    if name not in FITTED or field is None:
+        return None
+    if key in LEARNING_RATES:
+        return (
+            f"{LEARNING_RATES[key]:g}, below 1 B parameters times sqrt(1 B / parameters), at most "
+            f"{field.default:g}"
+        )
+    return {
+        "precision": "bf16 on a GPU from 0.1 B parameters on, else fp32",
+        "micro_batch_size": (
+            f"the largest of {', '.join(map(str, MICRO_BATCHES))} whose forward and backward hold "
+            f"{CPU_BYTES >> 30} GiB at most on a CPU, {GPU_BYTES >> 30} on a GPU"
+        ),
+        "gradient_checkpointing": "true where one sequence alone would hold more than a micro-batch may",
+    }[name]
+
+
+def _rates(config: ExperimentConfig, stage: str, model: GivenModel) -> Iterator[Choice]:
+    section, count = getattr(config, stage), model.num_parameters
+    for name in _silent(section):
+        key = f"{stage}.{name}"
+        if key not in LEARNING_RATES:
+            continue
+        full, scratch = LEARNING_RATES[key], type(section).model_fields[name].default
+        value = learning_rate(key, count, at_most=scratch)
+        if count is None:
+            why = "as for 1 B parameters and more: its size is not known here"
+        elif count >= FULL_SIZE:
+            why = "for 1 B parameters and more"
+        elif value == scratch:
+            why = "as from scratch: the model is that small"
+        else:
+            why = f"{full:g} x sqrt(1 B / parameters)"
+        yield Choice(key=key, value=value, why=why)
+
+
+def _precision(config: ExperimentConfig, stage: str, model: GivenModel) -> Iterator[Choice]:
+    if "precision" not in _silent(getattr(config, stage)):
+        return
+    key, count = f"{stage}.precision", model.num_parameters
+    if not placement.resources_of(config, stage).num_gpus:
+        yield Choice(key=key, value="fp32", why=f"on the CPU (resources.{stage}.num_gpus is 0)")
+    elif stage == "ppo" and config.rollout.engine == "hf":
+        yield Choice(key=key, value="fp32", why="rollout.engine hf is the fp32 reference")
+    elif count is not None and count < BF16_SIZE:
+        yield Choice(key=key, value="fp32", why="below 0.1 B parameters")
+    else:
+        yield Choice(key=key, value="bf16", why="on a GPU")
+
+
+def _forwards(config: ExperimentConfig, stage: str, model: GivenModel) -> Iterator[Choice]:
+    """Sequences per forward, and whether activations are recomputed: the largest forward within the budget,
+    and recomputation only where not even one sequence fits without.
+    """
+    section = getattr(config, stage)
+    sizes, recomputations = _open_sizes(section), _open_recomputations(section)
+    has_choice = {"micro_batch_size": len(sizes) > 1, "gradient_checkpointing": len(recomputations) > 1}
+    if model.architecture is None:
+        is_large = model.num_parameters is None or model.num_parameters >= FULL_SIZE
+        limit = 1 if is_large else 4
+        values = {
+            "micro_batch_size": next((size for size in sizes if size <= limit), sizes[-1]),
+            "gradient_checkpointing": is_large,
+        }
+        reasons = dict.fromkeys(values, f"{model.size}, and no config.json tells the sizes of its layers")
+    else:
+        values, reasons = _within_budget(config, stage, model.architecture, sizes, recomputations)
+    for name, value in values.items():
+        if has_choice[name]:
+            yield Choice(key=f"{stage}.{name}", value=value, why=reasons[name])
+
+
+def _within_budget(
+    config: ExperimentConfig,
+    stage: str,
+    architecture: Architecture,
+    sizes: list[int],
+    recomputations: list[bool],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The two settings of the largest forward that fits, and their reasons."""
+    budget = GPU_BYTES if placement.resources_of(config, stage).num_gpus else CPU_BYTES
+
+    def held(size: int, recomputes: bool) -> float:
+        tried = {"micro_batch_size": size, "gradient_checkpointing": recomputes}
+        section = getattr(config, stage).model_copy(update=tried)
+        return placement.forward_bytes(config.model_copy(update={stage: section}), stage, architecture)
+
+    tries = [(size, recomputes) for recomputes in recomputations for size in sizes]
+    size, recomputes = next((each for each in tries if held(*each) <= budget), tries[-1])
+    of_budget = f"a forward and backward holds {_gib(held(size, recomputes))} of {budget >> 30} GiB"
+    if held(size, recomputes) > budget:
+        of_budget = (
+            f"no less is possible: {_gib(held(size, recomputes))} GiB, where {budget >> 30} were meant"
+        )
+    without = f"without it, {size} at once would hold {_gib(held(size, False))} GiB"
+    return (
+        {"micro_batch_size": size, "gradient_checkpointing": recomputes},
+        {"micro_batch_size": of_budget, "gradient_checkpointing": without if recomputes else of_budget},
+    )
+
+
+def _open_sizes(section: TrainingConfig) -> list[int]:
+    """The sizes of a micro-batch that may be chosen from; one, where it is stated or not read."""
+    is_read = not isinstance(section, SFTConfig) or section.batch_tokens is None
+    if "micro_batch_size" not in _silent(section) or not is_read:
+        return [section.micro_batch_size]
+    if not isinstance(section, PPOConfig):
+        return [*MICRO_BATCHES]
+    return [size for size in MICRO_BATCHES if section.batch_size % min(size, section.batch_size) == 0]
+
+
+def _open_recomputations(section: TrainingConfig) -> list[bool]:
+    is_open = "gradient_checkpointing" in _silent(section)
+    return [False, True] if is_open else [section.gradient_checkpointing]
+
+
+def _silent(section: TrainingConfig) -> list[str]:
+    """The settings that are fitted and that the config states nothing for."""
+    known = type(section).model_fields
+    return [name for name in FITTED if name in known and name not in section.model_fields_set]
+
+
+def _stating(config: ExperimentConfig, stage: str, choices: list[Choice]) -> ExperimentConfig:
+    """`config` with these values, which count as stated from here on."""
+    stated = {choice.key.removeprefix(f"{stage}."): choice.value for choice in choices}
+    return config.model_copy(update={stage: getattr(config, stage).model_copy(update=stated)})
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g}"
