@@ -406,9 +406,8 @@ class RecordReader(Iterator[Any]):
         if sound is None or set(sound[1]) == set(row):
             return ""
         return (
-            f"columns {listed(row)} are not those of {shown(sound[0])} ({listed(sound[1])}), and one "
-            f"entry has "
-            "one format; move this file elsewhere, or name the others by a glob"
+            f"columns {listed(row)} are not those of {shown(sound[0])} ({listed(sound[1])}), and one entry "
+            "has one format; move this file elsewhere, or name the others by a glob"
         )
 
     def _first_sound(self, split: FileSplit) -> tuple[Path, Mapping[str, Any]] | None:

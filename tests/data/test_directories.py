@@ -101,8 +101,7 @@ def test_a_split_picks_its_files(tmp_path, names, split, read):
          "name the files"),
         (("a.jsonl",), "test",
          "d: split: no file of split 'test' by its name; splits are none - set split: to one of them, "
-         "or name the "
-         "files"),
+         "or name the files"),
         (("train.jsonl", "test.jsonl"), "train[:10%]",
          "d: split: train[:10%]: only a split of the hub can be cut"),
         (("README.jsonl", "a.xlsx"), "train",
