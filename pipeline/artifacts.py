@@ -482,8 +482,7 @@ def model_directory(path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise EnvironmentProblem(
             f"model.path {path}: no such directory, and not reachable as a hub id either "
-            f"({type(error).__name__}); "
-            "give a local model directory, or check the name and the network"
+            f"({type(error).__name__}); give a local model directory, or check the name and the network"
         ) from error
     check_model_directory(fetched, named=f"model.path {path}", in_hub_cache=True)
     return fetched

@@ -117,8 +117,8 @@ def _templated(seen: "Observed", chat: "ChatTokenizer | None") -> str:
     whose = "the chat template's own markers" if is_own else "markers of a chat template"
     return (
         f"{seen.templated} of {seen.num_records} records hold {whose} ({one_line(', '.join(markers))}), "
-        f"as if "
-        "templated already: they are read as plain text, inside another template; give the bare messages"
+        "as if templated already: they are read as plain text, inside another template; give the bare "
+        "messages"
     )
 
 

@@ -101,7 +101,7 @@ def most_frequent(unread_keys: Mapping[str, int]) -> list[tuple[str, int]]:
 def unread_keys_in_words(unread_keys: Mapping[str, int]) -> str:
     """`id (1200), foo (3)`."""
     shown = [f"{key} ({number})" for key, number in most_frequent(unread_keys)]
-    more = [f"2026 {len(unread_keys) - NUM_KEYS} more"] if len(unread_keys) > NUM_KEYS else []
+    more = [f"and {len(unread_keys) - NUM_KEYS} more"] if len(unread_keys) > NUM_KEYS else []
     return ", ".join(shown + more)
 
 
@@ -406,9 +406,8 @@ class RecordReader(Iterator[Any]):
         if sound is None or set(sound[1]) == set(row):
             return ""
         return (
-            f"columns {listed(row)} are not those of {shown(sound[0])} ({listed(sound[1])}), and one "
-            f"entry has "
-            "one format; move this file elsewhere, or name the others by a glob"
+            f"columns {listed(row)} are not those of {shown(sound[0])} ({listed(sound[1])}), and one entry "
+            "has one format; move this file elsewhere, or name the others by a glob"
         )
 
     def _first_sound(self, split: FileSplit) -> tuple[Path, Mapping[str, Any]] | None:

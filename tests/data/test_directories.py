@@ -97,18 +97,15 @@ def test_a_split_picks_its_files(tmp_path, names, split, read):
     [
         (("test.jsonl", "dev.jsonl"), "train",
          "d: split: no file of split 'train' by its name; splits are test, validation - set split: to "
-         "one of them, or "
-         "name the files"),
+         "one of them, or name the files"),
         (("a.jsonl",), "test",
          "d: split: no file of split 'test' by its name; splits are none - set split: to one of them, "
-         "or name the "
-         "files"),
+         "or name the files"),
         (("train.jsonl", "test.jsonl"), "train[:10%]",
          "d: split: train[:10%]: only a split of the hub can be cut"),
         (("README.jsonl", "a.xlsx"), "train",
          "d: no jsonl, json, parquet, arrow, csv, tsv, txt file in this directory; left out: "
-         "README.jsonl (no data "
-         "by its name); a.xlsx (its ending is not read)"),
+         "README.jsonl (no data by its name); a.xlsx (its ending is not read)"),
         (("state.json", "data-1.arrow"), "train", None),
     ],
 )  # fmt: skip
@@ -215,8 +212,7 @@ def test_a_file_of_other_columns_is_named_beside_one_that_can_be_read(tmp_path, 
         readers.read_source(DataSource(path="d"), "sft")
     assert str(caught.value) == (
         f"d/{name}:2: columns name, value are not those of d/train.jsonl (prompt, completion), and one "
-        f"entry has one "
-        "format; move this file elsewhere, or name the others by a glob"
+        "entry has one format; move this file elsewhere, or name the others by a glob"
     )
 
 
