@@ -397,6 +397,16 @@ def test_what_a_template_does_not_write_is_refused(talk: Talk, words: str):
     assert words in refused(chat, talk) and "set model.chat_template" in refused(chat, talk)
 
 
+def test_thoughts_are_given_under_the_key_that_the_template_reads():
+    """Whatever other keys its text speaks of."""
+    template = "{# not '.reasoning_content' #}" + CHATML.replace(
+        "message['content']", "(message.thinking ~ '|' if message.thinking else '') + message['content']"
+    )
+    chat = made(template, MARKS, eos="<|im_end|>")
+    (example,) = examples(chat, Talk(messages=TALKS["thoughts"].messages[:2]))
+    assert shown(chat, example).endswith("⟦two twos|4<|im_end|>⟧")
+
+
 def test_content_that_a_template_drops_beside_a_call_is_refused():
     talk = Talk(messages=(user("1+2?"), called("I add.", a=1), RESULT, said("3")), tools=TOOLS)
     assert "leaves out message 1, of role assistant" in refused(chat_of("llama31"), talk)

@@ -9,7 +9,7 @@ that choice. Does not own: tokens.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.data.chat.frame import Template
@@ -39,8 +39,9 @@ class Talk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """How calls are given to a template."""
+    """How thoughts and calls are given to a template."""
 
+    reasoning_key: str = ""
     arguments_as_text: bool = False
     no_content_is_null: bool = False  # beside calls; else it is empty
 
@@ -66,14 +67,12 @@ class Forms:
 
     def __init__(self, template: Template) -> None:
         self._template = template
-        self.reasoning_key = next(
-            (key for key in REASONING_KEYS if re.search(rf"[.'\"]{key}\b", template.source)), None
-        )
+        self._keys = [key for key in REASONING_KEYS if re.search(rf"[.'\"]{key}\b", template.source)]
         self._known: dict[Any, _Known] = {}
 
     def of(self, talk: Talk, cuts: Sequence[tuple[int, bool]]) -> Chat | Refused:
         """The conversation as the template takes it, or what it would leave out. `cuts`: see Chat."""
-        if self.reasoning_key is None and any(message.reasoning for message in talk.messages):
+        if not self._keys and any(message.reasoning for message in talk.messages):
             return Refused(words=_left_out("the assistant's thoughts (reasoning_content)"))
         shape = _shape(talk)
         if shape not in self._known:
@@ -86,7 +85,13 @@ class Forms:
     def _look(self, talk: Talk) -> _Known:
         """Try the forms on a copy of the conversation in which every text is a word of its own."""
         has_calls = any(message.tool_calls for message in talk.messages)
-        tried = [self._try(talk, form) for form in (FORMS if has_calls else FORMS[:1])]
+        has_thoughts = any(message.reasoning for message in talk.messages)
+        forms = [
+            replace(form, reasoning_key=key)
+            for key in (self._keys if has_thoughts else [""])
+            for form in (FORMS if has_calls else FORMS[:1])
+        ]
+        tried = [self._try(talk, form) for form in forms]
         best = next((known for known in tried if known is not None and not known.problem), None)
         return best or next((known for known in tried if known is not None), _Known(form=Form(), problem=""))
 
@@ -114,8 +119,8 @@ class Forms:
 
     def _message(self, message: Message, form: Form) -> dict[str, Any]:
         made: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.reasoning and self.reasoning_key is not None:
-            made[self.reasoning_key] = message.reasoning
+        if message.reasoning:
+            made[form.reasoning_key] = message.reasoning
         if message.tool_calls:
             made["tool_calls"] = [_call(call, form) for call in message.tool_calls]
             if form.no_content_is_null and not message.content:

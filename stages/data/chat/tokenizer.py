@@ -13,7 +13,7 @@ stand (turns), nor what a tokenizer finds in a text (encoders).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,20 +25,14 @@ from transformers import PreTrainedTokenizerFast
 from stages.data.chat.directories import choose_template, configured_stops, read_template
 from stages.data.chat.frame import CONVERSATIONS, Template, find_frame, spelled_inside
 from stages.data.chat.ids import PairIds, Rendered, trained_runs
-from stages.data.chat.messages import Forms, Talk
+from stages.data.chat.messages import Talk
+from stages.data.chat.rendering import Rendering, attempt, cuts_of_prompt, or_raise
 from stages.data.chat.special import document_separator_id
-from stages.data.chat.turns import Spelled, Stretch, Turn, Unfit, cuts_of, examples_of, stretches, turns_of
+from stages.data.chat.turns import Stretch, Unfit, cuts_of, examples_of, stretches
 from stages.data.encoders import TextEncoder, has_joint
-from stages.data.files import one_line
 from stages.data.records import Message, Messages, Tools
-from stages.data.stand_ins import any_of
-from stages.data.templates import Chat, Refused, Spellings, Written
+from stages.data.templates import Refused, Written
 from stages.errors import ModelError
-
-BATCH_TALKS, BATCH_CHARS = 128, 2**18
-"""Conversations that are given to the template's process at once; all their texts together have about as many
-characters at most.
-"""
 
 _logger = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -94,18 +88,14 @@ class ChatTokenizer:
         self.end_of_turn_id = self._frame.end_id
         stops = {*stop_token_ids, self.end_of_turn_id, tokenizer.eos_token_id}
         self.stop_token_ids = tuple(sorted(token for token in stops if token is not None))
-        self._forms = Forms(self._template)
-        inside, inert = self._meanings()
+        self._inside, inert = self._meanings()
         self._encoder = TextEncoder(tokenizer.backend_tokenizer.to_str(), inert)
-        spelled = [text for text, index in self._added.items() if index in inert]
-        self._spelled = Spelled(
-            all=any_of(spelled),
-            inside=any_of(inside),
-            ends=tuple(text for text, index in self._added.items() if index in self.stop_token_ids),
-        )
-        self._spellings = Spellings(
-            signs="".join(sorted({sign for text in spelled for sign in (text[0], text[-1])})),
-            inside=tuple(sorted(inside)),
+        self._rendering = Rendering(
+            self._template,
+            self._frame,
+            spelled=[text for text, index in self._added.items() if index in inert],
+            inside=self._inside,
+            ends=[text for text, index in self._added.items() if index in self.stop_token_ids],
         )
         self._check_ids()
 
@@ -162,7 +152,7 @@ class ChatTokenizer:
         token has a meaning (GPT-2 has one, which ends everything): nothing is padded here, and who pads for
         such a model chooses a token then.
         """
-        spelled = {self._added[text] for text in self._spellings.inside}
+        spelled = {self._added[text] for text in self._inside}
         written = {*self._asked_again, self._bos_id, *self.stop_token_ids, *spelled}
         special = sorted(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         for token in (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *special):
@@ -200,7 +190,7 @@ class ChatTokenizer:
             with suppress(ModelError):  # no template takes all roles
                 for piece in self._template.pieces(roles, is_prompt=True):
                     ids.update(self._encoder.encode([self._encoder.named(piece.text)])[0])
-        ids |= {self._added[text] for text in self._spellings.inside}
+        ids |= {self._added[text] for text in self._inside}
         return ids | ({self._bos_id} if self._adds_bos and self._bos_id is not None else set())
 
     def examples(self, talks: Sequence[Talk]) -> Iterator[tuple[Rendered, ...] | Refused]:
@@ -211,14 +201,14 @@ class ChatTokenizer:
         prompt that the model is given there and of the answer. BOS stands there once, if the model has one.
         """
         asked = [(talk, cuts_of(talk)) for talk in talks]
-        for talk, written in zip(talks, self._written(asked), strict=True):
-            yield _attempt(self._examples, talk, written)
+        for talk, written in zip(talks, self._rendering.written(asked), strict=True):
+            yield attempt(self._examples, talk, written)
 
     def prompts(self, talks: Sequence[Talk]) -> Iterator[tuple[int, ...] | Refused]:
         """Ids of each conversation up to the place where the assistant starts to write."""
-        asked = [(talk, _cuts_of_prompt(talk)) for talk in talks]
-        for talk, written in zip(talks, self._written(asked), strict=True):
-            yield _attempt(self._prompt, talk, written)
+        asked = [(talk, cuts_of_prompt(talk)) for talk in talks]
+        for talk, written in zip(talks, self._rendering.written(asked), strict=True):
+            yield attempt(self._prompt, talk, written)
 
     def pairs(self, pairs: Sequence[tuple[Talk, Messages, Messages]]) -> Iterator[PairIds | Refused]:
         """Of each (prompt, chosen, rejected): prompt ids and the ids of both continuations, end-of-turn token
@@ -229,10 +219,10 @@ class ChatTokenizer:
             for prompt, chosen, rejected in pairs
             for side in (chosen, rejected)
         ]
-        found = zip(sides, self._written([(side, cuts_of(side)) for side in sides]), strict=True)
+        found = zip(sides, self._rendering.written([(side, cuts_of(side)) for side in sides]), strict=True)
         for prompt, _, _ in pairs:
             of_side = partial(self._side, start=len(prompt.messages))
-            chosen, rejected = (_attempt(of_side, *next(found)) for _ in range(2))
+            chosen, rejected = (attempt(of_side, *next(found)) for _ in range(2))
             if isinstance(chosen, Refused):
                 yield chosen
             elif isinstance(rejected, Refused):
@@ -242,10 +232,10 @@ class ChatTokenizer:
 
     def refusals(self, talks: Sequence[Talk]) -> Iterator[Refused | None]:
         """Why the template does not render each conversation, or prompt; no ids are made."""
-        asked = [(talk, cuts_of(talk) if talk.is_answered else _cuts_of_prompt(talk)) for talk in talks]
-        for talk, written in zip(talks, self._written(asked), strict=True):
+        asked = [(talk, cuts_of(talk) if talk.is_answered else cuts_of_prompt(talk)) for talk in talks]
+        for talk, written in zip(talks, self._rendering.written(asked), strict=True):
             since = 0 if talk.is_answered else len(talk.messages)
-            made = _attempt(partial(self._turns, since=since), talk, written)
+            made = attempt(partial(self._rendering.turns, since=since), talk, written)
             yield made if isinstance(made, Refused) else None
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> Rendered:
@@ -258,12 +248,12 @@ class ChatTokenizer:
             "a conversation to train on ends with the assistant"
         )
         (found,) = self.examples([Talk(messages=messages, tools=tools)])
-        return _or_raise(found)[-1]
+        return or_raise(found)[-1]
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
         """Ids up to the place where the assistant starts to write. Raises ModelError."""
         (found,) = self.prompts([Talk(messages=messages, tools=tools)])
-        return _or_raise(found)
+        return or_raise(found)
 
     def response_ids(self, text: str) -> tuple[int, ...]:
         """Ids of an assistant's answer, its end-of-turn token included.
@@ -277,14 +267,14 @@ class ChatTokenizer:
             return tuple(
                 self._encoder.encode([self._question, text + self._encoder.named(self._frame.tail)])[-1]
             )
-        return _or_raise(found)[-1].ids[len(self.prompt_ids(asked.messages[:1])) :]
+        return or_raise(found)[-1].ids[len(self.prompt_ids(asked.messages[:1])) :]
 
     def render_pair(
         self, prompt: Sequence[Message], chosen: Messages, rejected: Messages, tools: Tools = ()
     ) -> PairIds:
         """Prompt ids and the ids of both continuations, end-of-turn token included. Raises ModelError."""
         (found,) = self.pairs([(Talk(messages=prompt, tools=tools), chosen, rejected)])
-        return _or_raise(found)
+        return or_raise(found)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of plain text: no special token comes out of it, none is added."""
@@ -360,41 +350,12 @@ class ChatTokenizer:
         """Write the tokenizer with the template in use, as save_pretrained does."""
         self.tokenizer.save_pretrained(directory)
 
-    def _written(
-        self, asked: Sequence[tuple[Talk, Sequence[tuple[int, bool]]]]
-    ) -> Iterator[Written | Refused]:
-        """What the template writes of each conversation, for these cuts; batch by batch."""
-        waiting: list[Chat | Refused] = []
-        num_chars = 0
-        for talk, cuts in asked:
-            chat = self._forms.of(talk, cuts)
-            waiting.append(chat)
-            num_chars += 0 if isinstance(chat, Refused) else chat.num_chars * len(cuts)
-            if len(waiting) >= BATCH_TALKS or num_chars >= BATCH_CHARS:
-                yield from self._ask(waiting)
-                waiting, num_chars = [], 0
-        yield from self._ask(waiting)
-
-    def _ask(self, waiting: Sequence[Chat | Refused]) -> Iterator[Written | Refused]:
-        chats = [chat for chat in waiting if isinstance(chat, Chat)]
-        answers = iter(self._template.written(chats, self._spellings) if chats else [])
-        for chat in waiting:
-            answer = next(answers) if isinstance(chat, Chat) else chat
-            if isinstance(answer, Refused) and isinstance(chat, Chat):
-                words = f"the chat template refuses it: {one_line(answer.words)}"
-                yield Refused(words=f"{words}; change the row, or set on_bad_row: skip")
-            else:
-                yield answer
-
-    def _turns(self, talk: Talk, written: Written, *, since: int) -> list[Turn]:
-        return turns_of(talk, written, self._frame, self._spelled, since=since)
-
     def _examples(self, talk: Talk, written: Written) -> tuple[Rendered, ...]:
-        turns = self._turns(talk, written, since=0)
+        turns = self._rendering.turns(talk, written, since=0)
         return tuple(self._encode(example, written.plain) for example in examples_of(turns))
 
     def _prompt(self, talk: Talk, written: Written) -> tuple[int, ...]:
-        turns = self._turns(talk, written, since=len(talk.messages))
+        turns = self._rendering.turns(talk, written, since=len(talk.messages))
         return self._encode(stretches(written.texts[-1], turns, is_prompt=True), written.plain).ids
 
     def _side(self, talk: Talk, written: Written, start: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -402,7 +363,7 @@ class ChatTokenizer:
 
         Raises Unfit.
         """
-        turns = self._turns(talk, written, since=start)
+        turns = self._rendering.turns(talk, written, since=start)
         before = [turn for turn in turns if turn.message < start]
         prompt, whole = turns[len(before)].prompt, turns[-1].whole
         prompt_ids = self._encode(stretches(prompt, before), written.plain).ids
@@ -435,7 +396,7 @@ class ChatTokenizer:
     def _question(self) -> str:
         """The text of a short prompt, as the encoder reads it."""
         talk = Talk(messages=(_QUESTION,))
-        (written,) = self._written([(talk, _cuts_of_prompt(talk))])
+        (written,) = self._rendering.written([(talk, cuts_of_prompt(talk))])
         if isinstance(written, Refused):
             raise ModelError(written.words)
         return self._encoder.named(written.texts[-1])
@@ -456,10 +417,10 @@ class ChatTokenizer:
             talk = Talk(
                 messages=(Message(role="user", content=said), Message(role="assistant", content=said))
             )
-            (written,) = self._written([(talk, cuts_of(talk))])
+            (written,) = self._rendering.written([(talk, cuts_of(talk))])
             if isinstance(written, Refused):
                 raise ModelError(written.words)
-            turns = self._turns(talk, written, since=len(talk.messages))
+            turns = self._rendering.turns(talk, written, since=len(talk.messages))
             prompt, whole = written.texts
             for parts in (stretches(prompt, ()), stretches(whole, turns)):
                 texts = [text.translate(written.plain) for _, text in parts]
@@ -475,23 +436,3 @@ class ChatTokenizer:
 _SAID = ("x 1 x", "\n\nx  1\n    x\t\tx")
 """Contents by which our ids are held against the tokenizer's: the second with runs of white space."""
 _QUESTION, _ANSWER = Message(role="user", content="x"), Message(role="assistant", content="x")
-
-
-def _cuts_of_prompt(talk: Talk) -> list[tuple[int, bool]]:
-    return [*cuts_of(talk), (len(talk.messages), True)]
-
-
-def _attempt(make: Callable[[Talk, Written], R], talk: Talk, written: Written | Refused) -> R | Refused:
-    """What `make` makes of a text, or why there is nothing."""
-    if isinstance(written, Refused):
-        return written
-    try:
-        return make(talk, written)
-    except Unfit as unfit:
-        return Refused(words=str(unfit))
-
-
-def _or_raise(found: R | Refused) -> R:
-    if isinstance(found, Refused):
-        raise ModelError(found.words)
-    return found

@@ -1,0 +1,96 @@
+"""Rendering: conversations -> what the template writes of them, many in one exchange with its process.
+
+Owns: batches, and the words for conversations that cannot be rendered. Does not own: the process (templates),
+how messages are given to a template (messages), where answers stand (turns), ids (tokenizer).
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
+
+from stages.data.chat.frame import Frame, Template
+from stages.data.chat.messages import Forms, Talk
+from stages.data.chat.turns import Spelled, Turn, Unfit, cuts_of, turns_of
+from stages.data.files import one_line
+from stages.data.stand_ins import any_of
+from stages.data.templates import Chat, Refused, Spellings, Written
+from stages.errors import ModelError
+
+BATCH_TALKS, BATCH_CHARS = 128, 2**18
+"""Conversations that are given to the template's process at once; all their texts together have about as many
+characters at most.
+"""
+
+R = TypeVar("R")
+
+
+class Rendering:
+    """A template, and what its text means."""
+
+    def __init__(
+        self,
+        template: Template,
+        frame: Frame,
+        *,
+        spelled: Collection[str],
+        inside: Collection[str],
+        ends: Collection[str],
+    ) -> None:
+        """Of the tokenizer's tokens: those that content may not become (`spelled`), those among them that an
+        answer may (`inside`), and those that may end one.
+        """
+        self._template, self._frame = template, frame
+        self._spelled = Spelled(all=any_of(spelled), inside=any_of(inside), ends=tuple(ends))
+        self._spellings = Spellings(
+            signs="".join(sorted({sign for text in spelled for sign in (text[0], text[-1])})),
+            inside=tuple(sorted(inside)),
+        )
+        self._forms = Forms(template)
+
+    def written(
+        self, asked: Sequence[tuple[Talk, Sequence[tuple[int, bool]]]]
+    ) -> Iterator[Written | Refused]:
+        """What the template writes of each conversation, for these cuts; batch by batch."""
+        waiting: list[Chat | Refused] = []
+        num_chars = 0
+        for talk, cuts in asked:
+            chat = self._forms.of(talk, cuts)
+            waiting.append(chat)
+            num_chars += 0 if isinstance(chat, Refused) else chat.num_chars * len(cuts)
+            if len(waiting) >= BATCH_TALKS or num_chars >= BATCH_CHARS:
+                yield from self._ask(waiting)
+                waiting, num_chars = [], 0
+        yield from self._ask(waiting)
+
+    def _ask(self, waiting: Sequence[Chat | Refused]) -> Iterator[Written | Refused]:
+        chats = [chat for chat in waiting if isinstance(chat, Chat)]
+        answers = iter(self._template.written(chats, self._spellings) if chats else [])
+        for chat in waiting:
+            answer = next(answers) if isinstance(chat, Chat) else chat
+            if isinstance(answer, Refused) and isinstance(chat, Chat):
+                words = f"the chat template refuses it: {one_line(answer.words)}"
+                yield Refused(words=f"{words}; change the row, or set on_bad_row: skip")
+            else:
+                yield answer
+
+    def turns(self, talk: Talk, written: Written, *, since: int) -> list[Turn]:
+        return turns_of(talk, written, self._frame, self._spelled, since=since)
+
+
+def cuts_of_prompt(talk: Talk) -> list[tuple[int, bool]]:
+    return [*cuts_of(talk), (len(talk.messages), True)]
+
+
+def attempt(make: Callable[[Talk, Written], R], talk: Talk, written: Written | Refused) -> R | Refused:
+    """What `make` makes of a text, or why there is nothing."""
+    if isinstance(written, Refused):
+        return written
+    try:
+        return make(talk, written)
+    except Unfit as unfit:
+        return Refused(words=str(unfit))
+
+
+def or_raise(found: R | Refused) -> R:
+    if isinstance(found, Refused):
+        raise ModelError(found.words)
+    return found
