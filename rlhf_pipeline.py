@@ -20,36 +20,14 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parent)
 PACKAGES = ("pipeline", "stages", "rollout")
 DEPENDENCIES = (
-    *(
-        "torch",
-        "transformers",
-        "tokenizers",
-        "huggingface_hub",
-        "datasets",
-        "pyarrow",
-        "numpy",
-        "peft",
-        "safetensors",
-    ),
-    *(
-        "ray",
-        "vllm",
-        "pydantic",
-        "typer",
-        "rich",
-        "yaml",
-        "jinja2",
-        "blake3",
-        "filelock",
-        "psutil",
-        "py3langid",
-        "rensa",
-    ),
-)
+    "torch", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "numpy", "peft",
+    "safetensors", "ray", "vllm", "pydantic", "typer", "rich", "yaml", "jinja2", "blake3", "filelock", "psutil",
+    "py3langid", "rensa",
+)  # fmt: skip
 """What the packages import, by module."""
 ENVIRONMENT_PROBLEM = 4
 STARTED_AS_MODULE = ("-m", "-c")
-"""What `sys.argv[0]` is while Python looks for a module to run, or runs a text: it looks here first."""
+"""What `sys.argv[0]` is while Python looks for a module to run, or runs a text: `sys.path[0]` is here."""
 
 
 def main() -> None:
@@ -82,10 +60,9 @@ def own_packages_first() -> None:
     for problem in (*loaded_from_elsewhere(), *_in_place_of_dependencies()):
         print(problem, file=sys.stderr)
         sys.exit(ENVIRONMENT_PROBLEM)
-    if not sys.flags.safe_path and sys.argv[0] in STARTED_AS_MODULE and sys.path[0] in ("", os.getcwd()):
+    if not sys.flags.safe_path and sys.argv[0] in STARTED_AS_MODULE:
         del sys.path[0]
-    # of children: `python -c` and `-m` look into the working directory first
-    os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ["PYTHONSAFEPATH"] = "1"  # else `python -c` and `-m` look into it in children as well
     if sysconfig.get_path("purelib") != ROOT or any(map(_in_the_way, PACKAGES)):
         sys.path[:] = [ROOT, *(entry for entry in sys.path if entry != ROOT)]
         os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *_others_on_path()])
