@@ -5,6 +5,7 @@ how messages are given to a template (messages), where answers stand (turns), id
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from stages.data.chat.frame import Frame, Template
@@ -49,7 +50,22 @@ class Rendering:
     def written(
         self, asked: Sequence[tuple[Talk, Sequence[tuple[int, bool]]]]
     ) -> Iterator[Written | Refused]:
-        """What the template writes of each conversation, for these cuts; batch by batch."""
+        """What the template writes of each conversation, for these cuts; one batch ahead of what is taken."""
+        batches = self._batches(asked)
+        ahead = next(batches, [])
+        if len(asked) == len(ahead):
+            yield from self._ask(ahead)
+            return
+        with ThreadPoolExecutor(1) as thread:
+            answers = thread.submit(self._ask, ahead)
+            for batch in batches:
+                now, answers = answers, thread.submit(self._ask, batch)
+                yield from now.result()
+            yield from answers.result()
+
+    def _batches(
+        self, asked: Sequence[tuple[Talk, Sequence[tuple[int, bool]]]]
+    ) -> Iterator[list[Chat | Refused]]:
         waiting: list[Chat | Refused] = []
         num_chars = 0
         for talk, cuts in asked:
@@ -57,23 +73,25 @@ class Rendering:
             waiting.append(chat)
             num_chars += 0 if isinstance(chat, Refused) else chat.num_chars * len(cuts)
             if len(waiting) >= BATCH_TALKS or num_chars >= BATCH_CHARS:
-                yield from self._ask(waiting)
+                yield waiting
                 waiting, num_chars = [], 0
-        yield from self._ask(waiting)
+        if waiting:
+            yield waiting
 
-    def _ask(self, waiting: Sequence[Chat | Refused]) -> Iterator[Written | Refused]:
+    def _ask(self, waiting: Sequence[Chat | Refused]) -> list[Written | Refused]:
         chats = [chat for chat in waiting if isinstance(chat, Chat)]
         answers = iter(self._template.written(chats, self._spellings) if chats else [])
-        for chat in waiting:
-            answer = next(answers) if isinstance(chat, Chat) else chat
-            if isinstance(answer, Refused) and isinstance(chat, Chat):
-                words = f"the chat template refuses it: {one_line(answer.words)}"
-                yield Refused(words=f"{words}; change the row, or set on_bad_row: skip")
-            else:
-                yield answer
+        return [_in_words(next(answers)) if isinstance(chat, Chat) else chat for chat in waiting]
 
     def turns(self, talk: Talk, written: Written, *, since: int) -> list[Turn]:
         return turns_of(talk, written, self._frame, self._spelled, since=since)
+
+
+def _in_words(answer: Written | Refused) -> Written | Refused:
+    if isinstance(answer, Written):
+        return answer
+    words = f"the chat template refuses it: {one_line(answer.words)}"
+    return Refused(words=f"{words}; change the row, or set on_bad_row: skip")
 
 
 def cuts_of_prompt(talk: Talk) -> list[tuple[int, bool]]:
