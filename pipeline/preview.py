@@ -99,8 +99,15 @@ def _limits(config: ExperimentConfig, stage: str) -> "Limits":
         base_prompt=config.evaluate.base_prompt if config.evaluate and stage == "evaluate" else None,
         pairs_too_long="drop" if config.reward is None else config.reward.too_long,
         group_column=None if config.reward is None else config.reward.group_column,
+        normaliser_prompt_tokens=_normaliser_prompt_tokens(config) if stage == "reward" else None,
         prepare=config.prepare,
     )
+
+
+def _normaliser_prompt_tokens(config: ExperimentConfig) -> int | None:
+    """The longest prompt that the reward model's normaliser can be sampled with; None where it is not."""
+    sampling = None if config.reward is None else config.reward.normaliser_sampling(config.ppo_sampling)
+    return None if sampling is None else config.model.max_prompt_tokens(sampling.max_response_tokens)
 
 
 def _figures(found: "Overview") -> Iterator[str]:
@@ -129,6 +136,13 @@ def _figures(found: "Overview") -> Iterator[str]:
         )
     of = "" if found.num_sampled == found.num_records else f" of the first {found.num_sampled}"
     yield f"{found.unit}{of}: median {found.median}, p95 {found.p95}, longest {found.max}"
+    if found.normaliser_prompts is not None:
+        fitting, of_all = found.normaliser_prompts
+        if fitting < of_all:
+            yield (
+                f"{fitting} of {of_all} prompts{of} leave room for the responses that scores are normalised "
+                "over"
+            )
     rules = sorted(found.rules.items(), key=lambda counted: (-counted[1], counted[0]))
     for rule, count in rules[:NUM_RULES]:
         yield f"{count}{of} {'is' if count == 1 else 'are'} affected: {rule}"

@@ -51,6 +51,7 @@ class Limits:
     base_prompt: str | None  # of evaluate: how a base model is asked, which has to fit too
     pairs_too_long: Literal["drop", "truncate"]
     group_column: str | None  # of reward
+    normaliser_prompt_tokens: int | None  # of reward, as max_prompt_tokens: for the normaliser's responses
     prepare: PrepareConfig | None
 
 
@@ -84,6 +85,7 @@ class Overview:
     max: int
     rules: Counter[str]  # rule -> records it cuts or leaves out
     num_examples: int  # to train on, of the sampled conversations; 0: of others
+    normaliser_prompts: tuple[int, int] | None  # of the sampled pairs' prompts: (that leave room, all)
     example: tuple[Span, ...]  # the first one; nothing is trained in it where no tokenizer is known
 
 
@@ -126,6 +128,7 @@ def overview(
         max=max(seen.lengths, default=0),
         rules=seen.rules,
         num_examples=seen.num_examples,
+        normaliser_prompts=seen.normaliser_prompts,
         example=tuple(example),
     )
 
@@ -184,6 +187,7 @@ class _Figures:
     num_rendered: int = 0
     num_refused: int = 0
     num_examples: int = 0
+    normaliser_prompts: tuple[int, int] | None = None
     first: int = 0  # index of the first record that is not refused
 
 
@@ -237,8 +241,17 @@ def _rendered(
         num_examples=sum(len(one.example) for one in fitted if one.example is not None)
         if isinstance(sample[0], Conversation)
         else 0,
+        normaliser_prompts=_normaliser_prompts(fitted, limits.normaliser_prompt_tokens),
         first=next((at for at, one in zip(good, fitted, strict=True) if one.example is not None), 0),
     )
+
+
+def _normaliser_prompts(fitted: list[Fitted[Any]], longest: int | None) -> tuple[int, int] | None:
+    """How many of the prompts of pairs leave room for the normaliser's responses, and how many there are."""
+    if longest is None:
+        return None
+    prompts = {one.example.prompt for one in fitted if one.example is not None}
+    return sum(len(prompt) <= longest for prompt in prompts), len(prompts)
 
 
 def _refusals(records: list[Any], chat: ChatTokenizer) -> Iterator[Refused | None]:

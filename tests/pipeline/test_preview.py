@@ -70,6 +70,13 @@ def test_every_dataset_shows_schema_rows_lengths_and_rules(directory: Path):
     assert numbers[0] <= numbers[1] <= numbers[2] and numbers[2] > 48
 
 
+def test_prompts_without_room_for_the_normalisers_responses_are_told(directory: Path):
+    """The one pair that fits has a prompt of some ten tokens."""
+    said = "0 of 1 prompts leave room for the responses that scores are normalised over"
+    assert said in blocks("reward.normaliser_max_response_tokens=45")["reward.data.0"]
+    assert said not in blocks()["reward.data.0"]
+
+
 def test_the_first_example_is_marked_where_it_is_trained(directory: Path):
     shown = blocks()
     assert shown["sft.data.0"].endswith(f"<|im_start|>assistant\n{OPENING}Ho<|im_end|>{CLOSING}")
