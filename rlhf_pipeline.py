@@ -21,8 +21,8 @@ ROOT = str(Path(__file__).resolve().parent)
 PACKAGES = ("pipeline", "stages", "rollout")
 DEPENDENCIES = (
     "torch", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "numpy", "peft",
-    "safetensors", "ray", "vllm", "pydantic", "typer", "rich", "yaml", "jinja2", "blake3", "filelock", "psutil",
-    "py3langid", "rensa",
+    "safetensors", "ray", "vllm", "pydantic", "typer", "rich", "yaml", "jinja2", "blake3", "filelock",
+    "psutil", "py3langid", "rensa",
 )  # fmt: skip
 """What the packages import, by module."""
 ENVIRONMENT_PROBLEM = 4
