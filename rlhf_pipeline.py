@@ -57,9 +57,7 @@ def own_packages_first() -> None:
     is in the way. Exits with code 4 and one line where that cannot be had: such a module is loaded, or
     one on PYTHONPATH stands in for a package that ours import.
     """
-    for problem in (*loaded_from_elsewhere(), *_in_place_of_dependencies()):
-        print(problem, file=sys.stderr)
-        sys.exit(ENVIRONMENT_PROBLEM)
+    _end_with(*_loaded_from_elsewhere(), *_in_place_of_dependencies())
     if not sys.flags.safe_path and sys.argv[0] in STARTED_AS_MODULE:
         del sys.path[0]
     os.environ["PYTHONSAFEPATH"] = "1"  # else `python -c` and `-m` look into it in children as well
@@ -68,13 +66,19 @@ def own_packages_first() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *_others_on_path()])
 
 
+def _end_with(*problems: str) -> None:
+    for problem in problems:
+        print(problem, file=sys.stderr)
+        sys.exit(ENVIRONMENT_PROBLEM)
+
+
 def _others_on_path() -> list[str]:
     """PYTHONPATH without us, and without the working directory as which Python reads an empty entry."""
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return [entry for entry in entries if entry not in ("", ROOT)]
 
 
-def loaded_from_elsewhere() -> Iterator[str]:
+def _loaded_from_elsewhere() -> Iterator[str]:
     """A line for each module that was imported by the name of one of our packages and is somebody else's."""
     for name in PACKAGES:
         module = sys.modules.get(name)
@@ -105,6 +109,10 @@ def _in_the_way(name: str) -> bool:
     found = PathFinder.find_spec(name, sys.path)
     return found is not None and found.origin != os.path.join(ROOT, name, "__init__.py")
 
+
+if getattr(sys.modules["__main__"].__spec__, "name", "").startswith("pipeline."):
+    # `python -m pipeline.cli` beside a `pipeline/`: an editable install finds our cli below theirs
+    _end_with(*_loaded_from_elsewhere())
 
 if __name__ == "__main__":
     main()

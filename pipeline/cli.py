@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
-import rlhf_pipeline
+import rlhf_pipeline  # noqa: F401  # first: ends a command that was started with somebody else's `pipeline`
 from pipeline import changes, dag, doctor, executor, placement, planning, supervisor, unstated
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand, model_directory
@@ -41,7 +41,7 @@ from pipeline.signals import signals_interrupt
 from pipeline.terminal import outputs_that_may_fail
 from pipeline.yaml_source import short
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
-from rollout.foreign_settings import take_out
+from rollout.foreign_environment import take_out
 from stages.data.durable import disk_problems
 from stages.data.hub import model_problem
 
@@ -75,10 +75,6 @@ class Engine(StrEnum):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script: runs a command and exits with its code."""
-    for (
-        problem
-    ) in rlhf_pipeline.loaded_from_elsewhere():  # in a directory with a `pipeline/`: theirs, around ours
-        sys.exit(_complain(problem, EnvironmentProblem.exit_code))
     supervisor.end_with_the_supervisor()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's threads when they start
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -22,7 +22,7 @@ import blake3
 from pipeline.artifacts import package_versions
 from pipeline.experiment import host_and_port
 from rollout.errors import EnvironmentProblem
-from rollout.foreign_settings import take_out
+from rollout.foreign_environment import take_out
 from stages.data.durable import disk_problems
 
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

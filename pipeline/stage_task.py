@@ -27,7 +27,7 @@ from pipeline.artifacts import MANIFEST, METRICS, Exactness, Manifest, Store, ex
 from pipeline.errors import StageFailed
 from pipeline.planning import given_input
 from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
-from rollout.foreign_settings import take_out
+from rollout.foreign_environment import take_out
 from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
 from stages.data.durable import disk_problems, write_whole
 from stages.errors import DataError, Interrupted

@@ -34,7 +34,7 @@ from rollout.errors import (
     raise_expected,
     root_cause,
 )
-from rollout.foreign_settings import take_out
+from rollout.foreign_environment import take_out
 from stages.bundles import StageBundles, bundles_of, lacking
 from stages.runtime import Runtime, hide_gpus, warnings_file
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32

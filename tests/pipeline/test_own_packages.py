@@ -138,7 +138,10 @@ def test_files_are_utf_8_in_every_locale_and_outputs_what_the_locale_says(tmp_pa
     assert ended.stderr.startswith(b"w?rter.yaml:3: sft.l?rning: no such setting"), ended.stderr
 
 
-def test_a_pipeline_in_the_working_directory_that_python_imports_first_is_named(tmp_path: Path):
+@pytest.mark.parametrize("files", [("pipeline/__init__.py",), ()])
+def test_a_pipeline_in_the_working_directory_that_python_imports_first_is_named(
+    tmp_path: Path, files: tuple[str, ...]
+):
     """An editable install finds our `pipeline.cli` below theirs, which Python has imported by then."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(
@@ -153,7 +156,7 @@ def test_a_pipeline_in_the_working_directory_that_python_imports_first_is_named(
         "sys.meta_path.insert(sys.meta_path.index(PathFinder) + 1, Finder)\n"
     )
     (tmp_path / "work/pipeline").mkdir(parents=True)
-    (tmp_path / "work/pipeline/__init__.py").write_text("")
+    theirs(tmp_path / "work", "rollout.py", *files)
     ended = answer(CLI, "schema", cwd=tmp_path / "work", path=str(tmp_path / "site"))
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (4, "", 1), ended.stderr
     assert ended.stderr.startswith(f"{tmp_path / 'work/pipeline'}: was imported as `pipeline`")

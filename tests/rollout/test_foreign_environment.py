@@ -7,7 +7,7 @@ import pytest
 from rigs import CONFIG
 
 from rollout import foreign_settings
-from rollout.foreign_settings import take_out
+from rollout.foreign_environment import take_out
 from rollout.vllm_engine import _process_environment
 
 
