@@ -32,7 +32,7 @@ demo: install  ## all six stages on the committed data; the last line says where
 
 # Two processes: most of a test's time is waiting, for engines and Ray to start. They share out whole files (tests/conftest.py).
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
 
 test-all: install
 	$(BIN)/python -m pytest

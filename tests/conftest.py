@@ -18,6 +18,8 @@ import hypothesis
 import pytest
 from tiny_tokenizer import BOS, EOS, PAD, tiny_tokenizer
 from watched_run import WatchedRun, watch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from rollout.loop import LoopThread
 
@@ -27,26 +29,36 @@ hypothesis.settings.load_profile("any machine")
 MAX_LENGTH = 1024
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out for `make test`, which runs two processes of them: each file is one process's,
-    and so are the users of the whole run, and of the engines that all of `tests/rollout` shares. The longest
-    of these come first.
-    """
-    lanes = {item: _lane(item) for item in items}
-    items.sort(key=lambda item: (lanes[item] != WHOLE_RUN, lanes[item] != ENGINES))
-    for item, lane in lanes.items():
-        item.add_marker(pytest.mark.xdist_group(lane))
-
-
 WHOLE_RUN, ENGINES = "whole run", "engines"
+WATCHED_RUN = "watched_run"  # the fixture, in the text of a file
+TESTS = Path(__file__).parent
 
 
-def _lane(item: pytest.Item) -> str:
-    if "watched_run" in getattr(item, "fixturenames", ()):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Share the tests out for `make test`, which runs two processes of them: each file is one process's,
+    and so are the users of the whole run, and of the engines that all of `tests/rollout` shares.
+    """
+    return Lanes(config, log)
+
+
+class Lanes(LoadScopeScheduling):
+    """A lane is what one process runs without a break."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _lane(TESTS.parent / nodeid.partition("::")[0])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest lanes come first."""
+    lanes = {path: _lane(path) for path in {item.path for item in items}}
+    items.sort(key=lambda item: (lanes[item.path] != WHOLE_RUN, lanes[item.path] != ENGINES))
+
+
+def _lane(path: Path) -> str:
+    if WATCHED_RUN in path.read_text():
         return WHOLE_RUN
-    package = item.path.relative_to(Path(__file__).parent).parts[0]
-    return ENGINES if package == "rollout" else str(item.path)
+    return ENGINES if path.is_relative_to(TESTS / "rollout") else str(path)
 
 
 @pytest.fixture(scope="session")
