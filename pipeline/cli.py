@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from pipeline.artifacts import Store, model_at_hand, model_directory
 from pipeline.data_remarks import left_out
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig, host_and_port
+from pipeline.fitted_defaults import Fit, high_rates
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
 from pipeline.preview import previews
@@ -119,7 +120,7 @@ def run(
     planned = planning.plan_run(loaded.config, last=last, force=forced)
     if resume:
         _check_unchanged(planned.config)
-    _execute(planned)
+    _execute(planned, loaded)
 
 
 def _run_one(stage: str) -> Callable[..., None]:
@@ -143,7 +144,8 @@ def _run_one(stage: str) -> Callable[..., None]:
                 inputs=dict(map(_input, inputs or [])),
                 force=force,
                 command=lambda missing: " ".join(["rlhf", missing, str(config), *(overrides or [])]),
-            )
+            ),
+            loaded,
         )
 
     return command
@@ -176,6 +178,8 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
         console.print(block)
     for remark in resolved.remarks():
         say(f"\nnote: {remark}")
+    for line in _high_rates(loaded, fitted, dag.configured(resolved)):
+        say(f"\nnote: {line}")
     say("\nnot stated, so chosen:")
     for line in unstated.table(loaded.config, fitted):
         say(f"  {line}")
@@ -224,6 +228,7 @@ def generate(
     engine: Annotated[Engine, typer.Option(help="Who generates.")] = Engine.hf,
 ) -> None:
     """Print one response of a model."""
+    configs.require_utf_8("MODEL_DIR", str(model_dir))
     check_model_directory(model_dir, named=str(model_dir))
     from stages.generate import generate as respond
 
@@ -299,9 +304,17 @@ def _tell_changes(planned: planning.PlannedRun) -> None:
         say(f"changed since the last run {config.name!r}: {changes.listed(found)}; anew: {anew}")
 
 
-def _execute(planned: planning.PlannedRun) -> None:
+def _high_rates(loaded: configs.LoadedConfig, fitted: Fit, stages: Sequence[str]) -> Iterator[str]:
+    for key, remark in high_rates(fitted):
+        if key.partition(".")[0] in stages:
+            yield f"{loaded.where(key)}: {key}: {remark}"
+
+
+def _execute(planned: planning.PlannedRun, loaded: configs.LoadedConfig) -> None:
     if (line := unstated.fitted_line(planned.fit)) is not None:
         say(line)
+    for line in _high_rates(loaded, planned.fit, planned.to_run):
+        say(f"note: {line}")
     planning.validate_data(planned)
     for line in left_out(dag.datasets(planned.config, planned.to_run)):
         say(line)
@@ -341,6 +354,7 @@ def _input(text: str) -> tuple[str, Path]:
     if not equals or not directory:
         raise ConfigError(f"--input {text}: write STAGE=DIR, e.g. --input sft=outputs/runs/demo/sft")
     _stage_name("--input", stage)
+    configs.require_utf_8(f"--input {stage}", directory)
     return stage, Path(directory)
 
 

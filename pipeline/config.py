@@ -42,7 +42,15 @@ from stages.errors import DataError
 
 UNION_BRANCHES = ("dict[str,str]", "list[str]")
 
-__all__ = ["ConfigError", "LoadedConfig", "check_paths", "json_schema", "load", "resolved_yaml"]
+__all__ = [
+    "ConfigError",
+    "LoadedConfig",
+    "check_paths",
+    "json_schema",
+    "load",
+    "require_utf_8",
+    "resolved_yaml",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +73,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     tree = _open_empty_sections(read_config(path, overrides), ExperimentConfig)
     config, tree = _validate(tree)
     for item in list(_stated_paths(config, tree)):
-        _require_utf_8(f"{item.stated.origin.label}: {_indexed(item.key)}", item.path)
+        require_utf_8(f"{item.stated.origin.label}: {_indexed(item.key)}", item.path)
         config = _replaced(config, item.key, item.path)
-    _require_utf_8("outputs", os.path.abspath(config.outputs))
+    require_utf_8("outputs", os.path.abspath(config.outputs))
     return LoadedConfig(config=config, tree=tree)
 
 
-def _require_utf_8(key: str, path: str) -> None:
+def require_utf_8(key: str, path: str) -> None:
     """Raises ConfigError for a path that no record of a run could hold: those are UTF-8."""
     try:
         path.encode()

@@ -38,6 +38,8 @@ FULL_SIZE = 1e9
 parameters: Adam's best rate falls as 1 / width (Yang et al. 2022, arXiv 2203.03466), and parameters grow with
 the square of the width. SmolLM2-135M gets 2.7 times the rate, Qwen2.5-0.5B 1.4 times.
 """
+HIGH = 5
+"""Times the rate that a given model would get: a stated one above that is remarked upon."""
 BF16_SIZE = 1e8
 """Parameters from which on a given model trains in bf16 on a GPU."""
 MICRO_BATCHES = (16, 8, 4, 2, 1)
@@ -94,6 +96,28 @@ def learning_rate(key: str, num_parameters: int | None, *, at_most: float) -> fl
     return min(at_most, float(f"{full * math.sqrt(FULL_SIZE / num_parameters):.2g}"))
 
 
+def high_rates(fitted: Fit) -> Iterator[tuple[str, str]]:
+    """The learning rates far above what the model would get where none is stated: key, and a remark on it.
+
+    Example: ("sft.lr", "0.001 is 50 times the 2e-05 that model.path org/name (7.24B parameters) would get;
+    null leaves it open")
+    """
+    if (model := fitted.model) is None:
+        return
+    for key in LEARNING_RATES:
+        stage, _, name = key.partition(".")
+        if (section := getattr(fitted.config, stage)) is None:
+            continue
+        stated, scratch = getattr(section, name), type(section).model_fields[name].default
+        would_get = learning_rate(key, model.num_parameters, at_most=scratch)
+        if stated > HIGH * would_get:
+            yield (
+                key,
+                f"{stated:g} is {stated / would_get:.0f} times the {would_get:g} that {model.named} "
+                f"({model.size}) would get; null leaves it open",
+            )
+
+
 def rule(stage: str, name: str) -> str | None:
     """How `<stage>.<name>` is fitted to a given model, for the manual; None for what is not."""
     key, field = f"{stage}.{name}", field_at((stage, name))
@@ -108,7 +132,7 @@ def rule(stage: str, name: str) -> str | None:
         "precision": "bf16 on a GPU from 0.1 B parameters on, else fp32",
         "micro_batch_size": (
             f"the largest of {', '.join(map(str, MICRO_BATCHES))} whose forward and backward hold "
-            f"{CPU_BYTES >> 30} GiB at most on a CPU, {GPU_BYTES >> 30} on a GPU"
+            f"{CPU_BYTES >> 30} GiB at most on a CPU, {GPU_BYTES >> 30} on a GPU; never more than batch_size"
         ),
         "gradient_checkpointing": "true where one sequence alone would hold more than a micro-batch may",
     }[name]
@@ -153,7 +177,10 @@ def _forwards(config: ExperimentConfig, stage: str, model: GivenModel) -> Iterat
     """
     section = getattr(config, stage)
     sizes, recomputations = _open_sizes(section), _open_recomputations(section)
-    has_choice = {"micro_batch_size": len(sizes) > 1, "gradient_checkpointing": len(recomputations) > 1}
+    has_choice = {
+        "micro_batch_size": _is_size_open(section),
+        "gradient_checkpointing": len(recomputations) > 1,
+    }
     if model.architecture is None:
         is_large = model.num_parameters is None or model.num_parameters >= FULL_SIZE
         limit = 1 if is_large else 4
@@ -178,11 +205,12 @@ def _within_budget(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The two settings of the largest forward that fits, and their reasons."""
     budget = GPU_BYTES if placement.resources_of(config, stage).num_gpus else CPU_BYTES
+    section: TrainingConfig = getattr(config, stage)
 
     def held(size: int, recomputes: bool) -> float:
         tried = {"micro_batch_size": size, "gradient_checkpointing": recomputes}
-        section = getattr(config, stage).model_copy(update=tried)
-        return placement.forward_bytes(config.model_copy(update={stage: section}), stage, architecture)
+        changed = section.model_copy(update=tried)
+        return placement.forward_bytes(config.model_copy(update={stage: changed}), stage, architecture)
 
     tries = [(size, recomputes) for recomputes in recomputations for size in sizes]
     size, recomputes = next((each for each in tries if held(*each) <= budget), tries[-1])
@@ -191,7 +219,8 @@ def _within_budget(
         of_budget = (
             f"no less is possible: {_gib(held(size, recomputes))} GiB, where {budget >> 30} were meant"
         )
-    without = f"without it, {size} at once would hold {_gib(held(size, False))} GiB"
+    at_once = "a row" if _takes_rows(section) else min(size, section.batch_size)
+    without = f"without it, {at_once} at once would hold {_gib(held(size, False))} GiB"
     return (
         {"micro_batch_size": size, "gradient_checkpointing": recomputes},
         {"micro_batch_size": of_budget, "gradient_checkpointing": without if recomputes else of_budget},
@@ -200,12 +229,20 @@ def _within_budget(
 
 def _open_sizes(section: TrainingConfig) -> list[int]:
     """The sizes of a micro-batch that may be chosen from; one, where it is stated or not read."""
-    is_read = not isinstance(section, SFTConfig) or section.batch_tokens is None
-    if "micro_batch_size" not in _silent(section) or not is_read:
+    if not _is_size_open(section):
         return [section.micro_batch_size]
-    if not isinstance(section, PPOConfig):
-        return [*MICRO_BATCHES]
-    return [size for size in MICRO_BATCHES if section.batch_size % min(size, section.batch_size) == 0]
+    sizes = dict.fromkeys(min(size, section.batch_size) for size in MICRO_BATCHES)
+    has_to_divide = isinstance(section, PPOConfig)  # packs are never torn
+    return [size for size in sizes if not has_to_divide or section.batch_size % size == 0]
+
+
+def _is_size_open(section: TrainingConfig) -> bool:
+    return "micro_batch_size" in _silent(section) and not _takes_rows(section)
+
+
+def _takes_rows(section: TrainingConfig) -> bool:
+    """Whether a forward is one row of the context, and `micro_batch_size` is not read."""
+    return isinstance(section, SFTConfig) and section.batch_tokens is not None
 
 
 def _open_recomputations(section: TrainingConfig) -> list[bool]:

@@ -90,7 +90,7 @@ model.context_length | prompt and response together
     seq_length sequence_len sequence_length vllm_max_model_len vllm_max_model_length
 model.context_length | prompt and response share it, so a prompt has what `ppo.max_response_tokens` leaves
     max_prompt_length max_prompt_len max_input_length max_query_length max_source_length prompt_length
-    prompt_max_len query_length input_max_length
+    prompt_max_len query_length input_max_length max_prompt_tokens max_input_tokens max_query_tokens
 <stage>.max_response_tokens
     max_new_tokens max_completion_length max_completion_len max_gen_len max_generated_tokens max_output_tokens
     max_response_len max_response_length max_target_length max_tokens completion_length generate_max_len
@@ -100,7 +100,7 @@ model.context_length | prompt and response share it, so a prompt has what `ppo.m
 | responses end at the end tokens of tokenizer, template and model; remove it
     stop stop_strings stop_token stop_token_id stop_token_ids ignore_eos
 | prompts that leave no room for a response are left out and counted; for pairs see `reward.too_long`
-    filter_overlong_prompts truncation_side truncation_mode truncate_prompt
+    filter_overlong_prompts truncation_side truncation_mode truncate_prompt data.truncation
 | what is longer than `model.context_length` is cut or left out, and counted; for pairs see `reward.too_long`
     reward.truncation sft.truncation pretrain.truncation truncation_strategy
 | sequences are always packed, without padding, so remove it; how documents fill rows is `prepare.packing`
@@ -119,6 +119,8 @@ ppo.kl_controller
     adap_kl_ctrl adaptive_kl kl_controller_type kl_control use_adaptive_kl kl_ctrl.type
 ppo.kl_target ppo.max_kl | what an adaptive kl_coef aims at, and where the run stops
     target_kl init_kl_target kl_ctrl.target_kl target ppo_target kl_ctrl.target
+| the KL is not clipped; a run ends where its mean exceeds `ppo.max_kl`
+    kl_clip kl_clip_range kl_clamp clip_kl
 ppo.kl_horizon
     horizon kl_ctrl.horizon
 ppo.clip_low ppo.clip_high
@@ -143,6 +145,10 @@ ppo.entropy_coef
     ent_coef entropy_bonus entropy_coeff entropy_loss_coef entropy_weight
 ppo.loss_aggregation
     loss_agg_mode loss_type loss_reduction
+| the reward model's loss is that of Bradley and Terry; there is no other, so remove it
+    reward.loss_type reward.loss_fn reward.loss reward_config.loss_type
+| the loss is the cross-entropy of the trained tokens; there is no other, so remove it
+    sft.loss_type sft.loss_fn sft.loss sft_config.loss_type pretrain.loss_type pretrain.loss_fn pretrain.loss
 ppo.whiten_advantages
     adv_norm advantage_normalization norm_adv normalize_advantage normalize_advantages whiten_advantage
     whiten_adv no_advantage_std_norm norm_adv_by_std_in_grpo advantage_norm
@@ -161,6 +167,8 @@ ppo.samples_per_prompt
     n num_generations num_generations_per_prompt num_return_sequences num_samples num_samples_per_prompt
     n_responses n_samples n_samples_per_prompt group_size responses_per_prompt rollouts_per_prompt
     samples_per_instruction rollout.n rollout_n best_of
+ppo.num_prompts ppo.samples_per_prompt | their product is how many responses are generated per step
+    generation_batch_size
 ppo.missing_eos_penalty
     eos_penalty no_eos_penalty non_eos_penalty penalise_no_eos penalize_no_eos penalty_reward_value
 ppo.truncation
@@ -184,13 +192,15 @@ ppo.rollout_correction
     reward_model_config
 | the value model starts from the reward model; remove it
     critic_pretrain critic_model critic_model_path value_model value_model_path critic.model.path
+    critic.path critic.model
 | no pretraining loss is mixed into ppo; remove it
     ptx_coef ptx_coeff ptx_loss_coef pretrain_coef pretrain_loss_coef
 # models
 model.path
     model_name_or_path base_model base_model_name base_model_name_or_path hf_model model.checkpoint model.id
     model.model model.name model_id model_name model_path actor_model_name_or_path policy_model pretrained
-    pretrained_model pretrained_model_name pretrained_model_name_or_path sft_model_path
+    pretrained_model pretrained_model_name pretrained_model_name_or_path sft_model_path actor.path
+    actor.model policy.path policy.model trainer.model
 model.revision
     model_revision base_model_revision
 | a given model brings its own tokenizer; one for a model from scratch is `prepare.tokenizer`
@@ -260,8 +270,9 @@ model.chat_template | a Jinja file
     pad_token_id resize_vocab special_tokens unk_token
 # data
 <stage>.data.0.path | data is a list of sources, each with a path
-    data.dataset data.file data.id data.repo data.repo_id dataset datasets dataset_dir dataset_mixture
-    dataset_name dataset_name_or_path dataset_path data_dir data_file data_files data_path data_source
+    data.dataset data.file data.id data.path data.repo data.repo_id dataset datasets dataset_dir
+    dataset_mixture dataset_name dataset_name_or_path dataset_path data_dir data_file data_files data_path
+    data_source
     hf_dataset prompt_data train_data train_data_path train_dataset train_datasets train_dir train_file
     train_files train_path training_data training_file
 <stage>.data.0.subset
@@ -279,7 +290,8 @@ model.chat_template | a Jinja file
     dataset_probs dataset_weight dataset_weights interleave_probs mixing_weights prompt_data_probs probs
     proportion sampling_weights data.ratio data.repeat
 <stage>.data.0.weight | 0.5 takes half of the rows
-    max_samples max_train_samples max_examples num_train_samples subset_size
+    max_samples max_train_samples max_examples num_train_samples subset_size data.num_samples data.limit
+    prompts.num_samples prompts.limit
 evaluate.prompts
     eval_data eval_dataset eval_dataset_name eval_dataset_path eval_file eval_files eval_prompts dev_file
     test_datasets test_file test_files val_dataset val_file val_files validation_data validation_file
@@ -287,8 +299,15 @@ evaluate.prompts
 <stage>.heldout_frac
     dataset_test_split eval_ratio eval_split test_size test_split_size val_set_size val_size validation_split
     validation_split_percentage
+sft.data.0.part sft.data.0.heldout_frac | train here, heldout in `evaluate.prompts`
+    sft.dataset_test_split sft.eval_ratio sft.eval_split sft.test_size sft.test_split sft.test_split_size
+    sft.val_set_size sft.val_size sft.validation_split sft.validation_split_percentage
 evaluate.max_prompts
-    max_eval_samples max_samples_eval num_eval_prompts num_eval_samples
+    max_eval_samples max_samples_eval num_eval_prompts num_eval_samples evaluate.limit evaluate.max_examples
+    evaluate.max_samples evaluate.num_examples evaluate.num_prompts evaluate.subset_size
+evaluate.max_prompts | each of them gets one response
+    evaluate.best_of evaluate.n evaluate.n_samples evaluate.num_generations evaluate.num_return_sequences
+    evaluate.num_samples evaluate.samples_per_prompt
 | sft trains the turns of the assistant, prompts never; marks in the rows leave turns out (docs/data.md)
     completion_only_loss assistant_only_loss mask_history mask_inputs mask_prompt response_template
     roles_to_train train_on_eos train_on_inputs train_on_prompt train_on_source
@@ -385,7 +404,7 @@ rollout.engine
 rollout.sync
     sync_backend vllm_sync_backend weight_sync_backend
 rollout.max_num_seqs
-    max_concurrent_requests max_concurrent_rollouts max_num_batched_tokens max_num_sequences
+    max_concurrent_requests max_concurrent_rollouts max_num_sequences
 rollout.kv_cache_mib
     cpu_kvcache_space kv_cache_memory kv_cache_memory_bytes kvcache_space swap_space vllm_cpu_kvcache_space
 rollout.enforce_eager
@@ -396,7 +415,8 @@ rollout.max_staleness
     enable_chunked_prefill enable_prefix_caching enable_sleep free_cache_engine vllm_enable_sleep
     served_model_name load_format download_dir distributed_executor_backend enable_sleep_mode
     scheduling_policy speculative_config num_gpu_blocks_override weight_transfer_config model_impl
-    async_scheduling disable_log_stats
+    async_scheduling disable_log_stats max_num_batched_tokens rollout.block_size vllm.block_size
+    engine_args.block_size vllm_config.block_size
 resources.collective_timeout_s
     ddp_timeout nccl_timeout
 """

@@ -18,6 +18,8 @@ from pipeline.yaml_source import KeyPath, Node, dotted
 NUM_NAMED = 3
 """Settings that a line names, and entries of a section of another tool."""
 STAGE = "<stage>"
+TELL_NOTHING = ("path", "model", "name", "type")
+"""Names of entries that mean something only with the section of another tool that they stand in."""
 
 
 def suggestion(path: KeyPath, tree: Node) -> str:
@@ -29,13 +31,15 @@ def suggestion(path: KeyPath, tree: Node) -> str:
     entries = [] if node is None or not isinstance(node.value, dict) else [*_entries(path, node, stated)]
     is_group = _word(path[-1]) in GROUPS.split()
     if is_group and entries:
-        return f"; {', '.join(entries[:NUM_NAMED])}"
+        return "; " + ", ".join(entries[:NUM_NAMED])
     if (meaning := _meaning(path)) is not None:
         return _worded(meaning, path, stated)
-    if near := _elsewhere(path, stated) or (not is_group and _near(path)):
+    if places := _elsewhere(path, stated):
+        return _offered(places, path)
+    if not is_group and (near := _near(path)):
         return f"; did you mean {_listed(near)}?"
     if entries:
-        return f"; {', '.join(entries[:NUM_NAMED])}"
+        return "; " + ", ".join(entries[:NUM_NAMED])
     return "; docs/configuration.md lists them all"
 
 
@@ -43,9 +47,11 @@ def places_of(setting: str, path: KeyPath, stated: Collection[str]) -> list[str]
     """How the line about a key at `path` names `setting` (from the root, `<stage>` for any that has it).
 
     Just its name in the section that it belongs to; else in the stages that the config has (`stated`), else
-    in all.
+    in all. For a key of evaluate, data are its prompts.
     Example: places_of("<stage>.lr", ("lr",), {"sft", "ppo"}) == ["sft.lr", "ppo.lr"]
     """
+    if path[0] == "evaluate":
+        setting = setting.replace(f"{STAGE}.data", "evaluate.prompts")
     *above, name = setting.split(".")
     here = section_at(path[:-1])
     for stage in _stages_with(setting, STAGE_FIELDS):
@@ -62,10 +68,23 @@ def places_of(setting: str, path: KeyPath, stated: Collection[str]) -> list[str]
 
 
 def _worded(meaning: Meaning, path: KeyPath, stated: Collection[str]) -> str:
-    places = [place for setting in meaning.settings for place in places_of(setting, path, stated)]
-    if not places:
+    if not meaning.settings:
         return f"; {meaning.note}"
-    return f"; did you mean {_listed(places)}?" + (f" ({meaning.note})" if meaning.note else "")
+    places = [place for setting in meaning.settings for place in places_of(setting, path, stated)]
+    return _offered(places, path) + _in_brackets(meaning.note)
+
+
+def _offered(places: Collection[str], path: KeyPath) -> str:
+    """Advice, or for a key of a stage whose only likenesses are settings of others, that they are."""
+    others = {STAGE, *STAGE_FIELDS} - {path[0]}
+    are_of_others = all("." in place and place.partition(".")[0] in others for place in places)
+    if path[0] in STAGE_FIELDS and are_of_others:
+        return f"; nothing like it in {path[0]}, only {_listed(places)}"
+    return f"; did you mean {_listed(places)}?"
+
+
+def _in_brackets(note: str) -> str:
+    return f" ({note})" if note else ""
 
 
 def _meaning(path: KeyPath) -> Meaning | None:
@@ -89,7 +108,8 @@ def _elsewhere(path: KeyPath, stated: Collection[str]) -> list[str]:
         return places_of(key, path, stated)
     if _stages_with(f"{STAGE}.{key}", STAGE_FIELDS):
         return places_of(f"{STAGE}.{key}", path, stated)
-    if has_setting(of_data := (path[0], "data", 0, key)):
+    of_data = (path[0], "prompts" if path[0] == "evaluate" else "data", 0, key)
+    if has_setting(of_data):
         return [dotted(of_data)]
     fields = ExperimentConfig.model_fields.items()
     sections = [(name, section) for name, field in fields if (section := section_of(field.annotation))]
@@ -97,18 +117,45 @@ def _elsewhere(path: KeyPath, stated: Collection[str]) -> list[str]:
 
 
 def _entries(path: KeyPath, node: Node, stated: Collection[str]) -> Iterator[str]:
-    """What stands in a section that is none here, as far as it is known.
+    """What stands in a section that is none here, as far as it is known; settings before notes.
 
-    Example: ["its 'n' is 'ppo.samples_per_prompt'"]
+    Example: ["its 'n' is 'ppo.samples_per_prompt'", "its 'shuffle': data is read once, ...; remove it"]
     """
+    notes: dict[str, list[str]] = {}
     for below in _leaves(path, node):
-        meaning = _meaning(below)
-        settings = () if meaning is None else meaning.settings
-        found = [place for setting in settings for place in places_of(setting, below, stated)]
-        if not found and meaning is None:
-            found = _elsewhere(below, stated)
+        name = repr(dotted(below[len(path) :]))
+        meaning = _meaning_of_entry(below)
+        if meaning is not None and not meaning.settings:
+            notes.setdefault(meaning.note, []).append(name)
+            continue
+        if meaning is not None:
+            found = [place for setting in meaning.settings for place in places_of(setting, below, stated)]
+        else:
+            found = _spelled_out(below) or ([] if below[-1] in TELL_NOTHING else _elsewhere(below, stated))
         if found:
-            yield f"its {dotted(below[len(path) :])!r} is {_listed(found)}"
+            yield f"its {name} is {_listed(found)}{_in_brackets('' if meaning is None else meaning.note)}"
+    for note, names in notes.items():
+        yield f"its {' and '.join(names[:NUM_NAMED])}: {note}"
+
+
+def _meaning_of_entry(path: KeyPath) -> Meaning | None:
+    """Of the entry itself; of one whose name tells nothing, that of the section it stands in.
+
+    Example: of `reward_model.path`, that of `reward_model`
+    """
+    if (meaning := _meaning(path)) is not None or path[-1] not in TELL_NOTHING:
+        return meaning
+    above = (_meaning(path[:length]) for length in range(len(path) - 1, 0, -1))
+    return next((meaning for meaning in above if meaning is not None), None)
+
+
+def _spelled_out(path: KeyPath) -> list[str]:
+    """The setting that the end of `path` is, as it is written from the root.
+
+    Example: _spelled_out(("actor_rollout_ref", "model", "path")) == ["model.path"]
+    """
+    ends = (path[start:] for start in range(1, len(path) - 1))
+    return next(([dotted(end)] for end in ends if has_setting(end)), [])
 
 
 def _leaves(path: KeyPath, node: Node) -> Iterator[KeyPath]:

@@ -38,7 +38,7 @@ IN_FILES = [
     (NAME + SFT + "  learning_rate: 1\n",
      "demo.yaml:5: sft.learning_rate: no such setting; did you mean 'lr'?"),
     (NAME + SFT + "  kl_coef: 1\n",
-     "demo.yaml:5: sft.kl_coef: no such setting; did you mean 'ppo.kl_coef'?"),
+     "demo.yaml:5: sft.kl_coef: no such setting; nothing like it in sft, only 'ppo.kl_coef'"),
     (NAME + SFT + "  rollout: {}\n",
      "demo.yaml:5: sft.rollout: no such setting; did you mean 'rollout, at the left margin'?"),
     (NAME + SFT + "zzz: 1\n", "demo.yaml:5: zzz: no such setting; docs/configuration.md lists them all"),

@@ -17,7 +17,7 @@ from pipeline.config import ConfigError, json_schema, load
 from pipeline.config_fields import field_at
 from pipeline.executor import execute
 from pipeline.experiment import ExperimentConfig
-from pipeline.fitted_defaults import LEARNING_RATES, Fit, fit, learning_rate
+from pipeline.fitted_defaults import LEARNING_RATES, Fit, fit, high_rates, learning_rate
 from pipeline.given_model import GivenModel
 from pipeline.planning import PlannedRun, fitted_to_what_is_here, plan_run, plan_stage
 from pipeline.progress import Progress
@@ -115,10 +115,12 @@ def test_every_fitted_setting_that_is_there_is_chosen_and_no_other(chain: Chain,
 @pytest.mark.parametrize(
     ("sizes", "overrides", "expected"),
     [
-        (SMOLLM2_135M, (), ["fp32", 4, False]),
-        (SMOLLM2_135M, ("model.context_length=2048",), ["fp32", 2, True]),
+        (SMOLLM2_135M, (), ["fp32", 2, False]),
+        (SMOLLM2_135M, ("model.context_length=2048",), ["fp32", 1, True]),
         (SMOLLM2_135M, (*ON_GPUS, "model.context_length=2048"), ["bf16", 2, False]),
-        (SMOLLM2_135M, ("sft.batch_size=2",), ["fp32", 16, False]),  # never more than the batch anyway
+        (SMOLLM2_135M, ("sft.batch_size=2",), ["fp32", 2, False]),  # never more than the batch
+        (TINY, ("sft.batch_size=1",), ["fp32", 1, False]),
+        (GPT2_LIKE, ("sft.batch_size=1",), ["fp32", 1, True]),
         (LLAMA_8B, (*ON_GPUS, "model.context_length=2048"), ["bf16", 2, True]),
         (LLAMA_8B, (*ON_GPUS, "model.context_length=2048", "sft.micro_batch_size=1"), ["bf16", 1, True]),
         (LLAMA_8B, (*ON_GPUS, "model.context_length=2048", "sft.gradient_checkpointing=false"),
@@ -152,7 +154,7 @@ def test_null_is_silence_and_takes_back_what_a_base_states(chain: Chain):
     text = "base: base.yaml\nmodel: {path: ./given}\nsft: {lr: null, micro_batch_size: ~}\nppo: {lr: 0.5}\n"
     (chain.directory / "demo.yaml").write_text(text)
     config = fitted(chain, LLAMA_8B, "ppo.lr=null", "reward.precision=null").config
-    assert values(config, "sft.lr", "ppo.lr", "sft.micro_batch_size") == [2e-5, 1e-6, 4]
+    assert values(config, "sft.lr", "ppo.lr", "sft.micro_batch_size") == [2e-5, 1e-6, 2]
     with pytest.raises(ConfigError, match=r"sft\.batch_size: must be a whole number"):
         chain.config("sft.batch_size=null")
 
@@ -219,6 +221,13 @@ def test_with_a_token_budget_the_micro_batch_is_not_read_and_so_not_chosen(chain
     assert "sft.micro_batch_size" not in {choice.key for choice in found.choices}
 
 
+def test_with_a_token_budget_a_reason_counts_rows(chain: Chain):
+    found = fitted(chain, LLAMA_8B, "sft.batch_tokens=4096", "model.context_length=4096")
+    reasons = {choice.key: choice.why for choice in found.choices}
+    assert reasons["sft.gradient_checkpointing"].startswith("without it, a row at once would hold ")
+    assert reasons["reward.gradient_checkpointing"].startswith("without it, 1 at once would hold ")
+
+
 # --- the size
 
 
@@ -262,7 +271,7 @@ def test_the_fitted_values_are_what_the_stage_gets_and_the_run_records(chain: Ch
     recorded = load(chain.outputs / "runs/demo/config.yaml").config
     manifest = json.loads((chain.outputs / "runs/demo/sft/manifest.json").read_text())
     for section in (settings.sft, recorded.sft):
-        assert (section.lr, section.micro_batch_size) == (5.5e-5, 4)
+        assert (section.lr, section.micro_batch_size) == (5.5e-5, 2)
     assert manifest["settings"]["sft"]["lr"] == 5.5e-5
     assert plan_run(recorded).to_run == (), "the recorded config is the same run"
     stated = chain.config("model.path=./given", "sft.lr=5.5e-5", "sft.precision=fp32")
@@ -338,6 +347,48 @@ def test_check_prints_the_table_and_a_run_says_what_it_fitted(chain: Chain, caps
     )
     assert "sft.lr 5.5e-05" in line
     assert fitted_line(plan_run(chain.config()).fit) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overrides", "keys"),
+    [
+        (LLAMA_8B, (), []),
+        (LLAMA_8B, ("sft.lr=9e-5", "ppo.lr=4e-6"), []),  # within reason
+        (LLAMA_8B, ("sft.lr=1.1e-4",), ["sft.lr"]),
+        (LLAMA_8B, ("ppo.value_lr=1e-3", "pretrain.lr=2e-3"), ["pretrain.lr", "ppo.value_lr"]),
+        (LLAMA_8B, ("sft=null",), []),
+        (SMOLLM2_135M, ("sft.lr=1.1e-4",), []),
+        (TINY, ("sft.lr=1e-3",), []),
+    ],
+)
+def test_a_stated_rate_far_above_what_the_model_would_get_is_remarked_upon(
+    chain: Chain, sizes, overrides, keys
+):
+    assert [key for key, _ in high_rates(fitted(chain, sizes, *overrides))] == keys
+
+
+def test_from_scratch_no_rate_is_too_high():
+    assert [*high_rates(Fit(config=load(CONFIGS[0]).config, model=None, choices=()))] == []
+
+
+def test_check_and_run_say_where_a_rate_far_too_high_is_stated(chain: Chain, capsys, monkeypatch):
+    given_model(chain.directory / "given", SMOLLM2_135M)
+    monkeypatch.setattr("pipeline.planning.check_given_models", lambda *_: None)  # the weights are none
+    monkeypatch.setattr("pipeline.cli.previews", lambda *_, **__: iter(()))
+    stated = (chain.directory / "demo.yaml").read_text().replace("sft: {", "sft: {lr: 1e-3, ")
+    (chain.directory / "demo.yaml").write_text(stated)
+    (chain.directory / "mine.yaml").write_text(
+        "base: demo.yaml\nmodel: {path: ./given}\nprepare: null\npretrain: null\n"
+    )
+    note = (
+        f"note: demo.yaml:4: sft.lr: 0.001 is 18 times the 5.5e-05 that model.path {chain.directory}/given "
+        "(134.5M parameters) would get; null leaves it open"
+    )
+    for command, times in (("check", 1), ("run", 1), ("run", 0)):  # the second run trains nothing
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "mine.yaml"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.splitlines().count(note) == times, command
 
 
 def test_nodes_of_a_plan_hold_no_setting_that_is_still_open(chain: Chain):

@@ -231,6 +231,20 @@ def test_a_working_directory_whose_name_is_not_utf_8_is_named_before_anything_st
         configs.load(tmp_path / "demo.yaml")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("sft", "demo.yaml", "--input", "pretrain={}"), "--input pretrain: m\\udcff: a name in it"),
+        (("generate", "{}", "hello"), "MODEL_DIR: m\\udcff: a name in it"),
+    ],
+)
+def test_a_model_directory_whose_name_is_not_utf_8_is_named(chain: Chain, capsys, arguments, line):
+    name = os.fsdecode(b"m\xff")
+    write_model(chain.directory / name)
+    code, stderr = complaint(capsys, *(argument.format(name) for argument in arguments))
+    assert (code, stderr) == (2, f"{line} is not UTF-8; rename it\n")
+
+
 def test_a_scoring_function_that_imports_what_lies_beside_it_is_told_where_modules_are_looked_for(
     tmp_path: Path,
 ):

@@ -22,6 +22,11 @@ reward: {data: [{path: a.jsonl}]}
 ppo: {data: [{path: a.jsonl}]}
 evaluate: {prompts: [{path: a.jsonl}]}
 """
+REWARD_MODEL = (
+    "ppo is scored by the model of the reward stage; give one of yours by "
+    "`rlhf ppo CONFIG --input reward=DIR`"
+)
+ENGINES = "the engines are set up for training, and this is not for a config to say; remove it"
 ROWS = sorted({(meaning.settings, meaning.note) for meaning in MEANINGS.values()})
 PLACES = (
     "",
@@ -85,10 +90,12 @@ def test_each_word_at_each_place_is_answered_in_one_line_that_names_what_exists(
     path = tmp_path / "demo.yaml"
     path.write_text(CONFIG)
     tree = read_config(path, [])
-    for word, meaning in MEANINGS.items():
+    for word in MEANINGS:
         key = keys_of(place + word)
         if has_setting(key):
             continue
+        ends = (".".join(map(str, key[start:])) for start in range(len(key)))
+        meaning = MEANINGS[next(end for end in ends if end in MEANINGS)]  # the longest
         line = suggestion(key, tree)
         assert line != "; docs/configuration.md lists them all", key
         assert line.isprintable() and len(line) < 300, line
@@ -163,6 +170,61 @@ def _answers(line: str, meaning: Meaning) -> bool:
         ("algorithm.kl_ctrl.kl_coef=1", "algorithm: no such setting; its 'kl_ctrl.kl_coef' is 'ppo.kl_coef'"),
         ("trainer={total_epochs: 1, nnodes: 1}", "trainer: no such setting; its 'total_epochs' is "
          "'sft.num_epochs' or 'reward.num_epochs' or 'ppo.num_epochs', its 'nnodes' is 'resources.address'"),
+        ("actor_rollout_ref.model.path=x", "actor_rollout_ref: no such setting; its 'model.path' is "
+         "'model.path'"),
+        ("config.sft.lr=1", "config: no such setting; its 'sft.lr' is 'sft.lr'"),
+        ("trainer.warmup_steps=9", "trainer: no such setting; its 'warmup_steps' is 'sft.warmup_frac' or "
+         "'reward.warmup_frac' or 'ppo.warmup_frac' (a share of the steps, not their number)"),
+        ("reward_model.path=x", f"reward_model: no such setting; its 'path': {REWARD_MODEL}"),
+        ("reward_model.model.path=x", f"reward_model: no such setting; its 'model.path': {REWARD_MODEL}"),
+        ("reward_model.model=x", f"reward_model: no such setting; its 'model': {REWARD_MODEL}"),
+        ("ppo.ref.path=x", "ppo.ref: no such setting; its 'path': the reference is the sft model that ppo "
+         "starts from; remove it"),
+        ("optimizer={name: adamw, lr: 1}", "optimizer: no such setting; its 'lr' is 'sft.lr' or "
+         "'reward.lr' or 'ppo.lr', its 'name': AdamW is the only optimizer; its settings are `adam_beta1`, "
+         "`adam_beta2`, `adam_eps` and `weight_decay`"),
+        ("data.path=x", "data: no such setting; its 'path' is 'sft.data.0.path' or 'reward.data.0.path' or "
+         "'ppo.data.0.path' (data is a list of sources, each with a path)"),
+        ("critic.model.path=x", "critic: no such setting; its 'model.path': the value model starts from the "
+         "reward model; remove it"),
+        ("actor_rollout_ref.rollout.top_p=1", "actor_rollout_ref: no such setting; its 'rollout.top_p': "
+         "responses are sampled from the whole distribution, at `ppo.temperature`; remove it"),
+        ("trainer={logger: x, nnodes: 2, project_name: x}", "trainer: no such setting; its 'nnodes' is "
+         "'resources.address', its 'logger' and 'project_name': metrics are in metrics.jsonl and "
+         "report.html of the run; remove it"),
+        ("data.shuffle=true", "data: no such setting; its 'shuffle': data is read once, shuffled by the seed "
+         "and kept in the artifacts; remove it"),
+        ("data.truncation=error", "data: no such setting; its 'truncation': prompts that leave no room for a "
+         "response are left out and counted; for pairs see `reward.too_long`"),
+        # a stage that has no such thing
+        ("evaluate.learning_rate=1", "evaluate.learning_rate: no such setting; nothing like it in evaluate, "
+         "only 'sft.lr' or 'reward.lr' or 'ppo.lr'"),
+        ("sft.kl_coef=1", "sft.kl_coef: no such setting; nothing like it in sft, only 'ppo.kl_coef'"),
+        ("sft.beta=1", "sft.beta: no such setting; nothing like it in sft, only 'ppo.kl_coef'"),
+        ("sft.val_size=0.1", "sft.val_size: no such setting; did you mean 'sft.data.0.part' or "
+         "'sft.data.0.heldout_frac'? (train here, heldout in `evaluate.prompts`)"),
+        ("evaluate.num_prompts=1", "evaluate.num_prompts: no such setting; did you mean 'max_prompts'?"),
+        ("evaluate.max_samples=1", "evaluate.max_samples: no such setting; did you mean 'max_prompts'?"),
+        ("evaluate.n=1", "evaluate.n: no such setting; did you mean 'max_prompts'? (each of them gets one "
+         "response)"),
+        ("evaluate.data=x", "evaluate.data: no such setting; did you mean 'prompts'?"),
+        ("evaluate.dataset=x", "evaluate.dataset: no such setting; did you mean 'evaluate.prompts.0.path'? "
+         "(data is a list of sources, each with a path)"),
+        ("evaluate.path=x", "evaluate.path: no such setting; did you mean 'evaluate.prompts.0.path'?"),
+        ("sft.data.0.num_samples=1", "sft.data.0.num_samples: no such setting; did you mean 'weight'? (0.5 "
+         "takes half of the rows)"),
+        ("ppo.max_prompt_tokens=1", "ppo.max_prompt_tokens: no such setting; did you mean "
+         "'model.context_length'? (prompt and response share it, so a prompt has what "
+         "`ppo.max_response_tokens` leaves)"),
+        ("ppo.generation_batch_size=1", "ppo.generation_batch_size: no such setting; did you mean "
+         "'num_prompts' or 'samples_per_prompt'? (their product is how many responses are generated per "
+         "step)"),
+        ("rollout.max_num_batched_tokens=1", f"rollout.max_num_batched_tokens: no such setting; {ENGINES}"),
+        ("rollout.block_size=16", f"rollout.block_size: no such setting; {ENGINES}"),
+        ("reward.loss_type=x", "reward.loss_type: no such setting; the reward model's loss is that of "
+         "Bradley and Terry; there is no other, so remove it"),
+        ("ppo.kl_clip=1", "ppo.kl_clip: no such setting; the KL is not clipped; a run ends where its mean "
+         "exceeds `ppo.max_kl`"),
         ("deepspeed={zero_optimization: {stage: 2}}", "deepspeed: no such setting; several workers share the "
          "model by FSDP2; set `resources.<stage>.num_workers`"),
         ("pretrain=org/model", "pretrain: must be a group of settings, not 'org/model'; did you mean "
