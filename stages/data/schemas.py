@@ -29,7 +29,7 @@ from stages.data.rows.preferences import SIDES
 from stages.data.rows.prompts import ASKED, used_by
 from stages.data.rows.thoughts import THOUGHTS, thoughts_beside
 from stages.data.rows.transcripts import is_transcript
-from stages.data.rows.wording import described
+from stages.data.rows.wording import quoted
 
 __all__ = [
     "SCHEMAS",
@@ -226,7 +226,7 @@ def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], column
     if found is not None and label_of(found[1]) is False:
         raise RowError(Advice.LABELLED_LATER.line(column=found[0], format=schema.format))
     if found is not None and schema.is_imitated and is_verdict(found[1]):
-        column, value = found[0], described(found[1])
+        column, value = found[0], quoted(found[1])
         raise RowError(Advice.NO_LABEL.line(column=column, value=value, format=schema.format))
 
 

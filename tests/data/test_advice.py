@@ -183,6 +183,13 @@ CASES = [
     Followed(
         kind=Advice.PROMPT_NOT_READ,
         stage="reward",
+        row={"source": "web", "conv": TALK[:1], **SIDES},
+        line="chosen: no prompt beside rejected, and text that is not read in source, conv - set columns: "
+        "{prompt: conv}, or, where both begin with the prompt, remove source, conv",
+    ),
+    Followed(
+        kind=Advice.PROMPT_NOT_READ,
+        stage="reward",
         row={"meta": {"question": "Cow?"}, "n": [1, [2]], **SIDES},
         line="chosen: no prompt beside rejected, and text that is not read in meta - set columns: "
         "{prompt: …}, or, where both begin with the prompt, remove meta",

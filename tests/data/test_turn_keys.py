@@ -438,8 +438,8 @@ def test_a_row_of_which_nothing_is_trained_gives_no_record_and_is_counted(tmp_pa
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
          "messages[1].train_detail: list, like a training mark, but not read; write train: true or false, or "
          "remove train_detail"),
-        *(({key: text}, f"messages[1].{key}: text, like a training mark, but not read; write train: true or "
-                        f"false, or remove {key}")
+        *(({key: text}, f"messages[1].{key}: text '{text}', like a training mark, but not read; write train: "
+                        f"true or false, or remove {key}")
           for key, text in (("train_mask", "false"), ("masked", "true"), ("label", "0"))),
         ({"Label": False}, "messages[1].Label: false, like a training mark, but not read; write train: "
                            "true or "
@@ -471,7 +471,7 @@ def test_marks_of_a_turn_that_cannot_be_read_are_named(tmp_path, mark, line):
         ({"messages": [TURNS[0], {**TURNS[1], "train": True}, *TURNS[2:]], "loss_mask": [0, 0, 0, 1]},
          "loss_mask[1]: contradicts messages[1]; keep one of them"),
         *(({"messages": TURNS, column: no},
-           f"{column}: text for a whole row; remove the row, or write one mark per message")
+           f"{column}: text '{no}' for a whole row; remove the row, or write one mark per message")
           for column in ("train", "weight", "loss_mask") for no in ("0", "0.0", "False")),
         *(({**answered, "loss_mask": value},
            f"loss_mask: expected a list of marks, one per message, or its JSON text, got {shape}")
@@ -727,7 +727,7 @@ def test_a_label_is_true_or_false_also_as_a_number(tmp_path, labels):
 
 @pytest.mark.parametrize(
     ("verdict", "shown"),
-    [(-1, "number -1"), ("-1", "text"), ("no", "text"), ("Rejected", "text"), ("thumbs_down", "text")],
+    [(-1, "number -1"), *((word, f"text '{word}'") for word in ("-1", "no", "Rejected", "thumbs_down"))],
 )
 @pytest.mark.parametrize("beside", [ASKED_TWO, {"messages": TURNS}], ids=str)
 def test_a_label_in_other_words_is_never_imitated_whichever_row_is_first(tmp_path, beside, verdict, shown):

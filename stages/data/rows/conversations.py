@@ -19,7 +19,7 @@ from stages.data.rows.prompts import asked
 from stages.data.rows.thoughts import refuse_thoughts, with_thoughts
 from stages.data.rows.transcripts import turns_of
 from stages.data.rows.turns import as_messages, listed_messages
-from stages.data.rows.wording import described
+from stages.data.rows.wording import quoted
 
 
 def document(cells: Cells) -> tuple[Document, ...]:
@@ -73,7 +73,7 @@ def labelled(
         label = label_of(value)
         if label is None:
             instead = unlabelled(cells)
-            raise RowError(Advice.NO_LABEL.line(column=column, value=described(value), format=instead))
+            raise RowError(Advice.NO_LABEL.line(column=column, value=quoted(value), format=instead))
         return inner(cells) if label else ()
 
     return parse

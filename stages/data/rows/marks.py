@@ -20,7 +20,7 @@ from stages.data.records import Messages, Role
 from stages.data.rows.advice import Advice
 from stages.data.rows.cells import Cells, RowError, unpacked
 from stages.data.rows.labels import label_of
-from stages.data.rows.wording import described, in_yaml, named_on_one_line
+from stages.data.rows.wording import described, in_yaml, named_on_one_line, quoted
 
 TURN_MARKS = ("weight", "train", "trainable", "loss", "loss_mask")
 """Keys of a message."""
@@ -90,7 +90,7 @@ def mark_columns(cells: Cells) -> list[str]:
             found.append(column)
         elif label_of(value) is False and not cells.is_renamed("loss_mask"):
             raise RowError(
-                f"{column}: {described(value)} for a whole row; remove the row, or write one mark per message"
+                f"{column}: {quoted(value)} for a whole row; remove the row, or write one mark per message"
             )
         elif _is_meant_as_list(value, is_sure=cells.is_renamed("loss_mask") or column in _ONLY_LISTS):
             raise RowError(
@@ -199,4 +199,4 @@ def refuse_unknown_mark(key: str, value: Any, name: str) -> None:
     """Raise RowError for a key of a message that looks like a mark and is none of TURN_MARKS."""
     if is_like_a_mark(key) and _holds_marks(value):
         shown = named_on_one_line(key)
-        raise RowError(Advice.NOT_A_MARK_KEY.line(name=f"{name}.{shown}", value=described(value), key=shown))
+        raise RowError(Advice.NOT_A_MARK_KEY.line(name=f"{name}.{shown}", value=quoted(value), key=shown))

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 from stages.data.records import Message, Messages, Pair
 from stages.data.rows.advice import UNKNOWN, Advice
 from stages.data.rows.calls import tools_of
-from stages.data.rows.cells import Cells, RowError, as_text, filled
+from stages.data.rows.cells import Cells, RowError, as_text, filled, unpacked
 from stages.data.rows.conversations import check_unanswered
-from stages.data.rows.guesses import could_be_read, likely
+from stages.data.rows.guesses import could_be_read, is_talk, likely
 from stages.data.rows.labels import label_of
 from stages.data.rows.prompts import asked
 from stages.data.rows.transcripts import is_transcript, turns_of
@@ -200,7 +200,9 @@ def _check_all_is_read(cells: Cells, column: str, other: str) -> None:
     unread = {name: value for name, value in cells.row.items() if name not in read and _holds_text(value)}
     if not unread:
         return
-    prompt = likely("prompt", [name for name, value in unread.items() if could_be_read(value)]) or UNKNOWN
+    readable = [name for name, value in unread.items() if could_be_read(value)]
+    talk = next((name for name, value in unread.items() if is_talk(unpacked(value))), UNKNOWN)
+    prompt = likely("prompt", readable) or talk
     raise RowError(
         Advice.PROMPT_NOT_READ.line(
             column=column,
