@@ -22,12 +22,14 @@ from stages.data.rows import conversations, preferences, prompts, ranked, trees
 from stages.data.rows.advice import Advice
 from stages.data.rows.calls import TOOLS, tool_columns
 from stages.data.rows.cells import Cells, RowError
-from stages.data.rows.conversations import label_of
 from stages.data.rows.guesses import check_columns
+from stages.data.rows.labels import is_verdict, label_of
 from stages.data.rows.marks import ROW_MARKS, mark_columns
 from stages.data.rows.preferences import SIDES
 from stages.data.rows.prompts import ASKED, used_by
+from stages.data.rows.thoughts import THOUGHTS, thoughts_beside
 from stages.data.rows.transcripts import is_transcript
+from stages.data.rows.wording import quoted
 
 __all__ = [
     "SCHEMAS",
@@ -102,6 +104,7 @@ class Schema:
         question = next((field for field in ("prompt", "instruction") if field in found), None)
         unread = {"input", "history"} - {*(() if question is None else used_by(cells, question))}
         unread |= {*(() if tool_columns(cells) else ("tools",)), *(() if mark_columns(cells) else ROW_MARKS)}
+        unread |= {*(() if "reasoning" in found and thoughts_beside(cells) else THOUGHTS)}
         label = preferences.deciding_label(cells)
         decided = {} if label is None else {"label": label}
         return {**{field: column for field, column in found.items() if field not in unread}, **decided}
@@ -162,6 +165,7 @@ _PLAIN_SFT = (
             **ASKED,
             "prompt": ("prompt", "question", "query", "instruction", "input"),
             "completion": ("completion", "response", "answer", "output"),
+            **THOUGHTS,
             **ROW_MARKS,
         },
         parse=conversations.prompt_completion,
@@ -175,6 +179,7 @@ _PLAIN_SFT = (
             "instruction": ("instruction",),
             **{field: ASKED[field] for field in ("input", "system", "history", "tools")},
             "output": ("output", "response", "completion", "answer"),
+            **THOUGHTS,
             **ROW_MARKS,
         },
         parse=conversations.instruction,
@@ -212,12 +217,17 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
 
 
 def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Raise RowError for a row of sft labelled false that `schema`, guessed by another, would imitate."""
+    """Raise RowError for a row of sft labelled false, or judged in other words than a label's, that `schema`,
+    guessed by another, would imitate.
+    """
     if stage != "sft" or schema.format == "labelled" or row.keys().isdisjoint(_LABEL["label"]):
         return
     found = Cells(row, columns, _LABEL).first_of(_LABEL["label"])
     if found is not None and label_of(found[1]) is False:
         raise RowError(Advice.LABELLED_LATER.line(column=found[0], format=schema.format))
+    if found is not None and schema.is_imitated and is_verdict(found[1]):
+        column, value = found[0], quoted(found[1])
+        raise RowError(Advice.NO_LABEL.line(column=column, value=value, format=schema.format))
 
 
 def _labelled(inner: Sequence[Schema], keep: Callable[..., Any]) -> Schema:

@@ -169,15 +169,39 @@ CASES = [
         stage="reward",
         row={"origin": "web", "chosen": "Cow?\nMoo.", "rejected": "Cow?\nWoof."},
         line="chosen: no prompt beside rejected, and text that is not read in origin - set columns: "
-        "{prompt: origin}, or, where both begin with the prompt, remove origin",
+        "{prompt: …}, or, where both begin with the prompt, remove origin",
         mended={"chosen": "Cow?\nMoo.", "rejected": "Cow?\nWoof."},
+    ),
+    Followed(
+        kind=Advice.PROMPT_NOT_READ,
+        stage="reward",
+        row={"category": "qa", "dialogue": ["Cow?"], **SIDES},
+        line="chosen: no prompt beside rejected, and text that is not read in category, dialogue - set "
+        "columns: {prompt: …}, or, where both begin with the prompt, remove category, dialogue",
+        fill="dialogue.0",
+    ),
+    Followed(
+        kind=Advice.PROMPT_NOT_READ,
+        stage="reward",
+        row={"source": "web", "conv": TALK[:1], **SIDES},
+        line="chosen: no prompt beside rejected, and text that is not read in source, conv - set columns: "
+        "{prompt: conv}, or, where both begin with the prompt, remove source, conv",
+    ),
+    Followed(
+        kind=Advice.PROMPT_NOT_READ,
+        stage="reward",
+        row={"meta": {"question": "Cow?"}, "n": [1, [2]], **SIDES},
+        line="chosen: no prompt beside rejected, and text that is not read in meta - set columns: "
+        "{prompt: …}, or, where both begin with the prompt, remove meta",
+        fill="meta.question",
     ),
     Followed(
         kind=Advice.NO_PROMPT,
         stage="reward",
-        row={"meta": {"question": "Cow?"}, **SIDES},
-        line="chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}",
-        fill="meta.question",
+        row={"n": 7, **SIDES},
+        line="chosen: shares no beginning with rejected, so there is no prompt; write it into a column "
+        "prompt, or before both",
+        mended={"prompt": "Cow?", **SIDES},
     ),
     Followed(
         kind=Advice.LABELLED_LATER,
@@ -246,6 +270,20 @@ CASES = [
         line='train on: one mark per message of messages, but not read - set columns: '
         '{loss_mask: "train on"}, '
         "or remove it",
+    ),
+    *(
+        Followed(
+            kind=Advice.MARKS_OF_ANOTHER_FORM,
+            stage="sft",
+            row={"messages": [*TALK, *TALK], "assistant_masks": marks},
+            line=f"assistant_masks: one mark per {what} of messages, but not read; write the list "
+            "loss_mask, 0 or 1 per message, or remove assistant_masks",
+            mended={"messages": [*TALK, *TALK], "loss_mask": [0, 0, 0, 1]},
+        )
+        for what, marks in (
+            *(("answer", marks) for marks in ([0, 1], [False, True], ["false", "true"], "0 1", "[0, 1]")),
+            *(("message", marks) for marks in (list("0001"), "0,0,0,1", "[False, False, False, True]")),
+        )
     ),
     Followed(
         kind=Advice.NOT_A_MARK_KEY,

@@ -367,8 +367,8 @@ def test_a_reader_reads_no_further_than_asked(tmp_path):
         ("a.jsonl", b'{"prompt": "x", "chosen": "y", "rejected": "y"}\n', "reward",
          "a.jsonl:1: rejected: the same as chosen; remove the row, or set on_bad_row: skip"),
         ("a.jsonl", b'{"chosen": "abc", "rejected": "xyz"}\n', "reward",
-         "a.jsonl:1: chosen: shares no beginning with rejected, so there is no prompt - "
-         "set columns: {prompt: …}"),
+         "a.jsonl:1: chosen: shares no beginning with rejected, so there is no prompt; write "
+         "it into a column prompt, or before both"),
         ("a.jsonl", b'{"messages": [{"role": "bot", "content": "y"}]}\n', "sft",
          "a.jsonl:1: messages[0].role: unknown role 'bot'; use system, user, assistant, tool"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 1}]}\n', "sft",

@@ -681,9 +681,11 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
         ("reward", {"prompt": "q", "chosen": "a", "rejected": 7}, "rejected: expected text, got number 7"),
         ("reward", {"chosen": "a", "rejected": None}, "rejected: expected text, got null"),
         ("reward", {"chosen": "abc", "rejected": "xyz"},
-         "chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}"),
+         "chosen: shares no beginning with rejected, so there is no prompt; write it into a column "
+         "prompt, or before both"),
         ("reward", {"chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]},
-         "chosen: shares no beginning with rejected, so there is no prompt - set columns: {prompt: …}"),
+         "chosen: shares no beginning with rejected, so there is no prompt; write it into a column "
+         "prompt, or before both"),
         ("reward", {"chosen": [say("assistant", "h"), say("user", "q"), say("assistant", "a")],
                     "rejected": [say("assistant", "h"), say("user", "q"), say("assistant", "b")]},
          "chosen: starts with the assistant: no prompt"),

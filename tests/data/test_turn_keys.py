@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,79 @@ def test_thoughts_and_contents_that_cannot_be_read_are_named(tmp_path, turn, lin
     assert failure(tmp_path, {"messages": [say("user", "2+2?"), turn]}) == line
 
 
+ASKED_TWO = {"prompt": "2+2?", "completion": "4"}
+
+
+@pytest.mark.parametrize("column", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        ASKED_TWO,
+        {**ASKED_TWO, "label": True},
+        {"instruction": "2+2?", "output": "4"},
+        {"prompt": [say("user", "2+2?")], "completion": [say("assistant", "4")]},
+    ],
+    ids=str,
+)
+def test_thoughts_in_a_column_of_their_own_are_the_answers_reasoning(tmp_path, row, column):
+    path = jsonl(tmp_path / "a.jsonl", {**row, column: "Two twos."})
+    reader = readers.read_whole(DataSource(path=str(path)), "sft")
+    (record,) = reader
+    assert record.messages[1] == Message(role="assistant", content="4", reasoning="Two twos.")
+    assert reader.columns_seen["reasoning"] == column, "check says so"
+    (renamed,) = read(jsonl(path, {**row, "cot": "Two twos."}), columns={"reasoning": "cot"}).records
+    assert renamed.messages == record.messages
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"reasoning": "on"},
+        {"thinking": True},
+        {"reasoning": {"effort": "high"}},
+        {"reasoning": " "},
+        {"reasoning_content": None},
+        {"thinking": 3.5},
+    ],
+    ids=str,
+)
+def test_a_column_that_says_how_much_to_think_holds_no_thoughts(tmp_path, further):
+    path = jsonl(tmp_path / "a.jsonl", {**ASKED_TWO, **further})
+    reader = readers.read_whole(DataSource(path=str(path)), "sft")
+    assert [record.messages[1].reasoning for record in reader] == [None]
+    assert "reasoning" not in reader.columns_seen
+
+
+@pytest.mark.parametrize("said", ["<think>\nTwo twos.\n</think>\n\n4", "Two twos.\n</think>4"])
+def test_thoughts_that_stand_in_the_answer_too_are_said_once(tmp_path, said):
+    row = {"prompt": "2+2?", "completion": said, "reasoning": "Two twos."}
+    assert one(tmp_path, row).messages[1] == Message(role="assistant", content=said)
+    turns = [say("user", "2+2?"), say("assistant", said)]
+    assert one(tmp_path, {"messages": turns, "reasoning": "Two twos."}).messages[1].content == said
+
+
+UNREAD = "are not read; write them into the assistant's message there, as reasoning_content, or remove"
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({**ASKED_TWO, "reasoning": "a", "thinking": "b"},
+         "thinking: differs from reasoning; keep one of them"),
+        ({**ASKED_TWO, "thinking": ["a"]}, "thinking: expected text, got list"),
+        ({**ASKED_TWO, "completion": [say("assistant", "4", reasoning="a")], "thinking": "b"},
+         f"thinking: thoughts beside completion {UNREAD} thinking"),
+        ({"messages": [say("user", "2+2?"), say("assistant", "4")], "reasoning": "a"},
+         f"reasoning: thoughts beside messages {UNREAD} reasoning"),
+        ({"conversations": [say("user", "2+2?"), say("assistant", "4")], "thinking": "a"},
+         f"thinking: thoughts beside conversations {UNREAD} thinking"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_thoughts_of_a_row_that_are_not_its_answers_are_named(tmp_path, row, line):
+    assert failure(tmp_path, row) == line
+
+
 # Training marks
 
 
@@ -364,6 +438,9 @@ def test_a_row_of_which_nothing_is_trained_gives_no_record_and_is_counted(tmp_pa
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
          "messages[1].train_detail: list, like a training mark, but not read; write train: true or false, or "
          "remove train_detail"),
+        *(({key: text}, f"messages[1].{key}: text '{text}', like a training mark, but not read; write train: "
+                        f"true or false, or remove {key}")
+          for key, text in (("train_mask", "false"), ("masked", "true"), ("label", "0"))),
         ({"Label": False}, "messages[1].Label: false, like a training mark, but not read; write train: "
                            "true or "
          "false, or remove Label"),
@@ -393,6 +470,17 @@ def test_marks_of_a_turn_that_cannot_be_read_are_named(tmp_path, mark, line):
          "weights[1]: contradicts loss_mask[1]; keep one of them"),
         ({"messages": [TURNS[0], {**TURNS[1], "train": True}, *TURNS[2:]], "loss_mask": [0, 0, 0, 1]},
          "loss_mask[1]: contradicts messages[1]; keep one of them"),
+        *(({"messages": TURNS, column: no},
+           f"{column}: text '{no}' for a whole row; remove the row, or write one mark per message")
+          for column in ("train", "weight", "loss_mask") for no in ("0", "0.0", "False")),
+        *(({**answered, "loss_mask": value},
+           f"loss_mask: expected a list of marks, one per message, or its JSON text, got {shape}")
+          for answered in ({"messages": TURNS}, {"prompt": "x?", "completion": "y"})
+          for value, shape in (("0,0,0,1", "text"), ("0001", "text"), ("[False, True]", "text"),
+                               (7, "number 7"), ({"a": 1}, "object"),
+                               ([[0, 1]], "a list of lists or objects"))),
+        ({"messages": TURNS, "weights": "0 0 0 1"},
+         "weights: expected a list of marks, one per message, or its JSON text, got text"),
         ({"messages": TURNS, "train": False},
          "train: false for a whole row; remove the row, or write one mark per message"),
         ({"prompt": "x?", "completion": "y", "loss_mask": [0, 1]},
@@ -406,7 +494,19 @@ def test_marks_of_a_row_that_cannot_be_read_are_named(tmp_path, row, line):
 
 
 @pytest.mark.parametrize(
-    "further", [{"weight": 0.5}, {"train": True}, {"loss": 1.25}, {"labels": [3, 7]}], ids=str
+    "further",
+    [
+        *(
+            {"weight": 0.5},
+            {"train": True},
+            {"loss": 1.25},
+            {"labels": [3, 7]},
+            {"weight": "0.5"},
+            {"train": "1"},
+        ),
+        *({"loss_mask": ""}, {"loss_mask": 1}, {"label_ids": [1, 0, 1]}, {"masks": "1, 0, a"}),
+    ],
+    ids=str,
 )
 def test_a_column_that_only_sounds_like_a_mark_is_a_column_like_any_other(tmp_path, further):
     assert trained(one(tmp_path, {"messages": TURNS, **further})) == ["WRONG", "y"]
@@ -498,7 +598,12 @@ def test_json_text_of_messages_is_read_as_messages_in_every_cell(tmp_path, kind,
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2]", "[]", '{"role": "admin", "content": "x"}', '[{"name": "x"}]', "[x](y)", "array"]
+    "text",
+    [
+        *("[1, 2]", "[]", '{"role": "admin", "content": "x"}', '[{"name": "x"}]', "[x](y)", "array"),
+        *('[{"from": "Oslo", "to": "Rome"}]', '[{"from": 1, "value": 2}]', "[{x: role}]"),
+        *('{"role": "user", "content": "q"} - what is it?', "{'a': 1}", '{"a": "role"'),
+    ],
 )
 def test_other_json_is_a_text_like_any_other(tmp_path, text):
     record = one(tmp_path, {"prompt": "q", "completion": text})
@@ -514,6 +619,11 @@ def test_other_json_is_a_text_like_any_other(tmp_path, text):
         ("sft", {"conversations": f"array({[{'from': 'human', 'value': 'q'}]})"}, "conversations"),
         ("reward", {"prompt": "q", "chosen": str([say("assistant", "a")]), "rejected": "b"}, "chosen"),
         ("ppo", {"prompt": str(ASKED[0])}, "prompt"),
+        ("ppo", {"prompt": str([{"id": 1, "name": None, **ASKED[0]}])}, "prompt"),
+        ("ppo", {"prompt": str({"id": 1, "from": "Human", "value": "q"})}, "prompt"),
+        ("ppo", {"prompt": "[{\"role\": 'user', \"content\": \"it's\"}]"}, "prompt"),
+        ("sft", {"messages": "[{\"role\": 'user', \"content\": \"it's\"}]"}, "messages"),
+        ("ppo", {"prompt": f"array({MESSAGES}, dtype=object)"}, "prompt"),
     ],
 )  # fmt: skip
 def test_pythons_repr_of_messages_is_named_as_such(tmp_path, stage, row, field):
@@ -521,9 +631,37 @@ def test_pythons_repr_of_messages_is_named_as_such(tmp_path, stage, row, field):
     assert line == f"{field}: Python's repr of a list, not JSON; write the cell with json.dumps"
 
 
-def test_messages_cut_short_in_a_cell_are_no_text(tmp_path):
-    line = failure(tmp_path, {"prompt": MESSAGES[:-3], "completion": "a"})
-    assert line == "prompt: begins like the JSON of messages, but is not valid JSON (character 30)"
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        (MESSAGES[:-3], 30),
+        (json.dumps([{"content": "q", "role": "user"}])[:20], 19),
+        (json.dumps({"content": "q", "role": "user"})[:20], 18),
+        (json.dumps([{"id": 1, "role": "user", "content": "q"}])[:-1], 43),
+        ('{"role": "user", "content": "q"', 32),
+        ('{"role": "user", "content": "q"}\n{"role": "assistant", "content": "r"}', 34),
+    ],
+)
+def test_messages_cut_short_or_in_a_row_in_a_cell_are_no_text(tmp_path, text, at):
+    line = f"begins like the JSON of messages, but is not valid JSON (character {at})"
+    assert failure(tmp_path, {"prompt": text, "completion": "a"}) == f"prompt: {line}"
+    assert failure(tmp_path, {"messages": text}) == f"messages: {line}"
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [
+        [{"role": "User", "content": "q"}],
+        {"role": "User", "content": "q"},
+        [{"role": "User", "content": "q", "id": 1}],
+        [{"from": "narrator", "value": "q"}, {"from": "narrator", "value": "r"}],
+    ],
+    ids=json.dumps,
+)
+def test_a_role_that_is_not_known_is_named_in_json_text_too(tmp_path, talk):
+    line = failure(tmp_path, {"prompt": json.dumps(talk), "completion": "a"})
+    assert re.fullmatch(r"prompt(\[0\])?\.(role|from): unknown role '(User|narrator)'; use .*", line)
+    assert line == failure(tmp_path, {"prompt": talk, "completion": "a"})
 
 
 def test_every_record_says_where_its_row_stands(tmp_path, monkeypatch):
@@ -585,3 +723,66 @@ def test_a_label_is_true_or_false_also_as_a_number(tmp_path, labels):
     ]
     found = read(jsonl(tmp_path / "a.jsonl", *rows))
     assert ([record.messages[1].content for record in found.records], found.num_filtered) == (["a"], 1)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "shown"),
+    [(-1, "number -1"), *((word, f"text '{word}'") for word in ("-1", "no", "Rejected", "thumbs_down"))],
+)
+@pytest.mark.parametrize("beside", [ASKED_TWO, {"messages": TURNS}], ids=str)
+def test_a_label_in_other_words_is_never_imitated_whichever_row_is_first(tmp_path, beside, verdict, shown):
+    format = "messages" if "messages" in beside else "prompt_completion"
+    line = f"label: expected true or false, got {shown}; set format: {format} where it labels something else"
+    for first in ((), ({**beside, "label": 1},)):
+        path = jsonl(tmp_path / "a.jsonl", *first, {**beside, "label": verdict})
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(caught.value).endswith(f"a.jsonl:{1 + len(first)}: {line}")
+    assert read(jsonl(tmp_path / "a.jsonl", {**beside, "label": verdict}), format=format).records
+
+
+@pytest.mark.parametrize("label", [2, "algebra", None, ""], ids=repr)
+def test_a_label_that_judges_nothing_is_a_column_like_any_other(tmp_path, label):
+    assert one(tmp_path, {**ASKED_TWO, "label": label}).messages[1].content == "4"
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (("response_a", "response_b"), "winner"),
+        (("model_a_answer", "model_b_answer"), "winner"),
+        (("answer_1", "answer_2"), "preferred_answer"),
+        (("response", "response_2"), "overall_preference"),
+        (("first_answer", "second_answer"), "better"),
+        (("answer_left", "answer_right"), "human-choice"),
+        (("modelA", "modelB"), "winner_model_a"),
+    ],
+)
+def test_a_column_that_says_which_of_two_answers_is_better_is_never_left_unread(tmp_path, names, label):
+    row = {"prompt": "q", names[0]: "x", names[1]: "y"}
+    columns = {"chosen": names[0], "rejected": names[1]}
+    with pytest.raises(DataError, match=f"a.jsonl:1: {label}: says which of {names[0]} and {names[1]} is"):
+        read(jsonl(tmp_path / "a.jsonl", {**row, label: "b"}), "reward", columns=columns)
+    assert read(jsonl(tmp_path / "a.jsonl", {**row, label: None}), "reward", columns=columns).records
+
+
+@pytest.mark.parametrize(
+    "names", [("chosen", "rejected"), ("good_answer", "bad_answer"), ("better", "worse")]
+)
+def test_names_that_say_which_answer_is_better_say_so_beside_a_label(tmp_path, names):
+    row = {"prompt": "q", names[0]: "x", names[1]: "y", "label": 0}
+    columns = {"chosen": names[0], "rejected": names[1]}
+    assert (
+        read(jsonl(tmp_path / "a.jsonl", row), "reward", columns=columns).records[0].chosen[0].content == "x"
+    )
+
+
+@pytest.mark.parametrize(
+    "further",
+    [{"dialogue": ["do you agree?"]}, {"meta": {"a": [{"b": "q"}]}}, {"prompts": ["q"]}, {"x": [[], ["q"]]}],
+    ids=str,
+)
+def test_text_at_any_depth_beside_two_texts_may_be_their_prompt(tmp_path, further):
+    sides = {"chosen": "Yes 0 I think so", "rejected": "Yes 0 I do not"}
+    assert "text that is not read in" in failure(tmp_path, {**sides, **further}, "reward")
+    assert one(tmp_path, {**sides, "scores": [1, [2]], "meta": {"n": 1, "m": " "}}, "reward")

@@ -27,7 +27,8 @@ class Advice(Enum):
         "- set columns: {{prompt: {prompt}}}, or, where both begin with the prompt, remove {unread}"
     )
     NO_PROMPT = (
-        "{column}: shares no beginning with {other}, so there is no prompt - set columns: {{prompt: …}}"
+        "{column}: shares no beginning with {other}, so there is no prompt; write it into a column "
+        "prompt, or before both"
     )
     LABELLED_LATER = (
         "{column}: false, but by its first row the source is not labelled; set format: labelled, or "
@@ -42,6 +43,10 @@ class Advice(Enum):
     NOT_A_MARK_COLUMN = (
         "{column}: one mark per message of {messages}, but not read - set columns: {{loss_mask: {mapped}}}, "
         "or remove it"
+    )
+    MARKS_OF_ANOTHER_FORM = (
+        "{column}: one mark per {what} of {messages}, but not read; write the list loss_mask, 0 or 1 per "
+        "message, or remove {column}"
     )
     NOT_A_MARK_KEY = (
         "{name}: {value}, like a training mark, but not read; write train: true or false, or remove {key}"

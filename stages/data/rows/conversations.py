@@ -13,11 +13,13 @@ from stages.data.records import Conversation, Document, Messages, Record
 from stages.data.rows.advice import Advice
 from stages.data.rows.calls import tools_of
 from stages.data.rows.cells import Cells, RowError
+from stages.data.rows.labels import label_of
 from stages.data.rows.marks import refuse_lists
 from stages.data.rows.prompts import asked
+from stages.data.rows.thoughts import refuse_thoughts, with_thoughts
 from stages.data.rows.transcripts import turns_of
 from stages.data.rows.turns import as_messages, listed_messages
-from stages.data.rows.wording import described
+from stages.data.rows.wording import quoted
 
 
 def document(cells: Cells) -> tuple[Document, ...]:
@@ -28,12 +30,14 @@ def document(cells: Cells) -> tuple[Document, ...]:
 def messages(cells: Cells) -> tuple[Conversation, ...]:
     """`messages: [{role, content}, …]`."""
     column, found = listed_messages(cells, "messages")
+    refuse_thoughts(found, column, cells)
     return _conversation(found, column, cells)
 
 
 def sharegpt(cells: Cells) -> tuple[Conversation, ...]:
     """`conversations: [{from, value}, …]`; of a preference row, the chosen answer ends it."""
     column, found = listed_messages(cells, "conversations")
+    refuse_thoughts(found, column, cells)
     chosen = cells.optional("chosen")
     if chosen is None:
         return _conversation(found, column, cells)
@@ -69,22 +73,10 @@ def labelled(
         label = label_of(value)
         if label is None:
             instead = unlabelled(cells)
-            raise RowError(Advice.NO_LABEL.line(column=column, value=described(value), format=instead))
+            raise RowError(Advice.NO_LABEL.line(column=column, value=quoted(value), format=instead))
         return inner(cells) if label else ()
 
     return parse
-
-
-def label_of(value: Any) -> bool | None:
-    """What a value says as a label: true or false, 1 or 0, or either as text, for tables without booleans;
-    None: it is none.
-    """
-    if isinstance(value, bool | int | float):
-        return bool(value) if value in (0, 1) else None
-    word = value.strip().lower() if isinstance(value, str) else ""
-    if word in ("true", "1", "1.0"):
-        return True
-    return False if word in ("false", "0", "0.0") else None
 
 
 def answer(column: str, value: Any, cells: Cells) -> Messages:
@@ -107,7 +99,8 @@ def _answered(cells: Cells, question: str, field: str) -> tuple[Conversation, ..
     refuse_lists(cells)
     before = asked(cells, question)
     column, value = cells.required(field)
-    return _conversation(before + answer(column, value, cells), column, cells)
+    answered = with_thoughts(answer(column, value, cells), column, cells)
+    return _conversation(before + answered, column, cells)
 
 
 def _conversation(found: Messages, name: str, cells: Cells) -> tuple[Conversation, ...]:

@@ -124,7 +124,7 @@ def _in_braces(advised: Mapping[str, str]) -> str:
 
 def _guesses(free: Mapping[str, Any], fields: Sequence[str]) -> dict[str, str]:
     """Field -> the free column that is likely meant, or UNKNOWN."""
-    left = {column: value for column, value in free.items() if _could_be_read(value)}
+    left = {column: value for column, value in free.items() if could_be_read(value)}
     found: dict[str, str] = {}
     for field in fields:
         talk = next((column for column, value in left.items() if is_talk(unpacked(value))), UNKNOWN)
@@ -154,7 +154,8 @@ def holds_content(column: str) -> bool:
     return name not in _NO_CONTENT and not name.endswith(("_id", "_url", "_idx", "_type"))
 
 
-def _could_be_read(value: Any) -> bool:
+def could_be_read(value: Any) -> bool:
+    """Whether a value is text or a list of messages, as most fields hold."""
     return (isinstance(value, str) and bool(value.strip())) or is_talk(value)
 
 

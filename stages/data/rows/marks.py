@@ -19,12 +19,16 @@ from typing import Any
 from stages.data.records import Messages, Role
 from stages.data.rows.advice import Advice
 from stages.data.rows.cells import Cells, RowError, unpacked
-from stages.data.rows.wording import described, in_yaml, named_on_one_line
+from stages.data.rows.labels import label_of
+from stages.data.rows.wording import described, in_yaml, named_on_one_line, quoted
 
 TURN_MARKS = ("weight", "train", "trainable", "loss", "loss_mask")
 """Keys of a message."""
 ROW_MARKS = {"loss_mask": ("loss_mask", "loss_masks", "train", "trainable", "weight", "weights", "loss")}
 """The field of a row's list of marks -> the columns looked for."""
+_ONLY_LISTS = ("loss_mask", "loss_masks")
+"""Columns that hold nothing but marks."""
+_BETWEEN_MARKS = re.compile(r"[\s,;|\[\]()]+")
 _LIKE_A_MARK = re.compile("mask|loss|train|weight|label", re.IGNORECASE)
 
 
@@ -51,7 +55,7 @@ def marked(cells: Cells, column: str, turns: Sequence[Any], messages: Messages) 
     """The messages of `column`, read from `turns`, with the marks of the row's lists. Raises RowError."""
     if not cells.is_imitated:
         return messages
-    _refuse_unknown(cells, column, len(messages))
+    _refuse_unknown(cells, column, messages)
     lists = [list(_marks_in(cells, name, column, messages)) for name in mark_columns(cells)]
     if not lists:
         return messages
@@ -77,18 +81,20 @@ def refuse_lists(cells: Cells) -> None:
 
 def mark_columns(cells: Cells) -> list[str]:
     """The columns that hold a list of marks. Raises RowError for one that marks the whole row as no text to
-    train on.
+    train on, and for one that is meant as such a list and is none.
     """
     found = []
     for column in cells.columns_of("loss_mask") if cells.has_field("loss_mask") else ():
         value = _list_in(cells, column)
         if isinstance(value, list) and not any(isinstance(item, Mapping | list) for item in value):
             found.append(column)
-        elif cells.is_renamed("loss_mask") and value is not None:
-            raise RowError(f"{column}: expected a list of marks, one per message, got {described(value)}")
-        elif _says_no(value):
+        elif label_of(value) is False and not cells.is_renamed("loss_mask"):
             raise RowError(
-                f"{column}: {described(value)} for a whole row; remove the row, or write one mark per message"
+                f"{column}: {quoted(value)} for a whole row; remove the row, or write one mark per message"
+            )
+        elif _is_meant_as_list(value, is_sure=cells.is_renamed("loss_mask") or column in _ONLY_LISTS):
+            raise RowError(
+                f"{column}: expected a list of marks, one per message, or its JSON text, got {_shape(value)}"
             )
     return found
 
@@ -98,8 +104,24 @@ def _list_in(cells: Cells, column: str) -> Any:
     return unpacked(value)
 
 
-def _says_no(value: Any) -> bool:
-    return (is_mark(value) and not value) or (isinstance(value, str) and value.strip().lower() == "false")
+def _is_meant_as_list(value: Any, *, is_sure: bool) -> bool:
+    """Whether a value that is no list of marks has to be one: any text of several marks, and where `is_sure`
+    whatever does not mark the whole row as trained or is empty.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return False
+    return bool(_spelled(value)) or (is_sure and label_of(value) is not True)
+
+
+def _spelled(value: Any) -> list[bool]:
+    """The marks that a text spells, but not in JSON: `0,0,0,1`, `[False, True]`; empty: it spells none."""
+    words = [word for word in _BETWEEN_MARKS.split(value) if word] if isinstance(value, str) else []
+    labels = [label for label in map(label_of, words) if label is not None]
+    return labels if len(labels) == len(words) > 1 else []
+
+
+def _shape(value: Any) -> str:
+    return "a list of lists or objects" if isinstance(value, list) else described(value)
 
 
 def _marks_in(cells: Cells, column: str, field: str, messages: Messages) -> Iterator[tuple[str, bool | None]]:
@@ -137,29 +159,35 @@ def _agreed(marks: Iterable[tuple[str, bool | None]]) -> bool | None:
     return None if first is None else first[1]
 
 
-def _refuse_unknown(cells: Cells, field: str, num_messages: int) -> None:
-    """Raise RowError for a list of a mark per message under a name that is none of ROW_MARKS."""
+def _refuse_unknown(cells: Cells, field: str, messages: Messages) -> None:
+    """Raise RowError for marks per message, or per answer, under a name that is none of ROW_MARKS."""
     known = {*ROW_MARKS["loss_mask"], *cells.columns.values()}
+    num_answers = sum(message.role == "assistant" for message in messages)
     for column, value in cells.row.items():
         if column in known or not is_like_a_mark(column):
             continue
-        marks = unpacked(value)
-        if isinstance(marks, list) and len(marks) == num_messages > 1 and all(map(is_mark, marks)):
-            raise RowError(
-                Advice.NOT_A_MARK_COLUMN.line(
-                    column=named_on_one_line(column), messages=field, mapped=in_yaml(column)
-                )
-            )
+        values = unpacked(value)
+        marks = values if isinstance(values, list) else _spelled(values)
+        said = [label_of(mark) for mark in marks if mark is not None]
+        if not said or None in said or (len(marks) == 1 and (said[0] or "label" in column.lower())):
+            continue  # one that trains the only answer does no harm, and a label may be a class
+        names = {"column": named_on_one_line(column), "messages": field}
+        is_sound = marks is values and all(mark is None or is_mark(mark) for mark in marks)
+        if len(marks) == len(messages) and is_sound:
+            raise RowError(Advice.NOT_A_MARK_COLUMN.line(**names, mapped=in_yaml(column)))
+        if len(marks) in (len(messages), num_answers):
+            what = "message" if len(marks) == len(messages) else "answer"
+            raise RowError(Advice.MARKS_OF_ANOTHER_FORM.line(**names, what=what))
 
 
 def _holds_marks(value: Any) -> bool:
-    """A mark, or a list of them, also for parts of a turn (axolotl's train_detail)."""
+    """A mark, also as text, or a list of them, also for parts of a turn (axolotl's train_detail)."""
     if not isinstance(value, list):
-        return is_mark(value)
+        return label_of(value) is not None
     inner = [
         part[key] if isinstance(part, Mapping) else part for part in value for key in _keys_of_mark(part)
     ]
-    return bool(inner) and all(map(is_mark, inner))
+    return bool(inner) and None not in map(label_of, inner)
 
 
 def _keys_of_mark(part: Any) -> list[str]:
@@ -171,4 +199,4 @@ def refuse_unknown_mark(key: str, value: Any, name: str) -> None:
     """Raise RowError for a key of a message that looks like a mark and is none of TURN_MARKS."""
     if is_like_a_mark(key) and _holds_marks(value):
         shown = named_on_one_line(key)
-        raise RowError(Advice.NOT_A_MARK_KEY.line(name=f"{name}.{shown}", value=described(value), key=shown))
+        raise RowError(Advice.NOT_A_MARK_KEY.line(name=f"{name}.{shown}", value=quoted(value), key=shown))

@@ -7,6 +7,7 @@ not own questions (prompts), turns (turns), or which of several responses is bet
 import.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -14,9 +15,10 @@ from typing import Any, NoReturn
 from stages.data.records import Message, Messages, Pair
 from stages.data.rows.advice import UNKNOWN, Advice
 from stages.data.rows.calls import tools_of
-from stages.data.rows.cells import Cells, RowError, as_text, filled
-from stages.data.rows.conversations import check_unanswered, label_of
-from stages.data.rows.guesses import holds_content, is_talk, likely
+from stages.data.rows.cells import Cells, RowError, as_text, filled, unpacked
+from stages.data.rows.conversations import check_unanswered
+from stages.data.rows.guesses import could_be_read, is_talk, likely
+from stages.data.rows.labels import label_of
 from stages.data.rows.prompts import asked
 from stages.data.rows.transcripts import is_transcript, turns_of
 from stages.data.rows.turns import as_messages, listed_messages, unpacked_messages, with_system
@@ -31,11 +33,13 @@ _DECIDED_BY = {
 """Two answers of a row -> the column that says which is better, and its value for either (SHP,
 PKU-SafeRLHF).
 """
-_SAYS_WHICH = (
-    *("label", "labels", "choice", "preference", "preferred", "overall_preference", "winner", "better"),
-    *("better_response_id", "safer_response_id", "preference_strength", "winner_model_a"),
+_SAYS_WHICH = re.compile(
+    r"labels?|(?:.*[_-])?(?:winner|choice|chosen|prefer(?:red|ence)?|better|safer|best)(?:[_-].*)?",
+    re.IGNORECASE,
 )
-"""Columns that may say which of two answers is better, in words or numbers of their own."""
+"""Names of columns that may say which of two answers is better, in words or numbers of their own."""
+_COUNTED = ({"first", "second"}, {"one", "two"}, {"left", "right"})
+"""Words by which two of a kind are told apart, beside letters and digits."""
 
 
 def preference(cells: Cells) -> tuple[Pair, ...]:
@@ -106,18 +110,27 @@ def _sides(cells: Cells) -> list[tuple[str, Any]]:
             raise RowError(f"{label}: expected {values[0]} or {values[1]}, got {found}")
         return sorted(sides, key=lambda side: side[0] != answers[values.index(int(says))])
     read = {*names, *cells.columns.values()}
-    labels = [name for name in _SAYS_WHICH if name in cells.row and name not in read]
-    if _are_alike(*names) and any(cells.row[name] is not None for name in labels):
-        raise RowError(
-            Advice.TWO_ANSWERS_AND_A_LABEL.line(label=labels[0], chosen=names[0], rejected=names[1])
-        )
+    if _are_alike(*names):
+        telling = [name for name in cells.row if _SAYS_WHICH.fullmatch(name) and name not in read]
+        deciding = next((name for name in telling if cells.row[name] not in (None, "")), None)
+        if deciding is not None:
+            raise RowError(
+                Advice.TWO_ANSWERS_AND_A_LABEL.line(label=deciding, chosen=names[0], rejected=names[1])
+            )
     return sides
 
 
 def _are_alike(one: str, other: str) -> bool:
-    """Whether two columns are named like two of a kind, such as `response_a` and `response_b`."""
-    shared = len(_common_prefix(one, other))
-    return one != other and shared > 1 and all(len(name) - shared <= 1 for name in (one, other))
+    """Whether two columns are named like two of a kind: `response_a` and `response_b`, `model_a_answer` and
+    `model_b_answer`, `first_answer` and `second_answer`.
+    """
+    words = [re.split(r"[\W_]+", name.lower()) for name in (one, other)]
+    if any({*words[0]} ^ {*words[1]} == pair for pair in _COUNTED):
+        return True
+    begin = len(_common_prefix(one, other))
+    end = len(_common_prefix(one[begin:][::-1], other[begin:][::-1]))
+    rest = [name[begin : len(name) - end].strip("_-. ") for name in (one, other)]
+    return one != other and begin + end > 1 and all(len(name) <= 1 for name in rest)
 
 
 def _after_prompt(
@@ -181,17 +194,15 @@ def _pair_of_texts(cells: Cells) -> Pair:
 
 
 def _check_all_is_read(cells: Cells, column: str, other: str) -> None:
-    """Raise RowError where a further column holds text or messages, and so perhaps the prompt."""
+    """Raise RowError where a further column holds text, at any depth, and so perhaps the prompt."""
     fields = ("chosen", "rejected", "system", "tools")
     read = {cells.group_column, *(cells.column(field) for field in fields if cells.has_field(field))}
-    unread = {
-        name: value
-        for name, value in cells.row.items()
-        if name not in read and (is_talk(value) or (isinstance(value, str) and value.strip()))
-    }
+    unread = {name: value for name, value in cells.row.items() if name not in read and _holds_text(value)}
     if not unread:
         return
-    prompt = likely("prompt", unread) or next(filter(holds_content, unread), UNKNOWN)
+    readable = [name for name, value in unread.items() if could_be_read(value)]
+    talk = next((name for name, value in unread.items() if is_talk(unpacked(value))), UNKNOWN)
+    prompt = likely("prompt", readable) or talk
     raise RowError(
         Advice.PROMPT_NOT_READ.line(
             column=column,
@@ -200,6 +211,17 @@ def _check_all_is_read(cells: Cells, column: str, other: str) -> None:
             prompt=in_yaml(prompt),
         )
     )
+
+
+def _holds_text(value: Any) -> bool:
+    left = [value]
+    while left:  # and no recursion: a row may be as deep as it likes
+        inner = left.pop()
+        if isinstance(inner, str) and inner.strip():
+            return True
+        if isinstance(inner, Mapping | list):
+            left += inner.values() if isinstance(inner, Mapping) else inner
+    return False
 
 
 def _said(text: str) -> Messages:

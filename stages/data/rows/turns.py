@@ -2,9 +2,9 @@
 
     {role, content} | {from, value} | content parts --as_messages--> (Message, ...)
 
-Owns key names, role names, content parts, thoughts, which keys nobody reads, and what no chat template can
-take. Does not own which column a message stands in (conversations, preferences, prompts), calls (calls) or
-training marks (marks). Light import.
+Owns key names, role names, content parts, which keys nobody reads, and what no chat template can take. Does
+not own which column a message stands in (conversations, preferences, prompts), calls (calls), thoughts
+(thoughts) or training marks (marks). Light import.
 
 A message may hold role/content (OpenAI, TRL) or from/value (ShareGPT), wherever it stands. Content is text,
 or a list of `{type: text, text: …}` parts, which are joined as they are. Beside a call it may be absent.
@@ -23,6 +23,7 @@ from stages.data.rows.advice import Advice
 from stages.data.rows.calls import CALL_KEYS, as_calls, calls_of
 from stages.data.rows.cells import Cells, RowError, as_text, filled, unlike, unpacked
 from stages.data.rows.marks import TURN_MARKS, mark_of, marked, refuse_unknown_mark
+from stages.data.rows.thoughts import THOUGHTS, thoughts_of
 from stages.data.rows.wording import described, listed, shortened
 
 ROLE_OF: dict[str, Role] = {
@@ -50,8 +51,6 @@ ROLE_OF: dict[str, Role] = {
 """Names of a role in the wild -> the role."""
 _CALLERS = ("function_call", "tool_call")
 """Roles whose content is a call, as ShareGPT's descendants write it."""
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of an assistant's thoughts."""
 _CONTENT_ELSEWHERE = {
     "text": "content",
     "parts": "content, a text or a list of {type: text, text: …}",
@@ -109,7 +108,7 @@ def as_message(value: Any, name: str, cells: Cells) -> Message:
     return Message(
         role=role,
         content=content if calls else _filled(content, role, f"{name}.{content_key}"),
-        reasoning=_thoughts(value, name) if role == "assistant" else None,
+        reasoning=thoughts_of(value, name) if role == "assistant" else None,
         tool_calls=calls,
         tool_call_id=_text_of(value, "tool_call_id", name) if role == "tool" else None,
         name=_text_of(value, "name", name) if role == "tool" else None,
@@ -142,16 +141,6 @@ def _text_of(message: Mapping[str, Any], key: str, name: str) -> str | None:
     return as_text(message[key], f"{name}.{key}")
 
 
-def _thoughts(message: Mapping[str, Any], name: str) -> str | None:
-    """The assistant's thoughts beside its content, under one of their names or the same under several."""
-    found = [(key, _text_of(message, key, name)) for key in _THOUGHTS]
-    said = [(key, text) for key, text in found if text is not None and text.strip()]
-    for key, text in said:
-        if text != said[0][1]:
-            raise RowError(f"{name}.{key}: differs from {said[0][0]}; keep one of them")
-    return said[0][1] if said else None
-
-
 def _check_content_elsewhere(message: Mapping[str, Any], said: Any, name: str) -> None:
     """Raise RowError where the content is empty and another key seems to hold it."""
     if said not in (None, [], {}) and not (isinstance(said, str) and not said.strip()):
@@ -166,7 +155,7 @@ def _read_of(role: Role, cells: Cells) -> tuple[str, ...]:
     marks = TURN_MARKS if cells.is_imitated else ()
     match role:
         case "assistant":
-            return (*CALL_KEYS, *_THOUGHTS, *marks)
+            return (*CALL_KEYS, *THOUGHTS["reasoning"], *marks)
         case "tool":
             return ("tool_call_id", "name", *marks)
     return marks
@@ -235,8 +224,15 @@ def as_messages(value: Any, name: str, role: Literal["user", "assistant"], cells
     return messages
 
 
-_BEGINS_LIKE_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(?:role|from)"\s*:')
-_BEGINS_LIKE_PYTHON = re.compile(r"\s*(?:array\()?\[?\s*\{\s*'(?:role|from|content|value)'\s*:")
+_KEY = "(?:role|from|content|value)"
+_BEGINS_LIKE_MESSAGES = re.compile(rf'\s*\[?\s*\{{\s*"{_KEY}"\s*:')
+_BEGINS_LIKE_PYTHON = re.compile(rf"\s*(?:array\()?\[?\s*\{{\s*'{_KEY}'\s*:")
+_NAMES_A_ROLE = re.compile(
+    r"\s*(array\()?\[?\s*\{[^\[\]{}]{0,200}?"
+    rf"(['\"])(?:role|from)\2\s*:\s*(['\"])(?:{'|'.join(ROLE_OF)})\3",
+    re.IGNORECASE,
+)
+"""The first object has a role that is known, whatever stands before it; how it is quoted."""
 
 
 def unpacked_messages(value: Any, name: str) -> Any:
@@ -245,30 +241,57 @@ def unpacked_messages(value: Any, name: str) -> Any:
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
         return value
-    if _BEGINS_LIKE_PYTHON.match(value):
-        raise RowError(Advice.PYTHON_REPR.line(name=name))
     try:
         found = json.loads(value)
     except (ValueError, RecursionError) as error:
-        if _BEGINS_LIKE_MESSAGES.match(value):
-            where = f" (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else ""
-            raise RowError(
-                f"{name}: begins like the JSON of messages, but is not valid JSON{where}"
-            ) from None
+        _refuse_broken_messages(value, name, error)
         return value
     return found if _are_messages(found) else value
 
 
+def _refuse_broken_messages(text: str, name: str, error: Exception) -> None:
+    """Raise RowError for text that begins like messages, which `error` keeps from being read as JSON."""
+    role = _NAMES_A_ROLE.match(text)
+    if _BEGINS_LIKE_PYTHON.match(text) or (role is not None and (role[1] or "'" in role[2] + role[3])):
+        raise RowError(Advice.PYTHON_REPR.line(name=name))
+    if (role is not None or _BEGINS_LIKE_MESSAGES.match(text)) and not _quotes_an_object(text):
+        where = f" (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else ""
+        raise RowError(f"{name}: begins like the JSON of messages, but is not valid JSON{where}")
+
+
+def _quotes_an_object(text: str) -> bool:
+    """Whether a text begins with a JSON object and goes on in words: it speaks of one."""
+    text = text.strip()
+    try:
+        found, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not text[end:].lstrip().startswith(("{", "[", ","))
+
+
 def _are_messages(found: Any) -> bool:
-    """One message or a list of them, with a role that is known: other JSON is a text like any other."""
+    """One message with a role that is known, or a list of them, or of objects with nothing but role and
+    content: other JSON is a text like any other.
+    """
     turns = found if isinstance(found, list) else [found]
     if not turns or not all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):
         return False
+    if found is turns and all(map(_is_bare, turns)):
+        return True  # a role that is not known is named then
     if found is not turns and not any(
         {*keys} <= found.keys() for keys in (("role", "content"), ("from", "value"))
     ):
         return False
-    return any(turn[key] in ROLE_OF for turn in turns for key in ("role", "from") if _is_text(turn, key))
+    roles = [turn[key] for turn in turns for key in ("role", "from") if _is_text(turn, key)]
+    return any(role.lower() in ROLE_OF for role in roles)
+
+
+def _is_bare(turn: Mapping[str, Any]) -> bool:
+    """Whether an object has a role and a content, and nothing else."""
+    return any(
+        turn.keys() == {role, content} and _is_text(turn, role) and isinstance(turn[content], str | list)
+        for role, content in (("role", "content"), ("from", "value"))
+    )
 
 
 def _is_text(turn: Mapping[str, Any], key: str) -> bool:
@@ -280,6 +303,7 @@ def listed_messages(cells: Cells, field: str) -> tuple[str, Messages]:
     column, value = cells.required(field)
     value = unpacked(value)
     if not isinstance(value, list):
+        unpacked_messages(value, column)  # names what was meant as one
         raise unlike(value, column, "a list of messages")
     messages = marked(cells, column, value, as_messages(value, column, "user", cells))
     return column, with_system(cells, messages)

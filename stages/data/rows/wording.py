@@ -28,6 +28,11 @@ def described(value: Any) -> str:
     return {"str": "text", "dict": "object", "Binary": "bytes"}.get(name, name)
 
 
+def quoted(value: Any) -> str:
+    """The same, with the beginning of a text: `text 'no'`."""
+    return f"text '{shortened(value)}'" if isinstance(value, str) else described(value)
+
+
 def not_utf8(data: bytes) -> str:
     """What is wrong with bytes that are not UTF-8, and where."""
     sound = data.decode(errors="surrogateescape")
