@@ -272,7 +272,7 @@ def test_check_prints_what_the_page_shows(mine, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["check", "mine.yaml"])
     assert not ended.value.code
-    shown = capsys.readouterr().out.partition("\nplan")[0].replace(str(tmp_path), "/data")
+    shown = capsys.readouterr().out.partition("\nnot stated")[0].replace(str(tmp_path), "/data")
     (block,) = (block for block in fenced("") if "lengths: " in block)
     parts = shown.split("\n\n")
     assert len(parts) == 6, "a line on the lengths, four datasets, and what reward is normalised over"
