@@ -382,7 +382,8 @@ def test_arguments_and_empty_content_are_given_in_the_form_that_the_template_wri
     """R1's takes arguments as text, and writes calls where there is no content."""
     chat = chat_of("r1_distill")
     talk = Talk(messages=(*TALKS["calls"].messages[:2],))
-    assert "<think>" in refused(chat, talk)  # its prompts open a block that a call does not close
+    words = refused(chat, talk)  # its prompts open a block that a call does not close
+    assert "ends with <think>" in words and "write it" not in words
     (prompt,) = chat.prompts([Talk(messages=TALKS["calls"].messages[:3])])
     assert '{"a": 1, "b": 2}' in chat.tokenizer.decode(prompt)
 

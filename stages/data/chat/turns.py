@@ -194,9 +194,10 @@ def _behind_opening(frame: Frame, rest: Content, content: Content) -> Content:
         space = "" if rest[:1].isspace() else said[: len(said) - len(said.lstrip())]
         known = thoughts + closed  # which the template leaves out
         return (known if goes_on else _behind(frame, known)) + space + rest
+    write = f"write it as {opening}…{closing}…, or " if content.strip() else ""  # calls alone: cannot be
     raise Unfit(
         f"the chat template's generation prompt ends with {opening}, and this answer does not begin with it; "
-        f"write it as {opening}…{closing}…, or set model.chat_template to one whose prompts end before it"
+        f"{write}set model.chat_template to one whose prompts end before it"
     )
 
 
