@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_chat_templates import byte_level
-from thinking_templates import REAL
+from thinking_templates import R1_DISTILL_ONE_CALL_OPEN, REAL
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -193,6 +193,16 @@ def test_calls_are_trained_and_their_results_are_not():
     ]
 
 
+def test_calls_that_an_answer_spells_are_the_tokens_that_the_template_writes():
+    """Also those that one call alone leaves open, and that it ends with."""
+    tokens = REAL["r1_distill"][1]
+    chat = made(R1_DISTILL_ONE_CALL_OPEN, tokens, eos=ENDS["r1_distill"])
+    spelled = [token for token in tokens if "▁call" in token or "▁sep" in token]
+    (example,) = examples(chat, Talk(messages=(user("?"), said(f"{THOUGHT}{'a'.join(spelled)}"))))
+    assert len(spelled) == 5
+    assert [example.ids.count(chat.tokenizer.convert_tokens_to_ids(token)) for token in spelled] == [1] * 5
+
+
 @pytest.mark.parametrize("name", TAKES)
 def test_an_answer_left_out_of_training_stands_in_the_text_untrained(name: str):
     chat = chat_of(name)
@@ -331,56 +341,6 @@ def test_a_template_that_rebuilds_content_so_that_it_cannot_be_followed_is_refus
     assert examples(chat, Talk(messages=(user("1 < 2"), said("a"))))
 
 
-# Prompts that open the answer.
-
-PREFILLED = (
-    "{%- for m in messages -%}{%- set t = m.content -%}{%- if m.role == 'assistant' and '</think>' in t -%}"
-    "{%- set t = t.split('</think>')[-1] -%}{%- endif -%}"
-    "{{ '<|im_start|>' + m.role + '\\n' + t + '<|im_end|>\\n' }}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif -%}"
-)
-
-
-@pytest.mark.parametrize("tokens", [MARKS, (*MARKS, "<think>", "</think>")])
-def test_an_answer_that_begins_as_its_prompt_ends_is_trained_behind_it(tokens: tuple[str, ...]):
-    chat = made(PREFILLED, tokens, eos="<|im_end|>")
-    (example,) = examples(chat, Talk(messages=(user("2+2?"), said(THOUGHT))))
-    opened = HEAD.format("2+2?") + "<think>\n"
-    assert shown(chat, example) == f"{opened}⟦two twos\n</think>\n\n4<|im_end|>⟧"
-    assert chat.tokenizer.decode(chat.prompt_ids([user("2+2?")])) == opened
-    turns = examples(chat, TALKS["thoughts in content"])
-    assert [shown(chat, one).partition("⟦")[2] for one in turns] == ["two twos\n</think>\n\n4<|im_end|>⟧"] * 2
-
-
-def test_an_answer_that_does_not_begin_as_its_prompt_ends_is_refused_with_the_fix():
-    chat = made(PREFILLED, MARKS, eos="<|im_end|>")
-    words = refused(chat, TALKS["plain"])
-    assert "ends with <think>, and this answer does not begin with it; write it as <think>…</think>…" in words
-    assert chat.decode(chat.response_ids("4")).strip() == "4"  # what evaluate asks for of a base model's text
-
-
-def test_where_the_template_writes_empty_thoughts_itself_a_plain_answer_is_trained_with_them():
-    """As Nemotron's."""
-    template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}").replace(
-        "message['content']",
-        "('<think></think>' if message.role == 'assistant' and '</think>' not in message.content else '') + "
-        "message['content']",
-    )
-    chat = made(template, (*MARKS, "<think>", "</think>"), eos="<|im_end|>")
-    (plain,) = examples(chat, TALKS["plain"])
-    opened = HEAD.format("2+2?") + "<think>\n"
-    assert shown(chat, plain) == f"{opened}⟦</think>4<|im_end|>⟧"
-    (thinking,) = examples(chat, Talk(messages=(user("2+2?"), said(THOUGHT))))
-    assert shown(chat, thinking) == f"{opened}⟦two twos\n</think>\n\n4<|im_end|>⟧"
-
-
-def test_an_untrained_answer_may_begin_otherwise():
-    chat = made(PREFILLED, MARKS, eos="<|im_end|>")
-    messages = (user("2+2?"), said("4", is_trained=False), user("3+3?"), said(THOUGHT))
-    (example,) = examples(chat, Talk(messages=messages))
-    assert shown(chat, example).startswith(HEAD.format("2+2?") + "4<|im_end|>")
-
-
 # Templates that leave things out, or that nothing can be trained with.
 
 
@@ -395,6 +355,11 @@ def test_an_untrained_answer_may_begin_otherwise():
 def test_what_a_template_does_not_write_is_refused(talk: Talk, words: str):
     chat = made(CHATML, MARKS, eos="<|im_end|>")
     assert words in refused(chat, talk) and "set model.chat_template" in refused(chat, talk)
+
+
+def test_what_is_left_out_is_told_of_the_form_that_leaves_out_least():
+    """R1's writes calls where there is no content, and never tools."""
+    assert "leaves out the row's tools" in refused(chat_of("r1_distill"), TALKS["calls"])
 
 
 def test_thoughts_are_given_under_the_key_that_the_template_reads():
@@ -417,7 +382,8 @@ def test_arguments_and_empty_content_are_given_in_the_form_that_the_template_wri
     """R1's takes arguments as text, and writes calls where there is no content."""
     chat = chat_of("r1_distill")
     talk = Talk(messages=(*TALKS["calls"].messages[:2],))
-    assert "<think>" in refused(chat, talk)  # its prompts open a block that a call does not close
+    words = refused(chat, talk)  # its prompts open a block that a call does not close
+    assert "ends with <think>" in words and "write it" not in words
     (prompt,) = chat.prompts([Talk(messages=TALKS["calls"].messages[:3])])
     assert '{"a": 1, "b": 2}' in chat.tokenizer.decode(prompt)
 

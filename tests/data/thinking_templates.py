@@ -88,6 +88,12 @@ R1_DISTILL = """{% if not add_generation_prompt is defined %}{% set add_generati
 {%- if ns.is_tool %}{{- '<｜tool▁outputs▁end｜>' }}{%- endif %}
 {%- if add_generation_prompt and not ns.is_tool %}{{- '<｜Assistant｜><think>\\n' }}{%- endif %}"""
 
+_CALLS_END = "{{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' }}"
+R1_DISTILL_ONE_CALL_OPEN = R1_DISTILL.replace(_CALLS_END, "").replace(
+    "<｜tool▁call▁end｜>' }}\n", "<｜tool▁call▁end｜>' }}" + _CALLS_END + "\n"
+)
+"""Ends calls behind a second one only, as TRL's copy."""
+
 LLAMA31 = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
 {%- else %}{%- set system_message = "" %}{%- endif %}

@@ -25,6 +25,9 @@ CONVERSATIONS: tuple[tuple[Role, ...], ...] = (
 """In which every role occurs that a message may have."""
 OPENING = re.compile(r"<\w+>\s*$")
 CLOSED = re.compile(r"</[^<>]*>\s*$")
+EMPTY_BLOCK = re.compile(r"<(\w+)>\s*</\1>\s*$")
+_HALF = re.compile(r"(.*[▁_])(begin|start|end)(\W*)")
+_OTHER_HALVES = {"begin": ("end",), "start": ("end",), "end": ("begin", "start")}
 _PAD = "\x0c"  # white space that no template writes: where it is gone, the template trimmed the content
 _PLACEHOLDER = re.compile(rf"({_PAD}?)zqContent([0-9]{{1,9}})Xqz({_PAD}?)")
 
@@ -105,6 +108,7 @@ class Frame:
     tail: str  # between an answer and whatever follows it, `end` included
     lead: str  # between the end of a prompt and an answer (Llama 2: a space)
     opened: str  # what a prompt ends with and the header of a known answer does not (`<think>`)
+    block: frozenset[str]  # both tags of what a prompt opens, or the template leaves empty before an answer
     trims_left: bool  # white space that an answer begins with is left out
     trims_right: bool
 
@@ -136,15 +140,29 @@ def find_frame(template: Template, added: Mapping[str, int]) -> Frame:
             f"({lead!r}) would be trained as part of it; set model.chat_template to a copy that ends with "
             f"{{% if add_generation_prompt %}}{{{{ {lead!r} }}}}{{% endif %}}"
         )
+    opened = prompt[len(before) :]
     return Frame(
         end=found[0],
         end_id=added[found[0]],
         tail=behind[: found.end()],
         lead=lead,
-        opened=prompt[len(before) :],
+        opened=opened,
+        block=_block(opened, prompt + lead),
         trims_left=answered[at].trim_left,
         trims_right=answered[at].trim_right,
     )
+
+
+def _block(opened: str, before_answer: str) -> frozenset[str]:
+    """Both tags of the block that an answer begins in, or behind (`<think></think>`).
+
+    A header that is a tag (`<assistant>`) is none: it is neither opened by the prompt alone nor closed.
+    """
+    found = OPENING.search(opened) or EMPTY_BLOCK.search(before_answer)
+    if found is None:
+        return frozenset()
+    tag = found[0].partition(">")[0] + ">"
+    return frozenset({tag, other_tag(tag)})
 
 
 def _header(before: str, prompt: str) -> str:
@@ -170,26 +188,24 @@ def spelled_inside(
     """The added tokens that the template itself writes or strips inside an assistant's turn: `<think>`.
 
     `meant`: ids that no content may become: BOS, EOS, padding, stop tokens. Nor may what stands around the
-    contents of a plain conversation, or around a tool's answer.
+    contents of a plain conversation, or around a tool's answer, but for the frame's block.
     """
     possible = {
         text
         for text, index in added.items()
         if index not in meant
         and text.strip()
-        and (text in template.source or other_tag(text) in template.source)
+        and any(one in template.source for one in (text, *_partners(text)))
     }
     if not possible:
         return frozenset()
     spelled = any_of(possible)
     calls = list(_calls(template, frame))
-    ends = {
-        found[-1] for text in calls if (found := spelled.findall(text)) and text.rstrip().endswith(found[-1])
-    }
-    possible -= {*spelled.findall(_around_contents(template, frame)), *ends}
-    written = set(spelled.findall("\0".join([frame.lead, frame.opened, *calls])))
+    around = {*spelled.findall(_around_contents(template, frame))} - frame.block
+    possible -= around | {_end_of_call(text, spelled) for text in calls}
+    written = frame.block | set(spelled.findall("\0".join([frame.lead, frame.opened, *calls])))
     inside = {text for text in possible if text in written or _is_stripped(template, text)}
-    return frozenset(inside | {text for text in possible if other_tag(text) in inside})
+    return frozenset(inside | {text for text in possible if not inside.isdisjoint(_partners(text))})
 
 
 def other_tag(text: str) -> str:
@@ -197,6 +213,26 @@ def other_tag(text: str) -> str:
     if text[:2] in ("</", "[/"):
         return text[0] + text[2:]
     return f"{text[0]}/{text[1:]}" if text[:1] in ("<", "[") else "\0"
+
+
+def _partners(token: str) -> set[str]:
+    """What may open or close a block together with it: `</x>` with `<x>`, `<x_end>` with `<x_start>`."""
+    partners = {other_tag(token)}
+    if half := _HALF.fullmatch(token):
+        start, which, signs = half.groups()
+        partners |= {f"{start}{other}{signs}" for other in _OTHER_HALVES[which]}
+    return partners
+
+
+def _end_of_call(text: str, spelled: re.Pattern[str]) -> str:
+    """The token that a turn with calls ends with in place of the end-of-turn token, or nothing.
+
+    One that closes what the turn has opened ends no more than that.
+    """
+    found: list[str] = spelled.findall(text)
+    if not found or not text.rstrip().endswith(found[-1]):
+        return ""
+    return found[-1] if _partners(found[-1]).isdisjoint(found) else ""
 
 
 def _around_contents(template: Template, frame: Frame) -> str:
@@ -225,19 +261,19 @@ def _is_answer(piece: Piece, roles: Sequence[str]) -> bool:
 
 
 def _calls(template: Template, frame: Frame) -> Iterator[str]:
-    """What the template writes in a turn that calls a tool, and in one with thoughts of its own."""
+    """What the template writes in a turn with one call, or two, and in one with thoughts of its own."""
     question = {"role": "user", "content": "x"}
     function = {"name": "x", "arguments": {"x": "x"}}
     tool = {"type": "function", "function": {"name": "x", "description": "x", "parameters": {}}}
     call = {"type": "function", "id": "x" * 9, "function": function}
     as_text = {**call, "function": {**function, "arguments": "{}"}}
     answers: list[dict[str, Any]] = [
-        {"content": "", "tool_calls": [call]},
-        {"content": "", "tool_calls": [as_text]},
-        {"content": None, "tool_calls": [call]},
-        {"content": None, "tool_calls": [as_text]},
-        {"content": "x", "reasoning_content": "x", "reasoning": "x", "thinking": "x"},
+        {"content": content, "tool_calls": [one] * number}
+        for number in (1, 2)
+        for content in ("", None)
+        for one in (call, as_text)
     ]
+    answers.append({"content": "x", "reasoning_content": "x", "reasoning": "x", "thinking": "x"})
     chats = [
         Chat(
             messages=[question, {"role": "assistant", **answer}],

@@ -59,7 +59,8 @@ class _Known:
     """What a rendering with placeholders has shown of a shape."""
 
     form: Form
-    problem: str  # what is left out; empty: nothing
+    problem: str = ""  # the first thing that is left out
+    num_problems: int = 0
 
 
 class Forms:
@@ -73,7 +74,7 @@ class Forms:
     def of(self, talk: Talk, cuts: Sequence[tuple[int, bool]]) -> Chat | Refused:
         """The conversation as the template takes it, or what it would leave out. `cuts`: see Chat."""
         if not self._keys and any(message.reasoning for message in talk.messages):
-            return Refused(words=_left_out("the assistant's thoughts (reasoning_content)"))
+            return Refused(words=self._no_thoughts())
         shape = _shape(talk)
         if shape not in self._known:
             self._known[shape] = self._look(talk)
@@ -82,8 +83,17 @@ class Forms:
             Refused(words=_left_out(known.problem)) if known.problem else self._chat(talk, known.form, cuts)
         )
 
+    def _no_thoughts(self) -> str:
+        """Words for thoughts where the template reads none of their keys."""
+        what = "the assistant's thoughts (reasoning_content)"
+        if "</think>" in self._template.source:  # in content it knows them
+            return _left_out(what, "write it into content as <think>…</think>… ahead of the answer")
+        return _left_out(what)
+
     def _look(self, talk: Talk) -> _Known:
-        """Try the forms on a copy of the conversation in which every text is a word of its own."""
+        """Try the forms on a copy of the conversation in which every text is a word of its own; of those, the
+        first that leaves out least.
+        """
         has_calls = any(message.tool_calls for message in talk.messages)
         has_thoughts = any(message.reasoning for message in talk.messages)
         forms = [
@@ -92,8 +102,8 @@ class Forms:
             for form in (FORMS if has_calls else FORMS[:1])
         ]
         tried = [self._try(talk, form) for form in forms]
-        best = next((known for known in tried if known is not None and not known.problem), None)
-        return best or next((known for known in tried if known is not None), _Known(form=Form(), problem=""))
+        looked = [known for known in tried if known is not None]
+        return min(looked, key=lambda known: known.num_problems, default=_Known(form=Form()))
 
     def _try(self, talk: Talk, form: Form) -> _Known | None:
         """None where the template refuses the copy, which says nothing of the conversation itself."""
@@ -105,10 +115,10 @@ class Forms:
         if isinstance(written, Refused):
             return None
         of_message = dict(zip(copy.answers, written.texts, strict=False))
-        for what, index, word in parts:
-            if word not in of_message.get(index, written.texts[-1]):
-                return _Known(form=form, problem=what)
-        return _Known(form=form, problem="")
+        missing = [
+            what for what, index, word in parts if word not in of_message.get(index, written.texts[-1])
+        ]
+        return _Known(form=form, problem=missing[0] if missing else "", num_problems=len(missing))
 
     def _chat(self, talk: Talk, form: Form, cuts: Sequence[tuple[int, bool]]) -> Chat:
         return Chat(
@@ -196,8 +206,5 @@ def _in_words(talk: Talk, words: _Words) -> tuple[Talk, list[Part]]:
     return Talk(messages=messages, tools=tools), parts
 
 
-def _left_out(what: str) -> str:
-    return (
-        f"the chat template leaves out {what}; set model.chat_template to one that writes it, or take it out "
-        "of the row"
-    )
+def _left_out(what: str, instead: str = "take it out of the row") -> str:
+    return f"the chat template leaves out {what}; set model.chat_template to one that writes it, or {instead}"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.data.chat.frame import Frame, other_tag
+from stages.data.chat.frame import EMPTY_BLOCK, Frame, other_tag
 from stages.data.chat.messages import Talk
 from stages.data.records import Message
 from stages.data.stand_ins import NOTHING, Content, masked
@@ -151,11 +151,25 @@ def _behind_other_prompt(
     closed = prompt[start:] if start >= 0 else ""  # the last message, and what follows it
     at = whole.rfind(closed)
     if at < 0 or not spelled.all.search(closed):
-        raise Unfit(
-            "the chat template writes a prompt differently once it is answered; set model.chat_template to "
-            "one that does not"
-        )
+        raise Unfit(_why_other(prompt, whole, plain))
     return whole[at + len(closed) :]  # earlier messages are written otherwise (Mistral: the system's)
+
+
+def _why_other(prompt: str, whole: str, plain: Mapping[int, int]) -> str:
+    """Words for a prompt that the template writes differently once it is answered."""
+    empty = EMPTY_BLOCK.search(prompt)
+    if empty is not None and whole.startswith(header := prompt[: empty.start()]):
+        tag = empty[1]
+        if re.match(rf"<{tag}>\s*(?!\s|</{tag}>)", whole[len(header) :].translate(plain)):
+            return (
+                f"the chat template's generation prompt closes its thoughts already (<{tag}></{tag}>), and "
+                "this answer has thoughts of its own; set model.chat_template to one whose prompts leave "
+                "them open, or take them out of the row"
+            )
+    return (
+        "the chat template writes a prompt differently once it is answered; set model.chat_template to one "
+        "that does not"
+    )
 
 
 def _behind_opening(frame: Frame, rest: Content, content: Content) -> Content:
@@ -169,12 +183,21 @@ def _behind_opening(frame: Frame, rest: Content, content: Content) -> Content:
         return _behind(frame, rest)
     closing = other_tag(opening)
     thoughts, closed, said = content.rpartition(closing)
-    if thoughts.lstrip().startswith(opening) and closed and rest.lstrip().startswith(said.strip()):
+    goes_on = opening not in content  # as a server returns it: what the model wrote behind its prompt
+    if closed and goes_on and rest.lstrip().startswith(content.strip()):
+        return rest
+    if (
+        closed
+        and (goes_on or thoughts.lstrip().startswith(opening))
+        and rest.lstrip().startswith(said.strip())
+    ):
         space = "" if rest[:1].isspace() else said[: len(said) - len(said.lstrip())]
-        return _behind(frame, thoughts + closed) + space + rest  # thoughts that the template leaves out
+        known = thoughts + closed  # which the template leaves out
+        return (known if goes_on else _behind(frame, known)) + space + rest
+    write = f"write it as {opening}…{closing}…, or " if content.strip() else ""  # calls alone: cannot be
     raise Unfit(
         f"the chat template's generation prompt ends with {opening}, and this answer does not begin with it; "
-        f"write it as {opening}…{closing}…, or set model.chat_template to one whose prompts end before it"
+        f"{write}set model.chat_template to one whose prompts end before it"
     )
 
 
