@@ -32,7 +32,12 @@ def headers_of(source: str, variables: Mapping[str, Any]) -> tuple[Headers, ...]
     opened = OPENING.search(assistant)
     if opened is not None and other_tag(opened[0].strip()) in source:  # <think>, which is no header
         assistant = assistant[: opened.start()]
-    return (Headers(user=_last_line(user), assistant=_last_line(assistant)),)
+    lines = (
+        _last_line(user),
+        _last_line(assistant),
+    )  # where a side has no header, a turn's end may stand there
+    user, assistant = ("" if line in variables.values() else line for line in lines)
+    return (Headers(user=user, assistant=assistant),)
 
 
 def _between(pieces: Sequence[Piece]) -> list[str]:
