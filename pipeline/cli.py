@@ -76,13 +76,14 @@ class Engine(StrEnum):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script: runs a command and exits with its code."""
-    supervisor.end_with_the_supervisor()
+    is_supervised = supervisor.end_with_the_supervisor()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's threads when they start
     arguments = list(sys.argv[1:] if argv is None else argv)
     with outputs_that_may_fail() as shown:
         _beat_the_environment(arguments)
         code = _exit_code(arguments)
-    sys.exit(shown.exit_code(code))
+    lost = supervisor.DISPLAY_LOST if is_supervised else EnvironmentProblem.exit_code
+    sys.exit(shown.exit_code(code, if_lost=lost))
 
 
 def _beat_the_environment(arguments: Sequence[str]) -> None:

@@ -252,7 +252,8 @@ def _path_problem(item: _StatedPath) -> str | None:
             return _model_problem(item, stated)
         is_file = item.kind == "file" or (item.kind == "data" and hub.names_a_file(item.path))
         kind = "directory" if item.kind == "directory" else "file" if is_file else "file or directory"
-        return f"no such {kind}: {stated}"
+        advice = hub.meant_id(text, "dataset") if item.kind == "data" else ""
+        return f"no such {kind}: {stated}{advice}"
     if item.kind in ("model", "directory") and not os.path.isdir(item.path):
         return f"not a directory: {stated}"
     if item.kind == "file" and not os.path.isfile(item.path):
@@ -281,7 +282,7 @@ def _model_problem(item: _StatedPath, stated: str) -> str | None:
     """What is wrong with a `model.path` where nothing lies here; the hub is asked where that is likely."""
     assert isinstance(item.section, ModelConfig)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", item.path) or hub.names_a_file(item.path):
-        return f"no such directory: {stated}"
+        return f"no such directory: {stated}{hub.meant_id(str(item.stated.value), 'model')}"
     if not _is_likely_local(item) or hub.is_cached_model(item.path, item.section.revision):
         return None
     return _unreachable(item, stated, hub.model_problem(item.path, item.section.revision))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.config import DataSource
-from stages.data.directories import DEFAULT_SPLIT
+from stages.data.directories import DEFAULT_SPLIT, split_of
 from stages.data.files import COMPRESSIONS, kind_of, one_line, shown
 from stages.data.hub import is_hub_id
 from stages.data.places import found_at
@@ -40,12 +40,28 @@ def files_read(source: DataSource, found: "Validated") -> Iterator[str]:
     if directory.is_dir():
         if reasons := found_at(source.path, source.split).reasons(directory):
             yield f"left out: {reasons}"
+        if source.split == DEFAULT_SPLIT:
+            yield from _told_by_some(found.files, directory)
     elif source.split != DEFAULT_SPLIT:
         yield f"split: {one_line(source.split)} picks nothing here: a named file or glob is read whole"
     yield from _copies(found.files)
     for path, _ in found.files:
         if kind_of(path).kind == "csv" and (sign := delimiter_of(path, source.header)) != ",":
             yield f"{_below(path, directory)}: its cells are separated by {DELIMITERS.get(sign, repr(sign))}"
+
+
+def _told_by_some(files: Sequence[tuple[Path, int]], directory: Path) -> Iterator[str]:
+    """Where the names of some files tell a split, the same one, the others may be of another."""
+    split = {path: split_of(path, directory) for path, _ in files}
+    told = {name for name in split.values() if name is not None}
+    others = [_below(path, directory) for path in split if split[path] is None]
+    if len(told) == 1 and others:
+        more = f" and {len(others) - NUM_FILES} more" if len(others) > NUM_FILES else ""
+        yield (
+            f"only the split {told.pop()} is told by names: {', '.join(others[:NUM_FILES])}{more} "
+            f"{'tells' if len(others) == 1 else 'tell'} none, and {'is' if len(others) == 1 else 'are'} read "
+            "with it; name the files if not all are meant"
+        )
 
 
 def _copies(files: Sequence[tuple[Path, int]]) -> Iterator[str]:
@@ -113,7 +129,8 @@ def remarks(
 
 def _templated(seen: "Observed", chat: "ChatTokenizer | None") -> str:
     markers = [marker for marker, _ in seen.markers.most_common(NUM_MARKERS)]
-    is_own = chat is not None and any(marker in chat.template for marker in markers)
+    headers = {text for one in seen.headers for text in (one.user, one.assistant)}
+    is_own = any(marker in headers or (chat is not None and marker in chat.template) for marker in markers)
     whose = "the chat template's own markers" if is_own else "markers of a chat template"
     return (
         f"{seen.templated} of {seen.num_records} records hold {whose} ({one_line(', '.join(markers))}), "
@@ -126,12 +143,23 @@ def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observe
     from stages.data.observations import trained_on
 
     for stage in TRAINS_THE_POLICY:
-        number, first = trained_on(seen, observed.get(stage, ()))
-        if number:
-            yield (
-                f"{number} of {seen.num_records} prompts are prompts that {stage} trains on (such as "
-                f"'{one_line(first)}'): part: train there and part: heldout here keep them apart"
-            )
+        trained = observed.get(stage, ())
+        number, first = trained_on(seen, trained)
+        if not number:
+            continue
+        is_apart = seen.part == "heldout" and all(
+            one.part == "train" for one in trained if trained_on(seen, [one])[0]
+        )
+        advice = (
+            "part: goes by the exact text of the first question, white space too, and by heldout_frac; write "
+            "both the same way there and here"
+            if is_apart
+            else "part: train there and part: heldout here keep them apart"
+        )
+        yield (
+            f"{number} of {seen.num_records} prompts are prompts that {stage} trains on (such as "
+            f"'{one_line(first)}'): {advice}"
+        )
 
 
 def left_out(datasets: Mapping[StageName, Mapping[str, DataSource]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ hub pickles are let be: none is fetched, but other programs fetch them into the 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 from pipeline.errors import MissingStage
 from rollout.safetensors_header import BadHeader, read_header
 from stages.data.durable import disk_problems
-from stages.data.lfs import POINTER, first_pointer
+from stages.data.files import one_line
+from stages.data.lfs import POINTER, first_pointer, is_lfs_pointer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
@@ -31,7 +33,12 @@ IF_PICKLES_ONLY = (
 FETCHED = (".json", ".safetensors", ".model", ".jinja")
 """Endings of what a model is made of: none of these may be a pointer to a file that was not fetched."""
 MAX_CONFIG_BYTES = 16 * 2**20
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MODELS_BELOW = ("*", "snapshots/*", "models--*/snapshots/*")
+"""Where a model lies in what holds several: a trainer's output, a model in the hub's cache, that cache."""
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+DEQUANTISED = ("fp8", "mxfp4")
+"""Ways to store weights that transformers turns into plain ones as it reads them, on CPU at least."""
 
 
 def check_model_directory(directory: Path, *, named: str, in_hub_cache: bool = False) -> None:
@@ -41,19 +48,33 @@ def check_model_directory(directory: Path, *, named: str, in_hub_cache: bool = F
     with disk_problems(directory):
         if (pointer := first_pointer(directory, FETCHED)) is not None:
             raise MissingStage(f"{named}: {pointer.name} is {POINTER}")
+        _check_no_adapter(directory, named)
         if not (directory / "config.json").is_file():
-            raise MissingStage(
-                f"{named}: no config.json; give an artifact or a model directory (save_pretrained)"
-            )
+            raise MissingStage(f"{named}: no config.json; {_what_to_give(directory)}")
         check_configs(directory, named=named)
         weights = sorted(directory.glob("*.safetensors"))
         if not (weights and in_hub_cache):
-            _check_no_pickles(directory, named, remedy=IF_BOTH if weights else IF_PICKLES_ONLY)
+            _check_no_pickles(directory, named, is_beside_weights=bool(weights))
         if not weights:
             raise MissingStage(f"{named}: no *.safetensors in it; give a directory with weights")
         for path in weights:
             _check_weights(path, named)
         _check_index(directory, named)
+        if not ((directory / WEIGHTS).is_file() or (directory / INDEX).is_file()):
+            raise MissingStage(
+                f"{named}: neither {WEIGHTS} nor {INDEX}, by which weights are found, beside "
+                f"{one_line(weights[0].name)}; fetch the index too, or save the model again"
+            )
+
+
+def _what_to_give(directory: Path) -> str:
+    """Instead of a directory without a config.json: the model that lies below it, the last by its number."""
+    below = [path.parent for pattern in MODELS_BELOW for path in directory.glob(f"{pattern}/config.json")]
+    if not below:
+        return "give an artifact or a model directory (save_pretrained)"
+    last = max(below, key=lambda path: [int(number) for number in re.findall(r"\d{1,18}", path.name)])
+    others = f", one of {len(below)} models below it" if len(below) > 1 else ""
+    return f"give {one_line(last)}{others}"
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -66,15 +87,39 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_configs(directory: Path, *, named: str) -> None:
-    """Raises MissingStage for a configuration file that is none, or that names code or another model."""
-    if (directory / "adapter_config.json").exists():
-        raise MissingStage(f"{named}: adapter_config.json: an adapter, not a model; merge it into its model")
+    """Raises MissingStage for a configuration file that is none, that names code or another model, or that
+    describes weights which cannot be trained.
+    """
+    _check_no_adapter(directory, named)
     for path in sorted(directory.glob("*config*.json")):
-        if "auto_map" in _keys(_json_object(path, named)):
+        config = _json_object(path, named)
+        if "auto_map" in _keys(config):
             raise MissingStage(
                 f"{named}: {path.name} has auto_map, which names Python code to run; give a model of an "
                 "architecture that transformers has itself"
             )
+        if path.name == "config.json":
+            _check_not_quantised(config, named)
+
+
+def _check_no_adapter(directory: Path, named: str) -> None:
+    if (directory / "adapter_config.json").exists():
+        raise MissingStage(f"{named}: adapter_config.json: an adapter, not a model; merge it into its model")
+
+
+def _check_not_quantised(config: dict[str, Any], named: str) -> None:
+    """Of the model, or of a part of it (`text_config`)."""
+    for part in (config, *config.values()):
+        for key in QUANTISED_KEYS if isinstance(part, dict) else ():
+            match part.get(key):
+                case {"quant_method": str(method)} if method in DEQUANTISED:
+                    continue
+                case {**stated} if stated:
+                    method = one_line(str(stated.get("quant_method", "of a method that it does not name")))
+                    raise MissingStage(
+                        f"{named}: config.json: {key} ({method}): quantised weights, which cannot be "
+                        "trained; give the unquantised model"
+                    )
 
 
 def _check_weights(path: Path, named: str) -> None:
@@ -99,11 +144,15 @@ def _check_index(directory: Path, named: str) -> None:
             raise MissingStage(f"{named}: {INDEX} names {name!r}, which is no file of this directory")
 
 
-def _check_no_pickles(directory: Path, named: str, *, remedy: str) -> None:
+def _check_no_pickles(directory: Path, named: str, *, is_beside_weights: bool) -> None:
     for path in sorted(directory.iterdir()):
         is_pickle = path.suffix.lower() in PICKLES and not path.name.startswith(TRAINING_STATE)
-        if is_pickle and not path.is_dir():
-            raise MissingStage(f"{named}: {path.name} is a pickle, which can run code; {remedy}")
+        if not is_pickle or path.is_dir():
+            continue
+        if not is_beside_weights and path.is_file() and is_lfs_pointer(path):
+            raise MissingStage(f"{named}: {path.name} is {POINTER}")
+        remedy = IF_BOTH if is_beside_weights else IF_PICKLES_ONLY
+        raise MissingStage(f"{named}: {path.name} is a pickle, which can run code; {remedy}")
 
 
 def _json_object(path: Path, named: str) -> dict[str, Any]:

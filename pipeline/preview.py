@@ -19,6 +19,7 @@ from stages.data.readers import unread_keys_in_words
 if TYPE_CHECKING:
     from stages.data.chat import ChatTokenizer
     from stages.data.overview import Limits, Overview
+    from stages.data.template_marks import Headers
 
 TRAINED, CONTEXT = "bold green", "dim"
 MARKS = "\u27e6", "\u27e7"
@@ -41,15 +42,20 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
 
     datasets = dag.datasets(config, dag.configured(config))
     ngram = None if config.prepare is None else config.prepare.decontaminate_ngram
+    given = _given_chat(config, model_at_hand)
+    headers = _headers(config, given)
     observed = {
-        stage: [Observed(source, ngram=ngram if stage == "evaluate" else None) for source in sources.values()]
+        stage: [
+            Observed(source, ngram=ngram if stage == "evaluate" else None, headers=headers)
+            for source in sources.values()
+        ]
         for stage, sources in datasets.items()
     }
     validated = {
         stage: validate(list(sources.values()), stage, getattr(config, stage), observed[stage])
         for stage, sources in datasets.items()
     }
-    chat, origin = _chat(config, model_at_hand)
+    chat, origin = _chat(config) if given is None else given
     yield Text.assemble(
         f"lengths: {origin}; example: ", _marked("trained", True), " ", _marked("not trained", False)
     )
@@ -64,11 +70,9 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
             yield Text.assemble(f"\n{key}: {one_line(source.path)}\n{lines}", *example)
 
 
-def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer | None, str]":
-    """The tokenizer that the stages will have, or one like it, and where it is from."""
+def _given_chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer | None, str] | None":
+    """The tokenizer that the stages will have, and where it is from; None: prepare makes it."""
     from stages.data.chat import ChatTokenizer
-    from stages.data.overview import first_texts
-    from stages.data.vocabulary import tokenizer_for
 
     template, prepare = config.model.chat_template, config.prepare
     if config.model.path is not None:
@@ -80,9 +84,33 @@ def _chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer
         return None, "in characters, for the config names no model"
     if prepare.tokenizer is not None:
         return ChatTokenizer.load(prepare.tokenizer, template), f"in tokens of {prepare.tokenizer}"
+    return None
+
+
+def _chat(config: ExperimentConfig) -> "tuple[ChatTokenizer, str]":
+    """A tokenizer like the one that prepare makes."""
+    from stages.data.overview import first_texts
+    from stages.data.vocabulary import tokenizer_for
+
+    prepare = config.prepare
+    assert prepare is not None, "else the tokenizer is given, or there is none"
     texts = [text for source in prepare.data if source.weight > 0 for text in first_texts(source, prepare)]
-    chat = tokenizer_for(texts, prepare, template)
+    chat = tokenizer_for(texts, prepare, config.model.chat_template)
     return chat, "in tokens like prepare's, trained on the start of its data"
+
+
+def _headers(
+    config: ExperimentConfig, given: "tuple[ChatTokenizer | None, str] | None"
+) -> "tuple[Headers, ...]":
+    """What the model's chat template writes before turns, as far as it is known before data is read."""
+    from stages.data.chat import read_template
+    from stages.data.headers import headers_of
+
+    chat = None if given is None else given[0]
+    if chat is not None:
+        return headers_of(chat.template, chat.tokenizer.special_tokens_map)
+    template = config.model.chat_template
+    return () if template is None else headers_of(read_template(template), {})
 
 
 def _limits(config: ExperimentConfig, stage: str) -> "Limits":

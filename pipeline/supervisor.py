@@ -1,6 +1,6 @@
 """`rlhf run --retries N`: runs the same command as a child, and again after a crash.
 
-    supervise --> child (the run) --exit code--> 0, 2, 3, 5, 75: passed on
+    supervise --> child (the run) --exit code--> 0, 2, 3, 5, 75: passed on; 74: done, its output lost
                     ^                       `--> 1, 4, a signal: any new step? --> give up
                     `------------- wait ------------------------------------'
 
@@ -26,6 +26,8 @@ SUPERVISOR_VARIABLE = "RLHF_SUPERVISOR"
 """In a child's environment: the process that watches it."""
 PR_SET_PDEATHSIG = 1
 CRASHES = (1, EnvironmentProblem.exit_code)
+DISPLAY_LOST = 74
+"""Exit code of a child that did all it should, while standard output took no more: nothing to start again."""
 INTERRUPTED = 75
 MAX_WITHOUT_PROGRESS = 3
 MAX_WAIT_S = 300.0
@@ -38,14 +40,17 @@ COMMITTED = (
 """Below `outputs`: what there is more of after a step, or a block of prepare, was committed."""
 
 
-def end_with_the_supervisor() -> None:
-    """Called by every command first of all: a supervisor's child is killed when its supervisor is."""
+def end_with_the_supervisor() -> bool:
+    """Called by every command first of all: a supervisor's child is killed when its supervisor is. Whether
+    this is one.
+    """
     if SUPERVISOR_VARIABLE not in os.environ:
-        return
+        return False
     supervisor = int(os.environ.pop(SUPERVISOR_VARIABLE))  # this process's own, and none of its children's
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != supervisor:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+    return True
 
 
 def supervise(outputs: Path, *, retries: int, wait_s: float) -> int:
@@ -75,7 +80,7 @@ def supervise(outputs: Path, *, retries: int, wait_s: float) -> int:
                 return INTERRUPTED
         if child.told_to_end and code < 0:  # before it could say so itself
             return INTERRUPTED
-    return code if code >= 0 else EnvironmentProblem.exit_code
+    return code if code >= 0 and code != DISPLAY_LOST else EnvironmentProblem.exit_code
 
 
 class _Child:

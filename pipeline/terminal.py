@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
-from rollout.errors import EnvironmentProblem
-
 STDIN, STDOUT, STDERR = 0, 1, 2
 MARKS = "rlhf-marks"
 """Error handler of our outputs: "?" for a character that they cannot hold, `\\xff` for a byte of a
@@ -34,9 +32,9 @@ class Shown:
 
     problem: OSError | None = None  # why standard output took no more; None: it did, or its reader left
 
-    def exit_code(self, code: int) -> int:
-        """That of the command, unless it would be 0 although what it printed is lost."""
-        return code or (0 if self.problem is None else EnvironmentProblem.exit_code)
+    def exit_code(self, code: int, *, if_lost: int) -> int:
+        """That of the command; `if_lost` where it would be 0 although what it printed is lost."""
+        return code or (0 if self.problem is None else if_lost)
 
 
 @contextlib.contextmanager

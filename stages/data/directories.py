@@ -1,10 +1,11 @@
 """Directories: which of the files below a directory are its data, and why the others are not.
 
-    names --no_data--> data files --state.json--> in their order --split words--> Found(files, left_out)
+    names --no_data--> data files --state.json--> in their order --splits--> Found(files, left_out)
 
 Three rules, in this order. What a name says is no data (a README, a licence, the metadata of a dataset or of
 a model) is left out. Of a directory that `datasets.save_to_disk` wrote, its state.json lists the data. Where
-names tell several splits, `split:` picks one of them.
+names tell several splits, `split:` picks one of them; dataset_dict.json says which folders are splits, else
+words in names tell.
 Owns these rules. Does not own walking (places) or kinds (files). Light import.
 
 Example: of README.md, data/train-00000-of-00001.parquet and data/test-00000-of-00001.parquet, the split
@@ -24,20 +25,28 @@ from stages.errors import DataError
 SPLIT_OF = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("test", "testing", "heldout", "holdout"), "test"),
 }
 """A word of its own in the name of a file or folder -> the split it tells."""
 DEFAULT_SPLIT = DataSource.model_fields["split"].default
 _WORD = re.compile(r"[^\W\d_]+")
 _INNER_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_HELD_OUT = re.compile(r"(?<![^\W\d_])(held|hold)[-_ ]out(?![^\W\d_])", re.IGNORECASE)
 
 NO_DATA, NOT_READ = "no data by its name", "its ending is not read"
 _DOCUMENTATION = r"read[-_]?me|licen[cs]es?"
+_OF_A_LICENCE = (
+    r"(?:mit|apache|bsd|[al]?gpl|mpl|isc|cc|odc|openrail|llama|model|data|dataset|code|software"
+    r"|third[-_ ]?party)"
+)
 _NO_DATA = re.compile(
     rf"(?:{_DOCUMENTATION})(?:\..*)?"  # README.jsonl too: whoever means it can name it
     rf"|(?:{_DOCUMENTATION})[-_. ].*\.(?:txt|md|rst)"  # LICENSE-MIT.txt
-    r"|(?:authors|changelog|citation|code_of_conduct|contributing|contributors|copying|copyright|disclaimer"
-    r"|notice|requirements|robots)(?:\.(?:txt|md|rst|cff))?"
+    rf"|{_OF_A_LICENCE}(?:[-_. ].*)?[-_. ]licen[cs]es?(?:\.(?:txt|md|rst))?"  # MIT-LICENSE.txt
+    r"|(?:acknowledge?ments?|attributions?|authors|changelog|citation|code_of_conduct|contributing"
+    r"|contributors|copying|copyright|disclaimer|notices?|requirements|robots"
+    r"|terms(?:[-_ ]of[-_ ](?:use|service))?|(?:acceptable[-_ ])?use[-_ ]policy)(?:\.(?:txt|md|rst|cff))?"
+    r"|(?:(?:sha|b|blake)[-_]?\d+[-_]?sums?|sha[-_]?\d+|md5(?:[-_]?sums?)?|checksums?)(?:\.(?:txt|json))?"
     r"|requirements[-_.].*\.txt"
     r"|cache-[0-9a-f]+.*\.arrow"  # what `datasets` remembers beside its data
 )
@@ -56,7 +65,7 @@ _METADATA = frozenset(
         *("package", "package-lock", "tsconfig", "pyrightconfig", "manifest"),
     )
 ) | {"merges.txt", "vocab.txt"}
-_STATE = "state.json"
+_STATE, _DICT = "state.json", "dataset_dict.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +100,17 @@ class Found:
 
 def chosen(directory: Path, below: Sequence[tuple[Path, Collection[str]]], split: str) -> Found:
     """The data of `split` among the files of a directory. `below`: each directory at and below it, with the
-    names of its files. Raises DataError for a split that its names do not tell.
+    names of its files. Raises DataError for a split that its names do not tell, or that holds no row.
     """
     places: dict[Path, tuple[str, ...]] = {}  # file -> what it is sorted by
     left_out: list[LeftOut] = []
+    stated: dict[Path, str] = {}
+    empty: list[Path] = []
     for place, names in below:
         listed = _listed_in_state(place, names)
+        if listed is not None and not listed:
+            empty.append(place)
+        stated.update({place / name: name for name in _stated_splits(place, names)})
         for name in names:
             path = place / name
             why = _why_no_data(name) if listed is None else _why_not_listed(name, listed)
@@ -105,9 +119,10 @@ def chosen(directory: Path, below: Sequence[tuple[Path, Collection[str]]], split
             else:
                 places[path] = (*place.parts, name if listed is None else f"{listed[name]:09d}")
     files = sorted(places, key=places.__getitem__)
-    taken = _of_split(directory, files, split)
+    splits = _Splits(directory=directory, stated=stated, empty=empty)
+    taken = splits.picked(files, split)
     others = {*files} - {*taken}
-    left_out += [LeftOut(path=path, why=_told(split_of(path, directory))) for path in others]
+    left_out += [LeftOut(path=path, why=_told(splits.of(path))) for path in others]
     return Found(files=tuple(taken), left_out=tuple(sorted(left_out, key=lambda one: one.path)))
 
 
@@ -141,6 +156,13 @@ def _listed_in_state(place: Path, names: Collection[str]) -> Mapping[str, int] |
     if isinstance(state, dict) and state.get("_indices_data_files"):
         raise DataError(f"{where}: written with an index by an old `datasets`; load it and save it again")
     return order
+
+
+def _stated_splits(place: Path, names: Collection[str]) -> list[str]:
+    """The splits of a saved DatasetDict, each with a folder of its name; none where there is none."""
+    stated = _json_in(place / _DICT) if _DICT in names else None
+    splits = stated.get("splits") if isinstance(stated, dict) else None
+    return [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
 
 
 def _json_in(path: Path) -> object:
@@ -177,34 +199,67 @@ def split_of(path: Path, directory: Path) -> str | None:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name, lower-cased: what stands between signs, digits and inner capitals."""
-    return [word.lower() for word in _WORD.findall(_INNER_CAPITAL.sub(" ", name))]
+    """The words of a name, lower-cased: what stands between signs, digits and inner capitals; `held_out` is
+    one word.
+    """
+    spaced = _HELD_OUT.sub(r"\1out", _INNER_CAPITAL.sub(" ", name))
+    return [word.lower() for word in _WORD.findall(spaced)]
 
 
 def _told(split: str | None) -> str:
     return "no split in its name" if split is None else f"split {split}"
 
 
-def _of_split(directory: Path, files: Sequence[Path], split: str) -> list[Path]:
-    """The files of a split such as `train`, `train_sft` or `train+test`; all of them where names tell one
-    split or none, and `split` is not set.
-    """
-    known = {split_of(path, directory) for path in files} - {None}
-    if not files or (split == DEFAULT_SPLIT and len(known) < 2):
-        return [*files]
-    if "[" in split:
-        raise DataError(f"{shown(directory)}: split: {one_line(split)}: only a split of the hub can be cut")
-    taken: set[Path] = set()
-    for part in split.split("+"):
-        own = [path for path in files if _is_of(path, directory, part)]
-        if not own:
-            names = ", ".join(sorted(filter(None, known))) or "none"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Splits:
+    """What tells the splits of a directory."""
+
+    directory: Path
+    stated: Mapping[Path, str]  # folder -> the split that it is by dataset_dict.json; else names tell
+    empty: Sequence[Path]  # folders that `save_to_disk` wrote for no row at all
+
+    def of(self, path: Path) -> str | None:
+        """The split of a file."""
+        folder = next((folder for folder in path.parents if folder in self.stated), None)
+        return split_of(path, self.directory) if folder is None else self.stated[folder]
+
+    def picked(self, files: Sequence[Path], split: str) -> list[Path]:
+        """The files of a split such as `train`, `train_sft` or `train+test`; all of them where one split is
+        told or none, and `split` is not set.
+        """
+        nowhere = [folder / _STATE for folder in self.empty]
+        if not files and nowhere:
+            raise DataError(f"{shown(self.directory)}: no rows")
+        known = {self.of(path) for path in (*files, *nowhere)} | {*self.stated.values()}
+        known.discard(None)
+        if not files or (split == DEFAULT_SPLIT and len(known) < 2):
+            return [*files]
+        if "[" in split:
             raise DataError(
-                f"{shown(directory)}: split: no file of split '{one_line(part)}' by its name; splits are "
-                f"{names} - set split: to one of them, or name the files"
+                f"{shown(self.directory)}: split: {one_line(split)}: only a split of the hub can be cut"
             )
-        taken.update(own)
-    return [path for path in files if path in taken]
+        taken: set[Path] = set()
+        for part in split.split("+"):
+            own = self._files_of(part, files)
+            if not own:
+                if without_rows := self._files_of(part, nowhere):
+                    raise DataError(f"{shown(without_rows[0].parent)}: no rows")
+                names = ", ".join(sorted(map(one_line, filter(None, known)))) or "none"
+                raise DataError(
+                    f"{shown(self.directory)}: split: no file of split '{one_line(part)}' by its name; "
+                    f"splits are {names} - set split: to one of them, or name the files"
+                )
+            taken.update(own)
+        return [path for path in files if path in taken]
+
+    def _files_of(self, part: str, files: Sequence[Path]) -> list[Path]:
+        """Those below the folders that are stated to be of a split by this name; where none is, those whose
+        names tell it.
+        """
+        folders = {folder for folder, split in self.stated.items() if split == part}
+        if folders:
+            return [path for path in files if not folders.isdisjoint(path.parents)]
+        return [path for path in files if _is_of(path, self.directory, part)]
 
 
 def _is_of(path: Path, directory: Path, split: str) -> bool:

@@ -27,13 +27,21 @@ REQUEST_TIMEOUT_S = 5.0
 DEADLINE_S = 10.0
 """For the hub to say which commit is meant, whatever names and addresses have to be tried."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_ADDRESS = re.compile(
+    r"(?:hf://|https?://(?:[\w-]+\.)*(?:hugging|hf)[^/]*/)(?:datasets/|models/)?(\w[\w.-]*/\w[\w.-]*)",
+    re.ASCII,
+)
+"""Of a dataset or model of the hub, as a browser or the hub's own library names it."""
+_NAME_ALONE = re.compile(r"\w[\w-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE_ENDING = re.compile(
-    r"\.(?:7z|avro|bin|bz2|ckpt|feather|gz|h5|hdf5|npy|npz|orc|pkl|pth|safetensors|tar|tgz|xlsx?|xml|xz|ya?ml|zip|zst)",
+    r"\.(?:7z|avro|bin|bz2|ckpt|docx?|feather|ggml|gguf|gz|h5|hdf5|html?|lz4|md|npy|npz|onnx|orc|pdf"
+    r"|pickle|pkl|pq|pt|pth|rar|rst|safetensors|sqlite3?|tar|tfrecords?|tgz|xlsx?|xml|xz|ya?ml|zip|zst)",
     re.IGNORECASE,
 )
 """Of files that nobody names a repository like, beside those that are read."""
 NOTHING_HERE = " (there is no such directory here)"
+_AN_ID = "; a hub id is organisation/name"
 Kind = Literal["dataset", "model"]
 
 
@@ -45,6 +53,15 @@ def is_hub_id(path: str) -> bool:
 def names_a_file(path: str) -> bool:
     """Whether the path ends like a file of data or weights, so that it can be no id of the hub."""
     return has_data_suffix(path) or _FILE_ENDING.fullmatch(Path(path).suffix) is not None
+
+
+def meant_id(path: str, kind: Kind) -> str:
+    """What to add about a path where nothing lies, and that may be meant as an id of the hub: its address, or
+    the name of a dataset alone. Empty: it looks like neither.
+    """
+    if found := _ADDRESS.match(path):
+        return f"{_AN_ID}: write {found[1]}"
+    return _AN_ID if kind == "dataset" and _NAME_ALONE.fullmatch(path) else ""
 
 
 def hub_commit(source: DataSource) -> str:

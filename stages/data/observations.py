@@ -4,44 +4,35 @@
 
 Four things: turns that are left out, texts that look templated already, scores that contradict their pair,
 and prompts of an evaluation that are trained on. Nothing is changed or refused here. Owns: what is counted.
-Does not own: rows and rules (readers, schemas), how it is told (pipeline.preview). Light import.
+Does not own: rows and rules (readers, schemas), what is a marker (template_marks) or a contradiction
+(contradictions), how it is told (pipeline.preview). Light import.
 """
 
-import math
-import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.config import DataSource
+from stages.data.contradictions import contradiction
 from stages.data.decontamination import num_too_short, texts_of
 from stages.data.records import Conversation, Document, Message, Pair, Prompt, Record
+from stages.data.template_marks import Headers, marks_in
 
-_MARKER = re.compile(
-    r"<\|[^<>|\s]{1,40}\|>"  # <|im_start|>, <|user|>, <|start_header_id|>
-    r"|<\uff5c[^<>\uff5c\n]{1,40}\uff5c>"  # DeepSeek's, with wide bars
-    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>"  # Llama 2, Mistral
-    r"|<(?:start|end)_of_turn>|</?(?:user|assistant|system|human|bot)>"  # Gemma, and home-made ones
-    r"|^### (?:Instruction|Response|Human|Assistant):"  # Alpaca, Guanaco
-    r"|\A\s*(?:<s>|<bos>)|(?:</s>|<eos>)\s*\Z",
-    re.MULTILINE,
-)
-"""What chat templates write around turns, and people hardly do."""
-_SCORE_WORDS = {"score", "scores", "rating", "ratings", "reward", "rewards", "grade", "quality"}
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 EXAMPLE_CHARS = 60
 
 
 class Observed:
     """One source, record by record."""
 
-    def __init__(self, source: DataSource, *, ngram: int | None) -> None:
-        """`ngram`: words in a row that decontamination looks for; None: it looks for nothing."""
+    def __init__(self, source: DataSource, *, ngram: int | None, headers: Sequence[Headers] = ()) -> None:
+        """`ngram`: words in a row that decontamination looks for; None: it looks for nothing. `headers`: of
+        the model's own chat template.
+        """
+        self.part, self.headers = source.part, headers
         self.num_records = 0
         self.turns_left_out = self.records_cut = 0  # turns after the last answer, and of how many records
         self.templated, self.markers = 0, Counter[str]()  # records with a marker; marker -> records
@@ -77,19 +68,15 @@ class Observed:
                 self.first_words.setdefault(question, _first_words(messages))
 
     def _look_for_markers(self, messages: Iterable[Message]) -> None:
-        found = {match.strip() for message in messages for match in _MARKER.findall(message.content)}
+        found = set[str]().union(*(marks_in(message.content, self.headers) for message in messages))
         self.templated += bool(found)
         self.markers.update(found)
 
     def _compare_scores(self, pair: Pair) -> None:
-        for better, worse in _score_columns(pair.row, self._sides):
-            high, low = _number(pair.row[better]), _number(pair.row[worse])
-            if high is not None and low is not None and high <= low:
-                self.contradicted += 1
-                where = f"{pair.place}: " if pair.place else ""
-                scores = f"{where}{better} {pair.row[better]}, {worse} {pair.row[worse]}"
-                self.first_contradicted = self.first_contradicted or scores
-                return
+        if found := contradiction(pair.row, self._sides):
+            self.contradicted += 1
+            where = f"{pair.place}: " if pair.place else ""
+            self.first_contradicted = self.first_contradicted or f"{where}{found}"
 
     def _count_texts(self, prompt: Prompt) -> None:
         if self._ngram is not None:
@@ -129,29 +116,3 @@ def _questions(messages: Iterable[Message]) -> Iterator[int]:
 def _first_words(messages: Sequence[Message]) -> str:
     text = " ".join(messages[-1].content.split())
     return text if len(text) <= EXAMPLE_CHARS else f"{text[:EXAMPLE_CHARS]}\u2026"
-
-
-def _score_columns(row: Mapping[str, Any], sides: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The columns of a pair of scores: those whose names differ in the side alone, and tell a score.
-
-    Example: (score_chosen, score_rejected), (chosen-rating, rejected-rating), (chosenReward, rejectedReward).
-    """
-    for column in row:
-        if not {word.lower() for word in _WORD.findall(column)} & _SCORE_WORDS:
-            continue
-        for chosen, rejected in sides:
-            for as_written in (str, str.capitalize, str.upper):
-                other = column.replace(as_written(chosen), as_written(rejected))
-                if other != column and other in row:
-                    yield column, other
-
-
-def _number(value: Any) -> float | None:
-    """A score as a number, also as a table of text holds it; None for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

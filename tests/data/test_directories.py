@@ -65,7 +65,8 @@ def test_a_directory_is_read_as_the_page_says(tmp_path, names, split, read, left
         ("test/train.jsonl", "train"), ("train/a/b/c.jsonl", "train"), ("training/x.jsonl", "train"),
         ("contest.jsonl", None), ("trainer.jsonl", None), ("latest.jsonl", None), ("devices/a.jsonl", None),
         ("train_test.jsonl", None), ("test/train_test.jsonl", "test"), ("validity.jsonl", None),
-        ("a.jsonl", None), ("\u00e9test.jsonl", None),
+        ("heldout.jsonl", "test"), ("held_out/a.jsonl", "test"), ("HoldOut-1.jsonl", "test"),
+        ("upheld_out.jsonl", None), ("a.jsonl", None), ("\u00e9test.jsonl", None),
     ],
 )  # fmt: skip
 def test_a_split_is_told_by_a_word_of_its_own_nearest_to_the_file(name, split):
@@ -122,7 +123,9 @@ def test_what_a_directory_does_not_hold_is_one_line(tmp_path, monkeypatch, names
 
 @pytest.mark.parametrize(
     "name",
-    ["README.txt", "readme.zh.txt", "README_zh.txt", "LICENSE.txt", "LICENSE-MIT.txt", "Licence.txt",
+    ["MIT-LICENSE.txt", "llama_3_license.txt", "ATTRIBUTION.txt", "TERMS.txt", "terms_of_use.txt",
+     "SHA256SUMS.txt", "md5sum.txt", "checksums.txt", "README.txt",
+     "readme.zh.txt", "README_zh.txt", "LICENSE.txt", "LICENSE-MIT.txt", "Licence.txt",
      "NOTICE.txt",
      "requirements.txt", "requirements-dev.txt",
      "cache-0a1f.arrow", "dataset_infos.json", "config.json", "tokenizer.json"],
@@ -134,7 +137,18 @@ def test_documentation_and_metadata_are_no_data_unless_they_are_named(tmp_path, 
     assert found_at(str(tmp_path / name), "train").files == (tmp_path / name,)
 
 
-@pytest.mark.parametrize("name", ["license_questions.jsonl", "readmes.jsonl", "changes.txt", "configs.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "license_questions.jsonl",
+        "readmes.jsonl",
+        "changes.txt",
+        "configs.json",
+        "driver_license.txt",
+        "sha.txt",
+        "terminals.txt",
+    ],
+)
 def test_names_that_only_begin_like_documentation_are_data(tmp_path, name):
     assert read_of(filled(tmp_path, name)) == [name]
 
@@ -188,6 +202,40 @@ def test_a_saved_dataset_dict_has_a_folder_for_each_split(tmp_path):
     (tmp_path / "d/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert texts_of(tmp_path / "d") == ["train 00000"]
     assert texts_of(tmp_path / "d", split="test") == ["test 00000"]
+
+
+def saved_dict(directory: Path, *splits: str, stated: tuple[str, ...] = ()) -> Path:
+    for split in splits:
+        saved(directory / split, split)
+    (directory / "dataset_dict.json").write_text(json.dumps({"splits": stated or splits}))
+    return directory
+
+
+def test_the_splits_of_a_saved_dataset_dict_are_those_that_it_states(tmp_path):
+    one = saved_dict(tmp_path / "d", "train", "calibration", "train_more")
+    assert texts_of(one) == ["train 00000"]
+    assert texts_of(one, split="calibration") == ["calibration 00000"]
+    assert ("calibration/data-00000-of-00001.arrow", "split calibration") in left_out_of(one)
+    assert texts_of(saved_dict(tmp_path / "e", "train_sft", "probe")) == ["train_sft 00000"]
+    assert texts_of(saved_dict(tmp_path / "f", "calibration")) == ["calibration 00000"]
+    with pytest.raises(
+        DataError, match="no file of split 'train' by its name; splits are calibration, probe"
+    ):
+        texts_of(saved_dict(tmp_path / "g", "calibration", "probe"))
+    with pytest.raises(DataError, match="no file of split 'train'"):
+        texts_of(saved_dict(tmp_path / "h", "test", stated=("train", "test")))
+
+
+def test_what_save_to_disk_wrote_of_no_row_has_no_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "d", shards=())
+    saved_dict(tmp_path / "e", "test")
+    saved(tmp_path / "e/train", shards=())
+    for path, line in (("d", "d: no rows"), ("e", "e/train: no rows")):
+        with pytest.raises(DataError) as caught:
+            found_at(path, "train")
+        assert str(caught.value) == line
+    assert texts_of(Path("e"), split="test") == ["test 00000"]
 
 
 def test_the_content_digest_covers_what_is_read_and_nothing_else(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from hub_server import HubServer
 
 from stages.config import DataSource
-from stages.data.hub import hub_commit, is_hub_id
+from stages.data.hub import hub_commit, is_hub_id, meant_id
 from stages.data.readers import content_digest
 
 COMMIT, OTHER = "c" * 40, "d" * 40
@@ -173,6 +173,29 @@ def test_rows_of_another_commit_are_never_taken_for_the_one_that_is_asked_for(tm
 )  # fmt: skip
 def test_a_hub_id_is_told_from_a_path(path, expected):
     assert is_hub_id(path) == expected
+
+
+@pytest.mark.parametrize("ending", ["gguf", "GGUF", "md", "pq", "pt", "onnx", "pdf"])
+def test_what_ends_like_a_file_is_no_hub_id(ending):
+    assert not is_hub_id(f"org/name.{ending}")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "advice"),
+    [
+        ("https://huggingface.co/datasets/org/name", "dataset", ": write org/name"),
+        ("https://huggingface.co/datasets/org/name/tree/main", "dataset", ": write org/name"),
+        ("https://hf.co/org/name-1.5", "model", ": write org/name-1.5"),
+        ("hf://datasets/org/name@main", "dataset", ": write org/name"),
+        ("hf://org/name", "model", ": write org/name"),
+        ("squad", "dataset", ""),
+        ("squad", "model", None), ("a.jsonl", "dataset", None), ("a/b/c", "dataset", None),
+        ("s3://bucket/name", "dataset", None), ("https://example.com/org/name", "dataset", None),
+    ],
+)  # fmt: skip
+def test_what_is_meant_as_a_hub_id_and_is_none_gets_one(path, kind, advice):
+    expected = "" if advice is None else f"; a hub id is organisation/name{advice}"
+    assert meant_id(path, kind) == expected
 
 
 def test_a_local_directory_comes_before_a_hub_id(tmp_path, monkeypatch):

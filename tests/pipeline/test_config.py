@@ -229,6 +229,16 @@ def test_signs_of_a_pattern_in_the_name_of_the_directory_are_signs_of_the_name(w
         ("model.path=/gone", "model.path: no such directory: /gone"),
         ("model.path=a/b/c", "model.path: no such directory: a/b/c (in {cwd})"),
         ("model.path=a/b.safetensors", "model.path: no such directory: a/b.safetensors (in {cwd})"),
+        ("model.path=data/m.gguf", "model.path: no such directory: data/m.gguf (in {cwd})"),
+        (
+            "model.path=hf://org/name",
+            "model.path: no such directory: hf://org/name (in {cwd}); a hub id is organisation/name: "
+            "write org/name",
+        ),
+        (
+            "sft.data.0.path=squad",
+            "sft.data[0].path: no such file or directory: squad (in {cwd}); a hub id is organisation/name",
+        ),
         ("model.path=demo.yaml", "model.path: not a directory: demo.yaml (in {cwd})"),
         ("model.chat_template=t.jinja", "model.chat_template: no such file: t.jinja (in {cwd})"),
         ("model.chat_template=data", "model.chat_template: not a file: data (in {cwd})"),

@@ -53,6 +53,19 @@ def test_the_files_of_a_directory_are_listed_with_their_rows_and_what_is_left_ou
     assert lines[1] == "left out: README.md (no data by its name); test.jsonl (split test)"
 
 
+def test_files_that_are_read_with_those_of_the_only_split_that_names_tell_are_named():
+    for name in ("train", "calibration", "b"):
+        written(f"d/{name}.jsonl", ANSWERED)
+    assert (
+        "only the split train is told by names: b.jsonl, calibration.jsonl tell none, and are read with it; "
+        "name the files if not all are meant"
+    ) in checked(sft=data("d"))["sft.data.0"]
+    written("e/a.jsonl", ANSWERED)
+    written("f/train.jsonl", ANSWERED)
+    for lines in checked(sft=data("e", "f")).values():
+        assert not any("told by names" in line for line in lines)
+
+
 def test_of_many_files_the_first_are_listed():
     for number in range(30):
         written(f"d/{number:02d}.jsonl", ANSWERED)
@@ -108,6 +121,8 @@ def test_turns_after_the_last_answer_are_counted():
     ["<|im_start|>user\nCow?<|im_end|>\n<|im_start|>assistant\n", "[INST] Cow? [/INST]", 
      "<s>Cow?", "Cow?</s>",
      "<|start_header_id|>user<|end_header_id|>\n\nCow?<|eot_id|>", "<start_of_turn>user\nCow?<end_of_turn>\n",
+     "[|Human|] Cow?\n[|Assistant|] ", "A chat. USER: Cow? ASSISTANT:",
+     "<extra_id_1>User\nCow?", "[UNUSED_TOKEN_146]user\nCow?", "<reserved_106>Cow?", "<role>HUMAN</role>Cow?",
      "<\uff5cUser\uff5c>Cow?<\uff5cAssistant\uff5c>",
      "Below is an instruction.\n\n### Instruction:\nCow?\n\n### Response:"],
 )  # fmt: skip
@@ -127,11 +142,31 @@ def test_prompts_that_are_templated_already_are_said(text):
         "[1] [inst]",
         "# Response: no",
         "<user@mail>",
+        "[|x|]",
+        "USER: of it",
+        "an ASSISTANT: or USER:",
     ],
 )
 def test_ordinary_text_is_not_taken_for_a_template(text):
     path = written("a.jsonl", {"prompt": f"What is {text} here?"})
     assert not [line for line in checked(ppo=data(path))["ppo.data.0"] if "template" in line]
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}%%Cow says %%
+{{ m.content }}
+{% else %}%%Dog says %%
+{{ m.content }}{{ eos_token }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}%%Dog says %%
+{% endif %}"""
+
+
+@pytest.mark.parametrize("text", ["%%Cow says %%\nHi\n%%Dog says %%", "%%Dog says %%\nHi"])
+def test_the_headers_of_the_models_own_template_are_markers(text):
+    Path("own.jinja").write_text(TEMPLATE)
+    path = written("a.jsonl", {"prompt": text}, {"prompt": "A Cow says what?"})
+    model = {"context_length": 128, "chat_template": "own.jinja"}
+    (line,) = (line for line in checked(model=model, ppo=data(path))["ppo.data.0"] if "template" in line)
+    assert line.startswith("1 of 2 records hold the chat template's own markers (%%")
 
 
 PAIR = {"prompt": "Cow?", "chosen": "Moo.", "rejected": "Woof."}
@@ -146,6 +181,15 @@ PAIR = {"prompt": "Cow?", "chosen": "Moo.", "rejected": "Woof."}
         ({"chosen_avg_rating": 1.5, "rejected_avg_rating": 2}, True),
         ({"chosenReward": "1", "rejectedReward": "2.5"}, True),
         ({"rejected_score": 2, "chosen_score": -2}, True),
+        ({"margin": -1.0}, True),
+        ({"scores": {"chosen": 1, "rejected": 9}}, True),
+        ({"chosen_rank": 3, "rejected_rank": 1}, True),
+        ({"winner": "rejected"}, True),
+        ({"margin": 0.5}, False),
+        ({"scores": {"chosen": 9, "rejected": 1}}, False),
+        ({"chosen_rank": 1, "rejected_rank": 3}, False),
+        ({"winner": "chosen"}, False),
+        ({"rating": [1, 5]}, False),
         ({"score_chosen": 9.0, "score_rejected": 1.0}, False),
         ({"score_chosen": None, "score_rejected": 1.0}, False),
         ({"chosen_length": 1, "rejected_length": 2}, False),
@@ -207,6 +251,19 @@ def test_the_parts_of_one_file_share_no_prompt():
         ppo={"data": [{**half, "part": "train"}]}, evaluate={"prompts": [{**half, "part": "heldout"}]}
     )
     assert not [line for line in lines["evaluate.prompts.0"] if "trains on" in line]
+
+
+@pytest.mark.parametrize("part", ["train", "all"])
+def test_prompts_that_part_cannot_tell_from_each_other_are_said_to_be_written_otherwise(part):
+    written("a.jsonl", *({"prompt": question} for question in QUESTIONS))
+    written("b.jsonl", *({"prompt": f"{question}\n"} for question in QUESTIONS))
+    lines = checked(
+        ppo={"data": [{"path": "a.jsonl", "heldout_frac": 0.5, "part": part}]},
+        evaluate={"prompts": [{"path": "b.jsonl", "heldout_frac": 0.5, "part": "heldout"}]},
+    )
+    (line,) = (line for line in lines["evaluate.prompts.0"] if "trains on" in line)
+    assert line.endswith("keep them apart") == (part == "all")
+    assert ("exact text of the first question, white space too" in line) == (part == "train")
 
 
 def test_evaluation_texts_too_short_for_decontamination_are_counted():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_chain import Chain, wait_for
+from fake_chain import FAKE_CLI, Chain, wait_for
 
 from pipeline.supervisor import _without_retries
 
@@ -134,6 +134,30 @@ main(sys.argv[1:])
         check=True,
     )
     assert answer.stdout == "[]\n"
+
+
+def test_a_finished_run_is_not_started_again_for_what_it_could_not_print(chain: Chain):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                FAKE_CLI,
+                "run",
+                "demo.yaml",
+                QUICK,
+                "--until",
+                "prepare",
+                "--retries",
+                "1",
+            ],
+            cwd=chain.directory,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (ended.returncode, chain.calls()) == (4, ["prepare"])
+    assert ended.stderr == b"standard output: No space left on device; make room, or send it elsewhere\n"
 
 
 def test_the_child_gets_the_same_command_but_for_the_retries():

@@ -226,6 +226,67 @@ def test_a_manifest_does_not_vouch_for_code(directory: Path, tmp_path_factory, s
         Store(tmp_path_factory.mktemp("outputs")).identify(stage, directory)
 
 
+def test_a_pointer_to_a_pickle_is_called_a_pointer_where_it_is_all_there_is(directory: Path):
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    assert "pytorch_model.bin is a Git LFS pointer" in complaint(directory)
+
+
+def test_weights_that_nothing_finds_are_refused(directory: Path):
+    for name in ("model-00001-of-00002.safetensors", "weights.safetensors"):
+        (directory / "model.safetensors").rename(directory / name)
+        line = complaint(directory)
+        assert "neither model.safetensors nor model.safetensors.index.json" in line and name in line
+        (directory / name).rename(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "is_refused"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, True),
+        ({"quantization_config": {"load_in_4bit": True}}, True),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, True),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, True),
+        ({"quantization_config": {"quant_method": "fp8"}}, False),
+        ({"quantization_config": None}, False),
+        ({"quantization_config": {}}, False),
+    ],
+)
+def test_quantised_weights_are_refused_unless_they_are_read_as_plain_ones(
+    directory: Path, config: dict[str, object], is_refused: bool
+):
+    (directory / "config.json").write_text(json.dumps(config))
+    if not is_refused:
+        check_model_directory(directory, named="x")
+        return
+    assert complaint(directory).endswith(
+        "quantised weights, which cannot be trained; give the unquantised model"
+    )
+
+
+def test_an_adapter_alone_is_called_one(directory: Path):
+    (directory / "config.json").unlink()
+    (directory / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json: an adapter" in complaint(directory)
+
+
+@pytest.mark.parametrize(
+    ("below", "said"),
+    [
+        (["snapshots/0af1"], "snapshots/0af1"),
+        (["models--org--name/snapshots/0af1"], "models--org--name/snapshots/0af1"),
+        (["checkpoint-500", "checkpoint-1000"], "checkpoint-1000, one of 2 models below it"),
+        ([], None),
+    ],
+)
+def test_a_directory_that_holds_models_names_one(tmp_path: Path, below: list[str], said: str | None):
+    for name in below:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    expected = "an artifact or a model directory (save_pretrained)" if said is None else f"{tmp_path}/{said}"
+    assert complaint(tmp_path) == f"--input sft=x: no config.json; give {expected}"
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model"])
 def test_a_git_lfs_pointer_is_named_in_a_model_directory(directory: Path, name: str):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 123456\n"
