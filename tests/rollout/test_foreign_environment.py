@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rigs import CONFIG
 
-from rollout import foreign_settings
+from rollout import foreign_environment
 from rollout.foreign_environment import take_out
 from rollout.vllm_engine import _process_environment
 
@@ -71,10 +71,10 @@ def test_what_is_the_users_own_stays(name: str):
 
 
 def test_no_pattern_is_hidden_by_one_before_it():
-    patterns = list(foreign_settings.DECIDED_BY)
+    patterns = list(foreign_environment.DECIDED_BY)
     for index, pattern in enumerate(patterns):
         example = pattern.replace("*", "X")
-        first = next(other for other in patterns if foreign_settings.fnmatchcase(example, other))
+        first = next(other for other in patterns if foreign_environment.fnmatchcase(example, other))
         assert patterns.index(first) == index, f"{pattern} is never reached: {first}"
 
 
@@ -91,4 +91,4 @@ def test_an_engine_beats_the_environment_of_its_machine_and_keeps_its_binding(mo
 
 def test_the_page_names_every_variable_that_gives_way():
     page = (Path(__file__).parents[2] / "docs/operations.md").read_text()
-    assert [pattern for pattern in foreign_settings.DECIDED_BY if f"`{pattern}`" not in page] == []
+    assert [pattern for pattern in foreign_environment.DECIDED_BY if f"`{pattern}`" not in page] == []
