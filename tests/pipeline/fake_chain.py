@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +78,9 @@ class Chain:
         return self.directory / "outputs"
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The real cli in a process of its own, on fake recipes."""
+        """The real cli in a process of its own, on fake recipes. SIGHUP ends it, though these tests may have
+        been started with `nohup`.
+        """
         return subprocess.Popen(
             [sys.executable, "-c", FAKE_CLI, *arguments],
             cwd=self.directory,
@@ -85,6 +88,7 @@ class Chain:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=hangs_up,
         )
 
     def cli(self, *arguments: str) -> tuple[int, str, str]:
@@ -108,3 +112,8 @@ def wait_for(path: Path, timeout_s: float = 60.0) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.05)
+
+
+def hangs_up() -> None:
+    """Take back what `nohup` has done to this process."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
