@@ -196,32 +196,25 @@ GPT_OSS = """{{- "<|start|>system<|message|>You are a model.\\nCurrent date: 202
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
 
+QWEN_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+
 REAL = {  # and their tokens beside <unk>, <s>, </s>
     "qwen3": (
         QWEN3,
-        (
-            "<|im_start|>",
-            "<|im_end|>",
-            "<think>",
-            "</think>",
-            "<tool_call>",
-            "</tool_call>",
-            "<tool_response>",
-            "</tool_response>",
-        ),
+        QWEN_TOKENS,
     ),
     "qwen3_thinking": (
         QWEN3_THINKING,
-        (
-            "<|im_start|>",
-            "<|im_end|>",
-            "<think>",
-            "</think>",
-            "<tool_call>",
-            "</tool_call>",
-            "<tool_response>",
-            "</tool_response>",
-        ),
+        QWEN_TOKENS,
     ),
     "llama31": (
         LLAMA31,
