@@ -135,7 +135,7 @@ class StepResult:
 
 
 Accepts = Callable[[float, float, Mapping[str, Tensor], Mapping[str, float]], bool]
-"""(loss, gradient norm, sums, extremes) of a step, over all ranks -> whether to take it; alike on all ranks."""
+"""(loss, gradient norm, sums, extremes) of a step, over all ranks -> whether to take it; the same on all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
