@@ -16,6 +16,7 @@ import pytest
 import sharded_checkpoints
 import torch
 import torch.distributed.checkpoint as dcp
+from forks import RANKS
 from sharded_checkpoints import make_optimizer, numbers_of, take_steps
 
 from rollout.ground.errors import EnvironmentProblem
@@ -513,7 +514,8 @@ def test_a_disk_that_refuses_in_the_middle_of_a_save_is_one_line_and_earlier_che
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What three real processes saw that saved and restored in groups of one, two and three."""
-    return sharded_checkpoints.run_ranks(tmp_path_factory.mktemp("sharded"))
+    with RANKS.forking():
+        return sharded_checkpoints.run_ranks(tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("saved_on", [1, 2])
