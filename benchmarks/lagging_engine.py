@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import load
-from pipeline.dag import settings_for
+from pipeline.identity import settings_for
 from rollout.config import EngineConfig
 from rollout.weight_sync import ModuleSource, WeightSync
 from stages.config import ModelConfig, PPOSettings, PrepareConfig

@@ -26,7 +26,18 @@ from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
 import rlhf_pipeline  # noqa: F401  # first: ends a command that was started with somebody else's `pipeline`
-from pipeline import changes, dag, doctor, executor, placement, planning, supervisor, unstated
+from pipeline import (
+    changes,
+    dag,
+    doctor,
+    executor,
+    identity,
+    placement,
+    planning,
+    stage_table,
+    supervisor,
+    unstated,
+)
 from pipeline import config as configs
 from pipeline.artifacts import Store, model_at_hand, model_directory
 from pipeline.data_remarks import left_out
@@ -152,7 +163,7 @@ def _run_one(stage: str) -> Callable[..., None]:
     return command
 
 
-for _stage in dag.STAGES:
+for _stage in stage_table.STAGES:
     app.command(name=_stage, help=f"Run {_stage} alone, on what the stages before it left or on --input.")(
         _run_one(_stage)
     )
@@ -169,7 +180,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     at_hand = model_at_hand(model.path, model.revision)
     if model.path is not None and at_hand:
         directory = model_directory(model.path, model.revision)  # judged before anything of it is loaded
-        planning.check_given_models(resolved, dag.configured(resolved), {dag.MODEL: directory})
+        planning.check_given_models(resolved, dag.configured(resolved), {stage_table.MODEL: directory})
     elif not at_hand and (described := placement.described_by(model)) is not None:
         planning.check_described_model(resolved, described)
     if model.path is not None and not at_hand and (problem := model_problem(model.path, model.revision)):
@@ -317,7 +328,7 @@ def _execute(planned: planning.PlannedRun, loaded: configs.LoadedConfig) -> None
     for line in _high_rates(loaded, planned.fit, planned.to_run):
         say(f"note: {line}")
     planning.validate_data(planned)
-    for line in left_out(dag.datasets(planned.config, planned.to_run)):
+    for line in left_out(identity.datasets(planned.config, planned.to_run)):
         say(line)
     _tell_changes(planned)
     run_dir = planned.store.run_dir(planned.config.name)
@@ -343,10 +354,10 @@ def _report(run_dir: Path) -> Path:
 
 
 def _stage_name(option: str, name: str | None) -> str | None:
-    if name is None or name in dag.STAGES:
+    if name is None or name in stage_table.STAGES:
         return name
-    close = difflib.get_close_matches(name, dag.STAGES, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(dag.STAGES)}"
+    close = difflib.get_close_matches(name, stage_table.STAGES, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(stage_table.STAGES)}"
     raise ConfigError(f"{option} {name}: no such stage; {hint}")
 
 

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.stage_table import STAGES
 from stages.config import DataSource
 from stages.data.directories import DEFAULT_SPLIT, split_of
 from stages.data.files import COMPRESSIONS, kind_of, one_line, shown
@@ -26,8 +27,6 @@ NUM_FILES = 12
 """Named of one dataset."""
 NUM_MARKERS = 4
 """Shown of those that its texts hold."""
-TRAINS_THE_POLICY: tuple[StageName, ...] = ("sft", "ppo")
-"""Stages whose prompts an evaluation should not ask."""
 
 
 def files_read(source: DataSource, found: "Validated") -> Iterator[str]:
@@ -123,7 +122,7 @@ def remarks(
             f"decontamination looks for {number - short} of {number} texts: {short} "
             f"{'has' if short == 1 else 'have'} fewer words than prepare.decontaminate_ngram"
         )
-    if stage == "evaluate":
+    if _asks(stage) == "to evaluate":
         yield from _trained_on(seen, observed)
 
 
@@ -142,8 +141,9 @@ def _templated(seen: "Observed", chat: "ChatTokenizer | None") -> str:
 def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observed]]") -> Iterator[str]:
     from stages.data.observations import trained_on
 
-    for stage in TRAINS_THE_POLICY:
-        trained = observed.get(stage, ())
+    for stage, trained in observed.items():
+        if _asks(stage) != "to train":
+            continue
         number, first = trained_on(seen, trained)
         if not number:
             continue
@@ -160,6 +160,13 @@ def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observe
             f"{number} of {seen.num_records} prompts are prompts that {stage} trains on (such as "
             f"'{one_line(first)}'): {advice}"
         )
+
+
+def _asks(stage: StageName) -> str:
+    """What the prompts of its datasets are for."""
+    data = STAGES[stage].data
+    assert data is not None, "a stage whose datasets are observed"
+    return data.asks
 
 
 def left_out(datasets: Mapping[StageName, Mapping[str, DataSource]]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, dag, placement
+from pipeline import cluster, dag, identity, placement, stage_table
 from pipeline.artifacts import METRICS, Manifest, Store, package_versions, read_manifest
 from pipeline.config import resolved_yaml
 from pipeline.janitor import PLACE, nothing_left_behind
@@ -257,10 +257,12 @@ def _record(planned: PlannedRun, results: Mapping[str, StageResult]) -> None:
     store, name = planned.store, planned.config.name
     current = current_fingerprints(planned)
     entries: dict[str, StageResult] = {}
-    for stage in dag.STAGES:
+    for stage in stage_table.STAGES:
         if stage in results:
             entries[stage] = results[stage]
-        elif stage in current and _linked(store, name, stage) == dag.directory_name(stage, current[stage]):
+        elif stage in current and _linked(store, name, stage) == identity.directory_name(
+            stage, current[stage]
+        ):
             with contextlib.suppress(EnvironmentProblem):
                 manifest = read_manifest(store.artifact_dir(stage, current[stage]), hint="")
                 entries[stage] = result_of(manifest, skipped=True)

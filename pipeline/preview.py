@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from pipeline import dag
+from pipeline import dag, identity
 from pipeline.data_remarks import files_read, remarks
 from pipeline.experiment import ExperimentConfig
+from pipeline.stage_table import STAGES, Data
+from stages.config import EvaluateConfig, RewardConfig
 from stages.data.files import one_line, printable
 from stages.data.readers import unread_keys_in_words
 
@@ -40,13 +42,13 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
     from stages.data.overview import overview
     from stages.data.validation import validate
 
-    datasets = dag.datasets(config, dag.configured(config))
+    datasets = identity.datasets(config, dag.configured(config))
     ngram = None if config.prepare is None else config.prepare.decontaminate_ngram
     given = _given_chat(config, model_at_hand)
     headers = _headers(config, given)
     observed = {
         stage: [
-            Observed(source, ngram=ngram if stage == "evaluate" else None, headers=headers)
+            Observed(source, ngram=ngram if _data(stage).asks == "to evaluate" else None, headers=headers)
             for source in sources.values()
         ]
         for stage, sources in datasets.items()
@@ -113,6 +115,12 @@ def _headers(
     return () if template is None else headers_of(read_template(template), {})
 
 
+def _data(stage: str) -> Data:
+    data = STAGES[stage].data
+    assert data is not None, "a stage whose datasets are shown"
+    return data
+
+
 def _limits(config: ExperimentConfig, stage: str) -> "Limits":
     from stages.data.overview import Limits
 
@@ -121,13 +129,15 @@ def _limits(config: ExperimentConfig, stage: str) -> "Limits":
         context_length=config.model.context_length,
         max_prompt_tokens=(
             config.model.max_prompt_tokens(section.max_response_tokens)
-            if stage in ("ppo", "evaluate")
+            if _data(stage).reads == "prompts"
             else config.model.context_length
         ),
-        base_prompt=config.evaluate.base_prompt if config.evaluate and stage == "evaluate" else None,
+        base_prompt=section.base_prompt if isinstance(section, EvaluateConfig) else None,
         pairs_too_long="drop" if config.reward is None else config.reward.too_long,
         group_column=None if config.reward is None else config.reward.group_column,
-        normaliser_prompt_tokens=_normaliser_prompt_tokens(config) if stage == "reward" else None,
+        normaliser_prompt_tokens=_normaliser_prompt_tokens(config)
+        if isinstance(section, RewardConfig)
+        else None,
         prepare=config.prepare,
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_chain import Chain
 
-from pipeline import dag
+from pipeline import dag, identity, stage_table
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from stages.config import ResponseSampling, RewardSettings
@@ -17,7 +17,7 @@ OUTSIDE = {"model": "m" * 16}
 
 def fingerprints(config: ExperimentConfig) -> dict[str, str]:
     selection = dag.select(config, dag.configured(config))
-    nodes = dag.plan(config, selection, {key: OUTSIDE[key] for key in selection.outside})
+    nodes = identity.plan(config, selection, {key: OUTSIDE[key] for key in selection.outside})
     return {stage: node.fingerprint for stage, node in nodes.items()}
 
 
@@ -29,7 +29,7 @@ def changed(chain: Chain, *overrides: str) -> set[str]:
 
 def test_the_edges_of_a_chain_from_scratch(chain: Chain):
     config = chain.config()
-    assert {stage: dag.needs(config, stage) for stage in dag.STAGES} == {
+    assert {stage: dag.needs(config, stage) for stage in stage_table.STAGES} == {
         "prepare": (),
         "pretrain": ("prepare",),
         "sft": ("pretrain",),
@@ -103,7 +103,7 @@ def test_the_reward_stage_follows_what_its_normaliser_is_sampled_by(
 def test_the_normaliser_is_sampled_as_ppo_samples(
     chain: Chain, overrides: tuple[str, ...], max_response_tokens: int, temperature: float
 ):
-    settings = dag.settings_for(chain.config(*overrides), "reward")
+    settings = identity.settings_for(chain.config(*overrides), "reward")
     assert isinstance(settings, RewardSettings)
     assert settings.normaliser == ResponseSampling(
         max_response_tokens=max_response_tokens, temperature=temperature
@@ -126,7 +126,7 @@ def test_what_cannot_change_the_result_changes_no_fingerprint(chain: Chain, over
 
 
 def test_the_seed_changes_every_fingerprint(chain: Chain):
-    assert changed(chain, "seed=1") == set(dag.STAGES)
+    assert changed(chain, "seed=1") == set(stage_table.STAGES)
 
 
 def test_a_dataset_counts_by_content_and_not_by_name(chain: Chain):
@@ -149,13 +149,13 @@ def test_the_scoring_function_counts_by_content(chain: Chain):
 def test_the_given_model_counts_by_its_fingerprint(chain: Chain):
     config = chain.config("model.path=owner/name", "prepare=null", "pretrain=null")
     selection = dag.select(config, ["sft"])
-    one, other = (dag.plan(config, selection, {"model": text})["sft"].fingerprint for text in ("a", "b"))
+    one, other = (identity.plan(config, selection, {"model": text})["sft"].fingerprint for text in ("a", "b"))
     assert one != other
 
 
 def test_a_new_recipe_version_changes_the_fingerprint(chain: Chain, monkeypatch: pytest.MonkeyPatch):
     before = fingerprints(chain.config())
-    monkeypatch.setattr(dag, "recipe_version", lambda entry: 2)
+    monkeypatch.setattr(identity, "recipe_version", lambda entry: 2)
     assert not before.items() & fingerprints(chain.config()).items()
 
 
@@ -183,15 +183,15 @@ def test_recipe_versions_are_read_without_importing_the_recipe(
 ):
     (tmp_path / "explosive.py").write_text("RECIPE_VERSION = 7\nraise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert dag.recipe_version("explosive:run") == 7
+    assert identity.recipe_version("explosive:run") == 7
 
 
-@pytest.mark.parametrize("stage", dag.STAGES.values(), ids=lambda stage: stage.name)
-def test_every_entry_of_the_stage_table_is_a_recipe(stage: dag.Stage):
+@pytest.mark.parametrize("stage", stage_table.STAGES.values(), ids=lambda stage: stage.name)
+def test_every_entry_of_the_stage_table_is_a_recipe(stage: stage_table.Stage):
     module, _, function = stage.entry.partition(":")
     recipe = importlib.import_module(module)
     assert callable(getattr(recipe, function))
-    assert dag.recipe_version(stage.entry) == recipe.RECIPE_VERSION
+    assert identity.recipe_version(stage.entry) == recipe.RECIPE_VERSION
 
 
 def test_a_hub_dataset_is_pinned_to_the_commit_it_means_for_every_process(chain: Chain):
@@ -199,19 +199,19 @@ def test_a_hub_dataset_is_pinned_to_the_commit_it_means_for_every_process(chain:
     config = chain.config(
         "sft.data.0.path=owner/name", f"sft.data.0.revision={commit}", "sft.data.0.subset=x"
     )
-    settings = dag._pinned(dag.settings_for(config, "sft"))
+    settings = identity._pinned(identity.settings_for(config, "sft"))
     assert settings.sft.data[0].revision == commit
-    assert list(dag._contents(settings)) == [("sft.data.0", "owner/name", f"hub {commit} x train")]
-    local = dag.settings_for(chain.config(), "sft")
-    assert dag._pinned(local) is local
+    assert list(identity._contents(settings)) == [("sft.data.0", "owner/name", f"hub {commit} x train")]
+    local = identity.settings_for(chain.config(), "sft")
+    assert identity._pinned(local) is local
 
 
 def test_evaluation_prompts_reach_prepare_unless_it_does_not_look_for_them(chain: Chain):
-    sources = [key for key, _ in dag.data_sources(chain.config(), "prepare")]
+    sources = [key for key, _ in identity.data_sources(chain.config(), "prepare")]
     assert sources == ["prepare.data.0", "evaluate.prompts.0"]
     assert "prepare" in changed(chain, "evaluate.prompts.0.part=heldout")
     apart = "prepare.decontaminate=false"
-    assert [key for key, _ in dag.data_sources(chain.config(apart), "prepare")] == ["prepare.data.0"]
+    assert [key for key, _ in identity.data_sources(chain.config(apart), "prepare")] == ["prepare.data.0"]
     assert (
         fingerprints(chain.config(apart))["prepare"]
         == (fingerprints(chain.config(apart, "evaluate.prompts.0.part=heldout"))["prepare"])
@@ -220,6 +220,6 @@ def test_evaluation_prompts_reach_prepare_unless_it_does_not_look_for_them(chain
 
 def test_a_source_of_weight_zero_is_neither_read_nor_part_of_what_is_trained_on(chain: Chain):
     unread = "sft.data=[{path: sft.jsonl}, {path: gone.jsonl, weight: 0}]"
-    assert [key for key, _ in dag.data_sources(chain.config(unread), "sft")] == ["sft.data.0"]
-    contents = dag._contents(dag.settings_for(chain.config(unread), "sft"))
+    assert [key for key, _ in identity.data_sources(chain.config(unread), "sft")] == ["sft.data.0"]
+    contents = identity._contents(identity.settings_for(chain.config(unread), "sft"))
     assert [content.key for content in contents] == ["sft.data.0"]
