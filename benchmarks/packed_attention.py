@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from stages.config import ModelConfig
+from stages.config.model import ModelConfig
 from stages.training.forwards import ResponsePack, pack_responses, response_logprobs
 from stages.training.models import CausalLM, build_causal_lm
 from stages.training.packed_attention import PACKED_ATTENTION

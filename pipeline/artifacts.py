@@ -31,8 +31,8 @@ from pipeline.errors import CorruptArtifact, MissingStage
 from pipeline.identity import SCHEMA_VERSION, Node, directory_name
 from pipeline.model_files import PICKLES, check_configs, check_model_directory
 from pipeline.stage_table import STAGES
-from rollout.errors import EnvironmentProblem
-from stages.data.durable import disk_problems, file_digest, sync, write_whole
+from rollout.ground.durable import disk_problems, file_digest, sync, write_whole
+from rollout.ground.errors import EnvironmentProblem
 from stages.errors import DataError
 
 MANIFEST = "manifest.json"

@@ -22,7 +22,9 @@ from pipeline.config_fields import field_at
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.given_model import GivenModel
 from pipeline.stage_table import STAGES
-from stages.config import FITTED, PPOConfig, SFTConfig, TrainingConfig
+from stages.config.ppo import PPOConfig
+from stages.config.sft import SFTConfig
+from stages.config.training import FITTED, TrainingConfig
 
 LEARNING_RATES: Mapping[str, float] = {
     f"{stage.name}.{setting}": rate for stage in STAGES.values() for setting, rate in stage.rates.items()

@@ -21,12 +21,16 @@ import blake3
 from pipeline.dag import Selection, needs
 from pipeline.experiment import ExperimentConfig
 from pipeline.stage_table import STAGES, Stage
-from rollout.config import Section
-from stages.config import DataSource, ModelConfig, PrepareConfig, ScoreFunction, StageSettings
-from stages.data.files import shown
-from stages.data.hub import hub_commit, is_hub_id
-from stages.data.readers import content_digest
-from stages.data.schemas import SCHEMAS, StageName
+from rollout.ground.section import Section
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.prepare import PrepareConfig
+from stages.config.score import ScoreFunction
+from stages.config.stage import StageSettings
+from stages.data.reading.files import shown
+from stages.data.reading.hub import hub_commit, is_hub_id
+from stages.data.reading.readers import content_digest
+from stages.data.reading.schemas import SCHEMAS, StageName
 from stages.errors import DataError
 
 SCHEMA_VERSION = 2

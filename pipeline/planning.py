@@ -21,10 +21,11 @@ from pipeline.experiment import EXPERTS_WIDTH, STAGE_FIELDS, ExperimentConfig, t
 from pipeline.fitted_defaults import Fit, fit
 from pipeline.given_model import GivenModel
 from pipeline.stage_table import CORPUS, MODEL, STAGES
-from rollout.config import Section
-from rollout.errors import ExpectedError
+from rollout.ground.errors import ExpectedError
+from rollout.ground.section import Section
 from rollout.safetensors_header import read_header
-from stages.config import EvaluateConfig, ScoreFunction
+from stages.config.evaluate import EvaluateConfig
+from stages.config.score import ScoreFunction
 from stages.data.scoring import load_judge
 from stages.errors import ModelError
 
@@ -244,7 +245,7 @@ def _asking(config: ExperimentConfig, stages: Sequence[str], setting: str) -> li
 
 def _highest_id(config: ExperimentConfig, stages: Sequence[str], directory: Path) -> int:
     """Of the ids that its tokenizer and the template write in these stages. Raises ModelError."""
-    from stages.data.chat import ChatTokenizer
+    from stages.data.chat.tokenizer import ChatTokenizer
 
     reads_documents = any(_reads_documents(config, stage) for stage in stages)
     return ChatTokenizer.load(directory, config.model.chat_template).highest_id(documents=reads_documents)
@@ -294,13 +295,13 @@ def _check_given_to_prepare(planned: PlannedRun) -> None:
     prepare, template = planned.config.prepare, planned.config.model.chat_template
     assert prepare is not None
     if prepare.languages:
-        from stages.data.languages import check_languages
+        from stages.data.corpus.languages import check_languages
 
         check_languages(prepare.languages)
     model = planned.outside.get(MODEL)
     tokenizer = prepare.tokenizer if model is None else model.path
     if tokenizer is not None or template is not None:
-        from stages.data.vocabulary import given_tokenizer
+        from stages.data.corpus.vocabulary import given_tokenizer
 
         given_tokenizer(tokenizer, prepare, template)
 

@@ -17,7 +17,7 @@ from pipeline.planning import PlannedRun
 from pipeline.stage_table import STAGES
 from rollout.config import EngineConfig
 from rollout.engines import require_installed
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.bundles import rollout_of
 
 MIB, GIB = 2**20, 2**30

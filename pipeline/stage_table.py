@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.experiment import ExperimentConfig
-from stages.config import (
-    EvaluateSettings,
-    PPOSettings,
-    PrepareSettings,
-    PretrainSettings,
-    RewardSettings,
-    SFTSettings,
-    StageSettings,
-)
+from stages.config.evaluate import EvaluateSettings
+from stages.config.ppo import PPOSettings
+from stages.config.prepare import PrepareSettings
+from stages.config.pretrain import PretrainSettings
+from stages.config.reward import RewardSettings
+from stages.config.sft import SFTSettings
+from stages.config.stage import StageSettings
 
 MODEL = "model"
 """Input key of the directory that `model.path` names; every other input key is the name of a stage."""

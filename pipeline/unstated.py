@@ -14,8 +14,11 @@ from pipeline.fitted_defaults import Choice, Fit
 from pipeline.given_model import GivenModel
 from pipeline.stage_table import STAGES
 from pipeline.yaml_source import short
-from rollout.config import Section
-from stages.config import PPOConfig, PrepareConfig, SFTConfig, TrainingConfig
+from rollout.ground.section import Section
+from stages.config.ppo import PPOConfig
+from stages.config.prepare import PrepareConfig
+from stages.config.sft import SFTConfig
+from stages.config.training import TrainingConfig
 
 STEPS = ("max_steps", "num_epochs")
 SIZES = ("layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")

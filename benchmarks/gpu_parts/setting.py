@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stages.config import ModelConfig
+from stages.config.model import ModelConfig
 from stages.data.packing import PackedRow, pack
 from stages.runtime import Runtime, StageResources
 from stages.training.distributed import Worker

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from stages.config import TrainingConfig
+from stages.config.training import TrainingConfig
 from stages.data.batches import BatchOrder
 from stages.errors import Interrupted
 from stages.runtime import Runtime

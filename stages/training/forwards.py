@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rollout.weight_sync import LogprobsOf
+from rollout.api import LogprobsOf
 from stages.data.packing import PackedRow, pack, plan_packs, split
 from stages.objectives.logprobs import (
     ResponsePositions,

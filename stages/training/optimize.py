@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stages.config import TrainingConfig
+from stages.config.training import TrainingConfig
 from stages.objectives.schedules import lr_factor
 from stages.training import ranks
 

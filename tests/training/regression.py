@@ -8,7 +8,7 @@ import torch
 from inline import runtime_in
 from torch import nn
 
-from stages.config import PretrainConfig
+from stages.config.pretrain import PretrainConfig
 from stages.training.fit import FitResult, fit
 from stages.training.observed import Observed
 from stages.training.optimize import Optimizer
