@@ -44,10 +44,11 @@ from pipeline.data_remarks import left_out
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig, host_and_port
 from pipeline.fitted_defaults import Fit, high_rates
+from pipeline.headline import headline, sentence
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
 from pipeline.preview import previews
-from pipeline.progress import Progress, duration, number
+from pipeline.progress import Progress, duration
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
 from pipeline.terminal import outputs_that_may_fail
@@ -342,9 +343,12 @@ def _execute(planned: planning.PlannedRun, loaded: configs.LoadedConfig) -> None
         raise
     report = _report(run_dir)
     say("")
+    metrics = {stage: result.metrics for stage, result in results.items()}
     for stage, result in results.items():
-        shown = "  ".join(f"{short(key)} {number(value)}" for key, value in list(result.metrics.items())[:5])
-        say(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
+        took = "skipped" if result.skipped else duration(result.seconds)
+        say(f"{stage:9} {took:12} {headline(stage, result.metrics)}".rstrip())
+    if (said := sentence(metrics)) is not None:
+        say(f"\n{said}")
     say(f"report: {os.path.relpath(report)}")
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import blake3
 
-from pipeline.dag import Selection, needs
+from pipeline.dag import Selection
 from pipeline.experiment import ExperimentConfig
 from pipeline.stage_table import STAGES, Stage
 from rollout.ground.section import Section
@@ -56,6 +56,7 @@ class Node:
     settings: StageSettings
     recipe_version: int
     inputs: Mapping[str, str]  # input key -> fingerprint
+    roles: Mapping[str, str]  # what the recipe calls an input -> its key
     contents: Mapping[str, str]  # dotted key of a file the settings name -> digest of its content
     fingerprint: str
 
@@ -77,8 +78,10 @@ def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, s
     known = dict(outside)
     nodes: dict[str, Node] = {}
     for stage in selection.stages:
-        inputs = {key: known[key] for key in needs(config, stage, selection.outside)}
-        nodes[stage] = node = _node(STAGES[stage], _pinned(settings_for(config, stage)), inputs)
+        needs = STAGES[stage].needs(config, selection.outside)
+        inputs = {need.key: known[need.key] for need in needs}
+        roles = {need.role: need.key for need in needs}
+        nodes[stage] = node = _node(STAGES[stage], _pinned(settings_for(config, stage)), inputs, roles)
         known[stage] = node.fingerprint
     return nodes
 
@@ -143,7 +146,7 @@ def recipe_version(entry: str) -> int:
     raise AssertionError(f"{spec.origin}: no line `RECIPE_VERSION = <integer>`")
 
 
-def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str]) -> Node:
+def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str], roles: Mapping[str, str]) -> Node:
     version = recipe_version(stage.entry)
     contents = {content.key: content.digest for content in _contents(settings)}
     identity = {
@@ -160,6 +163,7 @@ def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str]) -> N
         settings=settings,
         recipe_version=version,
         inputs=inputs,
+        roles=roles,
         contents=contents,
         fingerprint=_digest(identity),
     )

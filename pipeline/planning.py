@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, MissingStage
 from pipeline.experiment import EXPERTS_WIDTH, STAGE_FIELDS, ExperimentConfig, too_narrow
 from pipeline.fitted_defaults import Fit, fit
 from pipeline.given_model import GivenModel
-from pipeline.stage_table import CORPUS, MODEL, STAGES
+from pipeline.stage_table import MODEL, STAGES
 from rollout.ground.errors import ExpectedError
 from rollout.ground.section import Section
 from rollout.safetensors_header import read_header
@@ -158,7 +158,7 @@ def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: M
     """Judge the directories that `stages` are given (input key -> directory): whether each can be trained, or
     scored with, as these stages will do it, and whether its tokenizer is made for it. Raises ModelError.
     """
-    corpora = {key: path for key, path in given.items() if key in STAGES and STAGES[key].makes == "corpus"}
+    corpora = {key: path for key, path in given.items() if _is_corpus(key)}
     models = {key: path for key, path in given.items() if key not in corpora}
     if not models or all(STAGES[stage].makes == "corpus" for stage in stages):
         return
@@ -182,7 +182,7 @@ def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: M
         else:
             _check_width_of_experts(config, stages, path, named)
         for maker, corpus in corpora.items():
-            if any(_trains_on(config, stage, maker) for stage in stages):
+            if any(STAGES[stage].makes == "policy" and maker in dag.needs(config, stage) for stage in stages):
                 highest = _highest_id(config, stages, corpus)
                 check_rows(rows, highest, named=named, tokenizer=_as_given(config, maker, corpus))
 
@@ -253,16 +253,11 @@ def _highest_id(config: ExperimentConfig, stages: Sequence[str], directory: Path
 
 def _reads_documents(config: ExperimentConfig, stage: str) -> bool:
     """Whether a stage makes a corpus, or takes one where there is one."""
-    needs = STAGES[stage].needs(config, STAGES)
-    return STAGES[stage].makes == "corpus" or any(need.role == CORPUS for need in needs)
+    return STAGES[stage].makes == "corpus" or any(map(_is_corpus, dag.needs(config, stage, STAGES)))
 
 
-def _trains_on(config: ExperimentConfig, stage: str, maker: str) -> bool:
-    """Whether a stage trains on the documents of the corpus that `maker` makes."""
-    needs = STAGES[stage].needs(config, STAGES)
-    return STAGES[stage].makes == "policy" and any(
-        need.key == maker and need.role == CORPUS for need in needs
-    )
+def _is_corpus(key: str) -> bool:
+    return key in STAGES and STAGES[key].makes == "corpus"
 
 
 def current_fingerprints(planned: PlannedRun) -> dict[str, str]:

@@ -20,13 +20,10 @@ from stages.config.pretrain import PretrainSettings
 from stages.config.reward import RewardSettings
 from stages.config.sft import SFTSettings
 from stages.config.stage import StageSettings
+from stages.runtime import BASE, CORPUS, REWARD_MODEL
 
 MODEL = "model"
 """Input key of the directory that `model.path` names; every other input key is the name of a stage."""
-BASE = "base"
-"""What an evaluation calls the model before any tuning, which pretrain makes or `model.path` names."""
-CORPUS, START, POLICY, REWARD_MODEL = "corpus", "start", "policy", "reward_model"
-"""What recipes call their inputs, whichever stage made them. evaluate calls a policy by its own name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +69,15 @@ class Figure:
     card: str | None = None  # the title of its card; None: the report shows it among all figures only
     small_print: str = ""  # of the card
     beside: tuple[str, str] | None = None  # a further metric of the small print, and the words around it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """What an evaluation says of each model that it compares, under `<measure>_<model>` in its metrics."""
+
+    label: str  # in the report's table
+    card: str | None = None  # the title of its card; None: it has none
+    form: Literal["share", "number"] = "number"
 
 
 Inputs = Callable[[ExperimentConfig, Collection[str]], tuple[Need, ...]]
@@ -122,26 +128,27 @@ def _start(config: ExperimentConfig) -> str:
 
 
 def _prepare_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
-    return (Need(role=START, key=MODEL),) if is_there(config, given, MODEL) else ()
+    return (Need(role=MODEL, key=MODEL),) if is_there(config, given, MODEL) else ()
 
 
 def _pretrain_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
-    return (Need(role=CORPUS, key="prepare"), *_prepare_needs(config, given))
+    return (Need(role="prepare", key="prepare"), *_prepare_needs(config, given))
 
 
 def _sft_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
-    return (Need(role=START, key=_start(config)),)
+    return (Need(role=_start(config), key=_start(config)),)
 
 
 def _reward_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
     is_from_sft = config.reward is None or config.reward.init_from == "sft"
-    return (Need(role=START, key="sft" if is_from_sft else _start(config)),)
+    key = "sft" if is_from_sft else _start(config)
+    return (Need(role=key, key=key),)
 
 
 def _ppo_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
     starts_untuned = not is_there(config, given, "sft") and is_there(config, given, _start(config))
-    scores = (Need(role=REWARD_MODEL, key="reward"),) if is_there(config, given, "reward") else ()
-    return (Need(role=POLICY, key=_start(config) if starts_untuned else "sft"), *scores)
+    scores = (Need(role="reward", key="reward"),) if is_there(config, given, "reward") else ()
+    return (Need(role="sft", key=_start(config) if starts_untuned else "sft"), *scores)
 
 
 def _evaluate_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
@@ -328,3 +335,11 @@ STAGES: dict[str, Stage] = {
 _TUNED = tuple(stage.name for stage in STAGES.values() if stage.makes == "policy" and stage.data is not None)
 EVALUATED = (BASE, *_TUNED)
 """The names of the models that an evaluation compares, in the order of their tuning: they end its metrics."""
+MEASURES: Mapping[str, Measure] = {
+    "score": Measure(label="score, 0 to 1", card="Score", form="share"),
+    "reward": Measure(label="reward model, normalised", card="Reward"),
+    "perplexity": Measure(label="perplexity, held-out text"),
+    "length": Measure(label="length, tokens"),
+    "truncated": Measure(label="responses without an end", form="share"),
+}
+"""By name, the most telling first."""

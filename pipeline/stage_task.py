@@ -202,7 +202,7 @@ def _settle_process(job: StageJob) -> None:
 
 def _run_recipe(job: StageJob, store: Store) -> None:
     node, started = job.node, time.time()
-    inputs = {key: _verified_input(job, store, key) for key in node.inputs}
+    inputs = {role: _verified_input(job, store, key) for role, key in node.roles.items()}
     check_files(job)  # hours may lie behind the plan
     work = store.begin(node.stage, node.fingerprint)
     module, _, function = node.entry.partition(":")
