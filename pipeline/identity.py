@@ -21,11 +21,8 @@ import blake3
 from pipeline.dag import Selection
 from pipeline.experiment import ExperimentConfig
 from pipeline.stage_table import STAGES, Stage
-from rollout.ground.section import Section
+from rollout.ground.section import Section, sections_in
 from stages.config.data import DataSource
-from stages.config.model import ModelConfig
-from stages.config.prepare import PrepareConfig
-from stages.config.score import ScoreFunction
 from stages.config.stage import StageSettings
 from stages.data.reading.files import shown
 from stages.data.reading.hub import hub_commit, is_hub_id
@@ -36,13 +33,6 @@ from stages.errors import DataError
 SCHEMA_VERSION = 2
 """Of artifacts and fingerprints: a bump makes every artifact of an older version unknown."""
 FINGERPRINT_CHARS = 16
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-"""What makes a tokenizer; the first is always there."""
 CHANGED = "changed since the run was planned; run the same command again"
 """What is wrong with a file or a directory that a stage was planned on and found otherwise."""
 
@@ -110,10 +100,10 @@ def data_sources(config: ExperimentConfig, stage: str) -> Iterator[tuple[str, Da
     The first part of the key is the stage by whose schemas it is read: prepare reads evaluate's prompts too.
     """
     also_reads = STAGES[stage].also_reads
-    for key, section in _sections(settings_for(config, stage)):
+    for path, section in sections_in(settings_for(config, stage)):
         if isinstance(section, DataSource) and section.weight > 0:
-            name, _, place = key.partition(".")
-            yield f"{also_reads[name]}.{place}" if name in also_reads else key, section
+            name, *place = map(str, path)
+            yield ".".join([also_reads.get(name, name), *place]), section
 
 
 def datasets(config: ExperimentConfig, stages: Collection[str]) -> dict[StageName, dict[str, DataSource]]:
@@ -194,19 +184,16 @@ def _pinned(value: Any) -> Any:
 
 def _contents(settings: StageSettings) -> Iterator[_Content]:
     """Every file that the settings name, as it is now. Raises DataError."""
-    for key, section in _sections(settings):
-        match section:
-            case DataSource():
-                if section.weight > 0:
-                    yield _Content(key, shown(section.path), content_digest(section))
-            case ScoreFunction():
-                yield _file_content(f"{key}.path", section.path)
-            case PrepareConfig(tokenizer=Path() as directory):
-                for name in TOKENIZER_FILES:
-                    if name == TOKENIZER_FILES[0] or (directory / name).is_file():
-                        yield _file_content(f"{key}.tokenizer.{name}", directory / name)
-            case ModelConfig(chat_template=Path() as template):
-                yield _file_content(f"{key}.chat_template", template)
+    for path, section in sections_in(settings):
+        key = ".".join(map(str, path))
+        if isinstance(section, DataSource) and section.weight > 0:
+            yield _Content(key, shown(section.path), content_digest(section))
+        for name, place, counted in section.files():
+            if not counted:
+                yield _file_content(f"{key}.{name}", place)
+            for file in counted:
+                if file == counted[0] or (place / file).is_file():
+                    yield _file_content(f"{key}.{name}.{file}", place / file)
 
 
 def _file_content(key: str, path: Path) -> _Content:
@@ -214,17 +201,3 @@ def _file_content(key: str, path: Path) -> _Content:
         return _Content(key, shown(path), blake3.blake3(path.read_bytes()).hexdigest())
     except OSError as error:
         raise DataError(f"{path}: {key}: {error.strerror}; give the path of a readable file") from error
-
-
-def _sections(value: Any, key: str = "") -> Iterator[tuple[str, Section]]:
-    """Every section below `value`, with its dotted key, depth first."""
-    if isinstance(value, Section):
-        if key:
-            yield key, value
-        items: Any = ((name, getattr(value, name)) for name in type(value).model_fields)
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return
-    for name, item in items:
-        yield from _sections(item, f"{key}.{name}" if key else str(name))
