@@ -9,13 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.stage_table import STAGES
+from pipeline.stage_table import data_of
 from stages.config.data import DataSource
+from stages.config.prepare import PrepareConfig
 from stages.data.reading.directories import DEFAULT_SPLIT, split_of
 from stages.data.reading.files import COMPRESSIONS, kind_of, one_line, shown
 from stages.data.reading.hub import is_hub_id
 from stages.data.reading.places import found_at
-from stages.data.reading.schemas import StageName
 from stages.data.reading.table_rows import DELIMITERS, delimiter_of
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def _below(path: Path, directory: Path) -> str:
 
 
 def remarks(
-    stage: StageName,
+    stage: str,
     seen: "Observed",
-    observed: "Mapping[StageName, Sequence[Observed]]",
+    observed: "Mapping[str, Sequence[Observed]]",
     chat: "ChatTokenizer | None",
 ) -> Iterator[str]:
     """What is odd in one dataset, over all of its rows. `observed`: those of all stages."""
@@ -120,9 +120,9 @@ def remarks(
         number, short = seen.evaluation_texts, seen.evaluation_texts_too_short
         yield (
             f"decontamination looks for {number - short} of {number} texts: {short} "
-            f"{'has' if short == 1 else 'have'} fewer words than prepare.decontaminate_ngram"
+            f"{'has' if short == 1 else 'have'} fewer words than {PrepareConfig.KEY}.decontaminate_ngram"
         )
-    if _asks(stage) == "to evaluate":
+    if data_of(stage).asks == "to evaluate":
         yield from _trained_on(seen, observed)
 
 
@@ -138,11 +138,11 @@ def _templated(seen: "Observed", chat: "ChatTokenizer | None") -> str:
     )
 
 
-def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observed]]") -> Iterator[str]:
+def _trained_on(seen: "Observed", observed: "Mapping[str, Sequence[Observed]]") -> Iterator[str]:
     from stages.data.observations import trained_on
 
     for stage, trained in observed.items():
-        if _asks(stage) != "to train":
+        if data_of(stage).asks != "to train":
             continue
         number, first = trained_on(seen, trained)
         if not number:
@@ -162,14 +162,7 @@ def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observe
         )
 
 
-def _asks(stage: StageName) -> str:
-    """What the prompts of its datasets are for."""
-    data = STAGES[stage].data
-    assert data is not None, "a stage whose datasets are observed"
-    return data.asks
-
-
-def left_out(datasets: Mapping[StageName, Mapping[str, DataSource]]) -> Iterator[str]:
+def left_out(datasets: Mapping[str, Mapping[str, DataSource]]) -> Iterator[str]:
     """A line for every directory among the datasets of which files are not read. Raises DataError."""
     for key, source in chain.from_iterable(sources.items() for sources in datasets.values()):
         directory = Path(source.path)

@@ -27,7 +27,6 @@ from stages.config.stage import StageSettings
 from stages.data.reading.files import shown
 from stages.data.reading.hub import hub_commit, is_hub_id
 from stages.data.reading.readers import content_digest
-from stages.data.reading.schemas import SCHEMAS, StageName
 from stages.errors import DataError
 
 SCHEMA_VERSION = 2
@@ -106,12 +105,12 @@ def data_sources(config: ExperimentConfig, stage: str) -> Iterator[tuple[str, Da
             yield ".".join([also_reads.get(name, name), *place]), section
 
 
-def datasets(config: ExperimentConfig, stages: Collection[str]) -> dict[StageName, dict[str, DataSource]]:
+def datasets(config: ExperimentConfig, stages: Collection[str]) -> dict[str, dict[str, DataSource]]:
     """The `data_sources` of all `stages`, each once, by the stage as which they are read, in that order."""
     sources = {key: source for stage in stages for key, source in data_sources(config, stage)}
     return {
         stage: {key: source for key, source in sources.items() if key.startswith(f"{stage}.")}
-        for stage in SCHEMAS
+        for stage in STAGES
         if any(key.startswith(f"{stage}.") for key in sources)
     }
 

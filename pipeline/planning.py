@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, MissingStage
 from pipeline.experiment import EXPERTS_WIDTH, STAGE_FIELDS, ExperimentConfig, too_narrow
 from pipeline.fitted_defaults import Fit, fit
 from pipeline.given_model import GivenModel
-from pipeline.stage_table import MODEL, STAGES
+from pipeline.stage_table import MODEL, STAGES, data_of
 from rollout.ground.errors import ExpectedError
 from rollout.ground.section import Section
 from rollout.safetensors_header import read_header
@@ -147,11 +147,11 @@ def validate_data(planned: PlannedRun) -> None:
         if STAGES[stage].makes == "corpus":
             _check_given_to_prepare(planned)
     for stage, sources in identity.datasets(planned.config, planned.to_run).items():
-        validate(list(sources.values()), stage, getattr(planned.config, stage))
+        validate(list(sources.values()), data_of(stage).reads, getattr(planned.config, stage))
     for stage in planned.to_run:
         match getattr(planned.config, stage):
             case EvaluateConfig(score=ScoreFunction() as score):
-                load_judge(score)
+                load_judge(score, key=f"{stage}.score")
 
 
 def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: Mapping[str, Path]) -> None:

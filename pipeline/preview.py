@@ -13,7 +13,7 @@ from rich.text import Text
 from pipeline import dag, identity
 from pipeline.data_remarks import files_read, remarks
 from pipeline.experiment import ExperimentConfig
-from pipeline.stage_table import STAGES, Data
+from pipeline.stage_table import data_of
 from stages.config.evaluate import EvaluateConfig
 from stages.config.reward import RewardConfig
 from stages.data.reading.files import one_line, printable
@@ -49,13 +49,13 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
     headers = _headers(config, given)
     observed = {
         stage: [
-            Observed(source, ngram=ngram if _data(stage).asks == "to evaluate" else None, headers=headers)
+            Observed(source, ngram=ngram if data_of(stage).asks == "to evaluate" else None, headers=headers)
             for source in sources.values()
         ]
         for stage, sources in datasets.items()
     }
     validated = {
-        stage: validate(list(sources.values()), stage, getattr(config, stage), observed[stage])
+        stage: validate(list(sources.values()), data_of(stage).reads, getattr(config, stage), observed[stage])
         for stage, sources in datasets.items()
     }
     chat, origin = _chat(config) if given is None else given
@@ -66,7 +66,7 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
         for (key, source), found, seen in zip(
             sources.items(), validated[stage], observed[stage], strict=True
         ):
-            shown = overview(source, stage, found, chat, _limits(config, stage))
+            shown = overview(source, data_of(stage).reads, found, chat, _limits(config, stage))
             told = chain(files_read(source, found), _figures(shown), remarks(stage, seen, observed, chat))
             lines = "".join(f"  {line}\n" for line in told)
             example = (_marked(span.text, span.trained) for span in shown.example)
@@ -116,12 +116,6 @@ def _headers(
     return () if template is None else headers_of(read_template(template), {})
 
 
-def _data(stage: str) -> Data:
-    data = STAGES[stage].data
-    assert data is not None, "a stage whose datasets are shown"
-    return data
-
-
 def _limits(config: ExperimentConfig, stage: str) -> "Limits":
     from stages.data.overview import Limits
 
@@ -130,7 +124,7 @@ def _limits(config: ExperimentConfig, stage: str) -> "Limits":
         context_length=config.model.context_length,
         max_prompt_tokens=(
             config.model.max_prompt_tokens(section.max_response_tokens)
-            if _data(stage).reads == "prompts"
+            if data_of(stage).reads == "prompts"
             else config.model.context_length
         ),
         base_prompt=section.base_prompt if isinstance(section, EvaluateConfig) else None,

@@ -20,6 +20,7 @@ from stages.config.pretrain import PretrainSettings
 from stages.config.reward import RewardSettings
 from stages.config.sft import SFTSettings
 from stages.config.stage import StageSettings
+from stages.data.reading.schemas import Kind
 from stages.runtime import BASE, CORPUS, REWARD_MODEL
 
 MODEL = "model"
@@ -42,7 +43,7 @@ class Data:
     """The datasets in the section of a stage."""
 
     field: str  # the setting that lists them
-    reads: Literal["documents", "conversations", "pairs", "prompts"]
+    reads: Kind
     asks: Literal["nobody", "to train", "to evaluate"]  # what the prompts in it are for
 
 
@@ -331,6 +332,14 @@ STAGES: dict[str, Stage] = {
     )
 }
 """In an order in which every stage comes after all it may need."""
+
+
+def data_of(stage: str) -> Data:
+    """The datasets of a stage that has some."""
+    data = STAGES[stage].data
+    assert data is not None, f"{stage} lists no datasets"
+    return data
+
 
 _TUNED = tuple(stage.name for stage in STAGES.values() if stage.makes == "policy" and stage.data is not None)
 EVALUATED = (BASE, *_TUNED)

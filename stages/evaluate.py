@@ -100,7 +100,7 @@ def evaluate(
     rows = read_prompts(config.prompts, seed=stage_seed(settings.seed, "evaluate", "rows"))
     chat = ChatTokenizer.load(first, settings.model.chat_template)
     prompts, num_refused = _fitting(rows, chat, settings)
-    judge = None if config.score is None else load_judge(config.score)
+    judge = None if config.score is None else load_judge(config.score, key=f"{config.KEY}.score")
     candidates = _candidates(models, prompts, chat, config, worker.device)
     compared = _compared(candidates)
     worker.runtime.check_files()

@@ -1,7 +1,7 @@
 """`prepare:` - how documents become a tokenizer and token shards. Light import: pydantic only."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -34,6 +34,8 @@ class NearDedupConfig(Section):
 class PrepareConfig(Section):
     """`prepare:` - documents in; tokenizer, packed shards and statistics out."""
 
+    KEY: ClassVar[str] = "prepare"
+    """Where this section stands in a config."""
     data: list[DataSource] = Field(min_length=1)
     """Documents."""
     unicode_form: Literal["NFC", "NFKC"] | None = "NFC"
