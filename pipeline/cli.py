@@ -15,7 +15,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ from pipeline.preview import previews
 from pipeline.progress import Progress, duration
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
+from pipeline.stage_task import StageResult
 from pipeline.terminal import outputs_that_may_fail
 from pipeline.yaml_source import short
 from rollout.foreign_environment import take_out
@@ -93,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with outputs_that_may_fail() as shown:
         _beat_the_environment(arguments)
-        code = _exit_code(arguments)
+        with _told() as ended, signals_interrupt():
+            command = typer.main.get_command(app)
+            ended.code = command.main(args=arguments, prog_name="rlhf", standalone_mode=False)
     lost = supervisor.DISPLAY_LOST if is_supervised else EnvironmentProblem.exit_code
-    sys.exit(shown.exit_code(code, if_lost=lost))
+    sys.exit(shown.exit_code(ended.exit_code, if_lost=lost))
 
 
 def _beat_the_environment(arguments: Sequence[str]) -> None:
@@ -133,7 +137,8 @@ def run(
     planned = planning.plan_run(loaded.config, last=last, force=forced)
     if resume:
         _check_unchanged(planned.config)
-    _execute(planned, loaded)
+    with _around_a_run(planned, loaded) as (progress, results):
+        results |= executor.execute(planned, progress)
 
 
 def _run_one(stage: str) -> Callable[..., None]:
@@ -150,16 +155,15 @@ def _run_one(stage: str) -> Callable[..., None]:
     ) -> None:
         loaded = configs.load(config, overrides or [])
         configs.check_paths(loaded, {"model", stage})
-        _execute(
-            planning.plan_stage(
-                loaded.config,
-                stage,
-                inputs=dict(map(_input, inputs or [])),
-                force=force,
-                command=lambda missing: " ".join(["rlhf", missing, str(config), *(overrides or [])]),
-            ),
-            loaded,
+        planned = planning.plan_stage(
+            loaded.config,
+            stage,
+            inputs=dict(map(_input, inputs or [])),
+            force=force,
+            command=lambda missing: " ".join(["rlhf", missing, str(config), *(overrides or [])]),
         )
+        with _around_a_run(planned, loaded) as (progress, results):
+            results |= executor.execute(planned, progress)
 
     return command
 
@@ -258,23 +262,35 @@ def schema() -> None:
     say(json.dumps(configs.json_schema(), indent=2))
 
 
-def _exit_code(argv: list[str]) -> int:
+@dataclass
+class _Ended:
+    """How a command ended."""
+
+    code: object = None  # what it returned; typer's commands return None where all is well
+
+    @property
+    def exit_code(self) -> int:
+        return self.code if isinstance(self.code, int) else 0
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[_Ended]:
+    """Around a command: whatever it raises becomes one line and an exit code."""
+    ended = _Ended()
     try:
-        with signals_interrupt():
-            code = typer.main.get_command(app).main(args=argv, prog_name="rlhf", standalone_mode=False)
-            if code == TYPERS_INTERRUPTED:
-                raise KeyboardInterrupt
-            return code if isinstance(code, int) else 0
+        yield ended
+        if ended.code == TYPERS_INTERRUPTED:
+            raise KeyboardInterrupt
     except ExpectedError as error:
-        return _complain(str(error), error.exit_code)
+        ended.code = _complain(str(error), error.exit_code)
     except TyperException as error:
-        return _complain(error.format_message() or "give a command; see `rlhf --help`", 2)
+        ended.code = _complain(error.format_message() or "give a command; see `rlhf --help`", 2)
     except (KeyboardInterrupt, Abort):
-        return _complain(f"interrupted; {GO_ON}", INTERRUPTED)
+        ended.code = _complain(f"interrupted; {GO_ON}", INTERRUPTED)
     except Exception as error:  # our bug, outside of any stage
         with tempfile.NamedTemporaryFile("w", prefix="rlhf-traceback-", suffix=".txt", delete=False) as log:
             traceback.print_exc(file=log)
-        return _complain(
+        ended.code = _complain(
             f"{type(error).__name__}: {error}; this is a bug of the pipeline; traceback in {log.name}", 1
         )
 
@@ -323,7 +339,14 @@ def _high_rates(loaded: configs.LoadedConfig, fitted: Fit, stages: Sequence[str]
             yield f"{loaded.where(key)}: {key}: {remark}"
 
 
-def _execute(planned: planning.PlannedRun, loaded: configs.LoadedConfig) -> None:
+@contextlib.contextmanager
+def _around_a_run(
+    planned: planning.PlannedRun, loaded: configs.LoadedConfig
+) -> Iterator[tuple[Progress, dict[str, StageResult]]]:
+    """Around the execution of a plan: what there is to say before it, its progress, and what came of it.
+
+    Yields the progress and a dictionary for the results. Raises what `validate_data` raises.
+    """
     if (line := unstated.fitted_line(planned.fit)) is not None:
         say(line)
     for line in _high_rates(loaded, planned.fit, planned.to_run):
@@ -332,22 +355,25 @@ def _execute(planned: planning.PlannedRun, loaded: configs.LoadedConfig) -> None
     for line in left_out(identity.datasets(planned.config, planned.to_run)):
         say(line)
     _tell_changes(planned)
-    run_dir = planned.store.run_dir(planned.config.name)
+    run_dir, results = planned.store.run_dir(planned.config.name), dict[str, StageResult]()
     try:
         with Progress() as progress:
-            results = executor.execute(planned, progress)
+            yield progress, results
     except BaseException:
         if (run_dir / "summary.json").is_file():
             with contextlib.suppress(EnvironmentProblem):  # what ended the run is what to tell
                 _report(run_dir)
         raise
-    report = _report(run_dir)
+    _tell_results(results, _report(run_dir))
+
+
+def _tell_results(results: Mapping[str, StageResult], report: Path) -> None:
+    """A line per stage, what came of all, and where to read on."""
     say("")
-    metrics = {stage: result.metrics for stage, result in results.items()}
     for stage, result in results.items():
         took = "skipped" if result.skipped else duration(result.seconds)
         say(f"{stage:9} {took:12} {headline(stage, result.metrics)}".rstrip())
-    if (said := sentence(metrics)) is not None:
+    if (said := sentence({stage: result.metrics for stage, result in results.items()})) is not None:
         say(f"\n{said}")
     say(f"report: {os.path.relpath(report)}")
 
