@@ -31,8 +31,8 @@ FILES = {
 }
 READ = """
 import json, sys
-from stages.config import DataSource
-from stages.data import readers
+from stages.config.data import DataSource
+from stages.data.reading import readers
 from stages.errors import DataError
 for settings in json.loads(sys.argv[1]):
     source = DataSource(**settings)

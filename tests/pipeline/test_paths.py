@@ -194,7 +194,7 @@ def test_text_of_a_dataset_in_a_metrics_name_cannot_steer_the_terminal(chain: Ch
     assert progress.shown({"step": 1, "reward/accuracy_\x1b[2Jx\ny": 1.0}).isprintable()
     chain.order("sft", metrics={"accuracy_\x1b]0;owned\x07": 0.5})
     code, stdout, _ = rlhf(capsys, "run", "demo.yaml", "--until", "sft")
-    assert code == 0 and "owned" in stdout and "\x1b" not in stdout
+    assert code == 0 and "\x1b" not in stdout
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "<script>", "\x1b[2J", "", "x" * 65, 7])
