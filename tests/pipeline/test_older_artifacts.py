@@ -1,4 +1,4 @@
-"""Artifacts that the code of November 2026 made (commit ce3c517), kept in november_2026/, are taken as they are."""
+"""Artifacts in november_2026/, which the code of that month made (commit ce3c517), are taken as they are."""
 
 import io
 import json
