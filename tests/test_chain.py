@@ -19,6 +19,8 @@ from vllm_directly import by_vllm
 
 from pipeline import cli
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def finished(watched_run):

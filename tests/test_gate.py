@@ -141,6 +141,7 @@ def test_a_resumed_run_compares_before_its_first_batch_for_its_engines_start_fro
         run_in(tmp_path, settings, inputs)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("lag", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_vllm_engine_that_lags_in_bf16_is_stopped_after_the_first_update(
     inputs, prompts, tmp_path, opened_as, lag

@@ -39,7 +39,7 @@ except AuthenticationError:
     print("refused")
 """
 VLLM_CACHE = os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache/vllm"))
-"""What vLLM keeps of each architecture. In an empty home it would inspect the model in a process of its own."""
+"""What vLLM keeps of each architecture: with an empty one it inspects the model in one more process."""
 POLL_S = 1.0  # each look costs a tenth of a second of the two cores that the run computes on
 
 
