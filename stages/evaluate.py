@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rollout.api import Rollout, RolloutRequest, Sampling
-from rollout.weight_sync import ModuleSource, ParityGate, WeightSync
+from rollout.weight_sync import ParityGate, WeightSync
 from stages.bundles import rollout_of
 from stages.config import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
@@ -41,8 +41,8 @@ from stages.runtime import Runtime
 from stages.training.distributed import Worker, launch, placed
 from stages.training.evaluation import perplexity
 from stages.training.forwards import logprobs_by, logprobs_in_packs, scores_in_packs, with_end
+from stages.training.fsdp import Placed
 from stages.training.models import (
-    CausalLM,
     ScoreNormaliser,
     base_model,
     freeze,
@@ -60,7 +60,7 @@ class Candidate:
     """One model under evaluation and what it produced, in the order of the prompts."""
 
     name: str  # base, sft, ppo
-    model: CausalLM
+    model: Placed
     prompts: list[tuple[int, ...]]
     rollouts: list[Rollout] = field(default_factory=list)
     kl_rollouts: list[Rollout] = field(default_factory=list)  # ppo only: sampled at temperature 1
@@ -97,7 +97,7 @@ def evaluate(
     _generate(candidates, settings, inputs, chat, worker)
 
     # 3. Scores.
-    reward_model = freeze(load_reward_model(inputs["reward"])).to(worker.device)
+    reward_model = Placed(freeze(load_reward_model(inputs["reward"])).to(worker.device))
     normaliser = ScoreNormaliser.load(inputs["reward"])
     for candidate in candidates:
         candidate.texts = [_text(candidate, rollout, chat) for rollout in candidate.rollouts]
@@ -150,7 +150,7 @@ def _candidates(
     return [
         Candidate(
             name=name,
-            model=freeze(load_causal_lm(directory)).to(device),
+            model=Placed(freeze(load_causal_lm(directory)).to(device)),
             prompts=as_text if name == "base" else as_chat,
         )
         for name, directory in directories.items()
@@ -187,7 +187,7 @@ def _generate(
 
 
 def _sync(client: EngineClient, candidate: Candidate) -> WeightSync:
-    source = ModuleSource(candidate.model.inner, dtype="float32")
+    source = candidate.model.weights(dtype="float32")
     return WeightSync(source, engine=client.engine, loop=client.loop, config=client.config, host=client.host)
 
 

@@ -18,6 +18,7 @@ from stages.data.packing import PackedRow, packed_row
 from stages.data.shards import TokenShards, write_shards
 from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
+from stages.training.fsdp import Placed
 from stages.training.models import CausalLM, load_causal_lm
 
 SEP = 2
@@ -202,10 +203,10 @@ def test_held_out_perplexity_does_not_depend_on_who_else_is_evaluated(model, tmp
     import numpy as np
 
     documents = [np.array([SEP, *document, SEP]) for document in DOCUMENTS[:4]]
-    alone = [perplexity(model, [document], device=torch.device("cpu")) for document in documents]
+    alone = [perplexity(Placed(model), [document], device=torch.device("cpu")) for document in documents]
     tokens = [len(document) - 1 for document in documents]
     logs = torch.tensor(alone).double().log() * torch.tensor(tokens)
-    together = perplexity(model, documents, device=torch.device("cpu"))
+    together = perplexity(Placed(model), documents, device=torch.device("cpu"))
     assert together == pytest.approx(float((logs.sum() / sum(tokens)).exp()), rel=1e-5)
 
 

@@ -45,6 +45,7 @@ from stages.data.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
 from stages.prepare import run as run_prepare
 from stages.training.forwards import sequence_scores
+from stages.training.fsdp import Placed
 from stages.training.metrics import read_steps
 from stages.training.models import freeze, load_reward_model
 
@@ -305,7 +306,7 @@ def test_a_tokenizer_with_no_special_token_but_its_end_goes_through_the_chain_an
         .render((Message(role="user", content="x"), Message(role="assistant", content="y")))
         .ids
     )
-    model = freeze(load_reward_model(made.outputs["reward"]))
+    model = Placed(freeze(load_reward_model(made.outputs["reward"])))
     score = sequence_scores(model, [ids], device=torch.device("cpu"))
     plain = AutoModelForSequenceClassification.from_pretrained(made.outputs["reward"])
     torch.testing.assert_close(plain(torch.tensor([ids])).logits[0], score, atol=2e-6, rtol=0)
