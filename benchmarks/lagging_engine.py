@@ -27,14 +27,17 @@ from safetensors.torch import load_file, save_file
 from pipeline.config import load
 from pipeline.dag import settings_for
 from rollout.config import EngineConfig
-from rollout.weight_sync import ModuleSource, WeightSync
-from stages.config import ModelConfig, PPOSettings, PrepareConfig
+from rollout.weight_source import ModuleSource
+from rollout.weight_sync import WeightSync
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOSettings
+from stages.config.prepare import PrepareConfig
 from stages.data.batches import stage_seed
-from stages.data.chat import ChatTokenizer
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.vocabulary import tokenizer_for
 from stages.data.experience import Judgement, RolloutPack, assemble, engine_differences, pack_rollouts
 from stages.data.fitting import fit_prompts, fit_rows
-from stages.data.readers import read_prompts
-from stages.data.vocabulary import tokenizer_for
+from stages.data.reading.readers import read_prompts
 from stages.rollout_source import ENGINE_DTYPE, EngineClient, SourcePlan, open_engines, open_source
 from stages.runtime import Runtime, StageResources
 from stages.training.distributed import Worker

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from stages.config import ModelConfig
+from stages.config.model import ModelConfig
 from stages.training import models
 from stages.training.packing_probe import check_packed
 

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from stages.config import ModelConfig
+from stages.config.model import ModelConfig
 from stages.training.forwards import ResponsePack, pack_responses
 from stages.training.fsdp import outputs_of
 from stages.training.models import CausalLM, build_causal_lm

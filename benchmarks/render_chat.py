@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from stages.config import DataSource
-from stages.data import templates
-from stages.data.chat import CHATML, ChatTokenizer
-from stages.data.readers import read_conversations
-from stages.data.records import Conversation
-from stages.data.vocabulary import train_tokenizer
+from stages.config.data import DataSource
+from stages.data.chat import templates
+from stages.data.chat.special import CHATML
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.vocabulary import train_tokenizer
+from stages.data.reading.readers import read_conversations
+from stages.data.reading.records import Conversation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +38,7 @@ def main() -> None:
     if arguments.is_earlier:
         print(_rate(lambda: [chat.render(row.messages) for row in rows], len(rows)))
         return
-    from stages.data.chat import Talk  # an earlier checkout has none
+    from stages.data.chat.messages import Talk
 
     talks = [Talk(messages=row.messages, tools=row.tools) for row in rows]
     plain = [[{"role": one.role, "content": one.content} for one in row.messages] for row in rows]

@@ -30,8 +30,8 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from pipeline.dag import SCHEMA_VERSION, Node, directory_name
 from pipeline.errors import CorruptArtifact, MissingStage
 from pipeline.model_files import PICKLES, check_configs, check_model_directory
-from rollout.errors import EnvironmentProblem
-from stages.data.durable import disk_problems, file_digest, sync, write_whole
+from rollout.ground.durable import disk_problems, file_digest, sync, write_whole
+from rollout.ground.errors import EnvironmentProblem
 from stages.errors import DataError
 
 MANIFEST = "manifest.json"

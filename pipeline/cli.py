@@ -41,10 +41,10 @@ from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
 from pipeline.terminal import outputs_that_may_fail
 from pipeline.yaml_source import short
-from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError
 from rollout.foreign_environment import take_out
-from stages.data.durable import disk_problems
-from stages.data.hub import model_problem
+from rollout.ground.durable import disk_problems
+from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError
+from stages.data.reading.hub import model_problem
 
 INTERRUPTED = 75
 TYPERS_INTERRUPTED = 130

@@ -21,9 +21,9 @@ import blake3
 
 from pipeline.artifacts import package_versions
 from pipeline.experiment import host_and_port
-from rollout.errors import EnvironmentProblem
 from rollout.foreign_environment import take_out
-from stages.data.durable import disk_problems
+from rollout.ground.durable import disk_problems
+from rollout.ground.errors import EnvironmentProblem
 
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 ANSWER_TIMEOUT_S = 10.0

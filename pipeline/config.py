@@ -26,18 +26,15 @@ from pipeline.config_fields import section_of
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from pipeline.yaml_source import KeyPath, Node, describe, dotted, parse_scalar, read_config, short
-from rollout.config import Section
-from stages.config import (
-    FITTED,
-    DataSource,
-    ModelConfig,
-    PrepareConfig,
-    ScoreFunction,
-    TrainingConfig,
-)
-from stages.data import hub
-from stages.data.lfs import POINTER, first_pointer
-from stages.data.places import files_matching
+from rollout.ground.section import Section
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.prepare import PrepareConfig
+from stages.config.score import ScoreFunction
+from stages.config.training import FITTED, TrainingConfig
+from stages.data.reading import hub
+from stages.data.reading.lfs import POINTER, first_pointer
+from stages.data.reading.places import files_matching
 from stages.errors import DataError
 
 UNION_BRANCHES = ("dict[str,str]", "list[str]")

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pipeline.config_fields import bounds, choices, section_of
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.fitted_defaults import rule
-from rollout.config import EXECUTION, Section
+from rollout.ground.section import EXECUTION, Section
 
 PATH = Path(__file__).parent.parent / "docs" / "configuration.md"
 

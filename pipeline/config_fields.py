@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.experiment import ExperimentConfig
 from pipeline.yaml_source import KeyPath
-from rollout.config import Section
+from rollout.ground.section import Section
 
 
 def section_of(annotation: Any) -> type[Section] | None:

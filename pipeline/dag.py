@@ -22,24 +22,21 @@ import blake3
 
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
-from rollout.config import Section
-from stages.config import (
-    DataSource,
-    EvaluateSettings,
-    ModelConfig,
-    PPOSettings,
-    PrepareConfig,
-    PrepareSettings,
-    PretrainSettings,
-    RewardSettings,
-    ScoreFunction,
-    SFTSettings,
-    StageSettings,
-)
-from stages.data.files import shown
-from stages.data.hub import hub_commit, is_hub_id
-from stages.data.readers import content_digest
-from stages.data.schemas import SCHEMAS, StageName
+from rollout.ground.section import Section
+from stages.config.data import DataSource
+from stages.config.evaluate import EvaluateSettings
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOSettings
+from stages.config.prepare import PrepareConfig, PrepareSettings
+from stages.config.pretrain import PretrainSettings
+from stages.config.reward import RewardSettings
+from stages.config.score import ScoreFunction
+from stages.config.sft import SFTSettings
+from stages.config.stage import StageSettings
+from stages.data.reading.files import shown
+from stages.data.reading.hub import hub_commit, is_hub_id
+from stages.data.reading.readers import content_digest
+from stages.data.reading.schemas import SCHEMAS, StageName
 from stages.errors import DataError
 
 SCHEMA_VERSION = 2

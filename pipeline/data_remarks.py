@@ -1,6 +1,6 @@
 """What `rlhf check` says of a dataset beside its figures: the files it is read from, and what is odd in it.
 
-Owns: the words. Does not own: which files are read (stages.data.places), what is counted
+Owns: the words. Does not own: which files are read (stages.data.reading.places), what is counted
 (stages.data.observations). Light import.
 """
 
@@ -9,16 +9,16 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.config import DataSource
-from stages.data.directories import DEFAULT_SPLIT, split_of
-from stages.data.files import COMPRESSIONS, kind_of, one_line, shown
-from stages.data.hub import is_hub_id
-from stages.data.places import found_at
-from stages.data.schemas import StageName
-from stages.data.table_rows import DELIMITERS, delimiter_of
+from stages.config.data import DataSource
+from stages.data.reading.directories import DEFAULT_SPLIT, split_of
+from stages.data.reading.files import COMPRESSIONS, kind_of, one_line, shown
+from stages.data.reading.hub import is_hub_id
+from stages.data.reading.places import found_at
+from stages.data.reading.schemas import StageName
+from stages.data.reading.table_rows import DELIMITERS, delimiter_of
 
 if TYPE_CHECKING:
-    from stages.data.chat import ChatTokenizer
+    from stages.data.chat.tokenizer import ChatTokenizer
     from stages.data.observations import Observed
     from stages.data.validation import Validated
 

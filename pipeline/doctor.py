@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pipeline import cluster, machine
 from pipeline.ray_session import ask_every_node
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 
 IMPORT_TIMEOUT_S = 120
 MIN_SHM_BYTES = 2**30

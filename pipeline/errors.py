@@ -1,6 +1,6 @@
-"""Errors of the pipeline, each with its exit code (see `rollout.errors`)."""
+"""Errors of the pipeline, each with its exit code (see `rollout.ground.errors`)."""
 
-from rollout.errors import EnvironmentProblem, ExpectedError
+from rollout.ground.errors import EnvironmentProblem, ExpectedError
 
 
 class ConfigError(ExpectedError):

@@ -25,9 +25,10 @@ from pipeline.progress import Progress
 from pipeline.ray_session import answers_of_nodes, ray_session
 from pipeline.signals import signals_ask_to_stop
 from pipeline.stage_task import StageJob, StageResult, as_expected, json_number, result_of, run_stage
-from rollout.errors import EngineError, EnvironmentProblem, ExpectedError, ProcessDied
+from rollout.errors import EngineError
+from rollout.ground.durable import disk_problems, write_whole
+from rollout.ground.errors import EnvironmentProblem, ExpectedError, ProcessDied
 from stages.bundles import lacking
-from stages.data.durable import disk_problems, write_whole
 from stages.errors import Interrupted
 from stages.runtime import warnings_file
 

@@ -10,19 +10,18 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rollout.config import EngineConfig, Seconds, Section
-from stages.config import (
-    DataSource,
-    EvaluateConfig,
-    ModelConfig,
-    PPOConfig,
-    PrepareConfig,
-    PretrainConfig,
-    ResponseSampling,
-    RewardConfig,
-    SFTConfig,
-    TrainingConfig,
-)
+from rollout.config import EngineConfig
+from rollout.ground.section import Seconds, Section
+from stages.config.data import DataSource
+from stages.config.evaluate import EvaluateConfig
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig
+from stages.config.prepare import PrepareConfig
+from stages.config.pretrain import PretrainConfig
+from stages.config.reward import RewardConfig
+from stages.config.sampling import ResponseSampling
+from stages.config.sft import SFTConfig
+from stages.config.training import TrainingConfig
 from stages.runtime import StageResources
 
 STAGE_FIELDS = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")

@@ -20,7 +20,9 @@ from pipeline.architecture import Architecture
 from pipeline.config_fields import field_at
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.given_model import GivenModel
-from stages.config import FITTED, PPOConfig, SFTConfig, TrainingConfig
+from stages.config.ppo import PPOConfig
+from stages.config.sft import SFTConfig
+from stages.config.training import FITTED, TrainingConfig
 
 LEARNING_RATES: Mapping[str, float] = {
     "pretrain.lr": 5e-5,

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MissingStage
+from rollout.ground.durable import disk_problems
 from rollout.safetensors_header import BadHeader, read_header
-from stages.data.durable import disk_problems
-from stages.data.files import one_line
-from stages.data.lfs import POINTER, first_pointer, is_lfs_pointer
+from stages.data.reading.files import one_line
+from stages.data.reading.lfs import POINTER, first_pointer, is_lfs_pointer
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")

@@ -20,7 +20,10 @@ from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from rollout.config import EngineConfig
 from stages.bundles import StageBundles, bundles_of, rollout_of
-from stages.config import ModelConfig, PPOConfig, SFTConfig, TrainingConfig
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig
+from stages.config.sft import SFTConfig
+from stages.config.training import TrainingConfig
 from stages.runtime import StageResources
 
 GIB = 2**30

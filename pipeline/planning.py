@@ -20,8 +20,8 @@ from pipeline.errors import ConfigError, MissingStage
 from pipeline.experiment import EXPERTS_WIDTH, STAGE_FIELDS, ExperimentConfig, too_narrow
 from pipeline.fitted_defaults import Fit, fit
 from pipeline.given_model import GivenModel
-from rollout.config import Section
-from rollout.errors import ExpectedError
+from rollout.ground.errors import ExpectedError
+from rollout.ground.section import Section
 from rollout.safetensors_header import read_header
 from stages.data.scoring import load_judge
 from stages.errors import ModelError
@@ -234,7 +234,7 @@ def _asking(config: ExperimentConfig, stages: Sequence[str], setting: str) -> li
 
 def _highest_id(config: ExperimentConfig, stages: Sequence[str], directory: Path) -> int:
     """Of the ids that its tokenizer and the template write in these stages. Raises ModelError."""
-    from stages.data.chat import ChatTokenizer
+    from stages.data.chat.tokenizer import ChatTokenizer
 
     reads_documents = not {"prepare", "pretrain", "evaluate"}.isdisjoint(stages)
     return ChatTokenizer.load(directory, config.model.chat_template).highest_id(documents=reads_documents)
@@ -269,13 +269,13 @@ def _check_given_to_prepare(planned: PlannedRun) -> None:
     prepare, template = planned.config.prepare, planned.config.model.chat_template
     assert prepare is not None
     if prepare.languages:
-        from stages.data.languages import check_languages
+        from stages.data.corpus.languages import check_languages
 
         check_languages(prepare.languages)
     model = planned.outside.get(dag.MODEL)
     tokenizer = prepare.tokenizer if model is None else model.path
     if tokenizer is not None or template is not None:
-        from stages.data.vocabulary import given_tokenizer
+        from stages.data.corpus.vocabulary import given_tokenizer
 
         given_tokenizer(tokenizer, prepare, template)
 

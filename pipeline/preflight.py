@@ -16,7 +16,7 @@ from pipeline.experiment import ExperimentConfig
 from pipeline.planning import PlannedRun
 from rollout.config import EngineConfig
 from rollout.engines import require_installed
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.bundles import rollout_of
 
 MIB, GIB = 2**20, 2**30

@@ -13,13 +13,13 @@ from rich.text import Text
 from pipeline import dag
 from pipeline.data_remarks import files_read, remarks
 from pipeline.experiment import ExperimentConfig
-from stages.data.files import one_line, printable
-from stages.data.readers import unread_keys_in_words
+from stages.data.reading.files import one_line, printable
+from stages.data.reading.readers import unread_keys_in_words
 
 if TYPE_CHECKING:
-    from stages.data.chat import ChatTokenizer
+    from stages.data.chat.template_marks import Headers
+    from stages.data.chat.tokenizer import ChatTokenizer
     from stages.data.overview import Limits, Overview
-    from stages.data.template_marks import Headers
 
 TRAINED, CONTEXT = "bold green", "dim"
 MARKS = "\u27e6", "\u27e7"
@@ -72,7 +72,7 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
 
 def _given_chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTokenizer | None, str] | None":
     """The tokenizer that the stages will have, and where it is from; None: prepare makes it."""
-    from stages.data.chat import ChatTokenizer
+    from stages.data.chat.tokenizer import ChatTokenizer
 
     template, prepare = config.model.chat_template, config.prepare
     if config.model.path is not None:
@@ -89,8 +89,8 @@ def _given_chat(config: ExperimentConfig, model_at_hand: bool) -> "tuple[ChatTok
 
 def _chat(config: ExperimentConfig) -> "tuple[ChatTokenizer, str]":
     """A tokenizer like the one that prepare makes."""
+    from stages.data.corpus.vocabulary import tokenizer_for
     from stages.data.overview import first_texts
-    from stages.data.vocabulary import tokenizer_for
 
     prepare = config.prepare
     assert prepare is not None, "else the tokenizer is given, or there is none"
@@ -103,8 +103,8 @@ def _headers(
     config: ExperimentConfig, given: "tuple[ChatTokenizer | None, str] | None"
 ) -> "tuple[Headers, ...]":
     """What the model's chat template writes before turns, as far as it is known before data is read."""
-    from stages.data.chat import read_template
-    from stages.data.headers import headers_of
+    from stages.data.chat.directories import read_template
+    from stages.data.chat.headers import headers_of
 
     chat = None if given is None else given[0]
     if chat is not None:

@@ -23,7 +23,7 @@ from typing import Any
 from pipeline import cluster
 from pipeline.experiment import ExperimentConfig
 from pipeline.signals import deaf
-from rollout.errors import GO_ON, EnvironmentProblem, ProcessDied
+from rollout.ground.errors import GO_ON, EnvironmentProblem, ProcessDied
 from rollout.run_mark import RUN_ID_VARIABLE
 
 NODE_TIMEOUT_S = 60.0

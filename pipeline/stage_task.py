@@ -26,10 +26,14 @@ from pipeline import dag, placement
 from pipeline.artifacts import MANIFEST, METRICS, Exactness, Manifest, Store, exactness_of, read_manifest
 from pipeline.errors import StageFailed
 from pipeline.planning import given_input
-from rollout.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
 from rollout.foreign_environment import take_out
-from stages.config import EvaluateSettings, PPOSettings, RewardSettings, StageSettings, TrainingConfig
-from stages.data.durable import disk_problems, write_whole
+from rollout.ground.durable import disk_problems, write_whole
+from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
+from stages.config.evaluate import EvaluateSettings
+from stages.config.ppo import PPOSettings
+from stages.config.reward import RewardSettings
+from stages.config.stage import StageSettings
+from stages.config.training import TrainingConfig
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime, StageResources, hide_gpus
 

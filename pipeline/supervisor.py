@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.signals import ending_signals
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 
 SUPERVISOR_VARIABLE = "RLHF_SUPERVISOR"
 """In a child's environment: the process that watches it."""

@@ -13,8 +13,10 @@ from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.fitted_defaults import Choice, Fit
 from pipeline.given_model import GivenModel
 from pipeline.yaml_source import short
-from rollout.config import Section
-from stages.config import PPOConfig, SFTConfig, TrainingConfig
+from rollout.ground.section import Section
+from stages.config.ppo import PPOConfig
+from stages.config.sft import SFTConfig
+from stages.config.training import TrainingConfig
 
 TRAINING = (
     "lr",

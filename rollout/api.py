@@ -8,13 +8,17 @@ Owns: what travels between a trainer and an engine. Text-free: nothing here know
 import time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, Self
 
-from rollout.errors import in_a_line
+from rollout.ground.errors import in_a_line
 
 FinishReason = Literal["stop", "length", "abort"]
+LogprobsOf = Callable[[Sequence[tuple[int, ...]], Sequence[tuple[int, ...]], float], list[list[float]]]
+"""(prompt_ids, response_ids, temperature) -> log-probs of each response's tokens by the trainer's model, in
+nats.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rollout.api import RolloutEngine
 from rollout.config import EngineConfig
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 
 
 async def open_engine(

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
-from rollout.errors import GO_ON, EngineError
+from rollout.errors import EngineError
+from rollout.ground.errors import GO_ON
 
 T = TypeVar("T")
 

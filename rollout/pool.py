@@ -31,7 +31,8 @@ from rollout.api import (
 from rollout.config import EngineConfig
 from rollout.engine_log import MAX_CAUSE_CHARS, cause_since, size_of
 from rollout.engines import open_engine
-from rollout.errors import GO_ON, EngineError, ExpectedError, WeightSyncError, raise_expected, root_cause
+from rollout.errors import EngineError, WeightSyncError
+from rollout.ground.errors import GO_ON, ExpectedError, raise_expected, root_cause
 from rollout.loop import before_deadline, while_healthy
 
 T = TypeVar("T")

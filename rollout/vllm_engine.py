@@ -29,8 +29,9 @@ from rollout.api import (
 )
 from rollout.config import EngineConfig
 from rollout.engine_log import cause_of, size_of
-from rollout.errors import GO_ON, EngineError, WeightSyncError
+from rollout.errors import EngineError, WeightSyncError
 from rollout.foreign_environment import take_out
+from rollout.ground.errors import GO_ON
 from rollout.loop import before_deadline, while_healthy
 from rollout.shared_memory import files_of
 from rollout.vllm_plugin import LOG_PATH_VARIABLE, backend

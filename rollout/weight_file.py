@@ -21,7 +21,8 @@ from blake3 import blake3
 
 from rollout import weight_gloo
 from rollout.api import TensorSpec, WeightUpdate
-from rollout.errors import EnvironmentProblem, WeightSyncError
+from rollout.errors import WeightSyncError
+from rollout.ground.errors import EnvironmentProblem
 from rollout.safetensors_header import BadHeader, read_header
 
 ALIGNMENT = 64

@@ -13,7 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rollout.config import EngineConfig
-from stages.config import EvaluateSettings, PPOSettings, RewardConfig, RewardSettings, StageSettings
+from stages.config.evaluate import EvaluateSettings
+from stages.config.ppo import PPOSettings
+from stages.config.reward import RewardConfig, RewardSettings
+from stages.config.stage import StageSettings
 from stages.runtime import StageResources
 
 Bundle = Mapping[str, float]

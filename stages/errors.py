@@ -1,6 +1,6 @@
-"""Errors of the stages, each with its exit code (see `rollout.errors`)."""
+"""Errors of the stages, each with its exit code (see `rollout.ground.errors`)."""
 
-from rollout.errors import ExpectedError
+from rollout.ground.errors import ExpectedError
 
 
 class DataError(ExpectedError):

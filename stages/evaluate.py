@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from rollout.api import Rollout, RolloutRequest, Sampling
-from rollout.weight_sync import ParityGate, WeightSync
+from rollout.parity import ParityGate
+from rollout.weight_sync import WeightSync
 from stages.bundles import rollout_of
-from stages.config import EvaluateConfig, EvaluateSettings
+from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
-from stages.data.chat import ChatTokenizer
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.shards import heldout_sequences
 from stages.data.fitting import (
     REFUSED,
     check_left,
@@ -31,10 +33,9 @@ from stages.data.fitting import (
     fit_rows,
     unread_metrics,
 )
-from stages.data.readers import Rows, read_prompts
-from stages.data.records import Prompt
+from stages.data.reading.readers import Rows, read_prompts
+from stages.data.reading.records import Prompt
 from stages.data.scoring import load_judge
-from stages.data.shards import heldout_sequences
 from stages.objectives.winrate import bootstrap_interval
 from stages.rollout_source import EngineClient, open_engines
 from stages.runtime import Runtime

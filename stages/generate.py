@@ -14,8 +14,8 @@ from typing import Literal
 from rollout.api import RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from rollout.errors import EngineError
-from stages.data.chat import ChatTokenizer
-from stages.data.records import Message
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.reading.records import Message
 from stages.errors import ModelError
 from stages.rollout_source import open_engines
 from stages.runtime import Runtime, StageResources

@@ -20,17 +20,20 @@ from typing import Any
 
 import torch
 
-from rollout.errors import EnvironmentProblem, WeightSyncError
-from rollout.weight_sync import ParityGate, WeightSync
+from rollout.errors import WeightSyncError
+from rollout.ground.durable import disk_problems
+from rollout.ground.errors import EnvironmentProblem
+from rollout.parity import ParityGate
+from rollout.weight_sync import WeightSync
 from stages.bundles import rollout_of
-from stages.config import PPOConfig, PPOSettings
+from stages.config.ppo import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
-from stages.data.chat import ChatTokenizer, tokenizer_digest
-from stages.data.durable import disk_problems
+from stages.data.chat.directories import tokenizer_digest
+from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.experience import Judgement, RolloutPack, assemble, correction_metrics, pack_rollouts
 from stages.data.fitting import check_left, data_metrics, fit_prompts, fit_rows
 from stages.data.journal import Journal, JournalEntry
-from stages.data.readers import read_prompts
+from stages.data.reading.readers import read_prompts
 from stages.errors import Interrupted, ModelError
 from stages.objectives.kl import AdaptiveKl, FixedKl, KlController
 from stages.rollout_source import (

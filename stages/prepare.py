@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from rollout.errors import GO_ON, EnvironmentProblem, raise_expected
-from stages.config import DataSource, PrepareConfig, PrepareSettings
-from stages.data.chat import ChatTokenizer
-from stages.data.corpus import (
+from rollout.ground.durable import file_digest
+from rollout.ground.errors import GO_ON, EnvironmentProblem, raise_expected
+from stages.config.data import DataSource
+from stages.config.prepare import PrepareConfig, PrepareSettings
+from stages.data.chat.encoders import content_encoder, documents_ids
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.blocks import (
     BlockReport,
     Corpus,
     Dropped,
@@ -37,16 +40,14 @@ from stages.data.corpus import (
     select,
     tokenizer_sample,
 )
-from stages.data.decontamination import num_too_short, texts_of
-from stages.data.durable import file_digest
-from stages.data.encoders import content_encoder, documents_ids
-from stages.data.files import FileSplit, whole
-from stages.data.languages import check_languages
-from stages.data.pieces import piece_source, read_pieces
-from stages.data.readers import NO_ROWS, Counts, check_counts, read_source, splits_of
-from stages.data.records import Prompt
-from stages.data.shards import ShardCounts, token_dtype, write_shards
-from stages.data.vocabulary import given_tokenizer, tokenizer_for
+from stages.data.corpus.decontamination import num_too_short, texts_of
+from stages.data.corpus.languages import check_languages
+from stages.data.corpus.pieces import piece_source, read_pieces
+from stages.data.corpus.shards import ShardCounts, token_dtype, write_shards
+from stages.data.corpus.vocabulary import given_tokenizer, tokenizer_for
+from stages.data.reading.files import FileSplit, whole
+from stages.data.reading.readers import NO_ROWS, Counts, check_counts, read_source, splits_of
+from stages.data.reading.records import Prompt
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.config import PretrainSettings
+from stages.config.pretrain import PretrainSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
-from stages.data.chat import ChatTokenizer
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.shards import TokenRow, TokenShards, heldout_sequences
 from stages.data.packing import PackedRow, packed_row
-from stages.data.shards import TokenRow, TokenShards, heldout_sequences
 from stages.errors import ModelError
 from stages.objectives.logprobs import next_tokens
 from stages.objectives.losses import causal_lm_loss_sum

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from rollout.api import RolloutRequest, Sampling
 from stages.bundles import rollout_of
-from stages.config import RewardSettings
+from stages.config.reward import RewardSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
-from stages.data.chat import ChatTokenizer, PairIds
+from stages.data.chat.ids import PairIds
+from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, data_metrics, fit_pairs, fit_rows
 from stages.data.packing import pack, plan_packs
-from stages.data.readers import check_sides, is_held_out, read_pairs
+from stages.data.reading.readers import check_sides, is_held_out, read_pairs
 from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
 from stages.rollout_source import ENGINE_DTYPE, open_engines

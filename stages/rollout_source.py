@@ -19,9 +19,10 @@ import torch
 from rollout.api import Rollout, RolloutEngine, RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
-from rollout.errors import EngineError, raise_expected
+from rollout.errors import EngineError
+from rollout.ground.errors import raise_expected
 from rollout.loop import LoopThread
-from rollout.weight_sync import LOOPBACK
+from rollout.transports import LOOPBACK
 from stages.bundles import bundles_of
 from stages.data.batches import BatchOrder, stage_seed
 from stages.runtime import Runtime

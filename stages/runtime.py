@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rollout.config import Section
+from rollout.ground.section import Section
 
 
 class StageResources(Section):

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.config import SFTSettings
+from stages.config.sft import SFTSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
-from stages.data.chat import ChatTokenizer, Rendered
+from stages.data.chat.ids import Rendered
+from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, check_rendering, data_metrics, fit_conversations, fit_rows
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
-from stages.data.readers import read_conversations
+from stages.data.reading.readers import read_conversations
 from stages.runtime import Runtime
 from stages.training import ranks
 from stages.training.distributed import Worker, launch

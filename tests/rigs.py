@@ -12,7 +12,8 @@ from rollout.api import Diagnosis, Rollout, RolloutEngine, RolloutRequest, Sampl
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
 from rollout.loop import LoopThread
-from rollout.weight_sync import ModuleSource, WeightSync
+from rollout.weight_source import ModuleSource
+from rollout.weight_sync import WeightSync
 
 CONFIG = EngineConfig(
     kv_cache_mib=64,

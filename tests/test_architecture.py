@@ -27,7 +27,7 @@ LIGHT_MODULES = (
     "stages.config",
     "stages.errors",
     "stages.runtime",
-    "stages.data.readers",
+    "stages.data.reading.readers",
     "pipeline.config",
     "pipeline.suggestions",
     "pipeline.fitted_defaults",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import load
-from stages.data.decontamination import num_too_short
+from stages.data.corpus.decontamination import num_too_short
 from stages.prepare import evaluation_texts
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo"

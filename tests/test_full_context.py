@@ -16,19 +16,14 @@ from ppo_inputs import EOS, ppo_inputs, some_rollouts
 
 from rollout.config import EngineConfig
 from stages import evaluate, ppo, reward
-from stages.config import (
-    DataSource,
-    EvaluateConfig,
-    EvaluateSettings,
-    ModelConfig,
-    PPOConfig,
-    PPOSettings,
-    RewardConfig,
-    RewardSettings,
-)
-from stages.data.chat import ChatTokenizer
+from stages.config.data import DataSource
+from stages.config.evaluate import EvaluateConfig, EvaluateSettings
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig, PPOSettings
+from stages.config.reward import RewardConfig, RewardSettings
+from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.experience import pack_rollouts
-from stages.data.records import Message
+from stages.data.reading.records import Message
 from stages.errors import DataError
 from stages.training import forwards
 from stages.training.forwards import with_end

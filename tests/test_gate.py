@@ -16,7 +16,9 @@ from wrong_engines import LaggingEngine, SkewedEngine
 from rollout import engines
 from rollout.config import EngineConfig
 from rollout.errors import ParityError
-from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig, PPOSettings
 from stages.data.journal import Journal
 from stages.ppo import run
 from stages.rollout_source import RolloutSource

@@ -12,10 +12,12 @@ from inline import runtime_in, worker_in
 from torch import Tensor
 
 from stages import pretrain, sft
-from stages.config import DataSource, ModelConfig, SFTConfig, SFTSettings
-from stages.data.chat import ChatTokenizer
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.sft import SFTConfig, SFTSettings
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.shards import TokenShards, write_shards
 from stages.data.packing import PackedRow, packed_row
-from stages.data.shards import TokenShards, write_shards
 from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
 from stages.training.fsdp import Placed

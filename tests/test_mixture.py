@@ -12,21 +12,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rollout.config import EngineConfig
 from stages import ppo, pretrain, reward, sft
-from stages.config import (
-    DataSource,
-    ModelConfig,
-    PPOConfig,
-    PPOSettings,
-    PrepareConfig,
-    PrepareSettings,
-    PretrainConfig,
-    PretrainSettings,
-    RewardConfig,
-    RewardSettings,
-    SFTConfig,
-    SFTSettings,
-)
-from stages.data.shards import TokenShards
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig, PPOSettings
+from stages.config.prepare import PrepareConfig, PrepareSettings
+from stages.config.pretrain import PretrainConfig, PretrainSettings
+from stages.config.reward import RewardConfig, RewardSettings
+from stages.config.sft import SFTConfig, SFTSettings
+from stages.data.corpus.shards import TokenShards
 from stages.errors import ModelError
 from stages.prepare import run as run_prepare
 from stages.training.fsdp import outputs_of

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from rollout.config import EngineConfig
-from rollout.errors import EnvironmentProblem
-from stages.config import DataSource, ModelConfig, PPOConfig, PPOSettings
+from rollout.ground.errors import EnvironmentProblem
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig, PPOSettings
 from stages.data.experience import assemble, minibatches, pack_rollouts
 from stages.errors import DataError, Interrupted, ModelError, TrainingStopped
 from stages.ppo import _check_versions, run

@@ -23,13 +23,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.stage_task import as_expected
 from pipeline.supervisor import _committed
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages import prepare
-from stages.config import DataSource, ModelConfig, PrepareConfig, PrepareSettings
-from stages.data.chat import CHATML, ChatTokenizer
-from stages.data.records import Message
-from stages.data.shards import TokenShards, heldout_sequences
-from stages.data.vocabulary import train_tokenizer
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.prepare import PrepareConfig, PrepareSettings
+from stages.data.chat.special import CHATML
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.shards import TokenShards, heldout_sequences
+from stages.data.corpus.vocabulary import train_tokenizer
+from stages.data.reading.records import Message
 from stages.errors import DataError, Interrupted, ModelError
 from stages.runtime import Runtime
 

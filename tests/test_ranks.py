@@ -9,20 +9,13 @@ from safetensors.torch import load_file
 
 from rollout.config import EngineConfig
 from stages import ppo, pretrain, reward, sft
-from stages.config import (
-    DataSource,
-    ModelConfig,
-    PPOConfig,
-    PPOSettings,
-    PrepareConfig,
-    PrepareSettings,
-    PretrainConfig,
-    PretrainSettings,
-    RewardConfig,
-    RewardSettings,
-    SFTConfig,
-    SFTSettings,
-)
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig, PPOSettings
+from stages.config.prepare import PrepareConfig, PrepareSettings
+from stages.config.pretrain import PretrainConfig, PretrainSettings
+from stages.config.reward import RewardConfig, RewardSettings
+from stages.config.sft import SFTConfig, SFTSettings
 from stages.prepare import run as run_prepare
 from stages.training.metrics import read_steps
 

@@ -21,27 +21,20 @@ from transformers import (
 from rollout.api import Rollout
 from rollout.config import EngineConfig
 from stages import evaluate, ppo, pretrain, reward, sft
-from stages.config import (
-    DataSource,
-    EvaluateConfig,
-    EvaluateSettings,
-    ModelConfig,
-    PPOConfig,
-    PPOSettings,
-    PrepareConfig,
-    PrepareSettings,
-    PretrainConfig,
-    PretrainSettings,
-    RewardConfig,
-    RewardSettings,
-    ScoreFunction,
-    SFTConfig,
-    SFTSettings,
-)
+from stages.config.data import DataSource
+from stages.config.evaluate import EvaluateConfig, EvaluateSettings
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig, PPOSettings
+from stages.config.prepare import PrepareConfig, PrepareSettings
+from stages.config.pretrain import PretrainConfig, PretrainSettings
+from stages.config.reward import RewardConfig, RewardSettings
+from stages.config.score import ScoreFunction
+from stages.config.sft import SFTConfig, SFTSettings
 from stages.data.batches import BatchOrder
-from stages.data.chat import ChatTokenizer, PairIds
-from stages.data.readers import read_prompts
-from stages.data.records import Message, Prompt
+from stages.data.chat.ids import PairIds
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.reading.readers import read_prompts
+from stages.data.reading.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
 from stages.prepare import run as run_prepare
 from stages.training.forwards import sequence_scores

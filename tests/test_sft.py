@@ -9,8 +9,10 @@ from inline import runtime_in, worker_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import sft
-from stages.config import DataSource, ModelConfig, SFTConfig, SFTSettings
-from stages.data.chat import ChatTokenizer
+from stages.config.data import DataSource
+from stages.config.model import ModelConfig
+from stages.config.sft import SFTConfig, SFTSettings
+from stages.data.chat.tokenizer import ChatTokenizer
 from stages.training.metrics import read_steps
 from stages.training.models import load_causal_lm
 

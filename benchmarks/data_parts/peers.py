@@ -24,12 +24,21 @@ import numpy as np
 from data_parts.processes import in_child
 from data_parts.texts import documents_of, jsonl_lines, passages, read_text
 from data_parts.tokenise import CONTEXT_LENGTH, loaded, train
-from stages.config import DataSource, PrepareConfig
-from stages.data.chat import END_OF_TEXT
-from stages.data.corpus import BlockReport, Corpus, Filter, documents, encode_block, filter_block, select
-from stages.data.files import FileSplit
-from stages.data.readers import splits_of
-from stages.data.shards import token_dtype, write_shards
+from stages.config.data import DataSource
+from stages.config.prepare import PrepareConfig
+from stages.data.chat.special import END_OF_TEXT
+from stages.data.corpus.blocks import (
+    BlockReport,
+    Corpus,
+    Filter,
+    documents,
+    encode_block,
+    filter_block,
+    select,
+)
+from stages.data.corpus.shards import token_dtype, write_shards
+from stages.data.reading.files import FileSplit
+from stages.data.reading.readers import splits_of
 
 PASSAGE_WORDS, PASSAGES = 50, 8
 NUM_FILES = 8

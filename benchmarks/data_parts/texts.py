@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.config import DataSource
-from stages.data.readers import read_source
+from stages.config.data import DataSource
+from stages.data.reading.readers import read_source
 
 SIGMA = 0.9
 """Lengths of documents are log-normal with this spread, as those of web pages; the mean is 1.5 medians."""

@@ -21,12 +21,14 @@ import numpy as np
 
 from data_parts.processes import in_child
 from data_parts.texts import documents_of, read_text, write_jsonl
-from stages.config import DataSource, PrepareConfig
-from stages.data.chat import CHATML, ChatTokenizer
-from stages.data.corpus import Corpus, Filter, documents, encode_block, filter_block
-from stages.data.readers import splits_of
-from stages.data.shards import token_dtype, write_shards
-from stages.data.vocabulary import train_tokenizer
+from stages.config.data import DataSource
+from stages.config.prepare import PrepareConfig
+from stages.data.chat.special import CHATML
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.blocks import Corpus, Filter, documents, encode_block, filter_block
+from stages.data.corpus.shards import token_dtype, write_shards
+from stages.data.corpus.vocabulary import train_tokenizer
+from stages.data.reading.readers import splits_of
 
 VOCAB_SIZE = 8192
 CONTEXT_LENGTH = 2048

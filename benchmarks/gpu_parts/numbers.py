@@ -15,7 +15,9 @@ from rollout.engines import open_engine
 from rollout.shared_memory import SHARED_MEMORY
 from rollout.weight_file import WeightFileWriter, checkpoint_layout, load_verified
 from rollout.weight_source import ModuleSource
-from stages.config import DataSource, PPOConfig, SFTConfig
+from stages.config.data import DataSource
+from stages.config.ppo import PPOConfig
+from stages.config.sft import SFTConfig
 from stages.data.experience import assemble, pack_rollouts
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import place

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stages.config import ModelConfig
+from stages.config.model import ModelConfig
 from stages.data.packing import PackedRow, pack
 from stages.runtime import Runtime, StageResources
 from stages.training.distributed import Worker

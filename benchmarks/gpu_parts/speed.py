@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface
 
 from gpu_parts.setting import MODELS, PEAK_BF16_FLOPS, UNSUPPORTED, VOCABULARY, Asked, Setting, refused
-from stages.config import DataSource, SFTConfig
+from stages.config.data import DataSource
+from stages.config.sft import SFTConfig
 from stages.training.distributed import place
 from stages.training.fsdp import Trained
 from stages.training.models import CausalLM

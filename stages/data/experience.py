@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rollout.api import Rollout
-from stages.config import Correction, PPOConfig
+from stages.config.correction import Correction
+from stages.config.ppo import PPOConfig
 from stages.data.batches import permutation
 from stages.data.packing import PackedRow, plan_packs
 from stages.objectives.advantages import Advantages, ResponseEnds, end_responses, gae, token_rewards

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Generic, Literal, TypeVar
 
-from stages.config import DataSource
-from stages.data.chat import ChatTokenizer, PairIds, Rendered, Talk, truncate, truncate_pair
-from stages.data.files import shown
-from stages.data.readers import Counts, Rows, check_counts, most_frequent
-from stages.data.records import Conversation, Pair, Prompt
-from stages.data.templates import Refused
+from stages.config.data import DataSource
+from stages.data.chat.ids import PairIds, Rendered, truncate, truncate_pair
+from stages.data.chat.messages import Talk
+from stages.data.chat.templates import Refused
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.reading.files import shown
+from stages.data.reading.readers import Counts, Rows, check_counts, most_frequent
+from stages.data.reading.records import Conversation, Pair, Prompt
 from stages.errors import DataError
 
 E = TypeVar("E")

@@ -22,7 +22,7 @@ from blake3 import blake3
 from safetensors.numpy import load, save
 
 from rollout.api import Rollout
-from stages.data.durable import UNFINISHED, disk_problems, is_bad_sector, sync, write_whole
+from rollout.ground.durable import UNFINISHED, disk_problems, is_bad_sector, sync, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.config import DataSource
-from stages.data.contradictions import contradiction
-from stages.data.decontamination import num_too_short, texts_of
-from stages.data.records import Conversation, Document, Message, Pair, Prompt, Record
-from stages.data.template_marks import Headers, marks_in
+from stages.config.data import DataSource
+from stages.data.chat.template_marks import Headers, marks_in
+from stages.data.corpus.decontamination import num_too_short, texts_of
+from stages.data.reading.contradictions import contradiction
+from stages.data.reading.records import Conversation, Document, Message, Pair, Prompt, Record
 
 EXAMPLE_CHARS = 60
 

@@ -15,9 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stages.config import DataFormat, DataSource, PrepareConfig
-from stages.data.chat import ChatTokenizer, Rendered, Talk
-from stages.data.corpus import STEPS, Dropped, Filter, check_passed
+from stages.config.data import DataFormat, DataSource
+from stages.config.prepare import PrepareConfig
+from stages.data.chat.ids import Rendered
+from stages.data.chat.messages import Talk
+from stages.data.chat.templates import Refused
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.blocks import STEPS, Dropped, Filter, check_passed
 from stages.data.fitting import (
     Fitted,
     Refusals,
@@ -28,10 +32,9 @@ from stages.data.fitting import (
     fit_prompts,
     rules_applied,
 )
-from stages.data.readers import read_whole
-from stages.data.records import Conversation, Document, Pair, Prompt
-from stages.data.schemas import Record, StageName
-from stages.data.templates import Refused
+from stages.data.reading.readers import read_whole
+from stages.data.reading.records import Conversation, Document, Pair, Prompt
+from stages.data.reading.schemas import Record, StageName
 from stages.data.validation import Validated
 
 SAMPLE_CHARS = 10_000_000

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.config import ScoreFunction
+from stages.config.score import ScoreFunction
 from stages.errors import DataError
 
 PART_NAME = re.compile(r"[\w.-]{1,64}")

@@ -15,16 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from rollout.config import Section
-from stages.config import DataSource, PrepareConfig, RewardConfig
+from rollout.ground.section import Section
+from stages.config.data import DataSource
+from stages.config.prepare import PrepareConfig
+from stages.config.reward import RewardConfig
 from stages.data.batches import content_share, repeats
-from stages.data.corpus import STEPS, Dropped, Filter, check_passed, check_trained, held_out
-from stages.data.hub import is_hub_id
-from stages.data.languages import check_languages
+from stages.data.corpus.blocks import STEPS, Dropped, Filter, check_passed, check_trained, held_out
+from stages.data.corpus.languages import check_languages
 from stages.data.observations import Observed
-from stages.data.readers import Counts, check_counts, check_sides, check_weight, is_held_out, read_whole
-from stages.data.records import Document, Pair
-from stages.data.schemas import StageName
+from stages.data.reading.hub import is_hub_id
+from stages.data.reading.readers import (
+    Counts,
+    check_counts,
+    check_sides,
+    check_weight,
+    is_held_out,
+    read_whole,
+)
+from stages.data.reading.records import Document, Pair
+from stages.data.reading.schemas import StageName
 
 Look = Callable[[Any], None]
 """What is done with every record that is read."""

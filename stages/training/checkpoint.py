@@ -35,8 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from rollout.errors import GO_ON, EnvironmentProblem
-from stages.data.durable import (
+from rollout.ground.durable import (
     UNFINISHED,
     disk_line,
     disk_problems,
@@ -45,6 +44,7 @@ from stages.data.durable import (
     record_text,
     sync,
 )
+from rollout.ground.errors import GO_ON, EnvironmentProblem
 from stages.training import ranks
 from stages.training.trainable import TrainedState
 

@@ -26,7 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rollout.config import EngineConfig
-from rollout.errors import (
+from rollout.foreign_environment import take_out
+from rollout.ground.errors import (
     GO_ON,
     EnvironmentProblem,
     ExpectedError,
@@ -34,7 +35,6 @@ from rollout.errors import (
     raise_expected,
     root_cause,
 )
-from rollout.foreign_environment import take_out
 from stages.bundles import StageBundles, bundles_of, lacking
 from stages.runtime import Runtime, hide_gpus, warnings_file
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32

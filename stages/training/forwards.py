@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rollout.weight_sync import LogprobsOf
+from rollout.api import LogprobsOf
 from stages.data.packing import PackedRow, pack, plan_packs, split
 from stages.objectives.logprobs import ResponsePositions, packed_response_positions
 from stages.objectives.masked import length_mask, pad_ragged

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from rollout.weight_source import ModuleSource
-from stages.config import TrainingConfig
+from stages.config.training import TrainingConfig
 from stages.objectives.logprobs import token_entropies, token_logprobs
 from stages.training import ranks
 from stages.training.distributed import Worker, place

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from stages.config import HealthConfig, PPOConfig
-from stages.data.durable import disk_problems
+from rollout.ground.durable import disk_problems
+from stages.config.ppo import PPOConfig
+from stages.config.training import HealthConfig
 from stages.errors import TrainingStopped
 from stages.runtime import Runtime
 from stages.training import ranks

@@ -11,7 +11,7 @@ this loop.
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from stages.config import TrainingConfig
+from stages.config.training import TrainingConfig
 from stages.data.batches import BatchOrder
 from stages.errors import Interrupted
 from stages.runtime import Runtime

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.data.durable import disk_problems, is_bad_sector, write_whole
+from rollout.ground.durable import disk_problems, is_bad_sector, write_whole
 
 logger = logging.getLogger(__name__)
 

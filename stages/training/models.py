@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from stages.config import ModelConfig
+from stages.config.model import ModelConfig
 from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import ranks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from stages.config import TrainingConfig
+from stages.config.training import TrainingConfig
 from stages.objectives.schedules import lr_factor
 from stages.training import ranks
 from stages.training.trainable import Accepts, StepResult, TermLoss, TrainedState

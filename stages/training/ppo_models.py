@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.config import PPOConfig
+from stages.config.ppo import PPOConfig
 from stages.data.experience import Judgement, RolloutPack
 from stages.objectives.advantages import process_scores
 from stages.objectives.kl import sequence_log_ratio

@@ -16,7 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stages.config import Correction, PPOConfig
+from stages.config.correction import Correction
+from stages.config.ppo import PPOConfig
 from stages.data.batches import stage_seed
 from stages.data.experience import Experience, minibatches
 from stages.objectives.correction import correction_weights

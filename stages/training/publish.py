@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass
 
 from rollout.api import Diagnosis, from_record, to_record
 from rollout.errors import ParityError
-from rollout.weight_sync import ParityGate, ParityReport, SyncReport, WeightSync, in_short
+from rollout.parity import ParityGate, ParityReport
+from rollout.weight_file import in_short
+from rollout.weight_sync import SyncReport, WeightSync
 from stages.data.experience import Judgement, RolloutPack, engine_differences
 from stages.training import ranks
 

@@ -14,7 +14,7 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
-from stages.config import TrainingConfig
+from stages.config.training import TrainingConfig
 from stages.runtime import Runtime
 from stages.training import ranks
 from stages.training.health import Health

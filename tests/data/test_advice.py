@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from stages.config import DataSource
-from stages.data import readers
-from stages.data.rows import advice
-from stages.data.rows.advice import UNKNOWN, Advice
-from stages.data.schemas import StageName
+from stages.config.data import DataSource
+from stages.data.reading import readers
+from stages.data.reading.rows import advice
+from stages.data.reading.rows.advice import UNKNOWN, Advice
+from stages.data.reading.schemas import StageName
 from stages.errors import DataError
 
 Row = dict[str, Any]

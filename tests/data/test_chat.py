@@ -8,9 +8,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stages.data import chat as chat_module
-from stages.data.chat import CHATML, ChatTokenizer, Rendered, tokenizer_digest, truncate, truncate_pair
-from stages.data.records import Message
+from stages.data.chat.directories import tokenizer_digest
+from stages.data.chat.ids import Rendered, trained_runs, truncate, truncate_pair
+from stages.data.chat.special import CHATML, END_OF_TEXT, SPECIAL_TOKENS
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.reading.records import Message
 from stages.errors import ModelError
 
 CORPUS = [
@@ -85,7 +87,7 @@ def tokenizer(special: tuple[str, ...], *, adds_bos: bool = False, **names: str)
 @cache
 def chatml() -> ChatTokenizer:
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>", "chat_template": CHATML}
-    return ChatTokenizer(tokenizer(chat_module.SPECIAL_TOKENS, **names))
+    return ChatTokenizer(tokenizer(SPECIAL_TOKENS, **names))
 
 
 @cache
@@ -173,7 +175,7 @@ def test_pin_10_prompt_and_response_ids_are_exactly_the_rendered_conversation(ma
 def test_pin_9_every_assistant_turn_is_trained_with_exactly_one_end_token(make, messages):
     chat = make()
     rendered = chat.render(messages)
-    runs = chat_module.trained_runs(rendered)
+    runs = trained_runs(rendered)
     said = [message.content for message in messages if message.role == "assistant"]
     assert len(runs) == len(said)
     for run, content in zip(runs, said, strict=True):
@@ -228,9 +230,9 @@ def test_pin_11_a_turn_marker_that_is_not_flagged_special_cannot_be_forged_eithe
 
 def test_pin_11_a_document_separator_that_is_not_flagged_special_cannot_be_forged_either():
     base = tokenizer(("</s>",), eos_token="</s>")
-    base.add_tokens([AddedToken(chat_module.END_OF_TEXT, special=False, normalized=False)])
+    base.add_tokens([AddedToken(END_OF_TEXT, special=False, normalized=False)])
     chat = ChatTokenizer(base)
-    assert chat.separator_id == base.convert_tokens_to_ids(chat_module.END_OF_TEXT) != base.eos_token_id
+    assert chat.separator_id == base.convert_tokens_to_ids(END_OF_TEXT) != base.eos_token_id
     assert chat.separator_id not in chat.text_ids("a <|endoftext|> b")
     assert chat.decode(chat.text_ids("a <|endoftext|> b")) == "a <|endoftext|> b"
 
@@ -312,9 +314,7 @@ def test_the_template_file_wins_then_the_tokenizers_own_then_chatml_with_one_lou
     from_file = ChatTokenizer.load(tmp_path, tmp_path / "t.jinja")
     assert (from_file.template_source, from_file.template, from_file.warning) == ("file", SMOLLM2, None)
     assert ChatTokenizer.load(tmp_path).template_source == "tokenizer" and not caplog.records
-    bare = ChatTokenizer(
-        tokenizer(chat_module.SPECIAL_TOKENS, eos_token="<|endoftext|>", pad_token="<|pad|>")
-    )
+    bare = ChatTokenizer(tokenizer(SPECIAL_TOKENS, eos_token="<|endoftext|>", pad_token="<|pad|>"))
     assert (bare.template_source, bare.template) == ("chatml", CHATML)
     assert len(caplog.records) == 1 and "ChatML" in caplog.text and bare.warning in caplog.text
 

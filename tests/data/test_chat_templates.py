@@ -13,9 +13,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from stages.data.chat import ChatTokenizer
-from stages.data.encoders import content_encoder
-from stages.data.records import Message
+from stages.data.chat.encoders import content_encoder
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.reading.records import Message
 from stages.errors import ModelError
 
 LLAMA2 = (

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.config import DataSource, PrepareConfig
-from stages.data import corpus as corpora
+from stages.config.data import DataSource
+from stages.config.prepare import PrepareConfig
 from stages.data.batches import content_share
-from stages.data.corpus import (
+from stages.data.corpus import blocks as corpora
+from stages.data.corpus.blocks import (
     STEPS,
     Corpus,
     Dropped,
@@ -22,7 +23,7 @@ from stages.data.corpus import (
     normalise,
     select,
 )
-from stages.data.readers import splits_of
+from stages.data.reading.readers import splits_of
 from stages.errors import DataError
 
 TEXTS = [f"document {number} about {'cats' if number % 2 else 'dogs'}" for number in range(40)]

@@ -25,11 +25,15 @@ from pipeline import cli, dag
 from pipeline import config as configs
 from pipeline.experiment import ExperimentConfig
 from stages import prepare
-from stages.config import DataSource, PPOConfig, PrepareConfig, RewardConfig, SFTConfig
-from stages.data import readers
-from stages.data.hub import is_hub_id
-from stages.data.records import Conversation, Document, Message, Messages, Pair, Tools
-from stages.data.schemas import SCHEMAS, Record, StageName
+from stages.config.data import DataSource
+from stages.config.ppo import PPOConfig
+from stages.config.prepare import PrepareConfig
+from stages.config.reward import RewardConfig
+from stages.config.sft import SFTConfig
+from stages.data.reading import readers
+from stages.data.reading.hub import is_hub_id
+from stages.data.reading.records import Conversation, Document, Message, Messages, Pair, Tools
+from stages.data.reading.schemas import SCHEMAS, Record, StageName
 from stages.data.validation import validate
 from stages.errors import DataError
 

@@ -6,9 +6,9 @@ import unicodedata
 
 import pytest
 
-from stages.data import words
-from stages.data.decontamination import Contamination, num_too_short
-from stages.data.words import BLOCK_CHARS, blocks_of, hash_words, ngrams, normalised_words
+from stages.data.corpus import words
+from stages.data.corpus.decontamination import Contamination, num_too_short
+from stages.data.corpus.words import BLOCK_CHARS, blocks_of, hash_words, ngrams, normalised_words
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
 RUN = "natalia sold clips to 48 of her friends in april and then she"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from stages.config import DataSource
-from stages.data import readers
-from stages.data.directories import split_of
-from stages.data.places import found_at
+from stages.config.data import DataSource
+from stages.data.reading import readers
+from stages.data.reading.directories import split_of
+from stages.data.reading.places import found_at
 from stages.errors import DataError
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import DataSource
-from stages.data.chat import CHATML, ChatTokenizer
+from stages.config.data import DataSource
+from stages.data.chat.special import CHATML
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.vocabulary import train_tokenizer
 from stages.data.fitting import (
     check_left,
     data_metrics,
@@ -17,9 +19,8 @@ from stages.data.fitting import (
     fit_rows,
     rules_applied,
 )
-from stages.data.readers import NUM_KEYS, Rows, read_conversations
-from stages.data.records import Conversation, Message, Pair, Prompt
-from stages.data.vocabulary import train_tokenizer
+from stages.data.reading.readers import NUM_KEYS, Rows, read_conversations
+from stages.data.reading.records import Conversation, Message, Pair, Prompt
 from stages.errors import DataError
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from stages.data.chat import CHATML
-from stages.data.headers import headers_of
-from stages.data.template_marks import Headers
+from stages.data.chat.headers import headers_of
+from stages.data.chat.special import CHATML
+from stages.data.chat.template_marks import Headers
 
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 VICUNA = (

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hub_server import HubServer
 
-from stages.config import DataSource
-from stages.data.hub import hub_commit, is_hub_id, meant_id
-from stages.data.readers import content_digest
+from stages.config.data import DataSource
+from stages.data.reading.hub import hub_commit, is_hub_id, meant_id
+from stages.data.reading.readers import content_digest
 
 COMMIT, OTHER = "c" * 40, "d" * 40
 README = b"""---

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollout.api import Rollout
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.data.journal import Journal, JournalEntry
 
 

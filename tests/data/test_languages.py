@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.data.languages import LANGUAGE_CHARS, check_languages, identify
+from stages.data.corpus.languages import LANGUAGE_CHARS, check_languages, identify
 from stages.errors import DataError
 
 SENTENCES = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from datasketch import MinHash
 
-from stages.data import words
-from stages.data.near_duplicates import (
+from stages.data.corpus import words
+from stages.data.corpus.near_duplicates import (
     CACHED_BYTES,
     MIN_RECALL,
     Shingles,
@@ -277,7 +277,7 @@ def test_a_bucket_of_unequal_documents_is_decided_as_defined():
 
 
 def test_shingles_that_no_longer_fit_in_memory_are_asked_for_again(monkeypatch):
-    monkeypatch.setattr("stages.data.near_duplicates.CACHED_BYTES", 400)
+    monkeypatch.setattr("stages.data.corpus.near_duplicates.CACHED_BYTES", 400)
     sets = [{index, index + 1000, index + 2000} for index in range(60)] * 2
     assert decided(sets, 0.9) == [-1] * 60 + list(range(60))
     assert CACHED_BYTES >= 2**20

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import DataSource
-from stages.data import readers
-from stages.data.files import whole
-from stages.data.pieces import Pieces, piece_source, read_pieces
-from stages.data.records import Document
+from stages.config.data import DataSource
+from stages.data.corpus.pieces import Pieces, piece_source, read_pieces
+from stages.data.reading import readers
+from stages.data.reading.files import whole
+from stages.data.reading.records import Document
 
 TEXTS = [
     "",

@@ -12,9 +12,9 @@ from datatrove.pipeline.filters import gopher_quality_filter as gopher_quality_f
 from datatrove.pipeline.filters import gopher_repetition_filter as gopher_repetition_filters
 from datatrove.utils.text import PUNCTUATION_SET, TERMINAL_PUNCTUATION
 
-from stages.config import QualityRules
-from stages.data import quality
-from stages.data.quality import Verdict, WordBlock, c4, judge, num_words_of, words_and_marks
+from stages.config.prepare import QualityRules
+from stages.data.corpus import quality
+from stages.data.corpus.quality import Verdict, WordBlock, c4, judge, num_words_of, words_and_marks
 
 SUBJECTS = ["the farmer", "a teacher", "that old engineer", "our captain", "the committee", "every child"]
 VERBS = ["carried", "described", "remembered", "painted", "will have", "measured", "could be", "admired"]

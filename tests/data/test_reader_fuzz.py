@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages.config import DataSource
-from stages.data import readers
-from stages.data.schemas import StageName
+from stages.config.data import DataSource
+from stages.data.reading import readers
+from stages.data.reading.schemas import StageName
 from stages.errors import DataError
 
 STAGES: tuple[StageName, ...] = get_args(StageName)

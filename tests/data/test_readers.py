@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from stages.config import DataSource
-from stages.data import readers
-from stages.data.readers import read
-from stages.data.records import Conversation, Document, Message, split_key
-from stages.data.schemas import SCHEMAS, Cells, Schema, StageName
+from stages.config.data import DataSource
+from stages.data.reading import readers
+from stages.data.reading.readers import read
+from stages.data.reading.records import Conversation, Document, Message, split_key
+from stages.data.reading.schemas import SCHEMAS, Cells, Schema, StageName
 from stages.errors import DataError
 
 HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Name a colour.\n\nAssistant:"
@@ -51,7 +51,8 @@ def failure(path: Path, stage: StageName, **settings: Any) -> str:
 
 def test_readers_import_neither_torch_nor_transformers():
     code = (
-        "import sys, stages.data.readers as r, stages.data.batches; from stages.config import DataSource\n"
+        "import sys, stages.data.reading.readers as r, stages.data.batches\n"
+        "from stages.config.data import DataSource\n"
         "bad = {'torch', 'transformers', 'ray', 'vllm', 'datasets'} & set(sys.modules)\n"
         "sys.exit(f'imported: {bad}' if bad else 0)"
     )

@@ -13,9 +13,12 @@ from thinking_templates import R1_DISTILL_ONE_CALL_OPEN, REAL
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from stages.data.chat import CHATML, ChatTokenizer, Rendered, Talk
-from stages.data.records import Message
-from stages.data.templates import Refused
+from stages.data.chat.ids import Rendered
+from stages.data.chat.messages import Talk
+from stages.data.chat.special import CHATML
+from stages.data.chat.templates import Refused
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.reading.records import Message
 from stages.errors import ModelError
 
 ENDS = {"gpt_oss": "<|return|>", "r1_distill": REAL["r1_distill"][1][2]}

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.config import DataFormat, DataSource
-from stages.data import readers
-from stages.data.records import Conversation, Document, Message, Pair, Prompt, split_key
-from stages.data.schemas import SCHEMAS, Record, RowError, StageName, detect, fields_of, named
+from stages.config.data import DataFormat, DataSource
+from stages.data.reading import readers
+from stages.data.reading.records import Conversation, Document, Message, Pair, Prompt, split_key
+from stages.data.reading.schemas import SCHEMAS, Record, RowError, StageName, detect, fields_of, named
 from stages.errors import DataError
 
 Row = dict[str, Any]

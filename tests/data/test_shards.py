@@ -10,8 +10,8 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data import shards as module
-from stages.data.shards import (
+from stages.data.corpus import shards as module
+from stages.data.corpus.shards import (
     MIN_CHUNK,
     ShardCounts,
     TokenRow,

@@ -17,11 +17,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from stages.config import DataSource
-from stages.data import readers
-from stages.data.files import whole
-from stages.data.places import files_matching, found_at
-from stages.data.raw_rows import raw_rows
+from stages.config.data import DataSource
+from stages.data.reading import readers
+from stages.data.reading.files import whole
+from stages.data.reading.places import files_matching, found_at
+from stages.data.reading.raw_rows import raw_rows
 from stages.errors import DataError
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
@@ -182,7 +182,7 @@ def test_an_unclosed_quote_is_never_skipped_for_it_swallows_the_rows_after_it(tm
 
 
 def test_an_unclosed_quote_ends_at_the_longest_cell_and_not_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.data.table_rows.MAX_CELL_CHARS", 2000)
+    monkeypatch.setattr("stages.data.reading.table_rows.MAX_CELL_CHARS", 2000)
     path = written(tmp_path / "a.csv", b'text,b\none,1\n"two,2\n' + b"three,3\n" * 300 + b"\xe9")
     assert failure(path) == (
         "a.csv:3: quote opened and never closed, or a cell of more than 2,000 characters"
@@ -426,7 +426,7 @@ def test_a_directory_that_may_not_be_read_is_not_left_out_in_silence(tmp_path, p
     for folder in ("open", "shut"):
         (tmp_path / folder).mkdir()
         written(tmp_path / folder / "a.jsonl", b'{"text": "one"}')
-    code = "import sys, stages.data.places as places; print(places.found_at(sys.argv[1], 'train'))"
+    code = "import sys, stages.data.reading.places as places; print(places.found_at(sys.argv[1], 'train'))"
     (tmp_path / "shut").chmod(0)
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / pattern)],

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.stand_ins import PRIVATE_USE, Content, StandIns, any_of, masked, masked_messages
+from stages.data.chat.stand_ins import PRIVATE_USE, Content, StandIns, any_of, masked, masked_messages
 
 PARTS = ["<", ">", "</x>", "<x>", "a", " ", "\n", "/x", "", "[", "b"]
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=8).map("".join)

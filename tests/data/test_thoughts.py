@@ -15,9 +15,10 @@ from test_real_conversations import (
     user,
 )
 
-from stages.data.chat import CHATML, Talk
-from stages.data.records import Message
-from stages.data.templates import Refused
+from stages.data.chat.messages import Talk
+from stages.data.chat.special import CHATML
+from stages.data.chat.templates import Refused
+from stages.data.reading.records import Message
 
 THINK = ("<think>", "</think>")
 PREFILLED = (

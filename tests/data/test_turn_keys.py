@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from stages.config import DataSource
-from stages.data import readers
-from stages.data.records import Conversation, Message, Pair, Prompt
-from stages.data.schemas import StageName
+from stages.config.data import DataSource
+from stages.data.reading import readers
+from stages.data.reading.records import Conversation, Message, Pair, Prompt
+from stages.data.reading.schemas import StageName
 from stages.errors import DataError
 
 Row = dict[str, Any]

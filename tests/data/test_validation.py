@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
-from rollout.config import Section
-from stages.config import DataSource, PrepareConfig, RewardConfig, SFTConfig
-from stages.data import readers
-from stages.data.schemas import StageName
+from rollout.ground.section import Section
+from stages.config.data import DataSource
+from stages.config.prepare import PrepareConfig
+from stages.config.reward import RewardConfig
+from stages.config.sft import SFTConfig
+from stages.data.reading import readers
+from stages.data.reading.schemas import StageName
 from stages.data.validation import Validated, validate
 from stages.errors import DataError
 

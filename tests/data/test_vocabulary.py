@@ -4,8 +4,9 @@ import json
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from stages.data.chat import CHATML, SPECIAL_TOKENS, ChatTokenizer
-from stages.data.vocabulary import MAX_WORD_BYTES, TRAINING_WORDS, WORDS, rounded_up, train_tokenizer
+from stages.data.chat.special import CHATML, SPECIAL_TOKENS
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus.vocabulary import MAX_WORD_BYTES, TRAINING_WORDS, WORDS, rounded_up, train_tokenizer
 
 ORDINARY = [
     "A cat, a dog and 1234 birds don't mind.\n\n\tIndented  twice   here",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.config import CORRECTIONS
+from stages.config.correction import CORRECTIONS
 from stages.objectives.correction import correction_weights
 from stages.objectives.losses import aggregation_denominator, policy_loss
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.config import StageSettings
+from stages.config.stage import StageSettings
 from stages.errors import DataError, Interrupted, TrainingStopped
 from stages.runtime import Runtime
 

@@ -13,7 +13,7 @@ from fake_chain import Chain, write_model
 from pipeline import dag
 from pipeline.artifacts import MANIFEST, DigestCache, Manifest, Store, exactness_of, model_directory
 from pipeline.errors import CorruptArtifact, MissingStage
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.errors import DataError
 
 

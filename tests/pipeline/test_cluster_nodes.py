@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline import cluster
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pipeline import config_docs
 from pipeline.config import ConfigError, check_paths, json_schema, load, resolved_yaml
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig, ResourcesConfig
 from pipeline.yaml_source import parse_scalar, short
-from stages.data.places import found_at
+from stages.data.reading.places import found_at
 from stages.errors import DataError
 
 SHIPPED = sorted(Path(__file__).parents[2].glob("configs/**/*.yaml"))
@@ -188,7 +188,9 @@ def test_what_looks_like_a_mistyped_local_path_is_met_as_such(write, tmp_path, m
 
 
 def test_a_model_path_whose_directory_is_here_is_met_as_a_mistyped_path(write, tmp_path, monkeypatch):
-    monkeypatch.setattr("stages.data.hub.model_problem", lambda path, revision: f"the hub has no {path}")
+    monkeypatch.setattr(
+        "stages.data.reading.hub.model_problem", lambda path, revision: f"the hub has no {path}"
+    )
     write("{}", "models/other/config.json")
     with pytest.raises(DataError) as error:
         check_paths(load(write(MINIMAL), ["model.path=models/mine"]), ["model"])

@@ -19,7 +19,7 @@ from pipeline import dag
 from pipeline.artifacts import MANIFEST, Manifest, Store
 from pipeline.errors import CorruptArtifact
 from rollout.api import Rollout
-from stages.config import PretrainConfig
+from stages.config.pretrain import PretrainConfig
 from stages.data.journal import Journal, JournalEntry, decoded
 from stages.training.checkpoint import RECORD_FILE, Checkpoints
 from stages.training.optimize import Optimizer

@@ -9,7 +9,8 @@ from fake_chain import Chain
 from pipeline import dag
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
-from stages.config import ResponseSampling, RewardSettings
+from stages.config.reward import RewardSettings
+from stages.config.sampling import ResponseSampling
 from stages.errors import DataError
 
 OUTSIDE = {"model": "m" * 16}

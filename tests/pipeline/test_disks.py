@@ -23,7 +23,7 @@ from test_cli import complaint, rlhf
 
 from pipeline.artifacts import MANIFEST, Store
 from pipeline.stage_task import as_expected
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from rollout.weight_file import WeightFileWriter
 
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]

@@ -13,7 +13,7 @@ from pipeline.executor import execute
 from pipeline.planning import plan_run, plan_stage, validate_data
 from pipeline.progress import Progress
 from pipeline.stage_task import StageResult
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.errors import DataError, ModelError, TrainingStopped
 
 ALL = ["prepare", "pretrain", "sft", "reward", "ppo", "evaluate"]

@@ -22,7 +22,7 @@ from pipeline.given_model import GivenModel
 from pipeline.planning import PlannedRun, fitted_to_what_is_here, plan_run, plan_stage
 from pipeline.progress import Progress
 from pipeline.unstated import MATTER, fitted_line, table, unstated
-from stages.config import FITTED
+from stages.config.training import FITTED
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMOLLM2_135M = {

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tiny_tokenizer import tiny_tokenizer
 
 from pipeline import cli, executor
-from rollout.errors import EnvironmentProblem
-from stages.data.chat import ChatTokenizer
+from rollout.ground.errors import EnvironmentProblem
+from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training import model_rules

@@ -14,7 +14,7 @@ from pipeline import progress
 from pipeline.artifacts import MANIFEST, Store, model_directory, read_manifest
 from pipeline.errors import ConfigError, CorruptArtifact
 from pipeline.planning import plan_run
-from stages.config import ScoreFunction
+from stages.config.score import ScoreFunction
 from stages.data.scoring import load_judge
 from stages.errors import DataError
 

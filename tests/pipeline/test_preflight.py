@@ -8,7 +8,7 @@ from fake_chain import Chain
 from pipeline import cli, machine, planning
 from pipeline.machine import MachineMemory
 from pipeline.preflight import check_machine
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 
 MIB, GIB = 2**20, 2**30
 LARGE = (

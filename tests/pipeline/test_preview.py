@@ -10,9 +10,9 @@ from pipeline import cli, preview
 from pipeline import config as configs
 from pipeline.preview import CONTEXT, MARKS, TRAINED, previews
 from stages.data import overview
-from stages.data.chat import CHATML, IM_START
+from stages.data.chat.special import CHATML, IM_START
+from stages.data.corpus.vocabulary import train_tokenizer
 from stages.data.overview import first_texts
-from stages.data.vocabulary import train_tokenizer
 from stages.errors import DataError
 
 CONFIG = """

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from rollout.api import Diagnosis, joined_diagnosis
 from rollout.errors import EngineError, ParityError
+from rollout.parity import ParityGate, in_words
 from rollout.pool import EnginePool
-from rollout.weight_sync import ModuleSource, ParityGate, WeightSync, in_words
+from rollout.weight_source import ModuleSource
+from rollout.weight_sync import WeightSync
 
 PROMPTS = [(5, 9, 30), (44, 2)]
 

@@ -8,7 +8,9 @@ from rigs import CONFIG, SAME, Rig, logprobs_of
 from transformers import AutoModelForCausalLM
 
 from rollout.errors import ParityError
-from rollout.weight_sync import ModuleSource, ParityGate, ParityReport, WeightSync
+from rollout.parity import ParityGate, ParityReport
+from rollout.weight_source import ModuleSource
+from rollout.weight_sync import WeightSync
 
 PROMPTS = [(5, 9, 30), (44, 2), (61, 62, 63, 64), (7,)]
 

@@ -156,7 +156,8 @@ def test_two_actors_hold_the_same_version_after_a_sync_and_answer_as_one_does(
 
     from transformers import AutoModelForCausalLM
 
-    from rollout.weight_sync import ModuleSource, WeightSync
+    from rollout.weight_source import ModuleSource
+    from rollout.weight_sync import WeightSync
 
     start_ray()
     config = CONFIG.model_copy(update={"engine": "hf", "num_engines": 2})

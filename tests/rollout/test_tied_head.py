@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout.api import WeightUpdate
 from rollout.weight_file import WeightFileWriter, checkpoint_layout
-from rollout.weight_sync import ModuleSource
+from rollout.weight_source import ModuleSource
 
 PROGRAM = Path(__file__).with_name("tied_head_without_cure.py")
 

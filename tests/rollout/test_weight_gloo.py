@@ -18,8 +18,10 @@ from test_weight_sync import GROUPS, perturb, probes
 
 from rollout.errors import WeightSyncError
 from rollout.pool import start_actor_engines
+from rollout.transports import GlooStream
 from rollout.weight_gloo import CHUNK_BYTES, GlooSender, receive
-from rollout.weight_sync import GlooStream, ModuleSource, WeightSync
+from rollout.weight_source import ModuleSource
+from rollout.weight_sync import WeightSync
 
 HOST = "127.0.0.1"
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from rollout.weight_file import checkpoint_layout
 from rollout.weight_source import ModuleSource
 

@@ -12,9 +12,11 @@ import torch
 from rigs import SAME, Rig, logprobs_of, request
 
 from rollout.api import WeightUpdate
-from rollout.errors import EnvironmentProblem, WeightSyncError
+from rollout.errors import WeightSyncError
+from rollout.ground.errors import EnvironmentProblem
 from rollout.weight_file import WeightFileWriter
-from rollout.weight_sync import ModuleSource, WeightSync
+from rollout.weight_source import ModuleSource
+from rollout.weight_sync import WeightSync
 
 GROUPS = {
     "embedding": ("embed_tokens.weight",),

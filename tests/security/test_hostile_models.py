@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from rollout.weight_file import checkpoint_layout
-from stages.data.chat import ChatTokenizer, read_template, tokenizer_digest
+from stages.data.chat.directories import read_template, tokenizer_digest
+from stages.data.chat.tokenizer import ChatTokenizer
 from stages.errors import ModelError
 from stages.training.models import ScoreNormaliser, load_causal_lm, load_reward_model
 

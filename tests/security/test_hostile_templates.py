@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from stages.data import templates
-from stages.data.chat import CHATML, ChatTokenizer
-from stages.data.records import Message
-from stages.data.templates import Chat, Refused, Spellings, render, render_chats
+from stages.data.chat import templates
+from stages.data.chat.special import CHATML
+from stages.data.chat.templates import Chat, Refused, Spellings, render, render_chats
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.reading.records import Message
 from stages.errors import ModelError
 
 TALK = [Message(role=role, content=f"words {role}") for role in ("system", "user", "assistant", "user")]

@@ -9,7 +9,7 @@ from inline import runtime_in
 from plain_models import take_step
 from torch import nn
 
-from stages.config import PretrainConfig
+from stages.config.pretrain import PretrainConfig
 from stages.training.loop import run_loop
 from stages.training.optimize import Optimizer
 from stages.training.supervised import Supervised

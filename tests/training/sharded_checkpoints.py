@@ -19,8 +19,8 @@ from torch import multiprocessing, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rollout.errors import EnvironmentProblem
-from stages.config import PretrainConfig
+from rollout.ground.errors import EnvironmentProblem
+from stages.config.pretrain import PretrainConfig
 from stages.training.checkpoint import RECORD_FILE, Checkpoints
 from stages.training.optimize import Optimizer
 

@@ -8,7 +8,9 @@ from plain_models import take_step
 from safetensors.torch import load_file
 
 from rollout.api import Rollout
-from stages.config import DataSource, PPOConfig, SFTConfig
+from stages.config.data import DataSource
+from stages.config.ppo import PPOConfig
+from stages.config.sft import SFTConfig
 from stages.data.experience import assemble, pack_rollouts
 from stages.data.packing import pack
 from stages.objectives.logprobs import token_logprobs

@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from sharded_checkpoints import make_optimizer, numbers_of, take_steps
 
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.training import checkpoint as checkpoint_module
 from stages.training.checkpoint import RECORD_FILE, Checkpoints
 

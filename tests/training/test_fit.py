@@ -7,7 +7,7 @@ import torch
 from regression import CONFIG, MAX_STEPS, Killed, train
 from torch import nn
 
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.data.batches import BatchOrder
 from stages.training.checkpoint import Checkpoints
 from stages.training.loop import num_steps

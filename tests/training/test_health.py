@@ -9,8 +9,10 @@ from inline import runtime_in
 from regression import CONFIG, MAX_STEPS, Killed, Regression, train
 from safetensors.torch import load_file
 
-from rollout.errors import EnvironmentProblem
-from stages.config import DataSource, HealthConfig, PPOConfig
+from rollout.ground.errors import EnvironmentProblem
+from stages.config.data import DataSource
+from stages.config.ppo import PPOConfig
+from stages.config.training import HealthConfig
 from stages.errors import Interrupted, TrainingStopped
 from stages.training.health import Health, check_rollouts
 from stages.training.metrics import read_steps

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from inline import runtime_in
 
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.errors import TrainingStopped
 from stages.training.distributed import Worker, launch
 

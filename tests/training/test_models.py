@@ -273,7 +273,7 @@ def test_pin_33_the_gradient_of_the_whole_model_does_not_depend_on_how_a_batch_i
 
 
 def test_a_model_built_from_the_config_is_the_one_described():
-    from stages.config import ModelConfig
+    from stages.config.model import ModelConfig
 
     config = ModelConfig(
         layers=2, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, context_length=64

@@ -8,7 +8,7 @@ import pytest
 from inline import runtime_in
 
 from rollout.config import EngineConfig
-from rollout.errors import EnvironmentProblem
+from rollout.ground.errors import EnvironmentProblem
 from stages.runtime import Runtime, StageResources
 from stages.training.distributed import placed
 

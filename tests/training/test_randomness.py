@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from stages.config import ModelConfig
+from stages.config.model import ModelConfig
 from stages.data.packing import pack
 from stages.errors import ModelError
 from stages.training.distributed import place

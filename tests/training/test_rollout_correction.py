@@ -7,7 +7,9 @@ import torch
 from inline import runtime_in, worker_in
 from ppo_inputs import EOS, ppo_inputs, some_rollouts
 
-from stages.config import CORRECTIONS, DataSource, PPOConfig, RolloutCorrectionConfig
+from stages.config.correction import CORRECTIONS, RolloutCorrectionConfig
+from stages.config.data import DataSource
+from stages.config.ppo import PPOConfig
 from stages.data.experience import assemble, pack_rollouts
 from stages.training.fsdp import Trained
 from stages.training.health import Health

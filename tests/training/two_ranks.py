@@ -10,7 +10,8 @@ from ppo_inputs import EOS, some_rollouts
 from torch import Tensor, multiprocessing
 from torch.distributed.tensor import DTensor
 
-from stages.config import DataSource, PPOConfig
+from stages.config.data import DataSource
+from stages.config.ppo import PPOConfig
 from stages.data.experience import Experience, assemble, pack_rollouts
 from stages.training import ranks
 from stages.training.distributed import Worker

@@ -16,8 +16,10 @@ from rollout.config import EngineConfig
 from rollout.errors import ParityError
 from rollout.hf_engine import HFEngine
 from rollout.loop import LoopThread
-from rollout.weight_sync import ParityGate, WeightSync
-from stages.config import DataSource, PPOConfig
+from rollout.parity import ParityGate
+from rollout.weight_sync import WeightSync
+from stages.config.data import DataSource
+from stages.config.ppo import PPOConfig
 from stages.data.experience import pack_rollouts
 from stages.training import ranks
 from stages.training.distributed import Worker

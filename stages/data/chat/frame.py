@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from stages.data.records import Role
-from stages.data.stand_ins import any_of
-from stages.data.templates import Chat, Spellings, Written, render, render_chats
+from stages.data.chat.stand_ins import any_of
+from stages.data.chat.templates import Chat, Spellings, Written, render, render_chats
+from stages.data.reading.records import Role
 from stages.errors import ModelError
 
 CONVERSATIONS: tuple[tuple[Role, ...], ...] = (

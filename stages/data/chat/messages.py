@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.data.chat.frame import Template
-from stages.data.records import Message
-from stages.data.templates import Chat, Refused, Spellings
+from stages.data.chat.templates import Chat, Refused, Spellings
+from stages.data.reading.records import Message
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 

@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from stages.data.chat.frame import Frame, Template
 from stages.data.chat.messages import Forms, Talk
+from stages.data.chat.stand_ins import any_of
+from stages.data.chat.templates import Chat, Refused, Spellings, Written
 from stages.data.chat.turns import Spelled, Turn, Unfit, cuts_of, turns_of
-from stages.data.files import one_line
-from stages.data.stand_ins import any_of
-from stages.data.templates import Chat, Refused, Spellings, Written
+from stages.data.reading.files import one_line
 from stages.errors import ModelError
 
 BATCH_TALKS, BATCH_CHARS = 128, 2**18

@@ -23,15 +23,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from stages.data.chat.directories import choose_template, configured_stops, read_template
+from stages.data.chat.encoders import TextEncoder, has_joint
 from stages.data.chat.frame import CONVERSATIONS, Template, find_frame, spelled_inside
 from stages.data.chat.ids import PairIds, Rendered, trained_runs
 from stages.data.chat.messages import Talk
 from stages.data.chat.rendering import Rendering, attempt, cuts_of_prompt, or_raise
 from stages.data.chat.special import document_separator_id
+from stages.data.chat.templates import Refused, Written
 from stages.data.chat.turns import Stretch, Unfit, cuts_of, examples_of, stretches
-from stages.data.encoders import TextEncoder, has_joint
-from stages.data.records import Message, Messages, Tools
-from stages.data.templates import Refused, Written
+from stages.data.reading.records import Message, Messages, Tools
 from stages.errors import ModelError
 
 _logger = logging.getLogger(__name__)

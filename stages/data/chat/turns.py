@@ -4,7 +4,7 @@
     all turns --> one text to train on, or one per turn where a later turn changes an earlier one
 
 An answer is what the template adds to its prompt, up to the end-of-turn token: what the model has to produce
-when it is served. Texts hold stand-ins for signs of content (`stages.data.stand_ins`).
+when it is served. Texts hold stand-ins for signs of content (`stages.data.chat.stand_ins`).
 """
 
 import re
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from stages.data.chat.frame import EMPTY_BLOCK, Frame, other_tag
 from stages.data.chat.messages import Talk
-from stages.data.records import Message
-from stages.data.stand_ins import NOTHING, Content, masked
-from stages.data.template_process import NO_TEXT
-from stages.data.templates import Written
+from stages.data.chat.stand_ins import NOTHING, Content, masked
+from stages.data.chat.template_process import NO_TEXT
+from stages.data.chat.templates import Written
+from stages.data.reading.records import Message
 
 
 class Unfit(Exception):
