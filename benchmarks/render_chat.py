@@ -21,6 +21,7 @@ from typing import Any
 
 from stages.config.data import DataSource
 from stages.data.chat import templates
+from stages.data.chat.messages import Talk
 from stages.data.chat.special import CHATML
 from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.corpus.vocabulary import train_tokenizer
@@ -38,8 +39,6 @@ def main() -> None:
     if arguments.is_earlier:
         print(_rate(lambda: [chat.render(row.messages) for row in rows], len(rows)))
         return
-    from stages.data.chat.messages import Talk
-
     talks = [Talk(messages=row.messages, tools=row.tools) for row in rows]
     plain = [[{"role": one.role, "content": one.content} for one in row.messages] for row in rows]
     measured: dict[str, Callable[[], float]] = {
@@ -87,7 +86,7 @@ def _cpu_seconds() -> float:
 def _earlier(checkout: Path) -> float:
     """The rate of the code in `checkout`, on the same arguments."""
     ran = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--is-earlier"],
+        [sys.executable, checkout / "benchmarks/render_chat.py", *sys.argv[1:], "--is-earlier"],
         env={**os.environ, "PYTHONPATH": str(checkout)},
         capture_output=True,
         text=True,

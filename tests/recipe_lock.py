@@ -44,9 +44,14 @@ def code_digest(entry: str, root: Path) -> str:
         if module in modules or path is None:
             continue
         tree = ast.parse(path.read_text())
-        modules[module] = _meaning(tree, is_config=path.stem == "config")
+        modules[module] = _meaning(tree, is_config=is_config(path))
         waiting += [*_imports(tree), *LOADED_BY_NAME.get(module, ())]
     return blake3(json.dumps(sorted(modules.items())).encode()).hexdigest()[:32]
+
+
+def is_config(path: Path) -> bool:
+    """Whether a file states settings: a module `config`, or one of a package of that name."""
+    return "config" in {path.stem, path.parent.name}
 
 
 def stale(locked: Mapping[str, Mapping[str, int | str]]) -> list[str]:
@@ -97,7 +102,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _meaning(tree: ast.Module, *, is_config: bool) -> str:
-    """The tree without docstrings; of a config only computed values: stated ones are in the fingerprint."""
+    """The tree without docstrings; of a config only its properties: stated values are in the fingerprint."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

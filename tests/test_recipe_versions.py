@@ -48,7 +48,7 @@ def test_comments_docstrings_and_layout_are_not_noticed(source: Path):
 
 def test_a_new_knob_is_not_noticed_for_its_value_is_in_the_fingerprint(source: Path):
     knob = "class PPOConfig(TrainingConfig):\n    new_knob: int = 3\n"
-    assert changed_stages(source, "stages/config.py", "class PPOConfig(TrainingConfig):\n", knob) == set()
+    assert changed_stages(source, "stages/config/ppo.py", "class PPOConfig(TrainingConfig):\n", knob) == set()
 
 
 def test_a_changed_recipe_touches_its_own_stage_only(source: Path):

@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "ray", "vllm")
             HEAVY,
         ),
         ("rollout.weight_file", ("transformers", "ray", "vllm")),
-        ("rollout.weight_sync, rollout.hf_engine", ("ray", "vllm")),
+        ("rollout.weight_sync, rollout.parity, rollout.hf_engine", ("ray", "vllm")),
         ("rollout.pool", ("vllm", "transformers")),
     ],
 )
