@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.artifacts import MANIFEST, FileRecord, Manifest, Store, file_digest, model_directory
-from pipeline.dag import SCHEMA_VERSION
 from pipeline.errors import MissingStage
+from pipeline.identity import SCHEMA_VERSION
 from pipeline.model_files import check_model_directory
 from rollout.safetensors_header import BadHeader, read_header
 

@@ -217,7 +217,7 @@ def filter_block(
     record = directory / f"{number:06d}.filtered.json"
     if (found := whole_record(record)) is not None and found["split"] == split_digest(split, source):
         return BlockReport.from_json(found["report"])
-    reader = read_split(source, split, "prepare")
+    reader = read_split(source, split, "documents")
     dropped = {step: Dropped() for step in STEPS}
     lengths: list[int] = []
     digests: list[bytes] = []
@@ -431,7 +431,7 @@ def check_trained(source: DataSource, config: PrepareConfig, *, unique: int, tra
         problem = "no rows left: all are duplicates of documents before them; set weight: 0"
     elif not train:
         problem = (
-            f"no rows left to train on: held out {unique} of {unique} (prepare.heldout_frac "
+            f"no rows left to train on: held out {unique} of {unique} ({config.KEY}.heldout_frac "
             f"{config.heldout_frac:g}, one document at least); add documents, or lower heldout_frac"
         )
     else:
