@@ -124,10 +124,10 @@ def _of_language(model: CausalLM, pack: Pack, reads: Reads) -> Outputs:
     else:
         logits_1NV = model(inputs, pack.predicting_N)
     logits_NV, logprobs_N, entropies_N = logits_1NV[0], None, None
-    if reads.temperature is not None:
-        scaled = {"logits": logits_NV, "temperature": reads.temperature}
-        logprobs_N = token_logprobs(**scaled, targets=pack.targets_N) if reads.logprobs else None
-        entropies_N = token_entropies(**scaled) if reads.entropies else None
+    if reads.logprobs and reads.temperature is not None:
+        logprobs_N = token_logprobs(logits=logits_NV, targets=pack.targets_N, temperature=reads.temperature)
+    if reads.entropies and reads.temperature is not None:
+        entropies_N = token_entropies(logits=logits_NV, temperature=reads.temperature)
     return Outputs(
         logprobs_N=logprobs_N,
         entropies_N=entropies_N,
