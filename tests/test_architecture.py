@@ -1,6 +1,7 @@
 """The import rules of DESIGN.md: who may import whom, and what has to import lightly."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import recipe_lock
+
+from stages.training.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "stages", "rollout")
@@ -131,3 +134,83 @@ def test_the_files_of_a_config_package_are_configs():
     assert {"rollout.config", "stages.config.ppo", "stages.config.data", "pipeline.config"} <= {
         *CONFIG_MODULES
     }
+
+
+STAGES = "|".join(sorted(RECIPES))
+OF_A_STAGE = re.compile(rf"(?:{STAGES})|.*?(?<![\w./-])(?:{STAGES})[./]\S.*", re.DOTALL)
+"""A string that equals a stage's name, or holds `<stage>.` or `<stage>/` at the start of a word."""
+KNOW_STAGES = (
+    "pipeline/stage_table.py",
+    "pipeline/experiment.py",
+    "stages/config/",  # sections follow one another: reward's normaliser is sampled as ppo samples
+    *(f"stages/{recipe}.py" for recipe in sorted(RECIPES)),
+    *("stages/training/health.py", "stages/training/models.py", "stages/training/ppo_"),  # until they move
+)
+NAME_STAGES_FOR_A_REASON = {
+    "pipeline/foreign_settings.py": "a manual: what other tools call the settings of each section",
+    "pipeline/config_docs.py": "a manual: docs/configuration.md opens with examples",
+    "pipeline/cli.py": "help: an example of KEY=VALUE",
+    "pipeline/yaml_source.py": "help: an example of KEY=VALUE",
+    "stages/data/reading/rows/ranked.py": "users' columns: `reward` is a score",
+    "stages/data/reading/rows/guesses.py": "users' columns",
+    "stages/data/reading/contradictions.py": "users' columns",
+}
+VALUES = {("kl_placement", "reward")}
+"""Values of settings that happen to be called like a stage: `kl_placement: reward`."""
+ALGORITHMS = re.compile(
+    r"(?<![a-z])(grpo|rloo|reinforce|remax|dapo|gspo|cispo|kto|ipo|orpo|simpo)(?![a-z])", re.IGNORECASE
+)
+NAME_ALGORITHMS = (
+    "stages/rl/algorithms.py",
+    "stages/config/ppo.py",
+    "pipeline/foreign_settings.py",  # a manual, as above
+    "stages/data/reading/schemas.py",  # users' columns: `kto_tag` is a label
+)
+
+
+def strings(tree: ast.Module) -> Iterator[ast.Constant]:
+    """The string literals that a program works with: no docstrings, no seeds' names, no metric keys."""
+    left_out: set[int] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str()) as docstring):
+                left_out.add(id(docstring))
+            case ast.Call(func=ast.Name(id="stage_seed"), args=names):
+                left_out.update(map(id, names))
+            case ast.Compare(left=ast.Attribute(attr=setting), comparators=[ast.Constant() as value]):
+                left_out.update([id(value)] if (setting, value.value) in VALUES else [])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) in left_out or node.value in METRICS:
+                continue
+            yield node
+
+
+def names_of_stages(path: Path) -> list[str]:
+    """Where a file names a stage."""
+    found = (node for node in strings(ast.parse(path.read_text())) if OF_A_STAGE.fullmatch(str(node.value)))
+    return [f"{path}:{node.lineno}: {node.value!r}" for node in found]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_stage_table_knows_stages_by_name(path: Path):
+    """Others get names as data: a stage, the key of its section (`config.KEY`), a column of the table."""
+    name = str(path.relative_to(ROOT))
+    if not name.startswith(KNOW_STAGES) and name not in NAME_STAGES_FOR_A_REASON:
+        assert not names_of_stages(path)
+
+
+def test_what_may_name_stages_does():
+    for name in NAME_STAGES_FOR_A_REASON:
+        assert names_of_stages(ROOT / name), f"{name}: take it off the list"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_algorithms_are_named_in_one_place(path: Path):
+    """Docstrings and comments may cite: they are no part of the syntax tree that is looked at."""
+    if not str(path.relative_to(ROOT)).startswith(NAME_ALGORITHMS):
+        tree = ast.parse(path.read_text())
+        named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        named |= {str(node.value) for node in strings(tree)}
+        assert not {text for text in named if ALGORITHMS.search(text)}
