@@ -38,9 +38,8 @@ BASE_PROMPT = "{prompt}"
 
 @pytest.fixture(scope="module")
 def inputs(make_gpt2_dir, tmp_path_factory) -> dict[str, Path]:
-    """sft and reward model of 32 positions; the sft model stands for pretrain's and ppo's too."""
-    found = ppo_inputs(make_gpt2_dir(CONTEXT), tmp_path_factory.mktemp("reward"))
-    return {**found, "pretrain": found["sft"], "ppo": found["sft"]}
+    """sft and reward model of 32 positions."""
+    return ppo_inputs(make_gpt2_dir(CONTEXT), tmp_path_factory.mktemp("reward"))
 
 
 def prompts_of(chat: ChatTokenizer, num_tokens: int) -> list[str]:
@@ -158,7 +157,7 @@ def test_the_normaliser_scores_responses_that_the_context_cut_off_sampled_as_ppo
     monkeypatch.setattr(reward, "open_engines", remembering)
     settings = reward_settings(tmp_path / "pairs.jsonl", fitting_and_not(inputs))
     runtime = runtime_in(tmp_path, "reward")
-    metrics = run_recipe(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+    metrics = run_recipe(settings, {"start": inputs["sft"]}, tmp_path / "out", runtime)
     assert metrics["score_responses"] == 4
     assert {(request.sampling.max_tokens, request.sampling.temperature) for request in asked} == {
         (RESPONSE, 0.7)
@@ -182,7 +181,7 @@ def test_prompts_too_long_for_the_normaliser_name_the_setting_that_says_so(
     )
     runtime = runtime_in(tmp_path, "reward")
     with pytest.raises(DataError, match=rf"of at most {room} tokens to sample .*; raise .*, or lower {key}$"):
-        run_recipe(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+        run_recipe(settings, {"start": inputs["sft"]}, tmp_path / "out", runtime)
     assert not (tmp_path / "work" / "metrics.jsonl").exists(), "said before training"
 
 
@@ -199,7 +198,13 @@ def test_evaluation_scores_responses_that_the_context_cut_off_the_base_models_an
         base_prompt=BASE_PROMPT,
     )
     settings = EvaluateSettings(seed=1, model=MODEL, evaluate=config, rollout=HF)
-    metrics = run_recipe(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
+    given = {
+        "base": inputs["sft"],
+        "sft": inputs["sft"],
+        "reward_model": inputs["reward"],
+        "ppo": inputs["sft"],
+    }
+    metrics = run_recipe(settings, given, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
     assert metrics["prompts"] == 4
     check_full(scored, num_at_least=7)
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]
