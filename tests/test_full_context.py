@@ -4,15 +4,13 @@ GPT-2 looks positions up in a table as long as the context, so that one token to
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inline import runtime_in, worker_in
-from ppo_inputs import EOS, ppo_inputs, some_rollouts
+from ppo_inputs import EOS, Parts, invented, ppo_inputs
 
 from rollout.config import EngineConfig
 from stages import evaluate, ppo, reward
@@ -22,12 +20,10 @@ from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
 from stages.config.reward import RewardConfig, RewardSettings
 from stages.data.chat.tokenizer import ChatTokenizer
-from stages.data.experience import pack_rollouts
 from stages.data.reading.records import Message
 from stages.errors import DataError
 from stages.training import forwards
 from stages.training.forwards import with_end
-from stages.training.ppo_models import judge, load_ppo_models
 
 CONTEXT, RESPONSE = 32, 6
 MODEL = ModelConfig(context_length=CONTEXT)
@@ -77,7 +73,7 @@ def scored(monkeypatch) -> list[tuple[int, ...]]:
         return sequence_scores(model, sequences, device=device)
 
     monkeypatch.setattr(forwards, "sequence_scores", remember)
-    monkeypatch.setattr("stages.training.ppo_models.sequence_scores", remember)
+    monkeypatch.setattr("stages.rl.roles.sequence_scores", remember)
     return read
 
 
@@ -105,20 +101,11 @@ def test_ppo_scores_responses_that_the_context_cut_off(inputs, tmp_path, scored)
 def test_one_token_more_would_be_one_too_many(inputs, tmp_path):
     """What a table of positions says to a response of the length that the prompt leaves without its end."""
     config = PPOConfig(data=[DataSource(path="unused")], max_response_tokens=RESPONSE)
-    models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-    like = some_rollouts(1)[0]
+    parts = Parts(config, inputs, worker_in(tmp_path, "ppo"))
 
     def judged(num_prompt_tokens):
-        rollout = replace(
-            like,
-            prompt_ids=(7,) * num_prompt_tokens,
-            response_ids=(9,) * RESPONSE,
-            logprobs=(-1.0,) * RESPONSE,
-            weight_versions=(0,) * RESPONSE,
-            finish_reason="length",
-        )
-        packs = pack_rollouts([rollout], micro_batch_size=1, max_length=RESPONSE, device=torch.device("cpu"))
-        return judge(models, packs[0], config, end_of_turn_id=EOS, stop_token_ids=(EOS,)).scores_B
+        trajectory = invented(0, (7,) * num_prompt_tokens, (9,) * RESPONSE, "length")
+        return parts.judged([trajectory]).scores_B
 
     room = MODEL.max_prompt_tokens(RESPONSE)
     assert room == CONTEXT - RESPONSE - 1 and judged(room).isfinite().all()
