@@ -21,7 +21,7 @@ from stages.config.reward import RewardSettings
 from stages.config.sft import SFTSettings
 from stages.config.stage import StageSettings
 from stages.data.reading.schemas import Kind
-from stages.runtime import BASE, CORPUS, REWARD_MODEL, START
+from stages.runtime import BASE, CORPUS, POLICY, REWARD_MODEL, START
 
 MODEL = "model"
 """Input key of the directory that `model.path` names; every other input key is the name of a stage."""
@@ -157,8 +157,8 @@ def _reward_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Nee
 
 def _ppo_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
     starts_untuned = not is_there(config, given, "sft") and is_there(config, given, _start(config))
-    scores = (Need(role="reward", key="reward"),) if is_there(config, given, "reward") else ()
-    return (Need(role="sft", key=_start(config) if starts_untuned else "sft"), *scores)
+    scores = (Need(role=REWARD_MODEL, key="reward"),) if is_there(config, given, "reward") else ()
+    return (Need(role=POLICY, key=_start(config) if starts_untuned else "sft"), *scores)
 
 
 def _evaluate_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
@@ -280,7 +280,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="ppo",
-            recipe=Recipe(entry="stages.ppo:run"),
+            recipe=Recipe(entry="stages.ppo:train", on_workers=True, holds="stages.ppo:opened"),
             settings=PPOSettings,
             needs=_ppo_needs,
             lacks=_ppo_lacks,

@@ -23,9 +23,9 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, data_metrics, fit_pairs, fit_rows
 from stages.data.packing import pack, plan_packs
 from stages.data.reading.readers import check_sides, is_held_out, read_pairs
+from stages.engines import ENGINE_DTYPE, open_engines
 from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
-from stages.rollout_source import ENGINE_DTYPE, open_engines
 from stages.runtime import START, Runtime
 from stages.training import ranks
 from stages.training.distributed import Worker

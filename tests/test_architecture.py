@@ -19,7 +19,7 @@ MAY_IMPORT_RAY = {
     "pipeline/executor.py",
     "pipeline/ray_session.py",
     "stages/training/distributed.py",
-    "stages/rollout_source.py",
+    "stages/rl/source.py",
     "stages/prepare.py",
     "rollout/pool.py",
 }

@@ -225,7 +225,7 @@ def test_a_mixture_goes_through_sft_reward_and_ppo_on_the_reference_engine(base,
         data=data["prompts"], **STEPS | {"max_steps": 2, "num_prompts": 8}, max_response_tokens=6
     )
     settings = PPOSettings(seed=1, model=MIXTURE, ppo=config, rollout=HF)
-    improved = ran(settings, {"sft": tuned, "reward": rewarded}, tmp_path / "ppo")
+    improved = ran(settings, {"policy": tuned, "reward_model": rewarded}, tmp_path / "ppo")
     assert all(line["rollout/engine_max_abs_diff"] <= 1e-5 for line in lines_of(improved))
     before, after = (
         AutoModelForCausalLM.from_pretrained(directory).model.layers[0].mlp.experts.down_proj

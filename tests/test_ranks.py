@@ -120,7 +120,7 @@ def losses_of(stage, root, data, chain, *, num_workers):
                     **{**TRAINING, **PPO_STEPS},
                 ),
             ),
-            {"sft": "sft", "reward": "reward"},
+            {"policy": "sft", "reward_model": "reward"},
         ),
     }[stage]()
     given = {role: chain[key] for role, key in needs.items()}
