@@ -231,22 +231,6 @@ def test_held_out_accuracy_is_reported_per_group_and_beside_the_longer_wins_rule
     assert metrics["pairs"] + metrics["pairs_heldout"] == 60 and metrics["pairs_dropped"] == 0
 
 
-def test_scores_of_steps_that_were_not_taken_are_no_training_accuracy():
-    ranked = reward._RankedShare()
-    for chosen, rejected, taken in (
-        (2.0, 0.5, True),
-        (torch.nan, 1.0, False),
-        (9.0, 1.0, False),
-        (1.0, 3.0, True),
-    ):
-        ranked.see(torch.tensor([chosen]), torch.tensor([rejected]))
-        ranked.close_step(taken=taken)
-    assert ranked.take() == {"train/accuracy": 0.5, "train/margin": -0.25}
-    ranked.see(torch.tensor([torch.nan]), torch.tensor([1.0]))
-    ranked.close_step(taken=False)
-    assert ranked.take() == {}
-
-
 def test_no_prompt_is_both_trained_on_and_held_out(chain):
     examples = reward._examples(reward_settings(chain.root), chain.chat("sft"))
     prompts = [{example.ids.prompt for example in part} for part in (examples.train, examples.heldout)]
