@@ -152,7 +152,7 @@ def train(
         chat.save(out_dir)
         with disk_problems(out_dir):
             shutil.copyfile(worker.runtime.work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
-    return iterations.summary() | data
+    return {**iterations.summary(), **data}
 
 
 def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[SourcePrompt, ...], dict[str, float]]:
