@@ -37,8 +37,8 @@ from stages.data.scoring import load_judge
 from stages.engines import EngineClient, open_engines
 from stages.objectives.winrate import bootstrap_interval
 from stages.rl.publish import Probe, wired
-from stages.runtime import BASE, CORPUS, REWARD_MODEL, Runtime
-from stages.training.distributed import Worker, launch, placed
+from stages.runtime import BASE, CORPUS, REWARD_MODEL
+from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
 from stages.training.forwards import logprobs_in_packs, scores_in_packs, with_end
 from stages.training.fsdp import Placed
@@ -74,20 +74,14 @@ class Candidate:
         return reward | (self.judged[index] if self.judged else {})
 
 
-def run(
-    settings: EvaluateSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
-) -> Mapping[str, float]:
-    """Compare; writes samples.jsonl. Inputs: base and tuned models, by the names that the metrics give them;
-    reward_model and corpus where they are there.
-    """
-    with placed(runtime, settings.engines) as in_place:
-        return launch(evaluate, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
-
-
 def evaluate(
     worker: Worker, *, settings: EvaluateSettings, inputs: Mapping[str, Path], out_dir: Path
 ) -> dict[str, float]:
-    """The recipe proper."""
+    """Compare; writes samples.jsonl.
+
+    Inputs: the base and the tuned models, by the names that the metrics give them; reward_model and corpus
+    where they are there.
+    """
     config = settings.evaluate
 
     # 1. Held-out prompts, models, judge.
