@@ -121,6 +121,7 @@ def test_nothing_is_called_utils():
     assert not [path for path in FILES if absent.intersection({path.stem, path.parent.name})]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", sorted({*LIGHT_MODULES, *CONFIG_MODULES}))
 def test_light_modules_load_nothing_heavy(module: str):
     command = f"import sys, {module}; print(sorted(set({sorted(HEAVY)}) & sys.modules.keys()))"
