@@ -12,10 +12,11 @@ Huang et al. 2024 (2403.17031). The parts are in stages/rl.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rollout.ground.durable import disk_problems
 from stages.config.ppo import PPOSettings
@@ -35,9 +36,9 @@ from stages.rl.roles import Judges, load_models, scores_to_commit
 from stages.rl.source import Source, SourcePlan, SourcePrompt, open_source
 from stages.rl.totals import Clock
 from stages.rl.update import Learner
-from stages.runtime import Runtime
+from stages.runtime import POLICY, REWARD_MODEL, Runtime
 from stages.training import ranks
-from stages.training.distributed import Worker, launch, placed
+from stages.training.distributed import Worker
 from stages.training.health import Health
 from stages.training.loop import run_loop
 
@@ -45,44 +46,31 @@ RECIPE_VERSION = 4
 ROLLOUTS_FILE = "rollouts.jsonl"
 
 
-def run(
-    settings: PPOSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
-) -> Mapping[str, float]:
-    """Tune the policy; writes a model directory and rollouts.jsonl. Inputs: sft, reward.
-
-    TrainingStopped (exit 5) when bad steps do not end or a batch is beyond a limit of ppo; ParityError (5)
-    when engine and trainer disagree; EngineError, WeightSyncError (4).
-    """
-    if tokenizer_digest(inputs["sft"]) != tokenizer_digest(inputs["reward"]):
+@contextmanager
+def opened(
+    settings: PPOSettings, inputs: Mapping[str, Path], runtime: Runtime
+) -> Iterator[Mapping[str, Any]]:
+    """What the stage task holds while the workers train: the engines, and the source that draws from them."""
+    if tokenizer_digest(inputs[POLICY]) != tokenizer_digest(inputs[REWARD_MODEL]):
         raise ModelError(
-            f"{inputs['reward']}: its tokenizer is not the policy's; "
-            f"train the reward model from {inputs['sft']}"
+            f"{inputs[REWARD_MODEL]}: its tokenizer is not the policy's; "
+            f"train the reward model from {inputs[POLICY]}"
         )
-    config, chat = settings.ppo, ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
+    config, chat = settings.ppo, ChatTokenizer.load(inputs[POLICY], settings.model.chat_template)
     prompts, data = _prompts(settings, chat)
     plan = SourcePlan.of(settings, prompts, stop_token_ids=chat.stop_token_ids)
     with (
-        placed(runtime, settings.engines) as in_place,
         open_engines(
             settings.rollout,
-            model_dir=inputs["sft"],
+            model_dir=inputs[POLICY],
             dtype=ENGINE_DTYPE[config.precision],
             max_model_len=settings.model.context_length,
-            runtime=in_place,
+            runtime=runtime,
         ) as client,
-        open_source(client, plan, runtime=in_place) as source,
+        open_source(client, plan, runtime=runtime) as source,
     ):
-        metrics = launch(
-            train,
-            in_place,
-            settings=settings,
-            inputs=dict(inputs),
-            out_dir=out_dir,
-            client=client,
-            source=source,
-            probe_prompts=[prompt.ids for prompt in prompts[: settings.rollout.parity_num_prompts]],
-        )
-    return metrics | data
+        probed = [prompt.ids for prompt in prompts[: settings.rollout.parity_num_prompts]]
+        yield {"client": client, "source": source, "probe_prompts": probed, "data": data}
 
 
 def train(
@@ -94,12 +82,20 @@ def train(
     client: EngineClient,
     source: Source,
     probe_prompts: Sequence[tuple[int, ...]],
+    data: Mapping[str, float],
 ) -> dict[str, float]:
-    """The recipe proper, on every worker."""
+    """Tune the policy; writes a model directory and rollouts.jsonl. Inputs: policy, reward_model. `data`:
+    what became of the rows, as metrics.
+
+    TrainingStopped (exit 5) when bad steps do not end or a batch is beyond a limit of ppo; ParityError (5)
+    when engine and trainer disagree; EngineError, WeightSyncError (4).
+    """
     # 1. Models, optimizers, and what an algorithm makes of a batch.
-    config, chat = settings.ppo, ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
+    config, chat = settings.ppo, ChatTokenizer.load(inputs[POLICY], settings.model.chat_template)
     algorithm = algorithm_of(settings)
-    models = load_models(algorithm, config, worker, policy_dir=inputs["sft"], reward_dir=inputs["reward"])
+    models = load_models(
+        algorithm, config, worker, policy_dir=inputs[POLICY], reward_dir=inputs[REWARD_MODEL]
+    )
     judges = Judges(
         models=models,
         config=config,
@@ -149,7 +145,6 @@ def train(
             rollouts_file=worker.runtime.work_dir / ROLLOUTS_FILE,
         )
         run_loop(iterations, config, max_steps=config.max_steps, runtime=worker.runtime)
-    metrics = iterations.summary()
 
     # 8. The model directory.
     models.policy.save(out_dir)
@@ -157,7 +152,7 @@ def train(
         chat.save(out_dir)
         with disk_problems(out_dir):
             shutil.copyfile(worker.runtime.work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
-    return metrics
+    return {**iterations.summary(), **data}
 
 
 def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[SourcePrompt, ...], dict[str, float]]:

@@ -34,7 +34,7 @@ def ppo_inputs(sft: Path, reward: Path) -> dict[str, Path]:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (sft / name).exists():
             (reward / name).write_bytes((sft / name).read_bytes())
-    return {"sft": sft, "reward": reward}
+    return {"policy": sft, "reward_model": reward}
 
 
 def some_trajectories(count=8) -> list[Trajectory]:
@@ -82,7 +82,7 @@ class Parts:
         self.config, self.device = config, worker.device
         self.algorithm = algorithm_of(settings)
         self.models = load_models(
-            self.algorithm, config, worker, policy_dir=inputs["sft"], reward_dir=inputs["reward"]
+            self.algorithm, config, worker, policy_dir=inputs["policy"], reward_dir=inputs["reward_model"]
         )
         self.judges = Judges(
             models=self.models,

@@ -34,9 +34,8 @@ BASE_PROMPT = "{prompt}"
 
 @pytest.fixture(scope="module")
 def inputs(make_gpt2_dir, tmp_path_factory) -> dict[str, Path]:
-    """sft and reward model of 32 positions; the sft model stands for pretrain's and ppo's too."""
-    found = ppo_inputs(make_gpt2_dir(CONTEXT), tmp_path_factory.mktemp("reward"))
-    return {**found, "pretrain": found["sft"], "ppo": found["sft"]}
+    """sft and reward model of 32 positions."""
+    return ppo_inputs(make_gpt2_dir(CONTEXT), tmp_path_factory.mktemp("reward"))
 
 
 def prompts_of(chat: ChatTokenizer, num_tokens: int) -> list[str]:
@@ -53,7 +52,7 @@ def prompts_of(chat: ChatTokenizer, num_tokens: int) -> list[str]:
 
 def fitting_and_not(inputs) -> list[str]:
     """Four prompts that leave room for a response and its end, and four that are a token too long for it."""
-    chat = ChatTokenizer.load(inputs["sft"])
+    chat = ChatTokenizer.load(inputs["policy"])
     return prompts_of(chat, CONTEXT - RESPONSE - 1) + prompts_of(chat, CONTEXT - RESPONSE)
 
 
@@ -145,7 +144,7 @@ def test_the_normaliser_scores_responses_that_the_context_cut_off_sampled_as_ppo
     monkeypatch.setattr(reward, "open_engines", remembering)
     settings = reward_settings(tmp_path / "pairs.jsonl", fitting_and_not(inputs))
     runtime = runtime_in(tmp_path, "reward")
-    metrics = run_recipe(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+    metrics = run_recipe(settings, {"start": inputs["policy"]}, tmp_path / "out", runtime)
     assert metrics["score_responses"] == 4
     assert {(request.sampling.max_tokens, request.sampling.temperature) for request in asked} == {
         (RESPONSE, 0.7)
@@ -161,7 +160,7 @@ def test_the_normaliser_scores_responses_that_the_context_cut_off_sampled_as_ppo
 def test_prompts_too_long_for_the_normaliser_name_the_setting_that_says_so(
     inputs, tmp_path, own_length, key, room
 ):
-    chat = ChatTokenizer.load(inputs["sft"])
+    chat = ChatTokenizer.load(inputs["policy"])
     settings = reward_settings(
         tmp_path / "pairs.jsonl",
         prompts_of(chat, CONTEXT - RESPONSE),
@@ -169,7 +168,7 @@ def test_prompts_too_long_for_the_normaliser_name_the_setting_that_says_so(
     )
     runtime = runtime_in(tmp_path, "reward")
     with pytest.raises(DataError, match=rf"of at most {room} tokens to sample .*; raise .*, or lower {key}$"):
-        run_recipe(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+        run_recipe(settings, {"start": inputs["policy"]}, tmp_path / "out", runtime)
     assert not (tmp_path / "work" / "metrics.jsonl").exists(), "said before training"
 
 
@@ -179,14 +178,20 @@ def test_evaluation_scores_responses_that_the_context_cut_off_the_base_models_an
     """A model of random weights answers with bytes that are no text: encoded again, they are three times as
     many tokens.
     """
-    chat = ChatTokenizer.load(inputs["sft"])
+    chat = ChatTokenizer.load(inputs["policy"])
     config = EvaluateConfig(
         prompts=written(tmp_path / "prompts.jsonl", [{"prompt": text} for text in fitting_and_not(inputs)]),
         max_response_tokens=RESPONSE,
         base_prompt=BASE_PROMPT,
     )
     settings = EvaluateSettings(seed=1, model=MODEL, evaluate=config, rollout=HF)
-    metrics = run_recipe(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
+    given = {
+        "base": inputs["policy"],
+        "sft": inputs["policy"],
+        "reward_model": inputs["reward_model"],
+        "ppo": inputs["policy"],
+    }
+    metrics = run_recipe(settings, given, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
     assert metrics["prompts"] == 4
     check_full(scored, num_at_least=7)
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]

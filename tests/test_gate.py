@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 from forks import ENGINES
-from inline import runtime_in
+from inline import run_recipe, runtime_in
 from ppo_inputs import ppo_inputs, with_turn
 from wrong_engines import LaggingEngine, SkewedEngine
 
@@ -20,7 +20,6 @@ from rollout.errors import ParityError
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
-from stages.ppo import run
 from stages.rl.journal import Journal
 from stages.rl.publish import Publisher
 from stages.rl.source import RolloutSource
@@ -82,7 +81,7 @@ def settings_for(prompts: Path, *, rollout=None, **changes) -> PPOSettings:
 
 
 def run_in(directory: Path, settings: PPOSettings, inputs):
-    metrics = run(settings, inputs, directory / "out", runtime_in(directory, "ppo"))
+    metrics = run_recipe(settings, inputs, directory / "out", runtime_in(directory, "ppo"))
     return metrics, blake3((directory / "out" / "model.safetensors").read_bytes()).hexdigest()
 
 

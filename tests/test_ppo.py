@@ -10,7 +10,7 @@ import pytest
 import torch
 from blake3 import blake3
 from fakes import FakeEngine
-from inline import runtime_in, worker_in
+from inline import run_recipe, runtime_in, worker_in
 from ppo_inputs import EOS, OTHER_STOP, Parts, invented, joined, ppo_inputs, some_trajectories
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -21,7 +21,6 @@ from stages.config.data import DataSource
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
 from stages.errors import DataError, Interrupted, ModelError, TrainingStopped
-from stages.ppo import run
 from stages.rl.credit import GeneralisedAdvantages
 from stages.rl.experience import pack_rollouts
 from stages.rl.source import RolloutSource, SourcePlan, SourcePrompt
@@ -382,7 +381,7 @@ def prompts(tmp_path):
 
 def run_in(directory, settings, inputs):
     runtime = runtime_in(directory, "ppo")
-    metrics = run(settings, inputs, directory / "out", runtime)
+    metrics = run_recipe(settings, inputs, directory / "out", runtime)
     weights = blake3((directory / "out" / "model.safetensors").read_bytes()).hexdigest()
     return metrics, weights, (directory / "out" / "rollouts.jsonl").read_text()
 
@@ -603,7 +602,7 @@ def test_a_bf16_run_with_vllm_passes_its_parity_gate_and_saves_fp32_weights_that
     assert [line["ppo/ratio_first"] for line in lines] == [0.0, 0.0]
     assert lines[0]["rollout/kl"] == 0.0 and lines[1]["rollout/kl"] != 0.0
     before, after = (
-        load_file(directory / "model.safetensors") for directory in (inputs["sft"], tmp_path / "out")
+        load_file(directory / "model.safetensors") for directory in (inputs["policy"], tmp_path / "out")
     )
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
@@ -665,7 +664,7 @@ def test_a_run_whose_only_iteration_ends_in_bad_steps_keeps_what_was_learnt_befo
     assert line["step"] == 1 and line["train/skipped_steps"] == 4.0
     assert line["rollout/score"] == metrics["score_final"]
     before, after = (
-        load_file(directory / "model.safetensors") for directory in (inputs["sft"], tmp_path / "out")
+        load_file(directory / "model.safetensors") for directory in (inputs["policy"], tmp_path / "out")
     )
     assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
 
@@ -692,17 +691,17 @@ def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(inputs, prompt
 
     runtime = replace(runtime_in(tmp_path, "ppo"), check_files=found_changed)
     with pytest.raises(DataError, match="changed since the run was planned"):
-        run(settings_for(prompts), inputs, tmp_path / "out", runtime)
+        run_recipe(settings_for(prompts), inputs, tmp_path / "out", runtime)
     assert not list((tmp_path / "out").iterdir()) and not list((tmp_path / "work").iterdir())
 
 
 def test_pin_18_a_reward_model_with_another_tokenizer_is_refused(inputs, prompts, tmp_path):
     other = tmp_path / "reward"
     other.mkdir()
-    for path in inputs["reward"].iterdir():
+    for path in inputs["reward_model"].iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="its tokenizer is not the policy's"):
-        run_in(tmp_path / "run", settings_for(prompts), {"sft": inputs["sft"], "reward": other})
+        run_in(tmp_path / "run", settings_for(prompts), {"policy": inputs["policy"], "reward_model": other})

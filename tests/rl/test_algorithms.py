@@ -74,7 +74,9 @@ def test_without_its_role_no_value_model_is_loaded_asked_or_trained(inputs, tmp_
         roles=parts.algorithm.roles - {"value"},
         terms=tuple(term for term in parts.algorithm.terms if term.trains == "policy"),
     )
-    models = load_models(algorithm, CONFIG, worker, policy_dir=inputs["sft"], reward_dir=inputs["reward"])
+    models = load_models(
+        algorithm, CONFIG, worker, policy_dir=inputs["policy"], reward_dir=inputs["reward_model"]
+    )
     assert models.value is None and list(models.trained) == ["policy"]
     judges = Judges(
         models=models,

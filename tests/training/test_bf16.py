@@ -54,7 +54,7 @@ def inputs(tied_model_dir, tmp_path_factory):
     model = reward_from_causal_lm(tied_model_dir, pad_token_id=PAD)
     save_model(model, directory, full_state(model))
     ScoreNormaliser(mean=0.0, std=1.0).save(directory)
-    return {"sft": tied_model_dir, "reward": directory}
+    return {"policy": tied_model_dir, "reward_model": directory}
 
 
 def four_trajectories():
@@ -140,7 +140,7 @@ def test_bf16_training_lowers_the_loss_and_keeps_and_saves_fp32_masters(tied_mod
 
 
 def test_parameters_are_the_fp32_masters_again_after_a_forward_without_gradient(inputs, worker):
-    policy = load_causal_lm(inputs["sft"])
+    policy = load_causal_lm(inputs["policy"])
     place(policy, worker, precision="bf16", trained=True)
     with torch.no_grad():
         policy(pack([[5, 6, 7]]).model_inputs(), torch.tensor([0, 1]))

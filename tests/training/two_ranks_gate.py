@@ -43,7 +43,7 @@ def _process(rank: int, directory: Path, inputs: dict[str, Path]) -> None:
     worker = Worker(rank=rank, world_size=2, device=CPU, runtime=runtime_in(directory / str(rank), "ppo"))
     parts = Parts(CONFIG, inputs, worker)
     with LoopThread() as loop:
-        raised = _cases(parts, loop, inputs["sft"], directory)
+        raised = _cases(parts, loop, inputs["policy"], directory)
     (directory / f"raised-{rank}.json").write_text(json.dumps(raised))
     ranks.barrier()
     dist.destroy_process_group()
