@@ -233,7 +233,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="pretrain",
-            recipe=Recipe(entry="stages.pretrain:run"),
+            recipe=Recipe(entry="stages.pretrain:train", on_workers=True),
             settings=PretrainSettings,
             needs=_pretrain_needs,
             makes="policy",
@@ -245,7 +245,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="sft",
-            recipe=Recipe(entry="stages.sft:run"),
+            recipe=Recipe(entry="stages.sft:train", on_workers=True, holds="stages.sft:shared"),
             settings=SFTSettings,
             needs=_sft_needs,
             makes="policy",
@@ -257,7 +257,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="reward",
-            recipe=Recipe(entry="stages.reward:run"),
+            recipe=Recipe(entry="stages.reward:train", on_workers=True, holds="stages.reward:shared"),
             settings=RewardSettings,
             needs=_reward_needs,
             makes="reward model",

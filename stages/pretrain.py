@@ -24,9 +24,8 @@ from stages.data.packing import PackedRow, packed_row
 from stages.errors import ModelError
 from stages.objectives.logprobs import next_tokens
 from stages.objectives.losses import causal_lm_loss_sum
-from stages.runtime import Runtime
 from stages.training import ranks
-from stages.training.distributed import Worker, launch
+from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
 from stages.training.fsdp import trained
 from stages.training.loop import num_steps, run_loop
@@ -51,17 +50,12 @@ class Rows:
     share_of_tokens: float  # this micro-batch's, of the tokens of that step
 
 
-def run(
-    settings: PretrainSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
-) -> Mapping[str, float]:
-    """Train; writes a model directory. Inputs: prepare, and model where training continues from one."""
-    return launch(train, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
-
-
 def train(
     worker: Worker, *, settings: PretrainSettings, inputs: Mapping[str, Path], out_dir: Path
 ) -> dict[str, float]:
-    """The recipe proper, on every worker."""
+    """Train, on every worker; writes a model directory. Inputs: prepare, and model where training continues
+    from one.
+    """
     config = settings.pretrain
 
     # 1. Data: rows of prepare's shards, in an order that is a function of the step.

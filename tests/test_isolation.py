@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from inline import run_recipe, runtime_in, worker_in
+from plain_models import losses_of
 from torch import Tensor
 
 from stages import pretrain, sft
@@ -151,7 +152,7 @@ def pretrain_loss(
     model: CausalLM, shards: TokenShards, indices, micro_batch_size: int, worker: Worker
 ) -> Tensor:
     rows = pretrain._micro_batches(shards, indices, micro_batch_size, worker)
-    return torch.stack([pretrain._loss(model, micro_batch) for micro_batch in rows]).sum()
+    return losses_of(model, rows, pretrain._loss)
 
 
 def gradient_of(model: CausalLM, loss: Tensor) -> Tensor:
@@ -277,7 +278,7 @@ def test_sft_by_tokens_has_the_loss_of_the_same_conversations_by_number(tmp_path
 
     def gradient(**config) -> tuple[float, Tensor]:
         batches = sft_batches(tmp_path, tied_model_dir, worker, **config).of_step(0)
-        loss = torch.stack([sft._loss(model, batch) for batch in batches]).sum()
+        loss = losses_of(model, batches, sft._loss)
         return loss.item(), gradient_of(model, loss)
 
     by_number, by_tokens = gradient(batch_size=num_examples), gradient(batch_tokens=96 * rows)

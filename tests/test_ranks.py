@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from inline import runtime_in
+from inline import run_recipe, runtime_in
 from safetensors.torch import load_file
 
 from rollout.config import EngineConfig
-from stages import ppo, pretrain, reward, sft
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
@@ -87,19 +86,16 @@ def losses_of(stage, root, data, chain, *, num_workers):
     directory = root / f"{stage}-{num_workers}"
     runtime = runtime_in(directory, stage, num_workers=num_workers)
     shared = {"seed": 3, "model": MODEL}
-    run, settings, needs = {
+    settings, needs = {
         "pretrain": lambda: (
-            pretrain.run,
             PretrainSettings(**shared, pretrain=PretrainConfig(**TRAINING)),
             ["prepare"],
         ),
         "sft": lambda: (
-            sft.run,
             SFTSettings(**shared, sft=SFTConfig(data=data["sft"], **TRAINING)),
             ["pretrain"],
         ),
         "reward": lambda: (
-            reward.run,
             RewardSettings(
                 **shared,
                 rollout=HF,
@@ -114,7 +110,6 @@ def losses_of(stage, root, data, chain, *, num_workers):
             ["sft"],
         ),
         "ppo": lambda: (
-            ppo.run,
             PPOSettings(
                 **shared,
                 rollout=HF,
@@ -128,7 +123,7 @@ def losses_of(stage, root, data, chain, *, num_workers):
             ["sft", "reward"],
         ),
     }[stage]()
-    metrics = run(settings, {key: chain[key] for key in needs}, directory / "out", runtime)
+    metrics = run_recipe(settings, {key: chain[key] for key in needs}, directory / "out", runtime)
     return read_steps(directory / "work" / "metrics.jsonl"), metrics
 
 

@@ -69,7 +69,7 @@ def launched(train: Callable[..., Result], runtime: Runtime) -> Iterator[Callabl
         torch.set_num_threads(runtime.num_threads)
         _multiply_fp32_in_fp32()
         try:
-            with _warnings_kept(runtime):
+            with warnings_kept(runtime):
                 yield partial(train, Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime))
         finally:
             if dist.is_initialized():
@@ -303,12 +303,12 @@ class _TrainingActor:
                 listener = self._listener.detach() if rank == 0 else None
                 store = dist.TCPStore(*address, world_size, rank == 0, master_listen_fd=listener)
                 _init_process_group(worker, store=store)
-            with _warnings_kept(runtime):
+            with warnings_kept(runtime):
                 return train(worker, **arguments)
 
 
 @contextmanager
-def _warnings_kept(runtime: Runtime) -> Iterator[None]:
+def warnings_kept(runtime: Runtime) -> Iterator[None]:
     """Inside, what the stages' code warns of (steps skipped, checkpoints passed over) is written where the
     driver follows it.
     """
