@@ -238,7 +238,7 @@ def test_batch_tokens_are_rows_of_the_context_filled_best_fit_and_every_conversa
     ]
     assert sorted(seen) == sorted(2 * [example.ids for example in examples]), "two epochs"
     for step in range(4):
-        assert sum(batch.num_tokens for batch in batches.of_step(step)) <= 96 * 2 + 50
+        assert sum(batch.row.num_tokens for batch in batches.of_step(step)) <= 96 * 2 + 50
         assert all(batch.num_tokens <= 96 for batch in batches.of_step(step))
 
 
