@@ -33,7 +33,7 @@ from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError, Proc
 from stages.config.stage import StageSettings
 from stages.config.training import TrainingConfig
 from stages.errors import DataError, Interrupted
-from stages.runtime import Runtime, StageResources, hide_gpus
+from stages.runtime import Runtime, StageResources, hide_gpus, warnings_kept
 
 USED_UP = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 LOST_FILE_SERVER = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO}
@@ -123,7 +123,7 @@ def ready(
     if not recipe.on_workers:
         yield partial(function, runtime=runtime)
         return
-    from stages.training.distributed import launched, placed, warnings_kept
+    from stages.training.distributed import launched, placed
 
     with contextlib.ExitStack() as stack:
         in_place = stack.enter_context(placed(runtime, settings.engines))

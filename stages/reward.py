@@ -27,16 +27,16 @@ from stages.data.fitting import check_left, data_metrics, fit_pairs, fit_rows
 from stages.data.packing import pack, plan_packs
 from stages.data.reading.readers import check_sides, is_held_out, read_pairs
 from stages.data.token_file import Columns, MappedTokens, Prepared, prepared
+from stages.engines import ENGINE_DTYPE, open_engines
 from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
-from stages.rollout_source import ENGINE_DTYPE, open_engines
-from stages.runtime import Runtime
+from stages.runtime import START, Runtime
 from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.forwards import WholeSequences, scores_in_packs, with_end
 from stages.training.fsdp import trained
 from stages.training.loop import num_steps, run_loop
-from stages.training.models import ScoreNormaliser, base_model, reward_from_causal_lm
+from stages.training.models import ScoreNormaliser, reward_from_causal_lm
 from stages.training.supervised import Supervised
 from stages.training.trainable import Judge, Outputs, Reads, TermLoss
 
@@ -84,7 +84,7 @@ def shared(
     """What the stage task does once: pairs as ids, in a file that all workers map."""
 
     def rendered() -> Columns:
-        chat = ChatTokenizer.load(_source(settings, inputs), settings.model.chat_template)
+        chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
         examples = _examples(settings, chat)
         runtime.check_files()
         _normaliser_prompts(settings, examples)  # that there are too few is said before training
@@ -96,12 +96,11 @@ def shared(
 def train(
     worker: Worker, *, settings: RewardSettings, inputs: Mapping[str, Path], out_dir: Path, rows: Prepared
 ) -> dict[str, float]:
-    """Train, on every worker; writes a model directory with its normaliser. Inputs: sft, or pretrain / model
-    with init_from: pretrain.
+    """Train, on every worker; writes a model directory with its normaliser. Inputs: start.
 
     TrainingStopped (exit 5) when a gate is not met.
     """
-    config, source = settings.reward, _source(settings, inputs)
+    config, source = settings.reward, inputs[START]
 
     # 1. Data: the pairs of the stage task's file; whole prompts are held out.
     chat = ChatTokenizer.load(source, settings.model.chat_template)
@@ -157,11 +156,6 @@ def train(
         normaliser.save(out_dir)
         chat.save(out_dir)
     return metrics
-
-
-def _source(settings: RewardSettings, inputs: Mapping[str, Path]) -> Path:
-    """The model that the reward model starts as."""
-    return inputs["sft"] if settings.reward.init_from == "sft" else base_model(inputs)
 
 
 class Mapped(Sequence[Example]):

@@ -27,12 +27,12 @@ from stages.data.fitting import check_left, check_rendering, data_metrics, fit_c
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.reading.readers import read_conversations
 from stages.data.token_file import Columns, MappedTokens, Prepared, prepared
-from stages.runtime import Runtime
+from stages.runtime import START, Runtime
 from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.fsdp import trained
 from stages.training.loop import num_steps, run_loop
-from stages.training.models import base_model, check_context, load_causal_lm, set_stop_tokens
+from stages.training.models import check_context, load_causal_lm, set_stop_tokens
 from stages.training.routing import check_balanced, router_metrics, with_balance
 from stages.training.supervised import Supervised
 from stages.training.trainable import Outputs, Reads, TermLoss
@@ -60,7 +60,7 @@ def shared(
     """
 
     def rendered() -> Columns:
-        chat = ChatTokenizer.load(base_model(inputs), settings.model.chat_template)
+        chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
         examples, data = _examples(settings, chat)
         runtime.check_files()
         ragged = {"ids": [one.ids for one in examples], "mask": [one.mask for one in examples]}
@@ -72,18 +72,18 @@ def shared(
 def train(
     worker: Worker, *, settings: SFTSettings, inputs: Mapping[str, Path], out_dir: Path, rows: Prepared
 ) -> dict[str, float]:
-    """Fine-tune, on every worker; writes a model directory. Inputs: pretrain, or model."""
+    """Fine-tune, on every worker; writes a model directory. Inputs: start."""
     config = settings.sft
 
     # 1. Data: the conversations of the stage task's file, in an order that is a function of the step.
-    chat = ChatTokenizer.load(base_model(inputs), settings.model.chat_template)
+    chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
     batches = _batches(Mapped(MappedTokens(rows)), settings, worker)
 
     # 2. Model and optimizer.
-    initial = load_causal_lm(base_model(inputs))
+    initial = load_causal_lm(inputs[START])
     check_context(initial, settings.model.context_length)
     if config.router_aux_loss_coef > 0:
-        check_balanced(initial.inner, "sft.router_aux_loss_coef")
+        check_balanced(initial.inner, f"{config.KEY}.router_aux_loss_coef")
     max_steps = num_steps(config, batches.order)
     model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 

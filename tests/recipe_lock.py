@@ -11,6 +11,7 @@ import ast
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from blake3 import blake3
@@ -46,9 +47,8 @@ def code_digest(entry: str, root: Path) -> str:
         path = _source(module, root)
         if module in modules or path is None:
             continue
-        tree = ast.parse(path.read_text())
-        modules[module] = _meaning(tree, is_config=is_config(path))
-        waiting += [*_imports(tree), *LOADED_BY_NAME.get(module, ())]
+        modules[module], imported = _read(path.read_text(), is_config=is_config(path))
+        waiting += [*imported, *LOADED_BY_NAME.get(module, ())]
     return blake3(json.dumps(sorted(modules.items())).encode()).hexdigest()[:32]
 
 
@@ -92,6 +92,14 @@ def _source(module: str, root: Path) -> Path | None:
         return None
     path = root / Path(*module.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@cache  # recipes share most of their code
+def _read(source: str, *, is_config: bool) -> tuple[str, tuple[str, ...]]:
+    """What the digest covers of a file, and the names that it imports."""
+    tree = ast.parse(source)
+    imported = tuple(_imports(tree))
+    return _meaning(tree, is_config=is_config), imported
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:

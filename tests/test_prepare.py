@@ -258,7 +258,7 @@ def test_evaluation_texts_that_are_too_short_to_be_looked_for_are_counted(tmp_pa
 
 def test_a_given_models_tokenizer_is_taken_with_its_template(tmp_path, runtime, tied_model_dir):
     path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
-    metrics = prepare.run(settings(path), {"model": tied_model_dir}, tmp_path / "out", runtime)
+    metrics = prepare.run(settings(path), {"start": tied_model_dir}, tmp_path / "out", runtime)
     given, taken = (AutoTokenizer.from_pretrained(d) for d in (tied_model_dir, tmp_path / "out"))
     assert taken.get_vocab() == given.get_vocab() and taken.chat_template == given.chat_template
     assert TokenShards(tmp_path / "out").separator_id == given.eos_token_id
@@ -372,6 +372,7 @@ def test_every_step_counts_what_it_drops_and_shows_some_of_it(tmp_path, runtime)
     assert "two rivers" in steps["contamination"]["examples"][0]["text"]
 
 
+@pytest.mark.ray
 def test_the_bytes_depend_on_neither_the_size_of_blocks_nor_the_number_of_workers(
     tmp_path, start_ray, monkeypatch
 ):
@@ -414,6 +415,7 @@ def test_bad_rows_of_a_file_that_cannot_be_cut_are_counted_once_and_named_by_its
     assert len(blocks_of(runtime)) > 10
 
 
+@pytest.mark.ray
 def test_ray_datas_workers_stop_while_they_read_a_file_that_cannot_be_cut(tmp_path, start_ray):
     path = corpus(tmp_path / "a.jsonl.gz", DOCUMENTS)
     start_ray()
@@ -424,6 +426,7 @@ def test_ray_datas_workers_stop_while_they_read_a_file_that_cannot_be_cut(tmp_pa
     assert not list(runtime.work_dir.rglob("*.read.json"))
 
 
+@pytest.mark.ray
 def test_ray_datas_workers_report_bad_data_as_one_line(tmp_path, start_ray):
     path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
     path.write_text(path.read_text() + '{"text": 7}\n')
@@ -456,6 +459,7 @@ def all_answers(work: Callable[..., Any], given: Runtime) -> list[dict[str, Any]
     return list(prepare._on_ray_data(work, {}, [{"number": 0}], given))
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("work", "words"), [(FullDisk, "No space left on device"), (Deadly, "a process of it died")]
 )

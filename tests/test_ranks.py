@@ -18,6 +18,8 @@ from stages.config.sft import SFTConfig, SFTSettings
 from stages.prepare import run as run_prepare
 from stages.training.metrics import read_steps
 
+pytestmark = pytest.mark.ray
+
 NOUNS = ["cat", "dog", "house", "tree", "river", "window", "garden", "teacher"]
 FACTS = [(a, verb, b) for a in NOUNS for verb in ("sees", "likes", "finds") for b in NOUNS if a != b]
 MODEL = ModelConfig(
@@ -89,11 +91,11 @@ def losses_of(stage, root, data, chain, *, num_workers):
     settings, needs = {
         "pretrain": lambda: (
             PretrainSettings(**shared, pretrain=PretrainConfig(**TRAINING)),
-            ["prepare"],
+            {"corpus": "prepare"},
         ),
         "sft": lambda: (
             SFTSettings(**shared, sft=SFTConfig(data=data["sft"], **TRAINING)),
-            ["pretrain"],
+            {"start": "pretrain"},
         ),
         "reward": lambda: (
             RewardSettings(
@@ -107,7 +109,7 @@ def losses_of(stage, root, data, chain, *, num_workers):
                     **TRAINING,
                 ),
             ),
-            ["sft"],
+            {"start": "sft"},
         ),
         "ppo": lambda: (
             PPOSettings(
@@ -120,10 +122,11 @@ def losses_of(stage, root, data, chain, *, num_workers):
                     **{**TRAINING, **PPO_STEPS},
                 ),
             ),
-            ["sft", "reward"],
+            {"policy": "sft", "reward_model": "reward"},
         ),
     }[stage]()
-    metrics = run_recipe(settings, {key: chain[key] for key in needs}, directory / "out", runtime)
+    given = {role: chain[key] for role, key in needs.items()}
+    metrics = run_recipe(settings, given, directory / "out", runtime)
     return read_steps(directory / "work" / "metrics.jsonl"), metrics
 
 

@@ -7,7 +7,6 @@ Owns: placement and its deadline, process groups, devices, thread counts, shardi
 tensors.
 """
 
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from rollout.ground.errors import (
     root_cause,
 )
 from stages.bundles import StageBundles, bundles_of, lacking
-from stages.runtime import Runtime, hide_gpus, warnings_file
+from stages.runtime import Runtime, hide_gpus, warnings_kept
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
 
 Result = TypeVar("Result")
@@ -305,22 +304,6 @@ class _TrainingActor:
                 _init_process_group(worker, store=store)
             with warnings_kept(runtime):
                 return train(worker, **arguments)
-
-
-@contextmanager
-def warnings_kept(runtime: Runtime) -> Iterator[None]:
-    """Inside, what the stages' code warns of (steps skipped, checkpoints passed over) is written where the
-    driver follows it.
-    """
-    handler = logging.FileHandler(warnings_file(runtime.log_dir, runtime.stage), delay=True)
-    handler.setLevel(logging.WARNING)
-    logger = logging.getLogger("stages")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
 
 
 def _gloo_talks_through(address: str) -> None:

@@ -49,6 +49,7 @@ def failure(path: Path, reads: Kind, **settings: Any) -> str:
     return message.replace(f"{path.parent}/", "")
 
 
+@pytest.mark.process
 def test_readers_import_neither_torch_nor_transformers():
     code = (
         "import sys, stages.data.reading.readers as r, stages.data.batches\n"

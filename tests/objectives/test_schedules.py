@@ -57,6 +57,7 @@ def test_impossible_schedules_are_refused():
         constant(step=-1, warmup_steps=0)
 
 
+@pytest.mark.process
 def test_schedules_do_not_import_torch():
     code = "import stages.objectives.schedules, sys; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -46,7 +46,7 @@ def test_a_run_goes_through_every_stage_and_a_second_one_skips_all(chain: Chain)
 def test_the_run_directory_has_links_config_and_summary(chain: Chain):
     run(chain)
     run_dir = chain.outputs / "runs/demo"
-    assert "ppo from ['reward', 'sft']" in (run_dir / "ppo/model.safetensors").read_text()
+    assert "ppo from ['policy', 'reward_model']" in (run_dir / "ppo/model.safetensors").read_text()
     assert (run_dir / "ppo/metrics.jsonl").read_text().count("\n") == 3
     assert "kl_coef: 0.05" in (run_dir / "config.yaml").read_text()
     summary = chain.summary()
@@ -121,7 +121,7 @@ def test_force_replaces_a_corrupt_artifact_that_stops_every_other_run(chain: Cha
     with pytest.raises(CorruptArtifact, match=r"sft-.*/model\.safetensors"):
         run(chain, last="sft")
     run(chain, last="sft", force="sft")
-    assert "sft from ['pretrain']" in damaged.read_text()
+    assert "sft from ['start']" in damaged.read_text()
 
 
 def test_a_failed_stage_leaves_the_finished_ones_recorded_and_resumes(chain: Chain):
@@ -274,6 +274,7 @@ def test_a_piped_run_prints_one_plain_line_per_logged_step(chain: Chain):
     assert len(lines) == 5
 
 
+@pytest.mark.ray
 def test_a_whole_run_on_ray_with_one_branch_failing_beside_another(chain: Chain):
     command = ("run", "demo.yaml", "pipeline.executor=ray", "reward.init_from=pretrain")
     chain.order("reward", error="TrainingStopped")
@@ -305,6 +306,7 @@ def test_a_whole_run_on_ray_with_one_branch_failing_beside_another(chain: Chain)
     assert manifest["inputs"] == {stage: summary[stage]["fingerprint"] for stage in ("sft", "reward")}
 
 
+@pytest.mark.ray
 def test_a_dead_raylet_ends_the_run_in_one_line_and_not_in_a_hang(chain: Chain):
     chain.order("prepare", sleep_s=100)
     process = chain.start("run", "demo.yaml", "pipeline.executor=ray")

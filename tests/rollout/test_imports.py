@@ -8,6 +8,7 @@ import pytest
 HEAVY = ("torch", "transformers", "ray", "vllm")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
