@@ -135,7 +135,7 @@ def test_before_the_first_batch_nothing_is_touched_in_the_work_directory(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["journal"]
 
 
-@pytest.fixture(params=["inline", "ray"])
+@pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.ray)])
 def opened(request, tmp_path):
     """open(engine): a source over it, inline or in an actor, and the runtime of its stage."""
     on_ray = request.param == "ray"
