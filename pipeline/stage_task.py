@@ -33,7 +33,7 @@ from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError, Proc
 from stages.config.stage import StageSettings
 from stages.config.training import TrainingConfig
 from stages.errors import DataError, Interrupted
-from stages.runtime import Runtime, StageResources, hide_gpus
+from stages.runtime import Runtime, StageResources, hide_gpus, warnings_kept
 
 USED_UP = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 LOST_FILE_SERVER = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO}
@@ -129,7 +129,8 @@ def ready(
         in_place = stack.enter_context(placed(runtime, settings.engines))
         held: Mapping[str, Any] = {}
         if recipe.holds is not None:
-            held = stack.enter_context(_named(recipe.holds)(settings, inputs, in_place))
+            with warnings_kept(runtime):
+                held = stack.enter_context(_named(recipe.holds)(settings, inputs, in_place))
         yield partial(stack.enter_context(launched(function, in_place)), **held)
 
 
@@ -156,7 +157,7 @@ def check_files(job: StageJob) -> None:
 
 
 def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
-    """The line that `error` becomes: itself when meant for the user, else the machine's fault or our bug."""
+    """What to raise for `error`: itself when it is for the user, else the machine's fault or our bug."""
     if isinstance(cause := root_cause(error), ExpectedError):
         return cause
     if any(kind.__module__ == "ray.exceptions" for kind in type(cause).__mro__):
@@ -178,8 +179,8 @@ def json_number(value: float) -> float | None:
 
 
 def _machine_fault(error: BaseException) -> str | None:
-    """What the machine lacks or refuses, and the cure, if that is behind `error`: libraries wrap it, or only
-    quote its text. A missing permission counts where it is the error itself: some code asks, and goes on.
+    """What the machine lacks or refuses, and the cure, if that caused `error`. Libraries wrap such errors, or
+    only quote them. A missing permission counts only as the error itself: some code asks and goes on.
     """
     if isinstance(error, PermissionError):
         return f"{error}; allow it, or set outputs=DIR"
@@ -239,7 +240,8 @@ def _sealed(job: StageJob, store: Store) -> Iterator[_Making]:
     """Around the recipe: its inputs are verified and its surroundings made; what it leaves is sealed."""
     node, started = job.node, time.time()
     inputs = {role: _verified_input(job, store, key) for role, key in node.roles.items()}
-    check_files(job)  # hours may lie behind the plan
+    identity.check_contents(job.node, trusting_stamps=True)  # hours may lie behind the plan
+    _check_given(job)
     work = store.begin(node.stage, node.fingerprint)
     runtime = Runtime(
         stage=node.stage,
@@ -252,11 +254,12 @@ def _sealed(job: StageJob, store: Store) -> Iterator[_Making]:
         num_threads=job.num_threads,
         stop_file=job.stop_file,
         check_files=partial(check_files, job),
+        check_models=partial(_check_given, job),
         joined_cluster=job.joined_cluster,
     )
     made = _Making(inputs=inputs, out_dir=work / "out", runtime=runtime)
     yield made
-    _check_given(job)  # an engine that is started anew opens its model again
+    _check_given(job)  # an engine that was started again has opened its model again
     if not (work / METRICS).exists():  # a stage of one step
         line: dict[str, float | None] = {"step": 1, "max_steps": 1, "time": round(time.time(), 3)}
         line |= {f"{node.stage}/{key}": json_number(value) for key, value in made.metrics.items()}

@@ -3,8 +3,10 @@
 Owns: `Runtime` and the resource settings. Light import.
 """
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +58,8 @@ class Runtime:
     """The surroundings of one stage execution.
 
     A recipe calls `check_files` once it has read what its settings name and before it keeps anything of it:
-    what it read is then what its artifact is named by. Whoever edits those files later harms nothing.
+    what it read is then what its artifact is named by. Whoever edits those files later harms nothing. Where
+    the stage task has read them for its workers, these call `check_models` once they have loaded theirs.
     """
 
     stage: str
@@ -69,9 +72,26 @@ class Runtime:
     num_threads: int  # cores this stage may compute with: fewer where stages run side by side
     stop_file: Path  # exists once the run was asked to stop: leave at the next step boundary, state saved
     check_files: Callable[[], None] = _nothing  # DataError: a file of the settings, or a given model, changed
+    check_models: Callable[[], None] = _nothing  # DataError: a given model changed
     joined_cluster: bool = False  # Ray was running already (resources.address)
     group: Any = None  # on Ray, once the stage is placed: the placement group of its workers and engines
 
     def stop_requested(self) -> bool:
         """Whether the driver was told to stop, by a signal. A file: seen on every node of a cluster."""
         return self.stop_file.exists()
+
+
+@contextmanager
+def warnings_kept(runtime: Runtime) -> Iterator[None]:
+    """Inside, what the stages' code warns of (steps skipped, checkpoints passed over) is written where the
+    driver follows it.
+    """
+    handler = logging.FileHandler(warnings_file(runtime.log_dir, runtime.stage), delay=True)
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("stages")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

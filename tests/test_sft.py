@@ -1,11 +1,13 @@
 """sft: what it trains on and what its loss is, against one conversation and one token at a time."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from inline import runtime_in, worker_in
+from inline import run_recipe, runtime_in, worker_in
+from plain_models import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import sft
@@ -91,7 +93,7 @@ def test_pin_12_loss_and_gradient_are_those_of_a_loop_over_conversations_and_ass
     examples, data = sft._examples(settings, chat)
     model = load_causal_lm(tied_model_dir)
     micro_batches = sft._micro_batches(examples, micro_batch_size, worker_in(tmp_path, "sft"))
-    loss = torch.stack([sft._loss(model, micro_batch) for micro_batch in micro_batches]).sum()
+    loss = losses_of(model, micro_batches, sft._loss)
     loss.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
@@ -118,19 +120,31 @@ def test_pin_12_trained_are_the_assistants_tokens_and_its_end_of_turn_and_no_fir
         ids, trained = tokens_and_trained(tied_model_dir, conversation)
         assert (list(example.ids), list(example.mask)) == (ids, trained)
     (packed,) = sft._micro_batches(examples, len(examples), worker_in(tmp_path, "sft"))
-    said = packed.row.input_ids_1N[0, packed.token_K].tolist()
+    said, positions = packed.targets_N.tolist(), (packed.predicting_N + 1).tolist()
+    assert packed.row.input_ids_1N[0, positions].tolist() == said
     assert said.count(EOS) == sum(role == "assistant" for turns in CONVERSATIONS for role, _ in turns)
-    assert packed.num_targets == len(said) and not set(packed.row.starts) & set(packed.token_K.tolist())
+    assert packed.num_targets == len(said) and not set(packed.row.starts) & set(positions)
 
 
 def test_pin_12_the_recipe_itself_starts_at_the_loss_of_that_loop(tied_model_dir, settings, tmp_path):
     runtime = runtime_in(tmp_path, "sft")
-    metrics = sft.run(settings, {"model": tied_model_dir}, tmp_path / "out", runtime)
+    metrics = run_recipe(settings, {"start": tied_model_dir}, tmp_path / "out", runtime)
     expected, gradient = loss_token_by_token(tied_model_dir)
     (line,) = read_steps(tmp_path / "work" / "metrics.jsonl")
     assert metrics["loss_final"] == line["train/loss"] == pytest.approx(expected, abs=1e-5)
     assert line["train/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
     assert metrics["conversations"] == len(CONVERSATIONS) and metrics["conversations_dropped"] == 0
+
+
+def test_a_stage_that_is_resumed_reads_no_row_again(tied_model_dir, settings, tmp_path):
+    """Its rows are gone; the file of tokens in its work directory is all that it needs."""
+    runtime = runtime_in(tmp_path, "sft")
+    first = run_recipe(settings, {"start": tied_model_dir}, tmp_path / "out", runtime)
+    (tmp_path / "rows.jsonl").unlink()
+    shutil.rmtree(tmp_path / "work" / "checkpoints")
+    again = run_recipe(settings, {"start": tied_model_dir}, tmp_path / "again", runtime)
+    assert list(again) == list(first)
+    assert {**again, "tokens_per_second": 0.0} == {**first, "tokens_per_second": 0.0}
 
 
 def test_a_conversation_without_a_trained_token_in_the_context_is_dropped_and_counted(

@@ -46,7 +46,7 @@ def test_a_run_goes_through_every_stage_and_a_second_one_skips_all(chain: Chain)
 def test_the_run_directory_has_links_config_and_summary(chain: Chain):
     run(chain)
     run_dir = chain.outputs / "runs/demo"
-    assert "ppo from ['reward', 'sft']" in (run_dir / "ppo/model.safetensors").read_text()
+    assert "ppo from ['policy', 'reward_model']" in (run_dir / "ppo/model.safetensors").read_text()
     assert (run_dir / "ppo/metrics.jsonl").read_text().count("\n") == 3
     assert "kl_coef: 0.05" in (run_dir / "config.yaml").read_text()
     summary = chain.summary()
@@ -121,7 +121,7 @@ def test_force_replaces_a_corrupt_artifact_that_stops_every_other_run(chain: Cha
     with pytest.raises(CorruptArtifact, match=r"sft-.*/model\.safetensors"):
         run(chain, last="sft")
     run(chain, last="sft", force="sft")
-    assert "sft from ['pretrain']" in damaged.read_text()
+    assert "sft from ['start']" in damaged.read_text()
 
 
 def test_a_failed_stage_leaves_the_finished_ones_recorded_and_resumes(chain: Chain):
@@ -161,6 +161,24 @@ def test_a_stage_alone_runs_on_what_the_others_left(chain: Chain):
     assert list(chain.summary()) == ["prepare", "pretrain", "sft", "reward"]
     assert plan_stage(chain.config(), "reward", inputs={}, force=False, command=command).to_run == ()
     assert plan_stage(chain.config(), "reward", inputs={}, force=True, command=command).to_run == ("reward",)
+
+
+def test_a_chain_without_reward_and_ppo_is_evaluated(chain: Chain):
+    results = run(chain, "reward=null", "ppo=null")
+    assert chain.calls() == ["prepare", "pretrain", "sft", "evaluate"]
+    text = (chain.outputs / "runs/demo/evaluate/model.safetensors").read_text()
+    assert "evaluate from ['base', 'corpus', 'sft']" in text
+    assert list(chain.summary()) == list(results) == ["prepare", "pretrain", "sft", "evaluate"]
+
+
+def test_an_evaluation_alone_takes_what_it_is_given_of_a_chain(chain: Chain):
+    config = chain.config("prepare=null", "pretrain=null", "sft=null", "reward=null", "ppo=null")
+    inputs = {"ppo": write_model(chain.directory / "mine")}
+    planned = plan_stage(config, "evaluate", inputs=inputs, force=False, command=command)
+    execute(planned, Progress(io.StringIO()))
+    assert chain.calls() == ["evaluate"]
+    text = (chain.outputs / "runs/demo/evaluate/model.safetensors").read_text()
+    assert "evaluate from ['ppo']" in text
 
 
 def test_a_missing_upstream_stage_names_the_command_that_makes_it(chain: Chain):

@@ -16,9 +16,9 @@ import torch
 from inline import runtime_in
 
 from rollout.config import EngineConfig
-from stages import rollout_source
+from stages import engines
 from stages.training import distributed
-from stages.training.distributed import launch
+from stages.training.distributed import launched
 
 pytestmark = pytest.mark.ray
 
@@ -140,7 +140,9 @@ def test_a_group_of_one_in_bf16_leaves_nccl_alone(two_interfaces, monkeypatch, t
 def test_fp32_matrix_products_of_a_trainer_are_fp32_whatever_was_set_before(tmp_path):
     torch.set_float32_matmul_precision("medium")
     try:
-        found = launch(lambda worker: torch.get_float32_matmul_precision(), runtime_in(tmp_path, "sft"))
+        runtime = runtime_in(tmp_path, "sft")
+        with launched(lambda worker: torch.get_float32_matmul_precision(), runtime) as call:
+            found = call()
     finally:
         torch.set_float32_matmul_precision("highest")
     assert found == "highest"
@@ -160,14 +162,14 @@ def test_a_process_gives_cached_gpu_memory_back_before_it_opens_an_engine(
     """vLLM does not start where less than its share of a GPU is free."""
     happened: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("given back"))
-    opened = rollout_source.open_engine
+    opened = engines.open_engine
 
     async def open_engine(*arguments: Any, **options: Any) -> Any:
         happened.append("opened")
         return await opened(*arguments, **options)
 
-    monkeypatch.setattr(rollout_source, "open_engine", open_engine)
-    with rollout_source.open_engines(
+    monkeypatch.setattr(engines, "open_engine", open_engine)
+    with engines.open_engines(
         EngineConfig(engine="hf"),
         model_dir=tied_model_dir,
         dtype="float32",
