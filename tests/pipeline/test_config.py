@@ -279,13 +279,6 @@ def test_the_resolved_config_loads_again_from_anywhere_to_an_equal_config(write,
     assert again.identity() == config.identity()
 
 
-def test_load_does_not_need_the_heavy_packages():
-    heavy = "{'torch', 'ray', 'transformers', 'vllm'}"
-    code = f"import sys, pipeline.config, pipeline.report; print({heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
 def test_the_manual_is_current():
     assert config_docs.PATH.read_text() == config_docs.markdown(), "run: python -m pipeline.config_docs"
 
