@@ -28,13 +28,14 @@ from typer.exceptions import Abort, TyperException
 import rlhf_pipeline  # noqa: F401  # first: ends a command that was started with somebody else's `pipeline`
 from pipeline import changes, dag, doctor, executor, placement, planning, supervisor, unstated
 from pipeline import config as configs
-from pipeline.artifacts import Store, model_at_hand, model_directory
+from pipeline.artifacts import Store
 from pipeline.data_remarks import left_out
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig, host_and_port
 from pipeline.fitted_defaults import Fit, high_rates
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
+from pipeline.model_path import model_at_hand, model_directory
 from pipeline.preview import previews
 from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
@@ -42,7 +43,7 @@ from pipeline.signals import signals_interrupt
 from pipeline.terminal import outputs_that_may_fail
 from pipeline.yaml_source import short
 from rollout.foreign_environment import take_out
-from rollout.ground.durable import disk_problems
+from rollout.ground.disk import disk_problems
 from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError
 from stages.data.reading.hub import model_problem
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rollout.errors import WeightSyncError
-from rollout.ground.durable import disk_problems
+from rollout.ground.disk import disk_problems
 from rollout.ground.errors import EnvironmentProblem
 from rollout.parity import ParityGate
 from rollout.weight_source import ModuleSource

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from rollout.ground.durable import file_digest
 from rollout.ground.errors import GO_ON, EnvironmentProblem, raise_expected
+from rollout.ground.whole import file_digest
 from stages.config.data import DataSource
 from stages.config.prepare import PrepareConfig, PrepareSettings
 from stages.data.chat.encoders import content_encoder, documents_ids

@@ -11,8 +11,11 @@ import pytest
 from fake_chain import Chain, write_model
 
 from pipeline import dag
-from pipeline.artifacts import MANIFEST, DigestCache, Manifest, Store, exactness_of, model_directory
+from pipeline.artifacts import Store
+from pipeline.digest_cache import DigestCache
 from pipeline.errors import CorruptArtifact, MissingStage
+from pipeline.manifest import MANIFEST, Manifest, exactness_of
+from pipeline.model_path import model_directory
 from rollout.ground.errors import EnvironmentProblem
 from stages.errors import DataError
 
@@ -210,7 +213,7 @@ def test_an_unchanged_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.
     os.utime(path, (1, 1))
     with DigestCache(tmp_path / "digests.json") as digest_of:
         digest = digest_of(path)
-    monkeypatch.setattr("pipeline.artifacts.file_digest", lambda path: "read again")
+    monkeypatch.setattr("rollout.ground.whole.file_digest", lambda path: "read again")
     assert DigestCache(tmp_path / "digests.json")(path) == digest
     path.write_text("y")
     assert DigestCache(tmp_path / "digests.json")(path) == "read again"

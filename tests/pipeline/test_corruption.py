@@ -15,8 +15,9 @@ from fake_chain import Chain
 from torch import nn
 
 from pipeline import dag
-from pipeline.artifacts import MANIFEST, Manifest, Store
+from pipeline.artifacts import Store
 from pipeline.errors import CorruptArtifact
+from pipeline.manifest import MANIFEST, Manifest
 from rollout.api import Rollout
 from stages.config.pretrain import PretrainConfig
 from stages.data.journal import Journal, JournalEntry, decoded

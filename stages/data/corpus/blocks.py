@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from blake3 import blake3
 
-from rollout.ground.durable import whole_record, write_record
+from rollout.ground.whole import whole_record, write_record
 from stages.config.data import DataSource
 from stages.config.prepare import PrepareConfig
 from stages.data.batches import repeats, stage_seed

@@ -44,7 +44,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from blake3 import blake3
 
-from rollout.ground.durable import file_digest
+from rollout.ground.whole import Measured, holds
 from stages.data.pack_plans import best_fit
 from stages.errors import DataError
 
@@ -500,7 +500,8 @@ def check_digests(directory: Path) -> None:
     index = _read_index(directory)
     entries = [*index["shards"], index["segments"]["lengths"], index["segments"]["offsets"]]
     for entry in [*entries, index["heldout"]["ids"], index["heldout"]["lengths"]]:
-        if file_digest(_whole_file(directory, entry)) != entry["blake3"]:
+        measured = Measured(size=entry["bytes"], blake3=entry["blake3"])
+        if not holds(_whole_file(directory, entry), measured):
             raise DataError(
                 f"{directory / entry['file']}: not the bytes that were written; run rlhf prepare again"
             )

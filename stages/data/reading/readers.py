@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
-from rollout.ground.durable import file_digest
+from rollout.ground.whole import file_digest
 from stages.config.data import DataSource
 from stages.data.batches import content_share, repeats, stage_seed
 from stages.data.reading.files import FileSplit, cut, kind_of, one_line, reading, shown, whole
