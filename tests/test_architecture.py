@@ -37,7 +37,7 @@ MAY_IMPORT_RAY = {
     "pipeline/ray_session.py",
     "stages/training/distributed.py",
     "stages/rollout_source.py",
-    "stages/prepare.py",
+    "stages/data/corpus/workers.py",
     "rollout/pool.py",
 }
 HEAVY = ("torch", "ray", "transformers", "vllm", "datasets")
