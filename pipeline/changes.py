@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import dag
 from pipeline.config import load
 from pipeline.experiment import ExperimentConfig
-from pipeline.yaml_source import short
+from pipeline.yaml_nodes import short
 
 NUM_NAMED = 5
 """Changes that the line names before it only counts them."""

@@ -41,7 +41,7 @@ from pipeline.progress import Progress, duration, number
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
 from pipeline.terminal import outputs_that_may_fail
-from pipeline.yaml_source import short
+from pipeline.yaml_nodes import short
 from rollout.foreign_environment import take_out
 from rollout.ground.disk import disk_problems
 from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from pipeline.config_fields import bounds, choices, field_at
 from pipeline.errors import ConfigError
 from pipeline.suggestions import suggestion
-from pipeline.yaml_source import KeyPath, Node, describe, dotted, short
+from pipeline.yaml_nodes import KeyPath, Node, describe, dotted, short
 
 WANTED = {
     "int": "a whole number",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.fitted_defaults import Choice, Fit
 from pipeline.given_model import GivenModel
-from pipeline.yaml_source import short
+from pipeline.yaml_nodes import short
 from rollout.ground.section import Section
 from stages.config.ppo import PPOConfig
 from stages.config.sft import SFTConfig

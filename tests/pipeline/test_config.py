@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline import config_docs
 from pipeline.config import ConfigError, check_paths, json_schema, load, resolved_yaml
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig, ResourcesConfig
-from pipeline.yaml_source import parse_scalar, short
+from pipeline.yaml_nodes import parse_scalar, short
 from stages.data.reading.places import found_at
 from stages.errors import DataError
 
