@@ -8,6 +8,7 @@ changes (FORCE=1).
 """
 
 import ast
+import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -43,10 +44,17 @@ def code_digest(entry: str, root: Path) -> str:
         path = _source(module, root)
         if module in modules or path is None:
             continue
-        tree = ast.parse(path.read_text())
-        modules[module] = _meaning(tree, is_config=is_config(path))
-        waiting += [*_imports(tree), *LOADED_BY_NAME.get(module, ())]
+        modules[module], imported = _read(path, path.read_text())
+        waiting += [*imported, *LOADED_BY_NAME.get(module, ())]
     return blake3(json.dumps(sorted(modules.items())).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _read(path: Path, text: str) -> tuple[str, tuple[str, ...]]:
+    """The meaning of a file of this text, and the dotted names that it imports. Several recipes share it."""
+    tree = ast.parse(text)
+    imported = tuple(_imports(tree))
+    return _meaning(tree, is_config=is_config(path)), imported
 
 
 def is_config(path: Path) -> bool:

@@ -76,8 +76,8 @@ LIGHT_MODULES = (
 )
 HEAVIER_MODULES = (
     ("rollout.weight_file", {"torch"}),
-    ("rollout.weight_sync", {"torch"}),
-    ("rollout.parity", {"torch"}),
+    ("rollout.weight_sync", {"torch", "transformers"}),
+    ("rollout.parity", {"torch", "transformers"}),
     ("rollout.pool", {"torch", "ray"}),
     ("rollout.hf_engine", {"torch", "transformers"}),
 )

@@ -108,7 +108,7 @@ def test_the_record_names_every_file_with_its_size_and_digest(tmp_path: Path):
     save(tmp_path, 1)
     directory = checkpoint(tmp_path, 1)
     record = json.loads((directory / RECORD_FILE).read_text())
-    assert {name: size for name, (size, _) in record["files"].items()} == {
+    assert {name: one["size"] for name, one in record["files"].items()} == {
         path.name: path.stat().st_size for path in directory.iterdir() if path.name != RECORD_FILE
     }
     assert ".metadata" in record["files"]
