@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import load
-from pipeline.dag import settings_for
+from pipeline.identity import settings_for
 from rollout.config import EngineConfig
 from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync

@@ -22,13 +22,14 @@ from typing import Any
 import filelock
 from blake3 import blake3
 
-from pipeline.dag import SCHEMA_VERSION, Node, directory_name
 from pipeline.digest_cache import DigestCache
 from pipeline.errors import CorruptArtifact, MissingStage
+from pipeline.identity import SCHEMA_VERSION, Node, directory_name
 from pipeline.manifest import MANIFEST, Exactness, Manifest, manifest_text, read_manifest
 from pipeline.model_files import check_configs, check_model_directory
 from pipeline.model_path import MODEL_FILES
 from pipeline.provenance import git_commit, machine, package_versions
+from pipeline.stage_table import STAGES
 from rollout.ground.disk import disk_problems
 from rollout.ground.durable import sync, write_whole
 from rollout.ground.errors import EnvironmentProblem
@@ -239,17 +240,17 @@ class Store:
 
         Raises MissingStage for what is neither an artifact nor a model directory, CorruptArtifact.
         """
-        directory = Path(os.path.abspath(path))
+        directory, is_corpus = Path(os.path.abspath(path)), STAGES[key].makes == "corpus"
         with disk_problems(directory):
             if not directory.is_dir():
                 raise MissingStage(f"--input {key}={path}: no such directory")
             if (directory / MANIFEST).is_file():
                 manifest = self.verified(directory, hint=f"give another directory for --input {key}")
-                if key == "prepare" and manifest.stage != "prepare":
+                if is_corpus and manifest.stage != key:
                     raise MissingStage(
-                        f"--input {key}={path}: an artifact of {manifest.stage}; give one of prepare"
+                        f"--input {key}={path}: an artifact of {manifest.stage}; give one of {key}"
                     )
-                if key == "prepare":
+                if is_corpus:
                     check_configs(directory, named=f"--input {key}={path}")
                 elif not (directory / "config.json").is_file():
                     raise MissingStage(
@@ -258,9 +259,9 @@ class Store:
                 else:
                     check_model_directory(directory, named=f"--input {key}={path}")
                 return Given(path=directory, fingerprint=manifest.fingerprint)
-            if key == "prepare":
+            if is_corpus:
                 raise MissingStage(
-                    f"--input {key}={path}: no {MANIFEST}; give a directory that `rlhf prepare` made"
+                    f"--input {key}={path}: no {MANIFEST}; give a directory that `rlhf {key}` made"
                 )
             check_model_directory(directory, named=f"--input {key}={path}")
             return Given(path=directory, fingerprint=self.content_of(directory))

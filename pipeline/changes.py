@@ -17,6 +17,8 @@ from typing import Any
 from pipeline import dag
 from pipeline.config import load
 from pipeline.experiment import ExperimentConfig
+from pipeline.identity import settings_for
+from pipeline.stage_table import STAGES
 from pipeline.yaml_nodes import short
 
 NUM_NAMED = 5
@@ -74,9 +76,9 @@ def identity_of(config: ExperimentConfig) -> dict[str, Any]:
     """
     identity: dict[str, Any] = {}
     for stage in dag.configured(config):
-        for section, value in dag.settings_for(config, stage).identity().items():
-            if section == "evaluation_prompts":
-                continue  # those of `evaluate:`, which prepare reads too
+        for section, value in settings_for(config, stage).identity().items():
+            if section in STAGES[stage].also_reads:
+                continue  # it belongs to another section
             if isinstance(value, dict):
                 value = identity.get(section, {}) | value  # prepare reads a part of `model:`, others all
             identity[section] = value
@@ -103,7 +105,7 @@ def listed(changes: Sequence[Change]) -> str:
 def _same_stage(before: ExperimentConfig, now: ExperimentConfig, stage: str) -> bool:
     if stage not in dag.configured(before) or dag.needs(before, stage) != dag.needs(now, stage):
         return False
-    return dag.settings_for(before, stage).identity() == dag.settings_for(now, stage).identity()
+    return settings_for(before, stage).identity() == settings_for(now, stage).identity()
 
 
 def _pairs(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -15,7 +15,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -26,20 +27,33 @@ from rich.console import Console
 from typer.exceptions import Abort, TyperException
 
 import rlhf_pipeline  # noqa: F401  # first: ends a command that was started with somebody else's `pipeline`
-from pipeline import changes, dag, doctor, executor, placement, planning, supervisor, unstated
+from pipeline import (
+    changes,
+    dag,
+    doctor,
+    executor,
+    identity,
+    placement,
+    planning,
+    stage_table,
+    supervisor,
+    unstated,
+)
 from pipeline import config as configs
 from pipeline.artifacts import Store
 from pipeline.data_remarks import left_out
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig, host_and_port
 from pipeline.fitted_defaults import Fit, high_rates
+from pipeline.headline import headline, sentence
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
 from pipeline.model_path import model_at_hand, model_directory
 from pipeline.preview import previews
-from pipeline.progress import Progress, duration, number
+from pipeline.progress import Progress, duration
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
+from pipeline.stage_task import StageResult
 from pipeline.terminal import outputs_that_may_fail
 from pipeline.yaml_nodes import short
 from rollout.foreign_environment import take_out
@@ -82,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with outputs_that_may_fail() as shown:
         _beat_the_environment(arguments)
-        code = _exit_code(arguments)
+        with _told() as ended, signals_interrupt():
+            command = typer.main.get_command(app)
+            ended.code = command.main(args=arguments, prog_name="rlhf", standalone_mode=False)
     lost = supervisor.DISPLAY_LOST if is_supervised else EnvironmentProblem.exit_code
-    sys.exit(shown.exit_code(code, if_lost=lost))
+    sys.exit(shown.exit_code(ended.exit_code, if_lost=lost))
 
 
 def _beat_the_environment(arguments: Sequence[str]) -> None:
@@ -122,7 +138,8 @@ def run(
     planned = planning.plan_run(loaded.config, last=last, force=forced)
     if resume:
         _check_unchanged(planned.config)
-    _execute(planned, loaded)
+    with _around_a_run(planned, loaded) as (progress, results):
+        results |= executor.execute(planned, progress)
 
 
 def _run_one(stage: str) -> Callable[..., None]:
@@ -139,21 +156,20 @@ def _run_one(stage: str) -> Callable[..., None]:
     ) -> None:
         loaded = configs.load(config, overrides or [])
         configs.check_paths(loaded, {"model", stage})
-        _execute(
-            planning.plan_stage(
-                loaded.config,
-                stage,
-                inputs=dict(map(_input, inputs or [])),
-                force=force,
-                command=lambda missing: " ".join(["rlhf", missing, str(config), *(overrides or [])]),
-            ),
-            loaded,
+        planned = planning.plan_stage(
+            loaded.config,
+            stage,
+            inputs=dict(map(_input, inputs or [])),
+            force=force,
+            command=lambda missing: " ".join(["rlhf", missing, str(config), *(overrides or [])]),
         )
+        with _around_a_run(planned, loaded) as (progress, results):
+            results |= executor.execute(planned, progress)
 
     return command
 
 
-for _stage in dag.STAGES:
+for _stage in stage_table.STAGES:
     app.command(name=_stage, help=f"Run {_stage} alone, on what the stages before it left or on --input.")(
         _run_one(_stage)
     )
@@ -170,7 +186,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     at_hand = model_at_hand(model.path, model.revision)
     if model.path is not None and at_hand:
         directory = model_directory(model.path, model.revision)  # judged before anything of it is loaded
-        planning.check_given_models(resolved, dag.configured(resolved), {dag.MODEL: directory})
+        planning.check_given_models(resolved, dag.configured(resolved), {stage_table.MODEL: directory})
     elif not at_hand and (described := placement.described_by(model)) is not None:
         planning.check_described_model(resolved, described)
     if model.path is not None and not at_hand and (problem := model_problem(model.path, model.revision)):
@@ -247,23 +263,35 @@ def schema() -> None:
     say(json.dumps(configs.json_schema(), indent=2))
 
 
-def _exit_code(argv: list[str]) -> int:
+@dataclass
+class _Ended:
+    """How a command ended."""
+
+    code: object = None  # what it returned; typer's commands return None where all is well
+
+    @property
+    def exit_code(self) -> int:
+        return self.code if isinstance(self.code, int) else 0
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[_Ended]:
+    """Around a command: whatever it raises becomes one line and an exit code."""
+    ended = _Ended()
     try:
-        with signals_interrupt():
-            code = typer.main.get_command(app).main(args=argv, prog_name="rlhf", standalone_mode=False)
-            if code == TYPERS_INTERRUPTED:
-                raise KeyboardInterrupt
-            return code if isinstance(code, int) else 0
+        yield ended
+        if ended.code == TYPERS_INTERRUPTED:
+            raise KeyboardInterrupt
     except ExpectedError as error:
-        return _complain(str(error), error.exit_code)
+        ended.code = _complain(str(error), error.exit_code)
     except TyperException as error:
-        return _complain(error.format_message() or "give a command; see `rlhf --help`", 2)
+        ended.code = _complain(error.format_message() or "give a command; see `rlhf --help`", 2)
     except (KeyboardInterrupt, Abort):
-        return _complain(f"interrupted; {GO_ON}", INTERRUPTED)
+        ended.code = _complain(f"interrupted; {GO_ON}", INTERRUPTED)
     except Exception as error:  # our bug, outside of any stage
         with tempfile.NamedTemporaryFile("w", prefix="rlhf-traceback-", suffix=".txt", delete=False) as log:
             traceback.print_exc(file=log)
-        return _complain(
+        ended.code = _complain(
             f"{type(error).__name__}: {error}; this is a bug of the pipeline; traceback in {log.name}", 1
         )
 
@@ -312,29 +340,42 @@ def _high_rates(loaded: configs.LoadedConfig, fitted: Fit, stages: Sequence[str]
             yield f"{loaded.where(key)}: {key}: {remark}"
 
 
-def _execute(planned: planning.PlannedRun, loaded: configs.LoadedConfig) -> None:
+@contextlib.contextmanager
+def _around_a_run(
+    planned: planning.PlannedRun, loaded: configs.LoadedConfig
+) -> Iterator[tuple[Progress, dict[str, StageResult]]]:
+    """Around the execution of a plan: what there is to say before it, its progress, and what came of it.
+
+    Yields the progress and a dictionary for the results. Raises what `validate_data` raises.
+    """
     if (line := unstated.fitted_line(planned.fit)) is not None:
         say(line)
     for line in _high_rates(loaded, planned.fit, planned.to_run):
         say(f"note: {line}")
     planning.validate_data(planned)
-    for line in left_out(dag.datasets(planned.config, planned.to_run)):
+    for line in left_out(identity.datasets(planned.config, planned.to_run)):
         say(line)
     _tell_changes(planned)
-    run_dir = planned.store.run_dir(planned.config.name)
+    run_dir, results = planned.store.run_dir(planned.config.name), dict[str, StageResult]()
     try:
         with Progress() as progress:
-            results = executor.execute(planned, progress)
+            yield progress, results
     except BaseException:
         if (run_dir / "summary.json").is_file():
             with contextlib.suppress(EnvironmentProblem):  # what ended the run is what to tell
                 _report(run_dir)
         raise
-    report = _report(run_dir)
+    _tell_results(results, _report(run_dir))
+
+
+def _tell_results(results: Mapping[str, StageResult], report: Path) -> None:
+    """A line per stage, what came of all, and where to read on."""
     say("")
     for stage, result in results.items():
-        shown = "  ".join(f"{short(key)} {number(value)}" for key, value in list(result.metrics.items())[:5])
-        say(f"{stage:9} {'skipped' if result.skipped else duration(result.seconds):12} {shown}")
+        took = "skipped" if result.skipped else duration(result.seconds)
+        say(f"{stage:9} {took:12} {headline(stage, result.metrics)}".rstrip())
+    if (said := sentence({stage: result.metrics for stage, result in results.items()})) is not None:
+        say(f"\n{said}")
     say(f"report: {os.path.relpath(report)}")
 
 
@@ -344,10 +385,10 @@ def _report(run_dir: Path) -> Path:
 
 
 def _stage_name(option: str, name: str | None) -> str | None:
-    if name is None or name in dag.STAGES:
+    if name is None or name in stage_table.STAGES:
         return name
-    close = difflib.get_close_matches(name, dag.STAGES, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(dag.STAGES)}"
+    close = difflib.get_close_matches(name, stage_table.STAGES, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(stage_table.STAGES)}"
     raise ConfigError(f"{option} {name}: no such stage; {hint}")
 
 

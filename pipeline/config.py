@@ -27,11 +27,9 @@ from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from pipeline.yaml_nodes import KeyPath, Node, describe, dotted, parse_scalar, short
 from pipeline.yaml_source import read_config
-from rollout.ground.section import Section
+from rollout.ground.section import Section, sections_in
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig
-from stages.config.prepare import PrepareConfig
-from stages.config.score import ScoreFunction
 from stages.config.training import FITTED, TrainingConfig
 from stages.data.reading import hub
 from stages.data.reading.lfs import POINTER, first_pointer
@@ -297,19 +295,15 @@ def _hub_problem(source: DataSource) -> str | None:
 
 def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]:
     """Every path the config states, made absolute by the place that states it."""
-    for key, section in _sections(config, ()):
-        kinds: dict[str, PathKind]
+    for key, section in sections_in(config):
+        kinds: dict[str, PathKind] = {
+            name: "directory" if counted else "file" for name, _, counted in section.files()
+        }
         match section:
             case DataSource():
-                kinds = {"path": "data"}
-            case ScoreFunction():
-                kinds = {"path": "file"}
-            case PrepareConfig():
-                kinds = {"tokenizer": "directory"}
+                kinds |= {"path": "data"}
             case ModelConfig():
-                kinds = {"path": "model", "chat_template": "file", "architecture": "file"}
-            case _:
-                continue
+                kinds |= {"path": "model", "architecture": "file"}
         for name, kind in kinds.items():
             if getattr(section, name) is None:
                 continue
@@ -325,16 +319,6 @@ def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]
             if is_hub_id and not os.path.exists(path):
                 path = text
             yield _StatedPath(key=(*key, name), stated=stated, path=path, kind=kind, section=section)
-
-
-def _sections(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Section]]:
-    if isinstance(value, Section):
-        yield path, value
-        for name in type(value).model_fields:
-            yield from _sections(getattr(value, name), (*path, name))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _sections(item, (*path, index))
 
 
 def _replaced(value: Any, path: KeyPath, text: str) -> Any:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pipeline.config_fields import bounds, choices, section_of
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.fitted_defaults import rule
-from rollout.ground.section import EXECUTION, Section
+from rollout.ground.section import Section, is_execution
 
 PATH = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -86,7 +86,7 @@ def _table(title: str, about: str, section: type[Section], *, stage: str = "") -
     for name, field in section.model_fields.items():
         if section is ExperimentConfig and section_of(field.annotation) is not None:
             continue  # has a heading of its own
-        mark = " \u2020" if field.json_schema_extra == EXECUTION else ""
+        mark = " \u2020" if is_execution(field) else ""
         about = " ".join((field.description or "").split())
         default = _default(field) + _fitted(stage, name)
         cells = [_type(field), default, ", ".join(bounds(field)), about]

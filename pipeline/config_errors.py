@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.config_fields import bounds, choices, field_at
 from pipeline.errors import ConfigError
+from pipeline.foreign_settings import NAMES_A_MODEL
 from pipeline.suggestions import suggestion
 from pipeline.yaml_nodes import KeyPath, Node, describe, dotted, short
 
@@ -27,9 +28,6 @@ WANTED = {
     "model": "a group of settings",
 }
 """First word of pydantic's error type -> what it expected."""
-
-NAMES_A_MODEL = ("model", "pretrain")
-"""Sections here that other tools write a model's name after."""
 
 
 def explained(error: ErrorDetails, tree: Node) -> ConfigError:

@@ -9,12 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.stage_table import data_of
 from stages.config.data import DataSource
+from stages.config.prepare import PrepareConfig
 from stages.data.reading.directories import DEFAULT_SPLIT, split_of
 from stages.data.reading.files import COMPRESSIONS, kind_of, one_line, shown
 from stages.data.reading.hub import is_hub_id
 from stages.data.reading.places import found_at
-from stages.data.reading.schemas import StageName
 from stages.data.reading.table_rows import DELIMITERS, delimiter_of
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ NUM_FILES = 12
 """Named of one dataset."""
 NUM_MARKERS = 4
 """Shown of those that its texts hold."""
-TRAINS_THE_POLICY: tuple[StageName, ...] = ("sft", "ppo")
-"""Stages whose prompts an evaluation should not ask."""
 
 
 def files_read(source: DataSource, found: "Validated") -> Iterator[str]:
@@ -99,9 +98,9 @@ def _below(path: Path, directory: Path) -> str:
 
 
 def remarks(
-    stage: StageName,
+    stage: str,
     seen: "Observed",
-    observed: "Mapping[StageName, Sequence[Observed]]",
+    observed: "Mapping[str, Sequence[Observed]]",
     chat: "ChatTokenizer | None",
 ) -> Iterator[str]:
     """What is odd in one dataset, over all of its rows. `observed`: those of all stages."""
@@ -121,9 +120,9 @@ def remarks(
         number, short = seen.evaluation_texts, seen.evaluation_texts_too_short
         yield (
             f"decontamination looks for {number - short} of {number} texts: {short} "
-            f"{'has' if short == 1 else 'have'} fewer words than prepare.decontaminate_ngram"
+            f"{'has' if short == 1 else 'have'} fewer words than {PrepareConfig.KEY}.decontaminate_ngram"
         )
-    if stage == "evaluate":
+    if data_of(stage).asks == "to evaluate":
         yield from _trained_on(seen, observed)
 
 
@@ -139,11 +138,12 @@ def _templated(seen: "Observed", chat: "ChatTokenizer | None") -> str:
     )
 
 
-def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observed]]") -> Iterator[str]:
+def _trained_on(seen: "Observed", observed: "Mapping[str, Sequence[Observed]]") -> Iterator[str]:
     from stages.data.observations import trained_on
 
-    for stage in TRAINS_THE_POLICY:
-        trained = observed.get(stage, ())
+    for stage, trained in observed.items():
+        if data_of(stage).asks != "to train":
+            continue
         number, first = trained_on(seen, trained)
         if not number:
             continue
@@ -162,7 +162,7 @@ def _trained_on(seen: "Observed", observed: "Mapping[StageName, Sequence[Observe
         )
 
 
-def left_out(datasets: Mapping[StageName, Mapping[str, DataSource]]) -> Iterator[str]:
+def left_out(datasets: Mapping[str, Mapping[str, DataSource]]) -> Iterator[str]:
     """A line for every directory among the datasets of which files are not read. Raises DataError."""
     for key, source in chain.from_iterable(sources.items() for sources in datasets.values()):
         directory = Path(source.path)

@@ -11,11 +11,12 @@ identity (dag), files (artifacts), what a person sees (progress).
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, dag, placement
+from pipeline import cluster, dag, identity, placement, stage_table
 from pipeline.artifacts import METRICS, Store
 from pipeline.config import resolved_yaml
 from pipeline.janitor import PLACE, nothing_left_behind
@@ -38,6 +39,45 @@ from stages.runtime import warnings_file
 POLL_S = 0.3
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A plan while it is executed: what has ended so far, well or not."""
+
+    planned: PlannedRun
+    progress: Progress
+    results: dict[str, StageResult]  # taken as they are, or made by now
+    failures: dict[str, ExpectedError]  # by stage; "ray" of the cluster
+
+    def start(self, stage: str) -> None:
+        """Follow the stage's metrics, from the work directory to the artifact that is renamed from it.
+
+        Where an artifact is made anew, what lies there meanwhile is the old one: other bytes at every offset.
+        """
+        node, store = self.planned.nodes[stage], self.planned.store
+        unfinished = store.work_dir(stage, node.fingerprint) / METRICS
+        published = store.artifact_dir(stage, node.fingerprint) / METRICS
+        followed = [unfinished] if stage in self.planned.replaced else [unfinished, published]
+        self.progress.start(stage, followed, warnings_file(store.log_dir(self.planned.config.name), stage))
+
+    def finish(self, result: StageResult) -> None:
+        """The stage is done: it is linked and told."""
+        self.results[result.stage] = result
+        self.planned.store.link(self.planned.config.name, result.stage, result.fingerprint)
+        seconds = None if result.skipped else result.seconds
+        self.progress.end(result.stage, "skipped" if result.skipped else "done", seconds=seconds)
+
+    @contextlib.contextmanager
+    def failure_noted(self, stage: str, beside: Collection[str] = ()) -> Iterator[None]:
+        """Inside, a failure of `stage` is told and kept for the end. `beside`: stages that still run."""
+        try:
+            yield
+        except ExpectedError as error:
+            self.failures[stage] = error
+            outcome = "stopped" if isinstance(error, Interrupted) else "failed"
+            waiting = f"(waiting for {min(beside)} to end)" if beside else ""
+            self.progress.end(stage, outcome, summary=waiting)
+
+
 def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     """Run what is planned and record it in the run directory; the results of all planned stages.
 
@@ -45,6 +85,22 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     stop by a signal: Interrupted, or KeyboardInterrupt when that took too long or was asked twice.
     Leaves no process behind in any case.
     """
+    with _recorded(planned, progress) as run, _surroundings(run) as directory:
+        if planned.config.pipeline.executor == "ray" and planned.to_run:
+            _run_on_ray(run, directory)
+        for stage in planned.to_run if planned.config.pipeline.executor == "inline" else ():
+            if run.failures:
+                progress.end(stage, "not run")
+                continue
+            run.start(stage)
+            with run.failure_noted(stage):
+                run.finish(run_stage(_job(planned, stage)))
+    return {stage: run.results[stage] for stage in planned.nodes}
+
+
+@contextlib.contextmanager
+def _recorded(planned: PlannedRun, progress: Progress) -> Iterator[_Run]:
+    """Around a run: its config before it, its record after it, whatever became of it. Raises what failed."""
     store, config = planned.store, planned.config
     with disk_problems(store.log_dir(config.name)):
         store.log_dir(config.name).mkdir(parents=True, exist_ok=True)
@@ -53,76 +109,51 @@ def execute(planned: PlannedRun, progress: Progress) -> dict[str, StageResult]:
     results = {stage: result_of(manifest, skipped=True) for stage, manifest in planned.present.items()}
     for stage, manifest in planned.present.items():
         progress.end(stage, "skipped", summary=_made_with_other_versions(manifest))
-    failures: dict[str, ExpectedError] = {}
+    run = _Run(planned=planned, progress=progress, results=results, failures={})
     for remark in check_machine(planned):
         progress.note(f"note: {remark}")
     try:
-        if planned.to_run:
-            _run(planned, progress, results, failures)
+        yield run
     finally:  # a full disk fails the record too: a stage that met it says more
-        with contextlib.suppress(EnvironmentProblem) if failures else contextlib.nullcontext():
+        with contextlib.suppress(EnvironmentProblem) if run.failures else contextlib.nullcontext():
             _record(planned, results)
-    for failure in sorted(failures.values(), key=lambda failure: isinstance(failure, Interrupted)):
+    for failure in sorted(run.failures.values(), key=lambda failure: isinstance(failure, Interrupted)):
         raise failure
-    return {stage: results[stage] for stage in planned.nodes}
 
 
-def _run(
-    planned: PlannedRun,
-    progress: Progress,
-    results: dict[str, StageResult],
-    failures: dict[str, ExpectedError],
-) -> None:
-    store, config = planned.store, planned.config
+@contextlib.contextmanager
+def _surroundings(run: _Run) -> Iterator[Path]:
+    """Around the stages: signals ask them to stop, and no process outlives them.
+
+    Yields a directory for the processes of the run. Where nothing has to run, nothing is started.
+    """
+    store, config = run.planned.store, run.planned.config
+    if not run.planned.to_run:
+        yield store.root
+        return
     stop_file, timeout_s = store.stop_file(config.name), config.pipeline.stop_timeout_s
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals_ask_to_stop(stop_file, timeout_s=timeout_s))
         with disk_problems(PLACE):
             directory = stack.enter_context(nothing_left_behind(store.log_dir(config.name)))
         try:
-            if config.pipeline.executor == "inline":
-                _run_inline(planned, progress, results, failures)
-            else:
-                _run_on_ray(planned, directory, progress, results, failures)
+            yield directory
         except EnvironmentProblem as error:
-            failures["ray"] = error
-    if stop.made and any(isinstance(failure, EngineError | ProcessDied) for failure in failures.values()):
+            run.failures["ray"] = error
+    if stop.made and any(isinstance(error, EngineError | ProcessDied) for error in run.failures.values()):
         raise KeyboardInterrupt  # a signal to the whole process group takes engines and Ray as well
 
 
-def _run_inline(
-    planned: PlannedRun,
-    progress: Progress,
-    results: dict[str, StageResult],
-    failures: dict[str, ExpectedError],
-) -> None:
-    for stage in planned.to_run:
-        if failures:
-            progress.end(stage, "not run")
-            continue
-        _start(planned, stage, progress)
-        try:
-            _finish(planned, run_stage(_job(planned, stage)), progress, results)
-        except ExpectedError as error:
-            failures[stage] = error
-            progress.end(stage, _outcome(error))
-
-
-def _run_on_ray(
-    planned: PlannedRun,
-    directory: Path,
-    progress: Progress,
-    results: dict[str, StageResult],
-    failures: dict[str, ExpectedError],
-) -> None:
+def _run_on_ray(run: _Run, directory: Path) -> None:
+    planned, progress = run.planned, run.progress
     log_dir = planned.store.log_dir(planned.config.name)
     with ray_session(planned.config, directory, log_dir) as check_cluster:
         _preflight(planned, progress)
-        pending = _submit(planned, results)
+        pending = _submit(planned, run.results)
         following: set[str] = set()
         not_run: set[str] = set()
         while pending:
-            blocked = failures.keys() | not_run
+            blocked = run.failures.keys() | not_run
             for stage in [stage for stage in pending if blocked.intersection(planned.nodes[stage].inputs)]:
                 del pending[stage]
                 not_run.add(stage)
@@ -130,16 +161,11 @@ def _run_on_ray(
             for stage in pending.keys() - following:
                 if not pending.keys() & planned.nodes[stage].inputs.keys():
                     following.add(stage)
-                    _start(planned, stage, progress)
+                    run.start(stage)
             for stage in _wait_for_any(pending):
-                try:
-                    _finish(planned, _fetch(stage, pending.pop(stage), log_dir), progress, results)
-                except ExpectedError as error:
-                    failures[stage] = error
-                    beside = sorted(following & pending.keys())
-                    progress.end(
-                        stage, _outcome(error), summary=f"(waiting for {beside[0]} to end)" if beside else ""
-                    )
+                ref = pending.pop(stage)
+                with run.failure_noted(stage, beside=following & pending.keys()):
+                    run.finish(_fetch(stage, ref, log_dir))
             check_cluster()
 
 
@@ -218,34 +244,6 @@ def _job(planned: PlannedRun, stage: str) -> StageJob:
     )
 
 
-def _start(planned: PlannedRun, stage: str, progress: Progress) -> None:
-    """Follow the stage's metrics, from the work directory to the artifact that is renamed from it.
-
-    Where an artifact is made anew, what lies there meanwhile is the old one: other bytes at every offset.
-    """
-    node, store = planned.nodes[stage], planned.store
-    unfinished = store.work_dir(stage, node.fingerprint) / METRICS
-    published = store.artifact_dir(stage, node.fingerprint) / METRICS
-    followed = [unfinished] if stage in planned.replaced else [unfinished, published]
-    progress.start(stage, followed, warnings_file(store.log_dir(planned.config.name), stage))
-
-
-def _finish(
-    planned: PlannedRun, result: StageResult, progress: Progress, results: dict[str, StageResult]
-) -> None:
-    results[result.stage] = result
-    planned.store.link(planned.config.name, result.stage, result.fingerprint)
-    progress.end(
-        result.stage,
-        "skipped" if result.skipped else "done",
-        seconds=None if result.skipped else result.seconds,
-    )
-
-
-def _outcome(error: ExpectedError) -> str:
-    return "stopped" if isinstance(error, Interrupted) else "failed"
-
-
 def _made_with_other_versions(manifest: Manifest) -> str:
     now = package_versions()
     changed = [
@@ -261,10 +259,12 @@ def _record(planned: PlannedRun, results: Mapping[str, StageResult]) -> None:
     store, name = planned.store, planned.config.name
     current = current_fingerprints(planned)
     entries: dict[str, StageResult] = {}
-    for stage in dag.STAGES:
+    for stage in stage_table.STAGES:
         if stage in results:
             entries[stage] = results[stage]
-        elif stage in current and _linked(store, name, stage) == dag.directory_name(stage, current[stage]):
+        elif stage in current and _linked(store, name, stage) == identity.directory_name(
+            stage, current[stage]
+        ):
             with contextlib.suppress(EnvironmentProblem):
                 manifest = read_manifest(store.artifact_dir(stage, current[stage]), hint="")
                 entries[stage] = result_of(manifest, skipped=True)

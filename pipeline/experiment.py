@@ -178,7 +178,7 @@ class ExperimentConfig(Section):
             yield "rollout.num_engines: several engines need Ray; set 1, or pipeline.executor: ray"
         yield from self._workers_do_not_fit()
         yield from self._transport_problems()
-        for stage in self._stages_with_engines():
+        for stage in self.stages_with_engines():
             yield from self._gpu_problems(stage)
         yield from self._experts_too_narrow()
         yield from self._not_supported_yet()
@@ -345,12 +345,13 @@ class ExperimentConfig(Section):
             return ()
         return tuple(
             stage
-            for stage in self._stages_with_engines()
+            for stage in self.stages_with_engines()
             if getattr(self.resources, stage).num_gpus_per_engine == 0
             and (stage != "reward" or self.reward is None or self.reward.init_from == "sft")
         )
 
-    def _stages_with_engines(self) -> tuple[str, ...]:
+    def stages_with_engines(self) -> tuple[str, ...]:
+        """The configured stages that may open engines."""
         return tuple(stage for stage in ("reward", "ppo", "evaluate") if getattr(self, stage) is not None)
 
     def _not_supported_yet(self) -> Iterator[str]:

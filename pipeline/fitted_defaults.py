@@ -6,8 +6,9 @@ A model of 7 B parameters is ruined by what a million from scratch need. So wher
 config gets the field's learning rates, a precision for the device, and micro-batches (or recomputed
 activations) that stay within a memory budget. A setting that is stated is never changed; `null` is silence.
 
-Owns: these rules, their numbers and where those are from. Does not own: the defaults of a chain from scratch
-(beside their fields in stages.config), reading the size (given_model), the bytes (placement). Light import.
+Owns: these rules. Does not own: the learning rates of the stages (stage_table), the defaults of a chain from
+scratch (beside their fields in stages.config), reading the size (given_model), the bytes (placement). Light
+import.
 """
 
 import math
@@ -20,21 +21,15 @@ from pipeline.architecture import Architecture
 from pipeline.config_fields import field_at
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.given_model import GivenModel
+from pipeline.stage_table import STAGES
 from stages.config.ppo import PPOConfig
 from stages.config.sft import SFTConfig
 from stages.config.training import FITTED, TrainingConfig
 
 LEARNING_RATES: Mapping[str, float] = {
-    "pretrain.lr": 5e-5,
-    "sft.lr": 2e-5,
-    "reward.lr": 1e-5,
-    "ppo.lr": 1e-6,
-    "ppo.value_lr": 1e-5,
+    f"{stage.name}.{setting}": rate for stage in STAGES.values() for setting, rate in stage.rates.items()
 }
-"""For a given model of 1 B parameters or more. pretrain goes on with its pretraining: 5e-5 is the default of
-transformers' TrainingArguments. sft: Zephyr 7B (alignment-handbook), TRL's scripts/sft.py. reward: TRL's
-reward_modeling.py, for 0.5 B and 8 B. ppo: verl's run_qwen2-7b_rm.sh, policy and critic.
-"""
+"""Setting -> the rate for a given model of 1 B parameters or more."""
 FULL_SIZE = 1e9
 """Parameters from which on these learning rates hold. Below, they grow with the root of FULL_SIZE over the
 parameters: Adam's best rate falls as 1 / width (Yang et al. 2022, arXiv 2203.03466), and parameters grow with
@@ -165,7 +160,7 @@ def _precision(config: ExperimentConfig, stage: str, model: GivenModel) -> Itera
     key, count = f"{stage}.precision", model.num_parameters
     if not placement.resources_of(config, stage).num_gpus:
         yield Choice(key=key, value="fp32", why=f"on the CPU (resources.{stage}.num_gpus is 0)")
-    elif stage == "ppo" and config.rollout.engine == "hf":
+    elif STAGES[stage].syncs_what_it_trains and config.rollout.engine == "hf":
         yield Choice(key=key, value="fp32", why="rollout.engine hf is the fp32 reference")
     elif count is not None and count < BF16_SIZE:
         yield Choice(key=key, value="fp32", why="below 0.1 B parameters")

@@ -12,6 +12,9 @@ and the longest match wins. A test resolves every setting that is named, in note
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+NAMES_A_MODEL = ("model", "pretrain")
+"""Sections here that other tools write a model's name after."""
+
 TABLE = """
 # optimiser
 <stage>.lr

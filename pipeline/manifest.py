@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from pipeline.dag import SCHEMA_VERSION
 from pipeline.errors import CorruptArtifact
+from pipeline.identity import SCHEMA_VERSION
 from rollout.ground.whole import Measured, NotWhole, check_own_digest, json_object, with_own_digest
 
 MANIFEST = "manifest.json"

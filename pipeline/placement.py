@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import dag
+from pipeline import dag, identity, stage_table
 from pipeline.architecture import Architecture
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
@@ -38,8 +38,6 @@ LASTING = frozenset(
     ["fp32 weights", "gradients", "Adam", "frozen models", "frozen fp32 models", "weights", "keys and values"]
 )
 """Parts of a process's memory that it holds for as long as it runs, whatever it computes."""
-IN_THE_STAGE_TASK = frozenset({"prepare"})
-"""Stages that reserve nothing: they have no workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +65,19 @@ class Memory:
 def bundles_by_stage(config: ExperimentConfig, stages: Collection[str]) -> dict[str, StageBundles]:
     """What each of `stages` reserves while it runs."""
     return {
-        stage: bundles_of(stage, resources_of(config, stage), rollout_of(dag.settings_for(config, stage)))
+        stage: bundles_of(
+            stage, resources_of(config, stage), rollout_of(identity.settings_for(config, stage))
+        )
         for stage in stages
-        if stage not in IN_THE_STAGE_TASK
+        if stage_table.STAGES[stage].has_workers
     }
 
 
 def resources_of(config: ExperimentConfig, stage: str) -> StageResources:
     """`resources.<stage>` of the config."""
-    by_stage: dict[str, StageResources] = {name: getattr(config.resources, name) for name in dag.STAGES}
+    by_stage: dict[str, StageResources] = {
+        name: getattr(config.resources, name) for name in stage_table.STAGES
+    }
     return by_stage[stage]
 
 
@@ -123,7 +125,7 @@ def host_memory_of(config: ExperimentConfig, stage: str, architecture: Architect
         return None
     largest = architecture.whole
     if isinstance(section, TrainingConfig):
-        trained, frozen = _models(section, stage, architecture)
+        trained, frozen = _models(config, stage, architecture)
         largest = max(trained + frozen)
     return Memory(parts={"a whole model": 4 * largest})
 
@@ -132,7 +134,7 @@ def on_the_machine(config: ExperimentConfig, stage: str, architecture: Architect
     """What the processes of one stage take of the memory of their machine, if all are on one: those on GPUs
     only while they load.
     """
-    if stage in IN_THE_STAGE_TASK:
+    if not stage_table.STAGES[stage].has_workers:
         return []
     resources, memory = resources_of(config, stage), memory_of(config, stage, architecture)
     worker = memory["worker"]
@@ -140,7 +142,7 @@ def on_the_machine(config: ExperimentConfig, stage: str, architecture: Architect
         loading = host_memory_of(config, stage, architecture)
         assert loading is not None
         worker = loading
-    rollout = rollout_of(dag.settings_for(config, stage))
+    rollout = rollout_of(identity.settings_for(config, stage))
     engines = (
         [] if rollout is None or resources.num_gpus_per_engine else [memory["engine"]] * rollout.num_engines
     )
@@ -150,7 +152,7 @@ def on_the_machine(config: ExperimentConfig, stage: str, architecture: Architect
 def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, Memory]:
     """{"worker": ..., "engine": ...} of one stage."""
     memory = {"worker": _worker(config, stage, architecture)}
-    rollout = rollout_of(dag.settings_for(config, stage))
+    rollout = rollout_of(identity.settings_for(config, stage))
     if rollout is not None:
         memory["engine"] = _engine(config, stage, rollout, architecture)
     return memory
@@ -166,10 +168,10 @@ def forward_bytes(config: ExperimentConfig, stage: str, architecture: Architectu
 def _worker(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory:
     section = getattr(config, stage)
     if not isinstance(section, TrainingConfig):
-        return _evaluating(config, architecture)
+        return _evaluating(config, stage, architecture)
     resources, itemsize = resources_of(config, stage), BYTES[section.precision]
     num_workers = resources.num_workers
-    trained, frozen = _models(section, stage, architecture)
+    trained, frozen = _models(config, stage, architecture)
     frozen_itemsize = 4 if num_workers > 1 else itemsize  # shards are fp32, the gathered copy is not
     total = sum(trained) / num_workers
     lasting = {
@@ -184,13 +186,17 @@ def _worker(config: ExperimentConfig, stage: str, architecture: Architecture) ->
     return Memory(parts={**lasting, **peak})
 
 
-def _models(section: TrainingConfig, stage: str, architecture: Architecture) -> tuple[list[int], list[int]]:
+def _models(config: ExperimentConfig, stage: str, architecture: Architecture) -> tuple[list[int], list[int]]:
     """Parameters of the models that a stage trains, and of those that it holds frozen beside them."""
-    body, whole = architecture.body, architecture.whole
-    trained = {"reward": [body], "ppo": [whole, body]}.get(stage, [whole])
-    if isinstance(section, PPOConfig):
-        return trained, [body, whole] if section.reads_reference else [body]
-    return trained, []
+    sizes = {"language model": architecture.whole, "scorer": architecture.body}
+    models = stage_table.STAGES[stage].models(config, dag.needs(config, stage))
+    return [sizes[kind] for kind in models.trained], [sizes[kind] for kind in models.frozen]
+
+
+def _has_output_head(config: ExperimentConfig, stage: str) -> bool:
+    """Whether a model that the stage trains computes logits."""
+    models = stage_table.STAGES[stage].models(config, dag.needs(config, stage))
+    return "language model" in models.trained
 
 
 def _micro_batch(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, float]:
@@ -202,7 +208,7 @@ def _micro_batch(config: ExperimentConfig, stage: str, architecture: Architectur
     root = architecture.whole - architecture.num_hidden_layers * architecture.layer
     unit = max(root, architecture.layer)  # the largest that is reduced
     is_sharded = resources_of(config, stage).num_workers > 1 or section.precision == "bf16"
-    has_fp32_head = section.precision == "bf16" and stage != "reward"
+    has_fp32_head = section.precision == "bf16" and _has_output_head(config, stage)
     return {
         # FSDP2 gathers a layer at a time, and the next one meanwhile; gradients are reduced in fp32
         f"gathered {section.precision} layers and gradients": is_sharded
@@ -224,16 +230,16 @@ def _of_tokens(config: ExperimentConfig, stage: str, architecture: Architecture)
     }
 
 
-def _evaluating(config: ExperimentConfig, architecture: Architecture) -> Memory:
-    """Three language models and the reward model; log-probs of some responses, or documents, at once."""
+def _evaluating(config: ExperimentConfig, stage: str, architecture: Architecture) -> Memory:
+    """The compared models and the reward model; log-probs of some responses, or documents, at once."""
     assert config.evaluate is not None
     positions = SEQUENCES_EVALUATED * config.evaluate.max_response_tokens
     if config.prepare is not None:
         positions = max(positions, DOCUMENTS_EVALUATED * config.model.context_length)
-    models = 3 * architecture.whole + architecture.body
+    _, frozen = _models(config, stage, architecture)
     return Memory(
         parts={
-            "frozen fp32 models": 4 * models,
+            "frozen fp32 models": 4 * sum(frozen),
             "largest logits": 4 * positions * architecture.vocab_size,
             "a chunk of log-softmax": 2 * 4 * min(positions, LOGPROB_CHUNK) * architecture.vocab_size,
         }
@@ -247,14 +253,17 @@ def _tokens(config: ExperimentConfig, stage: str) -> int:
         return section.pack_size * context
     if isinstance(section, SFTConfig) and section.batch_tokens is not None:
         return context  # a row per forward
-    sequences = 2 if stage == "reward" else 1  # a pair is two
-    return sequences * min(section.micro_batch_size, section.batch_size) * context
+    return (
+        stage_table.STAGES[stage].sequences_per_row
+        * min(section.micro_batch_size, section.batch_size)
+        * context
+    )
 
 
 def _logits(config: ExperimentConfig, stage: str) -> int:
     """Positions of one micro-batch whose logits are computed, at most; a reward model has none."""
     section = getattr(config, stage)
-    if stage == "reward":
+    if not _has_output_head(config, stage):
         return 0
     if isinstance(section, PPOConfig):
         return section.pack_size * section.max_response_tokens

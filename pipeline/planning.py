@@ -1,6 +1,6 @@
 """What a command has to run: which stages, which artifacts it takes as they are, on which inputs.
 
-    config --dag.select--> what comes from outside, identified --fit--> settings --dag.plan--> nodes
+    config --dag.select--> what comes from outside, identified --fit--> settings --identity.plan--> nodes
        --Store.find--> PlannedRun --validate_data--> executor
 
 Owns: what is made anew, what is missing, and judging all data and given files before anything starts.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import dag, placement
+from pipeline import dag, identity, placement
 from pipeline.architecture import NAMES_OF_EXPERTS
 from pipeline.artifacts import Given, Store
 from pipeline.errors import ConfigError, MissingStage
@@ -22,9 +22,12 @@ from pipeline.fitted_defaults import Fit, fit
 from pipeline.given_model import GivenModel
 from pipeline.manifest import MANIFEST, Manifest
 from pipeline.model_path import model_at_hand, model_directory
+from pipeline.stage_table import MODEL, STAGES, data_of
 from rollout.ground.errors import ExpectedError
 from rollout.ground.section import Section
 from rollout.safetensors_header import read_header
+from stages.config.evaluate import EvaluateConfig
+from stages.config.score import ScoreFunction
 from stages.data.scoring import load_judge
 from stages.errors import ModelError
 
@@ -35,7 +38,7 @@ class PlannedRun:
 
     config: ExperimentConfig  # fitted: nothing in it follows from the given model any more
     store: Store
-    nodes: Mapping[str, dag.Node]  # in the order of the stage table
+    nodes: Mapping[str, identity.Node]  # in the order of the stage table
     outside: Mapping[str, Given]  # input keys that no stage of this run makes
     present: Mapping[str, Manifest]  # verified artifacts that are taken as they are
     to_run: tuple[str, ...]
@@ -56,10 +59,11 @@ def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | 
     forced = frozenset() if force is None else dag.downstream(config, force)
     store = Store(config.outputs)
     selection = dag.select(config, stages)
+    dag.check_can_run(config, stages)
     outside = _identified(config, store, selection, {})
     fitted = fit(config, _model_of(config, outside))
     config = fitted.config
-    nodes = dag.plan(config, selection, _fingerprints(outside))
+    nodes = identity.plan(config, selection, _fingerprints(outside))
     present = _present(store, [node for stage, node in nodes.items() if stage not in forced])
     return PlannedRun(
         config=config,
@@ -85,17 +89,18 @@ def plan_stage(
 
     `command(stage)` is how a user makes a missing stage. Raises MissingStage besides what `plan_run` raises.
     """
-    unused = inputs.keys() - set(dag.needs(config, stage))
-    if unused:
-        wanted = ", ".join(dag.needs(config, stage)) or "nothing"
-        raise ConfigError(f"--input {min(unused)}: {stage} takes {wanted}")
+    takes = dag.needs(config, stage, inputs.keys())
+    if unused := inputs.keys() - set(takes):
+        could_take = ", ".join(dag.needs(config, stage, STAGES)) or "nothing"
+        raise ConfigError(f"--input {min(unused)}: {stage} takes {could_take}")
     store = Store(config.outputs)
     selection = dag.select(config, [stage], inputs.keys())
+    dag.check_can_run(config, [stage], inputs.keys())
     outside = _identified(config, store, selection, inputs)
     fitted = fit(config, _model_of(config, outside))
     config = fitted.config
-    nodes = dag.plan(config, selection, _fingerprints(outside))
-    needed = [nodes[key] for key in dag.needs(config, stage) if key in nodes]
+    nodes = identity.plan(config, selection, _fingerprints(outside))
+    needed = [nodes[key] for key in takes if key in nodes]
     present = _present(store, needed)
     for node in needed:
         if node.stage not in present:
@@ -140,42 +145,48 @@ def validate_data(planned: PlannedRun) -> None:
     check_given_models(
         planned.config, planned.to_run, {key: given.path for key, given in planned.outside.items()}
     )
-    if "prepare" in planned.to_run:
-        _check_given_to_prepare(planned)
-    for stage, sources in dag.datasets(planned.config, planned.to_run).items():
-        validate(list(sources.values()), stage, getattr(planned.config, stage))
-    evaluate = planned.config.evaluate
-    if "evaluate" in planned.to_run and evaluate is not None and evaluate.score is not None:
-        load_judge(evaluate.score)
+    for stage in planned.to_run:
+        if STAGES[stage].makes == "corpus":
+            _check_given_to_prepare(planned)
+    for stage, sources in identity.datasets(planned.config, planned.to_run).items():
+        validate(list(sources.values()), data_of(stage).reads, getattr(planned.config, stage))
+    for stage in planned.to_run:
+        match getattr(planned.config, stage):
+            case EvaluateConfig(score=ScoreFunction() as score):
+                load_judge(score, key=f"{stage}.score")
 
 
 def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: Mapping[str, Path]) -> None:
     """Judge the directories that `stages` are given (input key -> directory): whether each can be trained, or
     scored with, as these stages will do it, and whether its tokenizer is made for it. Raises ModelError.
     """
-    models = {key: path for key, path in given.items() if key != "prepare"}
-    if not models or not set(stages) - {"prepare"}:
+    corpora = {key: path for key, path in given.items() if _is_corpus(key)}
+    models = {key: path for key, path in given.items() if key not in corpora}
+    if not models or all(STAGES[stage].makes == "corpus" for stage in stages):
         return
+    makes_scorer = any(STAGES[stage].makes == "reward model" for stage in stages)
     from stages.training.model_rules import check_model, check_rows
 
     for key, path in models.items():
         named = _as_given(config, key, path)
+        is_scorer = key in STAGES and STAGES[key].makes == "reward model"
         rows = check_model(
             path,
             named=named,
             context_length=config.model.context_length,
-            scores=key == "reward" or "reward" in stages,
+            scores=is_scorer or makes_scorer,
             recomputing=_asking(config, stages, "gradient_checkpointing"),
             balancing=_asking(config, stages, "router_aux_loss_coef"),
         )
         check_rows(rows, _highest_id(config, stages, path), named=named, tokenizer=named)
-        if key != "reward":
-            _check_width_of_experts(config, stages, path, named)
-        if key == "reward":
+        if is_scorer:
             _check_scores(path, named)
-        if "pretrain" in stages and "prepare" in given:
-            highest = _highest_id(config, stages, given["prepare"])
-            check_rows(rows, highest, named=named, tokenizer=_as_given(config, "prepare", given["prepare"]))
+        else:
+            _check_width_of_experts(config, stages, path, named)
+        for maker, corpus in corpora.items():
+            if any(STAGES[stage].makes == "policy" and maker in dag.needs(config, stage) for stage in stages):
+                highest = _highest_id(config, stages, corpus)
+                check_rows(rows, highest, named=named, tokenizer=_as_given(config, maker, corpus))
 
 
 def check_described_model(config: ExperimentConfig, described: Path) -> None:
@@ -238,8 +249,17 @@ def _highest_id(config: ExperimentConfig, stages: Sequence[str], directory: Path
     """Of the ids that its tokenizer and the template write in these stages. Raises ModelError."""
     from stages.data.chat.tokenizer import ChatTokenizer
 
-    reads_documents = not {"prepare", "pretrain", "evaluate"}.isdisjoint(stages)
+    reads_documents = any(_reads_documents(config, stage) for stage in stages)
     return ChatTokenizer.load(directory, config.model.chat_template).highest_id(documents=reads_documents)
+
+
+def _reads_documents(config: ExperimentConfig, stage: str) -> bool:
+    """Whether a stage makes a corpus, or takes one where there is one."""
+    return STAGES[stage].makes == "corpus" or any(map(_is_corpus, dag.needs(config, stage, STAGES)))
+
+
+def _is_corpus(key: str) -> bool:
+    return key in STAGES and STAGES[key].makes == "corpus"
 
 
 def current_fingerprints(planned: PlannedRun) -> dict[str, str]:
@@ -248,22 +268,23 @@ def current_fingerprints(planned: PlannedRun) -> dict[str, str]:
     config, outside = planned.config, _fingerprints(planned.outside)
     for stage in dag.configured(config):
         with contextlib.suppress(ExpectedError):
-            if stage not in known and outside.keys() | known.keys() >= set(dag.needs(config, stage)):
-                selection = dag.Selection(stages=(stage,), outside=dag.needs(config, stage))
-                known[stage] = dag.plan(config, selection, outside | known)[stage].fingerprint
+            needs = dag.needs(config, stage, outside.keys())
+            if stage not in known and outside.keys() | known.keys() >= set(needs):
+                selection = dag.Selection(stages=(stage,), outside=needs)
+                known[stage] = identity.plan(config, selection, outside | known)[stage].fingerprint
     return known
 
 
 def given_input(store: Store, key: str, path: Path) -> Given:
     """The directory at `path`, given as the input `key`, with the fingerprint of what it now holds."""
-    if key == dag.MODEL:
+    if key == MODEL:
         return Given(path=path, fingerprint=store.content_of(path))
     return store.identify(key, path)
 
 
 def _as_given(config: ExperimentConfig, key: str, path: Path) -> str:
     """What the user wrote for an input key."""
-    return f"model.path {config.model.path}" if key == dag.MODEL else f"--input {key}={path}"
+    return f"model.path {config.model.path}" if key == MODEL else f"--input {key}={path}"
 
 
 def _check_given_to_prepare(planned: PlannedRun) -> None:
@@ -274,7 +295,7 @@ def _check_given_to_prepare(planned: PlannedRun) -> None:
         from stages.data.corpus.languages import check_languages
 
         check_languages(prepare.languages)
-    model = planned.outside.get(dag.MODEL)
+    model = planned.outside.get(MODEL)
     tokenizer = prepare.tokenizer if model is None else model.path
     if tokenizer is not None or template is not None:
         from stages.data.corpus.vocabulary import given_tokenizer
@@ -287,7 +308,7 @@ def _identified(
 ) -> dict[str, Given]:
     outside = {}
     for key in selection.outside:
-        if key == dag.MODEL:
+        if key == MODEL:
             assert config.model.path is not None
             outside[key] = given_input(store, key, model_directory(config.model.path, config.model.revision))
         else:
@@ -301,13 +322,13 @@ def _model_of(config: ExperimentConfig, outside: Mapping[str, Given]) -> GivenMo
     `model.path`, wherever its weights come in: a stage that is run alone is fitted as within the graph.
     Without it, a model of somebody else's that a stage is given: an artifact of ours came from scratch.
     """
-    if dag.MODEL in outside:
-        return GivenModel.in_directory(outside[dag.MODEL].path, named=_as_given(config, dag.MODEL, Path()))
+    if MODEL in outside:
+        return GivenModel.in_directory(outside[MODEL].path, named=_as_given(config, MODEL, Path()))
     described = _model_described(config)
     if described is not None and described.num_parameters is not None:
         return described
-    for key in ("pretrain", "sft"):
-        if key in outside and (described is not None or _is_foreign(outside[key])):
+    for key, row in STAGES.items():
+        if row.makes == "policy" and key in outside and (described is not None or _is_foreign(outside[key])):
             path = outside[key].path
             return GivenModel.in_directory(path, named=_as_given(config, key, path))
     return described
@@ -337,6 +358,6 @@ def _fingerprints(outside: Mapping[str, Given]) -> dict[str, str]:
     return {key: given.fingerprint for key, given in outside.items()}
 
 
-def _present(store: Store, nodes: Sequence[dag.Node]) -> dict[str, Manifest]:
+def _present(store: Store, nodes: Sequence[identity.Node]) -> dict[str, Manifest]:
     found = {node.stage: store.find(node.stage, node.fingerprint) for node in nodes}
     return {stage: manifest for stage, manifest in found.items() if manifest is not None}

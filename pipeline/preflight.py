@@ -10,10 +10,11 @@ one that is certain. Does not own: what the machine has (machine), sizes (placem
 from collections import Counter
 from collections.abc import Iterator
 
-from pipeline import dag, doctor, machine, placement
+from pipeline import dag, doctor, identity, machine, placement
 from pipeline.architecture import Architecture
 from pipeline.experiment import ExperimentConfig
 from pipeline.planning import PlannedRun
+from pipeline.stage_table import STAGES
 from rollout.config import EngineConfig
 from rollout.engines import require_installed
 from rollout.ground.errors import EnvironmentProblem
@@ -52,7 +53,7 @@ def check_machine(planned: PlannedRun) -> list[str]:
 
 def _engines(config: ExperimentConfig, stages: tuple[str, ...]) -> Iterator[tuple[str, EngineConfig]]:
     for stage in stages:
-        if (rollout := rollout_of(dag.settings_for(config, stage))) is not None:
+        if (rollout := rollout_of(identity.settings_for(config, stage))) is not None:
             yield stage, rollout
 
 
@@ -66,9 +67,9 @@ def _check_shared_memory(
         needs = {}
         if rollout.engine == "vllm" and _has_queue(config, stage, rollout):
             needs["the queue of an engine's processes"] = QUEUE_BYTES
-        if stage == "ppo" and rollout.sync != "nccl" and architecture is not None:
-            assert config.ppo is not None
-            needs["the weights of a sync"] = placement.BYTES[config.ppo.precision] * architecture.whole
+        if STAGES[stage].syncs_what_it_trains and rollout.sync != "nccl" and architecture is not None:
+            precision = getattr(config, stage).precision
+            needs["the weights of a sync"] = placement.BYTES[precision] * architecture.whole
         for what, needed in needs.items():
             finding = doctor.shared_memory(needed)
             if not finding.ok:

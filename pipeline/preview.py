@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from pipeline import dag
+from pipeline import dag, identity
 from pipeline.data_remarks import files_read, remarks
 from pipeline.experiment import ExperimentConfig
+from pipeline.stage_table import data_of
+from stages.config.evaluate import EvaluateConfig
+from stages.config.reward import RewardConfig
 from stages.data.reading.files import one_line, printable
 from stages.data.reading.readers import unread_keys_in_words
 
@@ -40,19 +43,19 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
     from stages.data.overview import overview
     from stages.data.validation import validate
 
-    datasets = dag.datasets(config, dag.configured(config))
+    datasets = identity.datasets(config, dag.configured(config))
     ngram = None if config.prepare is None else config.prepare.decontaminate_ngram
     given = _given_chat(config, model_at_hand)
     headers = _headers(config, given)
     observed = {
         stage: [
-            Observed(source, ngram=ngram if stage == "evaluate" else None, headers=headers)
+            Observed(source, ngram=ngram if data_of(stage).asks == "to evaluate" else None, headers=headers)
             for source in sources.values()
         ]
         for stage, sources in datasets.items()
     }
     validated = {
-        stage: validate(list(sources.values()), stage, getattr(config, stage), observed[stage])
+        stage: validate(list(sources.values()), data_of(stage).reads, getattr(config, stage), observed[stage])
         for stage, sources in datasets.items()
     }
     chat, origin = _chat(config) if given is None else given
@@ -63,7 +66,7 @@ def previews(config: ExperimentConfig, *, model_at_hand: bool) -> Iterator[Text]
         for (key, source), found, seen in zip(
             sources.items(), validated[stage], observed[stage], strict=True
         ):
-            shown = overview(source, stage, found, chat, _limits(config, stage))
+            shown = overview(source, data_of(stage).reads, found, chat, _limits(config, stage))
             told = chain(files_read(source, found), _figures(shown), remarks(stage, seen, observed, chat))
             lines = "".join(f"  {line}\n" for line in told)
             example = (_marked(span.text, span.trained) for span in shown.example)
@@ -121,13 +124,15 @@ def _limits(config: ExperimentConfig, stage: str) -> "Limits":
         context_length=config.model.context_length,
         max_prompt_tokens=(
             config.model.max_prompt_tokens(section.max_response_tokens)
-            if stage in ("ppo", "evaluate")
+            if data_of(stage).reads == "prompts"
             else config.model.context_length
         ),
-        base_prompt=config.evaluate.base_prompt if config.evaluate and stage == "evaluate" else None,
+        base_prompt=section.base_prompt if isinstance(section, EvaluateConfig) else None,
         pairs_too_long="drop" if config.reward is None else config.reward.too_long,
         group_column=None if config.reward is None else config.reward.group_column,
-        normaliser_prompt_tokens=_normaliser_prompt_tokens(config) if stage == "reward" else None,
+        normaliser_prompt_tokens=_normaliser_prompt_tokens(config)
+        if isinstance(section, RewardConfig)
+        else None,
         prepare=config.prepare,
     )
 

@@ -16,20 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.headline import Card, as_number, cards, comparison, sentence, shown_measure
 from pipeline.progress import duration
 from pipeline.report_page import Box, Html, curve, el, graph, join, number, page, table
+from pipeline.stage_table import EVALUATED, MEASURES, STAGES
 from pipeline.yaml_source import read_config
+from stages.runtime import BASE
 from stages.training.metrics import METRICS
 
-MODELS = ("base", "sft", "ppo")
-MEASURES = {
-    "score": "score, 0 to 1",
-    "reward": "reward model, normalised",
-    "perplexity": "perplexity, held-out text",
-    "length": "length, tokens",
-    "truncated": "responses without an end",
-}
-"""Of the evaluation, the first ones in this order."""
 NUM_SAMPLES = 12
 NUM_ROLLOUTS = 6
 NOT_CURVES = ("step", "max_steps", "time")
@@ -52,10 +46,10 @@ def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html, replacing an older one in one step; its path."""
     stages = _stages(run_dir)
     sections = {
-        "Results": _headlines(stages),
+        "Results": _results(stages),
         "Graph": _graph(stages),
         "Evaluation": _evaluation(stages),
-        "Samples": _samples(stages, _num_samples(run_dir)),
+        "Samples": _samples(stages, run_dir),
         "Curves": _curves(stages),
         "Rollouts": _rollouts(stages),
         "Data": _data(stages),
@@ -88,7 +82,7 @@ def _stages(run_dir: Path) -> list[_Stage]:
             directory=run_dir / name,
             skipped=entry.get("skipped") is True,
             fingerprint=str(entry.get("fingerprint", "")),
-            seconds=_as_number(entry.get("seconds")),
+            seconds=as_number(entry.get("seconds")),
             metrics=_mapping(entry.get("metrics")),
             manifest=_mapping(_read_json(run_dir / name / "manifest.json")),
         )
@@ -126,73 +120,44 @@ def _sequence(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else []
 
 
-def _as_number(value: Any) -> float | None:
-    """`value` as a double; None if it is no number, or one too large."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def _num_samples(run_dir: Path) -> int:
-    """`evaluate.num_samples_shown` of the resolved config."""
+def _num_samples(run_dir: Path, stage: str) -> int:
+    """`<stage>.num_samples_shown` of the resolved config."""
     try:
         config = read_config(run_dir / "config.yaml")
     except ConfigError:
         return NUM_SAMPLES
-    stated = config.nearest(("evaluate", "num_samples_shown")).value
+    stated = config.nearest((stage, "num_samples_shown")).value
     return stated if isinstance(stated, int) else NUM_SAMPLES
 
 
 # --- sections
 
 
-def _headlines(stages: Sequence[_Stage]) -> Html | None:
-    cards = [
+def _results(stages: Sequence[_Stage]) -> Html | None:
+    """What came of the run in one sentence, and its figures in large print."""
+    metrics = {stage.name: stage.metrics for stage in stages}
+    said, shown = sentence(metrics), [*cards(metrics), *_time(stages)]
+    if not shown:
+        return None
+    boxes = [
         el(
             "div",
-            el("div", label, class_="label"),
-            el("div", value, class_="value"),
-            el("div", more, class_="more"),
+            el("div", card.label, class_="label"),
+            el("div", card.value, class_="value"),
+            el("div", card.small_print, class_="more"),
             class_="card",
         )
-        for label, value, more in _headline_figures(stages)
+        for card in shown
     ]
-    return el("div", *cards, class_="cards") if cards else None
+    return join(el("p", said, class_="sentence") if said else None, el("div", *boxes, class_="cards"))
 
 
-def _headline_figures(stages: Sequence[_Stage]) -> Iterator[tuple[str, str, str]]:
-    """Label, value, small print."""
-    found = {stage.name: stage.metrics for stage in stages}
-    evaluate, reward, ppo = (_mapping(found.get(name)) for name in ("evaluate", "reward", "ppo"))
-    for measure, label in (("score", "Score"), ("reward", "Reward")):
-        if {f"{measure}_sft", f"{measure}_ppo"} <= evaluate.keys():
-            change = f"{number(evaluate[f'{measure}_sft'])} \u2192 {number(evaluate[f'{measure}_ppo'])}"
-            base = evaluate.get(f"{measure}_base")
-            yield f"{label}, sft \u2192 ppo", change, "" if base is None else f"base {number(base)}"
-    if "win_rate_ppo_vs_sft" in evaluate:
-        low, high = evaluate.get("win_rate_low"), evaluate.get("win_rate_high")
-        interval = f"95 % interval {_percent(low)} to {_percent(high)}"
-        yield "ppo wins over sft", _percent(evaluate["win_rate_ppo_vs_sft"]), interval
-    if "kl_ppo_vs_sft" in evaluate:
-        yield "KL of ppo to sft", number(evaluate["kl_ppo_vs_sft"]), "nats per response"
-    if "accuracy_heldout" in reward:
-        rule = reward.get("accuracy_longer_wins")
-        more = "held-out pairs" + ("" if rule is None else f"; longer wins: {number(rule)}")
-        yield "Reward model accuracy", number(reward["accuracy_heldout"]), more
-    if "parity_max_abs_diff" in ppo:
-        more = "worst log-prob difference after a sync, nats"
-        yield "Engine against trainer", number(ppo["parity_max_abs_diff"]), more
-    if "samples_per_second" in ppo:
-        sync = ppo.get("sync_seconds_median")
-        more = "whole loop" + ("" if sync is None else f"; a weight sync takes {number(sync)} s")
-        yield "Responses per second", number(ppo["samples_per_second"]), more
+def _time(stages: Sequence[_Stage]) -> Iterator[Card]:
     ran = [stage for stage in stages if not stage.skipped]
     if stages:
         seconds = sum(stage.seconds or 0.0 for stage in ran)
-        yield "Time", _duration(seconds), f"{len(ran)} stages ran, {len(stages) - len(ran)} skipped"
+        counted = f"{len(ran)} stages ran, {len(stages) - len(ran)} skipped"
+        yield Card(label="Time", value=_duration(seconds), small_print=counted)
 
 
 def _graph(stages: Sequence[_Stage]) -> Html | None:
@@ -203,6 +168,7 @@ def _graph(stages: Sequence[_Stage]) -> Html | None:
             detail="skipped" if stage.skipped else f"ran, {_duration(stage.seconds)}",
             hint=f"{stage.name} {stage.fingerprint}, took {_duration(stage.seconds)} when it ran",
             needs=tuple(_mapping(stage.manifest.get("inputs"))),
+            row=1 if _makes(stage) == "reward model" else 0,
         )
         for stage in stages
     ]
@@ -210,43 +176,41 @@ def _graph(stages: Sequence[_Stage]) -> Html | None:
 
 
 def _evaluation(stages: Sequence[_Stage]) -> Html | None:
-    metrics = _metrics_of(stages, "evaluate")
-    models = [model for model in MODELS if any(key.endswith(f"_{model}") for key in metrics)]
+    """A row per measure, a column per model."""
+    metrics = next((stage.metrics for stage in stages if _makes(stage) == "figures"), {})
+    models = [model for model in EVALUATED if any(key.endswith(f"_{model}") for key in metrics)]
     keys = [key for key in metrics if "_vs_" not in key]
     ends = tuple(f"_{model}" for model in models)
     found = dict.fromkeys(key.rpartition("_")[0] for key in keys if key.endswith(ends))
     if not found:
         return None
-    components = [measure for measure in found if measure.startswith("score_")]
-    ordered = dict.fromkeys(["score", *components, *MEASURES, *found])
+    first, *others = MEASURES
+    components = [other for other in found if other.startswith(f"{first}_")]
+    ordered = dict.fromkeys([first, *components, *others, *found])
+    tuned = [model for model in models if model != BASE]
+    compared = (tuned[0], tuned[-1]) if len(tuned) > 1 else None
     rows = []
     for measure in (measure for measure in ordered if measure in found):
-        values = [metrics.get(f"{measure}_{model}") for model in models]
-        sft, ppo = (_as_number(metrics.get(f"{measure}_{model}")) for model in ("sft", "ppo"))
-        change = "\u2013" if sft is None or ppo is None else f"{ppo - sft:+.4g}"
-        label = MEASURES.get(measure, measure.removeprefix("score_") if measure in components else measure)
-        rows.append([label, *map(number, values), change])
-    notes = []
-    if "win_rate_ppo_vs_sft" in metrics:
-        low, high = number(metrics.get("win_rate_low")), number(metrics.get("win_rate_high"))
-        win_rate = number(metrics["win_rate_ppo_vs_sft"])
-        notes.append(
-            f"Win rate of ppo over sft: {win_rate} (ties half; 95 % bootstrap interval {low} to {high})."
-        )
-    if "kl_ppo_vs_sft" in metrics:
-        notes.append(f"KL of ppo to sft: {number(metrics['kl_ppo_vs_sft'])} nats per response.")
-    if "prompts" in metrics:
-        notes.append(f"{number(metrics['prompts'])} held-out prompts.")
-    header = ["", *models, "ppo \u2212 sft"]
-    return join(table(header, rows, class_="numbers"), el("p", " ".join(notes), class_="muted"))
+        values = {model: metrics.get(f"{measure}_{model}") for model in models}
+        label = MEASURES[measure].label if measure in MEASURES else measure.removeprefix(f"{first}_")
+        row = [label, *(shown_measure(metrics, measure, value) for value in values.values())]
+        if compared is not None:
+            before, after = (as_number(values[model]) for model in compared)
+            is_known = before is not None and after is not None
+            row.append(_signed(shown_measure(metrics, measure, after - before)) if is_known else "\u2013")
+        rows.append(row)
+    header = ["", *models, *([f"{compared[1]} \u2212 {compared[0]}"] if compared else [])]
+    notes = (f"{card.label}: {card.value} ({card.small_print})." for card in comparison(metrics))
+    asked = f"{number(metrics['prompts'])} held-out prompts." if "prompts" in metrics else ""
+    note = el("p", " ".join([*notes, asked]), class_="muted")
+    return join(table(header, rows, class_="numbers"), note)
 
 
-def _samples(stages: Sequence[_Stage], count: int) -> Html | None:
-    rows = []
+def _samples(stages: Sequence[_Stage], run_dir: Path) -> Html | None:
+    rows: list[Mapping[str, Any]] = []
     for stage in stages:
-        if stage.name == "evaluate":
-            rows = list(islice(_read_lines(stage.directory / "samples.jsonl"), count))
-    models = [model for model in MODELS if any(model in row for row in rows)]
+        rows += islice(_read_lines(stage.directory / "samples.jsonl"), _num_samples(run_dir, stage.name))
+    models = [model for model in EVALUATED if any(model in row for row in rows)]
     if not models:
         return None
     cells = [[_as_text(row.get("prompt")), *(_answer(row.get(model)) for model in models)] for row in rows]
@@ -272,7 +236,7 @@ def _curves(stages: Sequence[_Stage]) -> Html | None:
         figures = [
             curve(name, points, description=METRICS.get(name, ""))
             for name in names
-            if (points := [(float(step), _as_number(row[name])) for step, row in _steps(rows) if name in row])
+            if (points := [(float(step), as_number(row[name])) for step, row in _steps(rows) if name in row])
         ]
         drawn = [figure for figure in figures if figure is not None]
         if drawn:
@@ -284,7 +248,7 @@ def _steps(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mapping[str, 
     """Rows with their step; by their place in the file where they state none."""
     numbered = []
     for place, row in enumerate(rows, start=1):
-        step = _as_number(row.get("step"))
+        step = as_number(row.get("step"))
         numbered.append((step if step is not None and math.isfinite(step) else float(place), row))
     return sorted(numbered, key=lambda item: item[0])
 
@@ -294,14 +258,13 @@ def _rollouts(stages: Sequence[_Stage]) -> Html | None:
     first: list[Mapping[str, Any]] = []
     last: list[Mapping[str, Any]] = []
     for stage in stages:
-        if stage.name == "ppo":
-            for row in _read_lines(stage.directory / "rollouts.jsonl"):
-                if not first or (row.get("step") == first[0].get("step") and len(first) < NUM_ROLLOUTS):
-                    first.append(row)
-                if last and row.get("step") != last[0].get("step"):
-                    last = []
-                if len(last) < NUM_ROLLOUTS:
-                    last.append(row)
+        for row in _read_lines(stage.directory / "rollouts.jsonl"):
+            if not first or (row.get("step") == first[0].get("step") and len(first) < NUM_ROLLOUTS):
+                first.append(row)
+            if last and row.get("step") != last[0].get("step"):
+                last = []
+            if len(last) < NUM_ROLLOUTS:
+                last.append(row)
     if not first:
         return None
     tables = []
@@ -322,27 +285,26 @@ def _rollouts(stages: Sequence[_Stage]) -> Html | None:
 
 def _data(stages: Sequence[_Stage]) -> Html | None:
     for stage in stages:
-        if stage.name == "prepare":
-            statistics = _mapping(_read_json(stage.directory / "statistics.json"))
-            rows = [
-                [key.replace("_", " "), number(value)]
-                for key, value in statistics.items()
-                if _as_number(value) is not None
-            ]
-            if rows:
-                numbers = table(["prepare", ""], rows, class_="numbers")
-                return join(_filter_steps(statistics), _sources(statistics), numbers)
+        statistics = _mapping(_read_json(stage.directory / "statistics.json"))
+        rows = [
+            [key.replace("_", " "), number(value)]
+            for key, value in statistics.items()
+            if as_number(value) is not None
+        ]
+        if rows:
+            numbers = table([stage.name, ""], rows, class_="numbers")
+            return join(_filter_steps(statistics), _sources(statistics, stage.name), numbers)
     return None
 
 
-def _sources(statistics: Mapping[str, Any]) -> Html:
-    """What became of each source of prepare, in documents and characters."""
+def _sources(statistics: Mapping[str, Any], stage: str) -> Html:
+    """What became of each source of the corpus, in documents and characters."""
     sources = [_mapping(source) for source in _sequence(statistics.get("sources"))]
     if not sources:
         return join()
     columns = ("documents", "documents_kept", "chars_kept", "documents_train", "chars_train")
     rows = [
-        [f"prepare.data.{number(source.get('source'))}", *(number(source.get(key)) for key in columns)]
+        [f"{stage}.data.{number(source.get('source'))}", *(number(source.get(key)) for key in columns)]
         for source in sources
     ]
     return table(["source", *(key.replace("_", " ") for key in columns)], rows, class_="numbers")
@@ -425,17 +387,16 @@ def _environment_facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 # --- words
 
 
-def _metrics_of(stages: Sequence[_Stage], name: str) -> Mapping[str, Any]:
-    return next((stage.metrics for stage in stages if stage.name == name), {})
+def _makes(stage: _Stage) -> str | None:
+    return STAGES[stage.name].makes if stage.name in STAGES else None
 
 
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _percent(share: Any) -> str:
-    value = _as_number(share)
-    return number(share) if value is None else f"{value:.0%}"
+def _signed(shown: str) -> str:
+    return shown if shown.startswith("-") else f"+{shown}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -62,6 +62,10 @@ def number(value: object) -> str:
 # --- drawings
 
 
+BOX_WIDTH, BOX_HEIGHT, GAP, ROW = 132, 62, 40, 88
+"""Of the graph, in pixels: a box, the space beside it, and from one row to the next."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
     """One stage in the graph."""
@@ -71,49 +75,73 @@ class Box:
     detail: str  # second line
     hint: str  # shown on hovering
     needs: tuple[str, ...]  # names of other boxes
+    row: int = 0  # 0 is the main line; 1, below it, is for what the main line goes past
 
 
 def graph(boxes: Sequence[Box]) -> Html:
-    """The stages in a row: an arrow to the next, arcs over those in between."""
-    width, height, gap = 132, 62, 40
+    """The stages from left to right with every edge: a line to the next in a row, curves between rows, arcs
+    over boxes in between.
+    """
     index = {box.name: i for i, box in enumerate(boxes)}
     edges = [(index[need], index[box.name]) for box in boxes for need in box.needs if need in index]
-    arcs = sorted(((a, b) for a, b in edges if b - a > 1), key=lambda arc: (arc[1] - arc[0], arc))
-    longest = max((end - start for start, end in arcs), default=0)
-    top = 12 + 15 * longest if arcs else 4
-    left = [i * (width + gap) for i in range(len(boxes))]
-    drawn = [
-        _edge(f"M{left[start] + width},{top + height / 2}H{left[end] - 6}")
-        for start, end in edges
-        if end - start == 1
-    ]
-    for start, end in arcs:
-        leaving = [arc for arc in arcs if arc[0] == start]
-        arriving = [arc for arc in arcs if arc[1] == end]
-        x1 = left[start] + width / 2 + 16 * (leaving.index((start, end)) * -1 + (len(leaving) - 1) / 2)
-        x2 = left[end] + width / 2 + 16 * (arriving.index((start, end)) - (len(arriving) - 1) / 2)
-        y = top - 20 * (end - start)
-        drawn.append(_edge(f"M{x1},{top}C{x1},{y} {x2},{y} {x2},{top - 6}"))
+    rows = [box.row for box in boxes]
+    arcs = sorted((edge for edge in edges if _is_arc(edge, rows)), key=lambda edge: (edge[1] - edge[0], edge))
+    top = 12 + 15 * max((end - start for start, end in arcs), default=0) if arcs else 4
+    left = [i * (BOX_WIDTH + GAP) for i in range(len(boxes))]
+    drawn = [_arc(edge, arcs, left, top) if edge in arcs else _line(edge, rows, left, top) for edge in edges]
     for x, box in zip(left, boxes, strict=True):
-        middle = x + width / 2
+        middle, y = x + BOX_WIDTH / 2, top + ROW * box.row
+        frame = {"x": x + 1, "y": y, "width": BOX_WIDTH - 2, "height": BOX_HEIGHT, "rx": 8}
         drawn.append(
             el(
                 "g",
                 el("title", box.hint),
-                el("rect", x=x + 1, y=top, width=width - 2, height=height, rx=8, class_=f"box {box.status}"),
-                el("text", box.name, x=middle, y=top + 27, class_="name"),
-                el("text", box.detail, x=middle, y=top + 46, class_="detail"),
+                el("rect", **frame, class_=f"box {box.status}"),
+                el("text", box.name, x=middle, y=y + 27, class_="name"),
+                el("text", box.detail, x=middle, y=y + 46, class_="detail"),
             )
         )
     tip = el("path", d="M0,0L8,4L0,8Z", class_="tip")
     size = {"viewBox": "0 0 8 8", "markerWidth": 7, "markerHeight": 7, "refX": 6, "refY": 4}
     arrow = el("marker", tip, id="arrow", orient="auto", **size)
-    full = len(boxes) * (width + gap) - gap
-    view = f"0 0 {full} {top + height + 4}"
+    full = len(boxes) * (BOX_WIDTH + GAP) - GAP
+    view = f"0 0 {full} {top + ROW * max(rows, default=0) + BOX_HEIGHT + 4}"
     svg = el(
         "svg", el("defs", arrow), *drawn, viewBox=view, width=full, role="img", aria_label="graph of stages"
     )
     return el("div", svg, class_="scroll graph")
+
+
+def _is_arc(edge: tuple[int, int], rows: Sequence[int]) -> bool:
+    """Whether other boxes of its row lie in between."""
+    start, end = edge
+    return rows[start] == rows[end] and rows[start] in rows[start + 1 : end]
+
+
+def _line(edge: tuple[int, int], rows: Sequence[int], left: Sequence[int], top: float) -> Html:
+    """Straight on in its row; else to the next box, or below those in between and into its bottom."""
+    start, end = edge
+    x1, x2 = left[start] + BOX_WIDTH, left[end] - 6
+    y1, y2 = (top + ROW * rows[i] + BOX_HEIGHT / 2 for i in edge)
+    if y1 == y2:
+        return _edge(f"M{x1},{y1}H{x2}")
+    if end - start == 1 or y1 < y2:
+        middle = (x1 + x2) / 2
+        y2 += 14 if y2 < y1 else 0  # below the line that arrives in the row itself
+        return _edge(f"M{x1},{y1}C{middle},{y1} {middle},{y2} {x2},{y2}")
+    under, bottom = left[end] + BOX_WIDTH / 2, y2 + BOX_HEIGHT / 2 + 6
+    return _edge(f"M{x1},{y1}H{under - 20}Q{under},{y1} {under},{bottom}")
+
+
+def _arc(arc: tuple[int, int], arcs: Sequence[tuple[int, int]], left: Sequence[int], top: float) -> Html:
+    """Over the boxes in between; those that leave or arrive together, side by side."""
+    start, end = arc
+    leaving = [other for other in arcs if other[0] == start]
+    arriving = [other for other in arcs if other[1] == end]
+    x1 = left[start] + BOX_WIDTH / 2 + 16 * ((len(leaving) - 1) / 2 - leaving.index(arc))
+    x2 = left[end] + BOX_WIDTH / 2 + 16 * (arriving.index(arc) - (len(arriving) - 1) / 2)
+    y = top - 20 * (end - start)
+    return _edge(f"M{x1},{top}C{x1},{y} {x2},{y} {x2},{top - 6}")
 
 
 def _edge(path: str) -> Html:
@@ -236,6 +264,7 @@ a:hover { text-decoration: underline; }
 .card .label { color: var(--muted); font-size: 13px; }
 .card .value { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .card .more { color: var(--muted); font-size: 13px; }
+.sentence { font-size: 20px; font-weight: 600; margin: 0 0 12px; }
 .graph { padding: 8px 0; }
 .graph svg { max-width: 100%; min-width: 640px; height: auto; }
 .box { fill: var(--card); stroke: var(--accent); stroke-width: 1.5; }

@@ -21,11 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pipeline import dag, placement
+from pipeline import identity
 from pipeline.artifacts import METRICS, Store
 from pipeline.errors import StageFailed
 from pipeline.manifest import MANIFEST, Exactness, Manifest, exactness_of, read_manifest
 from pipeline.planning import given_input
+from pipeline.stage_table import STAGES
 from rollout.foreign_environment import take_out
 from rollout.ground.disk import disk_problems, fault_behind
 from rollout.ground.durable import write_whole
@@ -43,7 +44,7 @@ from stages.runtime import Runtime, StageResources, hide_gpus
 class StageJob:
     """Everything a stage task needs, wherever it runs."""
 
-    node: dag.Node
+    node: identity.Node
     outputs: Path
     log_dir: Path
     outside: Mapping[str, Path]
@@ -113,7 +114,7 @@ def check_files(job: StageJob) -> None:
     Recipes ask too, as soon as they have read (`Runtime`). Sealing does not: training goes on for days after
     that, and whoever edits a dataset meanwhile should not lose it.
     """
-    dag.check_contents(job.node)
+    identity.check_contents(job.node)
     _check_given(job)
 
 
@@ -177,7 +178,7 @@ def _settle_process(job: StageJob) -> None:
 
 def _run_recipe(job: StageJob, store: Store) -> None:
     node, started = job.node, time.time()
-    inputs = {key: _verified_input(job, store, key) for key in node.inputs}
+    inputs = {role: _verified_input(job, store, key) for role, key in node.roles.items()}
     check_files(job)  # hours may lie behind the plan
     work = store.begin(node.stage, node.fingerprint)
     module, _, function = node.entry.partition(":")
@@ -223,7 +224,7 @@ def _check_given(job: StageJob) -> None:
     store = Store(job.outputs)
     for key in job.node.inputs.keys() & job.outside.keys():
         if given_input(store, key, job.outside[key]).fingerprint != job.node.inputs[key]:
-            raise DataError(f"{job.outside[key]}: {key}: {dag.CHANGED}")
+            raise DataError(f"{job.outside[key]}: {key}: {identity.CHANGED}")
 
 
 def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:
@@ -231,7 +232,7 @@ def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:
     section = getattr(settings, stage)
     return exactness_of(
         precision=section.precision if isinstance(section, TrainingConfig) else "fp32",
-        num_workers=1 if stage in placement.IN_THE_STAGE_TASK else job.resources.num_workers,
+        num_workers=job.resources.num_workers if STAGES[stage].has_workers else 1,
         num_gpus=job.resources.num_gpus,
         max_staleness=_max_staleness(settings),
         weights=[path for directory in (out, *inputs) for path in directory.glob("*.safetensors")],

@@ -13,11 +13,14 @@ from collections.abc import Collection, Iterator
 from pipeline.config_fields import has_setting, section_at, section_of
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.foreign_settings import GROUPS, MEANINGS, Meaning
+from pipeline.stage_table import STAGES
 from pipeline.yaml_nodes import KeyPath, Node, dotted
 
 NUM_NAMED = 3
 """Settings that a line names, and entries of a section of another tool."""
 STAGE = "<stage>"
+DATA = "data"
+"""Setting of most stages that lists their datasets."""
 TELL_NOTHING = ("path", "model", "name", "type")
 """Names of entries that mean something only with the section of another tool that they stand in."""
 
@@ -50,8 +53,8 @@ def places_of(setting: str, path: KeyPath, stated: Collection[str]) -> list[str]
     in all. For a key of evaluate, data are its prompts.
     Example: places_of("<stage>.lr", ("lr",), {"sft", "ppo"}) == ["sft.lr", "ppo.lr"]
     """
-    if path[0] == "evaluate":
-        setting = setting.replace(f"{STAGE}.data", "evaluate.prompts")
+    if (of_data := _data_field(path)) != DATA:
+        setting = setting.replace(f"{STAGE}.{DATA}", f"{path[0]}.{of_data}")
     *above, name = setting.split(".")
     here = section_at(path[:-1])
     for stage in _stages_with(setting, STAGE_FIELDS):
@@ -94,6 +97,12 @@ def _meaning(path: KeyPath) -> Meaning | None:
     return next((MEANINGS[end] for end in ends if end in MEANINGS), None)
 
 
+def _data_field(path: KeyPath) -> str:
+    """The setting that lists the datasets of the stage that a key belongs to."""
+    stage = STAGES.get(str(path[0]))
+    return DATA if stage is None or stage.data is None else stage.data.field
+
+
 def _near(path: KeyPath) -> list[str]:
     """A setting of the same section that is spelled nearly so."""
     section = section_at(path[:-1])
@@ -108,9 +117,9 @@ def _elsewhere(path: KeyPath, stated: Collection[str]) -> list[str]:
         return places_of(key, path, stated)
     if _stages_with(f"{STAGE}.{key}", STAGE_FIELDS):
         return places_of(f"{STAGE}.{key}", path, stated)
-    of_data = (path[0], "prompts" if path[0] == "evaluate" else "data", 0, key)
-    if has_setting(of_data):
-        return [dotted(of_data)]
+    in_data = (path[0], _data_field(path), 0, key)
+    if has_setting(in_data):
+        return [dotted(in_data)]
     fields = ExperimentConfig.model_fields.items()
     sections = [(name, section) for name, field in fields if (section := section_of(field.annotation))]
     return [f"{name}.{key}" for name, section in sections if key in section.model_fields]

@@ -12,50 +12,19 @@ from collections.abc import Iterator, Mapping
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.fitted_defaults import Choice, Fit
 from pipeline.given_model import GivenModel
+from pipeline.stage_table import STAGES
 from pipeline.yaml_nodes import short
 from rollout.ground.section import Section
 from stages.config.ppo import PPOConfig
+from stages.config.prepare import PrepareConfig
 from stages.config.sft import SFTConfig
 from stages.config.training import TrainingConfig
 
-TRAINING = (
-    "lr",
-    "lr_schedule",
-    "warmup_frac",
-    "batch_size",
-    "micro_batch_size",
-    "precision",
-    "gradient_checkpointing",
-)
 STEPS = ("max_steps", "num_epochs")
 SIZES = ("layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
 MATTER: Mapping[str, tuple[str, ...]] = {
     "model": ("context_length", *SIZES),
-    "prepare": ("vocab_size", "packing", "exact_dedup"),
-    "pretrain": (*STEPS, *TRAINING),
-    "sft": (*STEPS, *TRAINING),
-    "reward": ("init_from", *STEPS, *TRAINING, "too_long", "min_accuracy"),
-    "ppo": (
-        "max_steps",
-        "num_prompts",
-        "samples_per_prompt",
-        "max_response_tokens",
-        "temperature",
-        "num_epochs",
-        "lr",
-        "value_lr",
-        *TRAINING[1:],
-        "gamma",
-        "gae_lambda",
-        "clip_low",
-        "clip_high",
-        "kl_coef",
-        "kl_placement",
-        "truncation",
-        "missing_eos_penalty",
-        "max_kl",
-    ),
-    "evaluate": ("max_prompts", "max_response_tokens", "temperature", "base_prompt"),
+    **{stage.name: stage.matter for stage in STAGES.values()},
     "rollout": ("engine", "num_engines", "max_num_seqs", "kv_cache_mib", "gpu_memory_frac"),
 }
 """Section -> the settings that decide what is learned, how long it takes or whether it fits into memory."""
@@ -71,7 +40,7 @@ def unstated(config: ExperimentConfig, fitted: Fit) -> Iterator[Choice]:
         yield _default(fitted.config, "seed", "seed")
     for name, matter in MATTER.items():
         section = getattr(config, name)
-        if section is None or (name == "rollout" and not _has_engines(config)):
+        if section is None or (name == "rollout" and not config.stages_with_engines()):
             continue
         for setting in matter:
             key = f"{name}.{setting}"
@@ -117,8 +86,8 @@ def _is_read(config: ExperimentConfig, name: str, setting: str) -> bool:
     section = getattr(config, name)
     if setting in SIZES:
         return config.model.path is None and config.pretrain is not None
-    if name == "prepare" and setting == "vocab_size":
-        return config.model.path is None and config.prepare is not None and config.prepare.tokenizer is None
+    if isinstance(section, PrepareConfig) and setting == "vocab_size":
+        return config.model.path is None and section.tokenizer is None
     if isinstance(section, SFTConfig) and section.batch_tokens is not None:
         return setting not in ("batch_size", "micro_batch_size")
     if isinstance(section, TrainingConfig) and not isinstance(section, PPOConfig) and setting in STEPS:
@@ -131,15 +100,11 @@ def _is_read(config: ExperimentConfig, name: str, setting: str) -> bool:
     return True
 
 
-def _has_engines(config: ExperimentConfig) -> bool:
-    return any(section is not None for section in (config.reward, config.ppo, config.evaluate))
-
-
 def _on_the_cpu(config: ExperimentConfig) -> Iterator[Choice]:
     stages = [
         stage
-        for stage in STAGE_FIELDS
-        if stage != "prepare" and getattr(config, stage) is not None
+        for stage, row in STAGES.items()
+        if row.has_workers and getattr(config, stage) is not None
         if "num_gpus" not in getattr(config.resources, stage).model_fields_set
     ]
     if stages:

@@ -1,16 +1,17 @@
-"""Recipe: base, sft and ppo models side by side on the same held-out prompts.
+"""Recipe: the models of a chain side by side on the same held-out prompts.
 
     for each model: weights into one engine -> seeded responses -> scoring function, reward model
-    ppo against sft: win rate with its interval, KL on ppo's samples; perplexity on prepare's held-out text
+    the last tuned model against the first: win rate with its interval, KL on the last one's samples
+    perplexity on the held-out text of the corpus
 
-The base model is prompted as a plain continuation (`evaluate.base_prompt`), sft and ppo through their chat
-template.
+It compares the models that are there. Without a reward model or a corpus, their figures are absent. The base
+model is prompted as a plain continuation (`evaluate.base_prompt`), tuned ones through their chat template.
 """
 
 import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,13 @@ from stages.data.reading.records import Prompt
 from stages.data.scoring import load_judge
 from stages.objectives.winrate import bootstrap_interval
 from stages.rollout_source import EngineClient, open_engines
-from stages.runtime import Runtime
+from stages.runtime import BASE, CORPUS, REWARD_MODEL, Runtime
 from stages.training.distributed import Worker, launch, placed
 from stages.training.evaluation import perplexity
 from stages.training.forwards import logprobs_by, logprobs_in_packs, scores_in_packs, with_end
 from stages.training.models import (
     CausalLM,
     ScoreNormaliser,
-    base_model,
     freeze,
     load_causal_lm,
     load_reward_model,
@@ -61,22 +61,28 @@ MICRO_BATCH_SIZE = 16  # sequences per forward; a matter of memory and rounding 
 class Candidate:
     """One model under evaluation and what it produced, in the order of the prompts."""
 
-    name: str  # base, sft, ppo
+    name: str  # as the metrics call it
+    is_tuned: bool  # else it is prompted as a plain continuation
     model: CausalLM
     prompts: list[tuple[int, ...]]
     rollouts: list[Rollout] = field(default_factory=list)
-    kl_rollouts: list[Rollout] = field(default_factory=list)  # ppo only: sampled at temperature 1
+    kl_rollouts: list[Rollout] = field(default_factory=list)  # at temperature 1, where a KL is asked for
     texts: list[str] = field(default_factory=list)
-    judged: list[dict[str, float]] = field(
-        default_factory=list
-    )  # `score` and its components; empty without a judge
-    rewards: list[float] = field(default_factory=list)  # normalised reward-model scores
+    judged: list[dict[str, float]] = field(default_factory=list)  # `score`, components; empty without a judge
+    rewards: list[float] = field(default_factory=list)  # normalised; empty without a reward model
+
+    def figures(self, index: int) -> dict[str, float]:
+        """What is known of one response: its normalised reward, its score and the score's components."""
+        reward = {"reward": self.rewards[index]} if self.rewards else {}
+        return reward | (self.judged[index] if self.judged else {})
 
 
 def run(
     settings: EvaluateSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
 ) -> Mapping[str, float]:
-    """Compare; writes samples.jsonl. Inputs: pretrain or model, sft, reward, ppo; prepare for perplexity."""
+    """Compare; writes samples.jsonl. Inputs: base and tuned models, by the names that the metrics give them;
+    reward_model and corpus where they are there.
+    """
     with placed(runtime, rollout_of(settings)) as in_place:
         return launch(evaluate, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
 
@@ -88,26 +94,27 @@ def evaluate(
     config = settings.evaluate
 
     # 1. Held-out prompts, models, judge.
+    models = {name: path for name, path in inputs.items() if name not in (CORPUS, REWARD_MODEL)}
+    tuned = [name for name in models if name != BASE]
+    first = models[tuned[0] if tuned else BASE]  # whose tokenizer, template and shapes are those of all
     rows = read_prompts(config.prompts, seed=stage_seed(settings.seed, "evaluate", "rows"))
-    chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
+    chat = ChatTokenizer.load(first, settings.model.chat_template)
     prompts, num_refused = _fitting(rows, chat, settings)
-    judge = None if config.score is None else load_judge(config.score)
-    candidates = _candidates(inputs, prompts, chat, config, worker.device)
+    judge = None if config.score is None else load_judge(config.score, key=f"{config.KEY}.score")
+    candidates = _candidates(models, prompts, chat, config, worker.device)
+    compared = _compared(candidates)
     worker.runtime.check_files()
 
     # 2. Responses: one engine, each model's weights in turn.
-    _generate(candidates, settings, inputs, chat, worker)
+    _generate(candidates, compared, settings, first, chat, worker)
 
     # 3. Scores.
-    reward_model = freeze(load_reward_model(inputs["reward"])).to(worker.device)
-    normaliser = ScoreNormaliser.load(inputs["reward"])
+    rewards_of = _rewards_by(inputs[REWARD_MODEL], worker.device) if REWARD_MODEL in inputs else None
     for candidate in candidates:
         candidate.texts = [_text(candidate, rollout, chat) for rollout in candidate.rollouts]
-        sequences = _scored_sequences(candidate, prompts, chat, settings.model.context_length)
-        raw = scores_in_packs(
-            reward_model, sequences, micro_batch_size=MICRO_BATCH_SIZE, device=worker.device
-        )
-        candidate.rewards = normaliser(raw).tolist()
+        if rewards_of is not None:
+            sequences = _scored_sequences(candidate, prompts, chat, settings.model.context_length)
+            candidate.rewards = rewards_of(sequences)
         if judge is not None:
             pairs = zip(prompts, candidate.texts, strict=True)
             candidate.judged = [
@@ -115,11 +122,12 @@ def evaluate(
             ]
 
     # 4. Comparison.
-    by_name = {candidate.name: candidate for candidate in candidates}
     metrics = {key: value for candidate in candidates for key, value in _means(candidate).items()}
-    metrics |= _win_rate(by_name["ppo"], by_name["sft"], settings)
-    metrics["kl_ppo_vs_sft"] = _kl(by_name["ppo"], by_name["sft"], worker.device)
-    metrics |= _perplexities(candidates, inputs, settings, worker.device)
+    if compared is not None:
+        metrics |= _win_rate(*compared, settings)
+        metrics |= _kl(*compared, worker.device)
+    if CORPUS in inputs:
+        metrics |= _perplexities(candidates, inputs[CORPUS], settings, worker.device)
     metrics |= {"prompts": float(len(prompts)), "rows_skipped": float(rows.num_skipped + num_refused)}
     metrics |= unread_metrics(rows)
     _write_samples(out_dir / SAMPLES_FILE, prompts, candidates)
@@ -140,7 +148,7 @@ def _fitting(rows: Rows[Prompt], chat: ChatTokenizer, settings: EvaluateSettings
 
 
 def _candidates(
-    inputs: Mapping[str, Path],
+    models: Mapping[str, Path],
     prompts: Sequence[Prompt],
     chat: ChatTokenizer,
     config: EvaluateConfig,
@@ -148,30 +156,50 @@ def _candidates(
 ) -> list[Candidate]:
     as_chat = [chat.prompt_ids(prompt.messages, prompt.tools) for prompt in prompts]
     as_text = [continuation_ids(chat, prompt, config.base_prompt) for prompt in prompts]
-    directories = {"base": base_model(inputs), "sft": inputs["sft"], "ppo": inputs["ppo"]}
     return [
         Candidate(
             name=name,
+            is_tuned=name != BASE,
             model=freeze(load_causal_lm(directory)).to(device),
-            prompts=as_text if name == "base" else as_chat,
+            prompts=as_text if name == BASE else as_chat,
         )
-        for name, directory in directories.items()
+        for name, directory in models.items()
     ]
+
+
+def _compared(candidates: Sequence[Candidate]) -> tuple[Candidate, Candidate] | None:
+    """The last tuned model and the first, which it is compared with; None where there are not two."""
+    tuned = [candidate for candidate in candidates if candidate.is_tuned]
+    return (tuned[-1], tuned[0]) if len(tuned) > 1 else None
+
+
+def _rewards_by(directory: Path, device: torch.device) -> Callable[[Sequence[tuple[int, ...]]], list[float]]:
+    """Normalised scores of sequences by the reward model in `directory`."""
+    reward_model = freeze(load_reward_model(directory)).to(device)
+    normaliser = ScoreNormaliser.load(directory)
+
+    def rewards(sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        raw = scores_in_packs(reward_model, sequences, micro_batch_size=MICRO_BATCH_SIZE, device=device)
+        scores: list[float] = normaliser(raw).tolist()
+        return scores
+
+    return rewards
 
 
 def _generate(
     candidates: Sequence[Candidate],
+    compared: tuple[Candidate, Candidate] | None,
     settings: EvaluateSettings,
-    inputs: Mapping[str, Path],
+    model_dir: Path,
     chat: ChatTokenizer,
     worker: Worker,
 ) -> None:
-    """Fill in every candidate's rollouts: one engine takes each model's weights by sync, and is checked after
+    """Fill in every candidate's rollouts. One engine takes each model's weights by sync and is checked after
     it.
     """
     engines = open_engines(
         settings.rollout,
-        model_dir=inputs["sft"],
+        model_dir=model_dir,
         dtype="float32",
         max_model_len=settings.model.context_length,
         runtime=worker.runtime,
@@ -183,7 +211,7 @@ def _generate(
                 _gate(sync, candidate, settings, chat, worker.device).check(version)
             sample = functools.partial(_sample, client, candidate, settings, chat)
             candidate.rollouts = sample(temperature=settings.evaluate.temperature)
-            if candidate.name == "ppo":
+            if compared is not None and candidate is compared[0]:
                 at_one = settings.evaluate.temperature == 1.0
                 candidate.kl_rollouts = candidate.rollouts if at_one else sample(temperature=1.0)
 
@@ -218,7 +246,7 @@ def _sample(
     *,
     temperature: float,
 ) -> list[Rollout]:
-    stop = (chat.separator_id, *chat.stop_token_ids) if candidate.name == "base" else chat.stop_token_ids
+    stop = (chat.separator_id, *chat.stop_token_ids) if not candidate.is_tuned else chat.stop_token_ids
     return client.generate(
         [
             RolloutRequest(
@@ -243,7 +271,7 @@ def _scored_sequences(
     chat: its text encoded again, which may take more tokens than were sampled (bytes that are no character),
     and so is cut to the context, its end token kept.
     """
-    if candidate.name == "base":
+    if not candidate.is_tuned:
         return [
             _within(context_length, chat.prompt_ids(prompt.messages, prompt.tools), chat.response_ids(text))
             for prompt, text in zip(prompts, candidate.texts, strict=True)
@@ -264,7 +292,7 @@ def _within(context_length: int, prompt: tuple[int, ...], response: tuple[int, .
 
 def _text(candidate: Candidate, rollout: Rollout, chat: ChatTokenizer) -> str:
     """The response as its reader sees it; the base model's answer ends at its first line break."""
-    if candidate.name == "base":
+    if not candidate.is_tuned:
         return chat.continued_text(rollout.response_ids).strip().split("\n")[0].strip()
     return chat.response_text(rollout.response_ids)
 
@@ -272,8 +300,8 @@ def _text(candidate: Candidate, rollout: Rollout, chat: ChatTokenizer) -> str:
 def _means(candidate: Candidate) -> dict[str, float]:
     """score_*, score_<component>_*, reward_*, length_* and truncated_* of one model."""
     name, count = candidate.name, len(candidate.rollouts)
-    means = {
-        f"reward_{name}": sum(candidate.rewards) / count,
+    rewards = {f"reward_{name}": sum(candidate.rewards) / count} if candidate.rewards else {}
+    means = rewards | {
         f"length_{name}": sum(len(rollout.response_ids) for rollout in candidate.rollouts) / count,
         f"truncated_{name}": sum(rollout.finish_reason == "length" for rollout in candidate.rollouts) / count,
     }
@@ -283,49 +311,51 @@ def _means(candidate: Candidate) -> dict[str, float]:
     return means
 
 
-def _win_rate(ppo: Candidate, sft: Candidate, settings: EvaluateSettings) -> dict[str, float]:
-    """Share of prompts on which ppo scores higher, ties half; by the scoring function, else by the reward
-    model.
+def _win_rate(ours: Candidate, theirs: Candidate, settings: EvaluateSettings) -> dict[str, float]:
+    """Share of prompts on which `ours` scores higher, ties half. By the scoring function, else by the reward
+    model; none without either.
     """
-    ours, theirs = (
+    scores, other_scores = (
         [judged["score"] for judged in candidate.judged] if candidate.judged else candidate.rewards
-        for candidate in (ppo, sft)
+        for candidate in (ours, theirs)
     )
-    outcomes = torch.tensor([(a > b) + (a == b) / 2 for a, b in zip(ours, theirs, strict=True)])
+    if not scores:
+        return {}
+    outcomes = torch.tensor([(a > b) + (a == b) / 2 for a, b in zip(scores, other_scores, strict=True)])
     low, high = bootstrap_interval(
         outcomes_N=outcomes,
         num_samples=settings.evaluate.bootstrap_samples,
         seed=stage_seed(settings.seed, "evaluate", "bootstrap"),
     )
-    return {"win_rate_ppo_vs_sft": float(outcomes.mean()), "win_rate_low": low, "win_rate_high": high}
+    return {
+        f"win_rate_{ours.name}_vs_{theirs.name}": float(outcomes.mean()),
+        "win_rate_low": low,
+        "win_rate_high": high,
+    }
 
 
-def _kl(ppo: Candidate, sft: Candidate, device: torch.device) -> float:
-    """KL(ppo || sft) in nats per response: k1 on ppo's own responses, at temperature 1."""
-    responses = [rollout.response_ids for rollout in ppo.kl_rollouts]
-    ours, theirs = (
+def _kl(ours: Candidate, theirs: Candidate, device: torch.device) -> dict[str, float]:
+    """KL(ours || theirs) in nats per response: k1 on our own responses, at temperature 1."""
+    responses = [rollout.response_ids for rollout in ours.kl_rollouts]
+    logprobs, other_logprobs = (
         logprobs_in_packs(
             candidate.model,
-            ppo.prompts,
+            ours.prompts,
             responses,
             temperature=1.0,
             micro_batch_size=MICRO_BATCH_SIZE,
             device=device,
         )
-        for candidate in (ppo, sft)
+        for candidate in (ours, theirs)
     )
-    return sum(float((a - b).sum()) for a, b in zip(ours, theirs, strict=True)) / len(responses)
+    total = sum(float((a - b).sum()) for a, b in zip(logprobs, other_logprobs, strict=True))
+    return {f"kl_{ours.name}_vs_{theirs.name}": total / len(responses)}
 
 
 def _perplexities(
-    candidates: Sequence[Candidate],
-    inputs: Mapping[str, Path],
-    settings: EvaluateSettings,
-    device: torch.device,
+    candidates: Sequence[Candidate], corpus: Path, settings: EvaluateSettings, device: torch.device
 ) -> dict[str, float]:
-    if "prepare" not in inputs:
-        return {}
-    documents = heldout_sequences(inputs["prepare"], settings.model.context_length)
+    documents = heldout_sequences(corpus, settings.model.context_length)
     return {
         f"perplexity_{candidate.name}": perplexity(candidate.model, documents, device=device)
         for candidate in candidates
@@ -333,15 +363,10 @@ def _perplexities(
 
 
 def _write_samples(path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> None:
-    """One object per prompt: the prompt, and per model its response, reward and scores."""
+    """One object per prompt: the prompt, and per model its response and the figures that are known of it."""
     with path.open("w") as file:
         for index, prompt in enumerate(prompts):
             line: dict[str, Any] = {"prompt": prompt.messages[-1].content}
             for candidate in candidates:
-                judged = candidate.judged[index] if candidate.judged else {}
-                line[candidate.name] = {
-                    "response": candidate.texts[index],
-                    "reward": candidate.rewards[index],
-                    **judged,
-                }
+                line[candidate.name] = {"response": candidate.texts[index], **candidate.figures(index)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -192,7 +192,7 @@ def evaluation_texts(sources: Sequence[DataSource]) -> list[str]:
     for source in sources:
         if source.weight == 0:
             continue
-        for prompt in read_source(source, "evaluate").records:
+        for prompt in read_source(source, "prompts").records:
             assert isinstance(prompt, Prompt)
             texts += texts_of(prompt)
     return texts

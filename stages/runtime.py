@@ -29,6 +29,12 @@ class StageResources(Section):
     """GPUs per rollout engine of this stage; a fraction shares one with a worker."""
 
 
+CORPUS, START, POLICY, REWARD_MODEL, BASE = "corpus", "start", "policy", "reward_model", "base"
+"""What recipes call their inputs, whichever stage made them: shards and tokenizer, the model that is trained
+further, the policy that PPO tunes, its judge, and for an evaluation the model before any tuning.
+"""
+
+
 def warnings_file(log_dir: Path, stage: str) -> Path:
     """Where a stage's workers say what its user should hear of at once, one line each."""
     return log_dir / f"{stage}.warnings.log"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from pipeline import dag
+from pipeline import identity, stage_table
 
 ROOT = Path(__file__).parents[1]
 LOCK = Path(__file__).with_name("recipe_versions.json")
@@ -30,8 +30,8 @@ LOADED_BY_NAME: Mapping[str, tuple[str, ...]] = {
 def current(root: Path = ROOT) -> dict[str, dict[str, int | str]]:
     """Stage -> recipe version and code digest, as the source is now."""
     return {
-        name: {"version": dag.recipe_version(stage.entry), "digest": code_digest(stage.entry, root)}
-        for name, stage in dag.STAGES.items()
+        name: {"version": identity.recipe_version(stage.entry), "digest": code_digest(stage.entry, root)}
+        for name, stage in stage_table.STAGES.items()
     }
 
 

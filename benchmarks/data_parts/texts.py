@@ -25,7 +25,7 @@ def read_text(files: Sequence[Path]) -> str:
     """All documents of the files, blank lines between them."""
     sources = [DataSource(path=str(file), document="file") for file in files]
     return "\n\n".join(
-        document.text for source in sources for document in read_source(source, "prepare").records
+        document.text for source in sources for document in read_source(source, "documents").records
     )
 
 

@@ -1,6 +1,6 @@
 """`evaluate:` - models on the same held-out prompts. Light import: pydantic only."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from stages.config.stage import StageSettings
 class EvaluateConfig(Section):
     """`evaluate:` - base, sft and ppo models on the same held-out prompts."""
 
+    KEY: ClassVar[str] = "evaluate"
+    """Where this section stands in a config."""
     prompts: list[DataSource] = Field(min_length=1)
     """Held-out prompts; further columns are handed to the scoring function."""
     score: ScoreFunction | None = None

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from rollout.ground.section import EXECUTION, Section
+from rollout.ground.section import EXECUTION, Section, by_content
 
 
 class ModelConfig(Section):
@@ -41,7 +41,7 @@ class ModelConfig(Section):
     """Base of the rotary position embedding."""
     context_length: int = Field(default=256, ge=16)
     """Tokens a sequence may have, prompt and response together."""
-    chat_template: Path | None = Field(default=None, json_schema_extra=EXECUTION)
+    chat_template: Path | None = Field(default=None, json_schema_extra=by_content())
     """Jinja file; absent: the tokenizer's own template, else ChatML. Identified by its content."""
 
     @property

@@ -1,6 +1,6 @@
 """`ppo:` - proximal policy optimisation. Light import: pydantic only."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ class PPOConfig(TrainingConfig):
     step.
     """
 
+    KEY: ClassVar[str] = "ppo"
+    """Where this section stands in a config."""
     data: list[DataSource] = Field(min_length=1)
     """Prompts."""
     max_steps: int = Field(default=40, ge=1)

@@ -1,15 +1,23 @@
 """`prepare:` - how documents become a tokenizer and token shards. Light import: pydantic only."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rollout.ground.section import EXECUTION, Section
+from rollout.ground.section import EXECUTION, Section, by_content
 from stages.config.data import DataSource
 from stages.config.stage import StageSettings
 
 QualityRules = Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What makes a tokenizer; the first is always there."""
 
 
 class NearDedupConfig(Section):
@@ -26,6 +34,8 @@ class NearDedupConfig(Section):
 class PrepareConfig(Section):
     """`prepare:` - documents in; tokenizer, packed shards and statistics out."""
 
+    KEY: ClassVar[str] = "prepare"
+    """Where this section stands in a config."""
     data: list[DataSource] = Field(min_length=1)
     """Documents."""
     unicode_form: Literal["NFC", "NFKC"] | None = "NFC"
@@ -54,7 +64,7 @@ class PrepareConfig(Section):
     """
     heldout_frac: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of the documents held out for perplexity, chosen by content hash."""
-    tokenizer: Path | None = Field(default=None, json_schema_extra=EXECUTION)
+    tokenizer: Path | None = Field(default=None, json_schema_extra=by_content(*TOKENIZER_FILES))
     """Directory of a tokenizer to take; absent: one is trained. Identified by its content; unused with
     `model.path`.
     """

@@ -1,5 +1,7 @@
 """`pretrain:` - causal language modelling. Light import: pydantic only."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from stages.config.stage import StageSettings
@@ -11,6 +13,8 @@ class PretrainConfig(TrainingConfig):
     tokens.
     """
 
+    KEY: ClassVar[str] = "pretrain"
+    """Where this section stands in a config."""
     lr: float = Field(default=2e-3, gt=0, le=1)
     """Peak learning rate."""
     batch_size: int = Field(default=16, ge=1)

@@ -1,6 +1,6 @@
 """`reward:` - the reward model and the normaliser of its scores. Light import: pydantic only."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ NORMALISER_SAMPLING = ResponseSampling(max_response_tokens=32, temperature=1.0)
 class RewardConfig(TrainingConfig):
     """`reward:` - a Bradley-Terry reward model from preference pairs."""
 
+    KEY: ClassVar[str] = "reward"
+    """Where this section stands in a config."""
     data: list[DataSource] = Field(min_length=1)
     """Preference pairs: explicit, implicit (shared prefix) or HH transcripts."""
     init_from: Literal["sft", "pretrain"] = "sft"

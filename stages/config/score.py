@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rollout.ground.section import EXECUTION, Section
+from rollout.ground.section import Section, by_content
 
 
 class ScoreFunction(Section):
@@ -13,7 +13,7 @@ class ScoreFunction(Section):
 
     type: Literal["python"] = "python"
     """A function in a local Python file."""
-    path: Path = Field(json_schema_extra=EXECUTION)
+    path: Path = Field(json_schema_extra=by_content())
     """The file; identified by its content."""
     function: str = "score"
     """`function(prompt, response, row)` -> score in [0, 1], or a mapping with `score` and named

@@ -1,5 +1,7 @@
 """`sft:` - supervised fine-tuning. Light import: pydantic only."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from stages.config.data import DataSource
@@ -10,6 +12,8 @@ from stages.config.training import TrainingConfig
 class SFTConfig(TrainingConfig):
     """`sft:` - supervised fine-tuning on assistant tokens only."""
 
+    KEY: ClassVar[str] = "sft"
+    """Where this section stands in a config."""
     data: list[DataSource] = Field(min_length=1)
     """Conversations: messages, prompt + completion, or instruction/input/output."""
     lr: float = Field(default=1e-3, gt=0, le=1)

@@ -34,7 +34,7 @@ from stages.data.fitting import (
 )
 from stages.data.reading.readers import read_whole
 from stages.data.reading.records import Conversation, Document, Pair, Prompt
-from stages.data.reading.schemas import Record, StageName
+from stages.data.reading.schemas import Kind, Record
 from stages.data.validation import Validated
 
 SAMPLE_CHARS = 10_000_000
@@ -93,12 +93,14 @@ class Overview:
 
 
 def overview(
-    source: DataSource, stage: StageName, found: Validated, chat: ChatTokenizer | None, limits: Limits
+    source: DataSource, kind: Kind, found: Validated, chat: ChatTokenizer | None, limits: Limits
 ) -> Overview:
-    """Read the start of `source` as `stage` would; `found`: what is in all of it. Raises DataError where the
-    start is all, and nothing of it is left, and where the template does not render its first row; ModelError.
+    """Read the start of `source` as records of that kind; `found`: what is in all of it.
+
+    Raises DataError where the start is all and nothing of it is left, and where the template does not render
+    its first row; ModelError.
     """
-    reader = read_whole(source, stage, limits.group_column if stage == "reward" else None)
+    reader = read_whole(source, kind, limits.group_column if kind == "pairs" else None)
     sample = _sample(reader)
     assert reader.schema is not None, "a source with a record has a schema"
     if chat is None:
@@ -142,7 +144,7 @@ def first_texts(source: DataSource, config: PrepareConfig) -> list[str]:
     dropped = {step: Dropped() for step in STEPS}
     kept = (
         Document(text=text)
-        for document in read_whole(source, "prepare")
+        for document in read_whole(source, "documents")
         for text in by_length([document.text], dropped)
     )
     return [document.text for document in _sample(kept)]

@@ -21,7 +21,7 @@ PART_NAME = re.compile(r"[\w.-]{1,64}")
 Judge = Callable[[str, str, Mapping[str, Any]], dict[str, float]]
 
 
-def load_judge(config: ScoreFunction) -> Judge:
+def load_judge(config: ScoreFunction, *, key: str) -> Judge:
     """The function of `config`, wrapped so that it always gives `score` in [0, 1] and numeric components.
 
     Raises DataError when the file or the function is not there, when it raises, or when it returns something
@@ -30,11 +30,11 @@ def load_judge(config: ScoreFunction) -> Judge:
     where = f"{config.path}: {config.function}"
     spec = importlib.util.spec_from_file_location("user_score", config.path)
     if spec is None or spec.loader is None or not config.path.is_file():
-        raise DataError(f"{config.path}: no such Python file; set evaluate.score.path")
+        raise DataError(f"{config.path}: no such Python file; set {key}.path")
     module = importlib.util.module_from_spec(spec)
     _guarded(where, spec.loader.exec_module, module, beside=config.path.parent)
     if config.function not in vars(module):
-        raise DataError(f"{where}: no such function in it; set evaluate.score.function")
+        raise DataError(f"{where}: no such function in it; set {key}.function")
     function = vars(module)[config.function]
 
     names: set[str] = set()  # of the first result: every later one has the same parts

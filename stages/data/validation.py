@@ -34,7 +34,7 @@ from stages.data.reading.readers import (
     read_whole,
 )
 from stages.data.reading.records import Document, Pair
-from stages.data.reading.schemas import StageName
+from stages.data.reading.schemas import Kind
 
 Look = Callable[[Any], None]
 """What is done with every record that is read."""
@@ -50,9 +50,9 @@ class Validated:
 
 
 def validate(
-    sources: Sequence[DataSource], stage: StageName, config: Section, observed: Sequence[Observed] = ()
+    sources: Sequence[DataSource], kind: Kind, config: Section, observed: Sequence[Observed] = ()
 ) -> list[Validated]:
-    """Read all `sources` (none of weight 0) as the `stage` of this section will; each of `observed` looks at
+    """Read all `sources` (none of weight 0) as the stage of this section will; each of `observed` looks at
     the records of one of them, in order. Raises DataError.
     """
     looks: list[Look] = [one.look for one in observed] or [_nothing for _ in sources]
@@ -61,22 +61,22 @@ def validate(
             return _documents(sources, config)  # which nobody asks or answers
         case RewardConfig():
             return _pairs(sources, config, looks)
-    return [_read(source, stage, look) for source, look in zip(sources, looks, strict=True)]
+    return [_read(source, kind, look) for source, look in zip(sources, looks, strict=True)]
 
 
 def _nothing(record: Any) -> None: ...
 
 
-def _read(source: DataSource, stage: StageName, *looks: Look, group_column: str | None = None) -> Validated:
+def _read(source: DataSource, kind: Kind, *looks: Look, group_column: str | None = None) -> Validated:
     """Call all `looks` with every record."""
-    reader = read_whole(source, stage, group_column)
+    reader = read_whole(source, kind, group_column)
     num_records = 0
     for record in reader:
         num_records += 1
         for look in looks:
             look(record)
     check_counts(source, reader.counts, num_records)
-    if stage != "prepare":  # whose sources are weighed against each other
+    if kind != "documents":  # whose sources are weighed against each other
         check_weight(source, num_records)
     files = tuple(reader.rows_of.items()) if not is_hub_id(source.path) else ()
     return Validated(counts=reader.counts, num_records=num_records, files=files)
@@ -90,7 +90,7 @@ def _pairs(sources: Sequence[DataSource], config: RewardConfig, looks: Sequence[
         sides[is_held_out(pair, config.heldout_frac)] += 1
 
     found = [
-        _read(source, "reward", count, look, group_column=config.group_column)
+        _read(source, "pairs", count, look, group_column=config.group_column)
         for source, look in zip(sources, looks, strict=True)
     ]
     check_sides(sources, num_train=sides[False], num_heldout=sides[True])
@@ -122,6 +122,6 @@ def _passed(source: DataSource, keeps: Filter) -> tuple[Validated, np.ndarray]:
     def look(document: Document) -> None:
         shares.extend(content_share(text) for text in keeps([document.text], dropped))
 
-    found = _read(source, "prepare", look)
+    found = _read(source, "documents", look)
     check_passed(source, len(shares), dropped)
     return found, np.frombuffer(shares)

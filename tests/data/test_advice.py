@@ -14,7 +14,7 @@ from stages.config.data import DataSource
 from stages.data.reading import readers
 from stages.data.reading.rows import advice
 from stages.data.reading.rows.advice import UNKNOWN, Advice
-from stages.data.reading.schemas import StageName
+from stages.data.reading.schemas import Kind
 from stages.errors import DataError
 
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ class Followed:
     """An input, the line it gets, and what a person does then."""
 
     kind: Advice
-    stage: StageName
+    reads: Kind
     line: str
     row: Any = None  # the one row of a.jsonl
     text: str = ""  # or what stands in the file
@@ -54,66 +54,66 @@ class Followed:
 CASES = [
     Followed(
         kind=Advice.MISSING,
-        stage="sft",
+        reads="conversations",
         row={"problem": "2+2?", "level": "Level 1", "type": "Algebra", "solution": "$4$"},
         line="prompt: missing; columns are problem, level, type, solution - set columns: {prompt: problem, "
         "completion: solution}",
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="ppo",
+        reads="prompts",
         row={"problem": "2+2?", "solution": "$4$"},
         line="prompt: missing; columns are problem, solution - set columns: {prompt: problem}",
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="sft",
+        reads="conversations",
         row={"dialog": TALK, "id": 1},
         line="messages: missing; columns are dialog, id - set columns: {messages: dialog}",
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="sft",
+        reads="conversations",
         row={"dialog": json.dumps(TALK)},
         line="messages: missing; columns are dialog - set columns: {messages: dialog}",
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="sft",
+        reads="conversations",
         row={"Question": "Cow?", "Response": "Moo.", "no": 7},
         line="prompt: missing; columns are Question, Response, no - set columns: {prompt: Question, "
         "completion: Response}",
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="sft",
+        reads="conversations",
         row={"prompt": "Cow?", "said by it": "Moo."},
         line='completion: missing; columns are prompt, said by it - set columns: {completion: "said by it"}',
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="reward",
+        reads="pairs",
         row={"history": "Cow?", "human_ref_A": "Moo.", "human_ref_B": "Woof.", "labels": 1},
         line="chosen: missing; columns are history, human_ref_A, human_ref_B, labels - set columns: "
         "{prompt: history, chosen: human_ref_A, rejected: human_ref_B}",
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="reward",
+        reads="pairs",
         row={"question": "Cow?", "better": "Moo.", "worse": "Woof."},
         line="chosen: missing; columns are question, better, worse - set columns: {chosen: better, "
         "rejected: worse}",
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="reward",
+        reads="pairs",
         row={"prompt": "Cow?", "rejected": "Woof.", "x": {"y": "Moo."}},
         line="chosen: missing; columns are prompt, rejected, x - set columns: {chosen: …}",
         fill="x.y",
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="sft",
+        reads="conversations",
         row={"ask": "Cow?", "solution": "Moo."},
         settings={"columns": {"prompt": "ask"}},
         line="completion: missing; columns are ask, solution - set columns: {prompt: ask, completion: "
@@ -121,20 +121,20 @@ CASES = [
     ),
     Followed(
         kind=Advice.MISSING,
-        stage="prepare",
+        reads="documents",
         row={"content": "A cow.", "url": "x"},
         line="text: missing; columns are content, url - set columns: {text: content}",
     ),
     Followed(
         kind=Advice.NOTHING_TO_IMITATE,
-        stage="sft",
+        reads="conversations",
         row={"x": {"y": "Cow?", "z": TALK}},
         line="prompt: missing; columns are x - set columns: {prompt: …, completion: …}, or {messages: …}",
         then={"columns": {"messages": "x.z"}},
     ),
     Followed(
         kind=Advice.BROKEN_PATH,
-        stage="sft",
+        reads="conversations",
         row={"prompt": "Cow?", "instances": [{"output": "Moo."}]},
         settings={"columns": {"completion": "instances.0.answer"}},
         line="instances.0.answer: instances.0 has no 'answer'; its keys are output - set columns: "
@@ -143,7 +143,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.NO_SUCH_FIELD,
-        stage="sft",
+        reads="conversations",
         row={"messages": TALK, "ask": "Cow?", "answer": "Moo."},
         settings={"columns": {"prompt": "ask", "messages": "messages"}},
         line="columns: format messages has no field 'prompt'; fields are messages, system, tools, loss_mask "
@@ -152,21 +152,21 @@ CASES = [
     ),
     Followed(
         kind=Advice.PROMPT_NOT_READ,
-        stage="reward",
+        reads="pairs",
         row={"problem": "2+2?", "chosen": "The answer is 4.", "rejected": "The answer is 5."},
         line="chosen: no prompt beside rejected, and text that is not read in problem - set columns: "
         "{prompt: problem}, or, where both begin with the prompt, remove problem",
     ),
     Followed(
         kind=Advice.PROMPT_NOT_READ,
-        stage="reward",
+        reads="pairs",
         row={"id": "a7", "task": "Cow?", **SIDES},
         line="chosen: no prompt beside rejected, and text that is not read in id, task - set columns: "
         "{prompt: task}, or, where both begin with the prompt, remove id, task",
     ),
     Followed(
         kind=Advice.PROMPT_NOT_READ,
-        stage="reward",
+        reads="pairs",
         row={"origin": "web", "chosen": "Cow?\nMoo.", "rejected": "Cow?\nWoof."},
         line="chosen: no prompt beside rejected, and text that is not read in origin - set columns: "
         "{prompt: …}, or, where both begin with the prompt, remove origin",
@@ -174,7 +174,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.PROMPT_NOT_READ,
-        stage="reward",
+        reads="pairs",
         row={"category": "qa", "dialogue": ["Cow?"], **SIDES},
         line="chosen: no prompt beside rejected, and text that is not read in category, dialogue - set "
         "columns: {prompt: …}, or, where both begin with the prompt, remove category, dialogue",
@@ -182,14 +182,14 @@ CASES = [
     ),
     Followed(
         kind=Advice.PROMPT_NOT_READ,
-        stage="reward",
+        reads="pairs",
         row={"source": "web", "conv": TALK[:1], **SIDES},
         line="chosen: no prompt beside rejected, and text that is not read in source, conv - set columns: "
         "{prompt: conv}, or, where both begin with the prompt, remove source, conv",
     ),
     Followed(
         kind=Advice.PROMPT_NOT_READ,
-        stage="reward",
+        reads="pairs",
         row={"meta": {"question": "Cow?"}, "n": [1, [2]], **SIDES},
         line="chosen: no prompt beside rejected, and text that is not read in meta - set columns: "
         "{prompt: …}, or, where both begin with the prompt, remove meta",
@@ -197,7 +197,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.NO_PROMPT,
-        stage="reward",
+        reads="pairs",
         row={"n": 7, **SIDES},
         line="chosen: shares no beginning with rejected, so there is no prompt; write it into a column "
         "prompt, or before both",
@@ -205,7 +205,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.LABELLED_LATER,
-        stage="sft",
+        reads="conversations",
         text='{"prompt": "Cow?", "completion": "Moo."}\n'
         '{"prompt": "Cow?", "completion": "Woof.", "label": 0}\n'
         '{"prompt": "Cow?", "completion": "Moo.", "label": 1}\n',
@@ -216,7 +216,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.NO_LABEL,
-        stage="sft",
+        reads="conversations",
         text='{"prompt": "Cow?", "completion": "Moo.", "label": 1}\n'
         '{"prompt": "Cow?", "completion": "Moo.", "label": 2}\n',
         line="label: expected true or false, got number 2; set format: prompt_completion where it labels "
@@ -224,48 +224,48 @@ CASES = [
     ),
     Followed(
         kind=Advice.NO_SCORES,
-        stage="reward",
+        reads="pairs",
         row={"prompt": "Cow?", "responses": ["Moo.", "Woof."], "liked": [2, 1]},
         line="responses[0]: no score or rank for it - set columns: {scores: liked} or {ranks: …}",
     ),
     Followed(
         kind=Advice.NO_SCORES,
-        stage="reward",
+        reads="pairs",
         row={"prompt": "Cow?", "responses": ["Moo.", "Woof."], "x": {"place": [1, 2]}},
         line="responses[0]: no score or rank for it - set columns: {scores: …} or {ranks: …}",
         then={"columns": {"ranks": "x.place"}},
     ),
     Followed(
         kind=Advice.SCORE_KEY,
-        stage="reward",
+        reads="pairs",
         row={"question": "Cow?", "answers": ANSWERS},
         line="answers[0].score: missing; keys are answer_id, pm_score, text - set columns: "
         "{scores: answers.*.pm_score}",
     ),
     Followed(
         kind=Advice.SCORE_KEY,
-        stage="reward",
+        reads="pairs",
         row={"prompt": "Cow?", "responses": [{"text": "Moo.", "ranking": 1}, {"text": "Oh.", "ranking": 2}]},
         line="responses[0].score: missing; keys are text, ranking - set columns: {ranks: "
              "responses.*.ranking}",
     ),
     Followed(
         kind=Advice.SCORE_KEY,
-        stage="reward",
+        reads="pairs",
         row={"question": "Cow?", "answers": json.dumps(ANSWERS)},
         line="answers[0].score: missing; keys are answer_id, pm_score, text - set columns: "
         "{scores: answers.*.pm_score}",
     ),
     Followed(
         kind=Advice.RESPONSE_KEY,
-        stage="reward",
+        reads="pairs",
         row={"prompt": "Cow?", "responses": [{"body": "Moo.", "score": 2}, {"body": "Woof.", "score": 1}]},
         line="responses[0].response: missing; keys are body, score - set columns: {responses: "
         "responses.*.body, scores: responses.*.score}",
     ),
     Followed(
         kind=Advice.NOT_A_MARK_COLUMN,
-        stage="sft",
+        reads="conversations",
         row={"messages": TALK, "train on": [0, 1]},
         line='train on: one mark per message of messages, but not read - set columns: '
         '{loss_mask: "train on"}, '
@@ -274,7 +274,7 @@ CASES = [
     *(
         Followed(
             kind=Advice.MARKS_OF_ANOTHER_FORM,
-            stage="sft",
+            reads="conversations",
             row={"messages": [*TALK, *TALK], "assistant_masks": marks},
             line=f"assistant_masks: one mark per {what} of messages, but not read; write the list "
             "loss_mask, 0 or 1 per message, or remove assistant_masks",
@@ -287,7 +287,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.NOT_A_MARK_KEY,
-        stage="sft",
+        reads="conversations",
         row={"messages": [TALK[0], {**TALK[1], "train_loss": False}, *TALK]},
         line="messages[1].train_loss: false, like a training mark, but not read; write train: true or false, "
         "or remove train_loss",
@@ -295,7 +295,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.TWO_ANSWERS_AND_A_LABEL,
-        stage="reward",
+        reads="pairs",
         row={"prompt": "Cow?", "response_a": "Moo.", "response_b": "Woof.", "winner": "b"},
         settings={"columns": {"chosen": "response_a", "rejected": "response_b"}},
         line="winner: says which of response_a and response_b is better, but is not read; write the "
@@ -307,19 +307,19 @@ CASES = [
     *(
         Followed(
             kind=Advice.FLAT_TREE,
-            stage=stage,
+            reads=reads,
             row=FLAT,
             line="message_id, parent_id: one turn of a tree per row; nest the turns by parent_id, one "
                  "tree per "
             "row: {prompt: {text, role, replies: [{text, role, rank, replies}]}}",
             mended=NESTED,
         )
-        for stage in ("sft", "ppo")
+        for reads in ("conversations", "prompts")
     ),
     *(
         Followed(
             kind=Advice.TABLE_BY_COLUMNS,
-            stage="sft",
+            reads="conversations",
             name=name,
             text=json.dumps(table),
             line=f"a table as one object, {shape}, not rows; write it with pandas' "
@@ -338,7 +338,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.LISTS_BY_COLUMN,
-        stage="sft",
+        reads="conversations",
         name="a.json",
         text='{"prompt": ["Cow?", "Dog?"], "completion": ["Moo.", "Woof."]}',
         line="a dict of lists ({column: [values]}), not rows; write one object {column: value} per row",
@@ -346,7 +346,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.SEVERAL_LISTS,
-        stage="sft",
+        reads="conversations",
         name="a.json",
         text='{"train": [{"prompt": "Cow?", "completion": "Moo."}], "test": [{"prompt": "q", '
              '"completion": "a"}]}',
@@ -355,7 +355,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.LIST_IN_A_LINE,
-        stage="sft",
+        reads="conversations",
         text='{"type": "text2text", "instances": [{"input": "Cow?", "output": "Moo."}]}',
         line="one object, with rows in the list under 'instances'; name the file .json",
         mended_name="a.json",
@@ -363,7 +363,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.LIST_OF_NAMES,
-        stage="sft",
+        reads="conversations",
         row={"ask": "Cow?", "completion": "Moo."},
         settings={"columns": ["prompt", "completion"]},
         line="columns: a list names the columns of a csv or tsv file without header line; for a jsonl file "
@@ -372,7 +372,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.HAS_HEADER,
-        stage="sft",
+        reads="conversations",
         name="a.csv",
         text="prompt,completion\nCow?,Moo.\n",
         settings={"columns": ["prompt", "completion"]},
@@ -381,7 +381,7 @@ CASES = [
     ),
     Followed(
         kind=Advice.TWICE_IN_HEADER,
-        stage="prepare",
+        reads="documents",
         name="a.csv",
         text="Moo.,Moo.\nCow.,Dog.\n",
         line="column 'Moo.' stands twice in the header; rename one, or set columns: [name, …] if the file "
@@ -391,14 +391,14 @@ CASES = [
     ),
     Followed(
         kind=Advice.NO_GROUP_COLUMN,
-        stage="reward",
+        reads="pairs",
         row={"prompt": "Cow?", **SIDES, "kind": "sound"},
         group_columns=("differs", "kind"),
         line="differs: missing; columns are prompt, chosen, rejected, kind - set reward.group_column",
     ),
     Followed(
         kind=Advice.PYTHON_REPR,
-        stage="sft",
+        reads="conversations",
         name="a.csv",
         text=f'id,messages\n1,"{TALK}"\n',
         line="messages: Python's repr of a list, not JSON; write the cell with json.dumps",
@@ -409,7 +409,7 @@ CASES = [
 
 def read(path: Path, case: Followed, settings: dict[str, Any], group_column: str | None) -> list[Any]:
     source = DataSource(path=str(path), **settings)
-    return list(readers.read_source(source, case.stage, group_column).records)
+    return list(readers.read_source(source, case.reads, group_column).records)
 
 
 def as_file(path: Path, row: Any, text: str) -> Path:
@@ -428,7 +428,7 @@ def spelled_out(case: Followed) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind.name} {case.stage} {case.line[:30]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind.name} {case.reads} {case.line[:30]}")
 def test_a_line_of_advice_works_when_it_is_followed(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     before, after = case.group_columns or (None, None)

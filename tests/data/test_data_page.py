@@ -21,9 +21,10 @@ from inline import runtime_in
 from test_hub import COMMIT, README
 from test_hub import read as read_from_hub
 
-from pipeline import cli, dag
+from pipeline import cli, identity
 from pipeline import config as configs
 from pipeline.experiment import ExperimentConfig
+from pipeline.stage_table import STAGES, data_of
 from stages import prepare
 from stages.config.data import DataSource
 from stages.config.ppo import PPOConfig
@@ -33,19 +34,23 @@ from stages.config.sft import SFTConfig
 from stages.data.reading import readers
 from stages.data.reading.hub import is_hub_id
 from stages.data.reading.records import Conversation, Document, Message, Messages, Pair, Tools
-from stages.data.reading.schemas import SCHEMAS, Record, StageName
+from stages.data.reading.schemas import SCHEMAS, Record, Schema
 from stages.data.validation import validate
 from stages.errors import DataError
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
 ARROW = "-> "
+READ_BY: dict[str, tuple[Schema, ...]] = {
+    name: SCHEMAS[stage.data.reads] for name, stage in STAGES.items() if stage.data is not None
+}
+"""Stage -> what it can read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """An entry of a config with its file and what the page says it becomes."""
 
-    stage: StageName
+    stage: str
     settings: dict[str, Any]
     lines: list[str] = field(default_factory=list)  # of the file
     records: list[str] = field(default_factory=list)  # `format | record`
@@ -61,7 +66,7 @@ def examples() -> Iterator[Example]:
         entries = [
             Example(stage=stage, settings=settings)
             for stage, section in yaml.safe_load(block).items()
-            for settings in section["prompts" if stage == "evaluate" else "data"]
+            for settings in section[data_of(stage).field]
         ]
         at = -1
         for line in block.splitlines():
@@ -140,10 +145,10 @@ LOCAL = [example for example in examples() if not is_hub_id(example.settings["pa
 
 def test_the_page_has_an_example_of_every_format_and_stage():
     shown = {(example.stage, line.partition(" | ")[0]) for example in LOCAL for line in example.records}
-    assert {name for _, name in shown} == {schema.format for schema in SCHEMAS["sft"]} | {
+    assert {name for _, name in shown} == {schema.format for schema in SCHEMAS["conversations"]} | {
         *("text", "preference", "ranked", "prompt")
     }
-    assert {stage for stage, _ in shown} == SCHEMAS.keys()
+    assert {stage for stage, _ in shown} == READ_BY.keys()
 
 
 @pytest.mark.parametrize("example", LOCAL, ids=lambda one: f"{one.stage} {one.settings['path']}")
@@ -152,7 +157,7 @@ def test_an_example_is_read_as_the_page_says(tmp_path, monkeypatch, example):
     assert example.lines and example.records
     written(tmp_path, example.settings["path"], "\n".join([*example.lines, ""]).encode())
     source = DataSource(**{**example.settings, "part": "all"})  # one row is on one side only
-    reader = readers.read_whole(source, example.stage)
+    reader = readers.read_whole(source, data_of(example.stage).reads)
     found = [in_words(record) for record in reader]
     assert reader.schema is not None
     assert [f"{reader.schema.format} | {words}" for words in found] == example.records
@@ -171,11 +176,11 @@ def test_the_hub_example_is_read_from_a_hub(tmp_path):
 
 def test_the_table_of_formats_is_that_of_the_readers():
     feeds = {
-        code(name)[0]: {stage for stage in SCHEMAS if stage in re.split(r"\W+", stages)}
+        code(name)[0]: {stage for stage in READ_BY if stage in re.split(r"\W+", stages)}
         for name, _, stages in table("`format`")
     }
     expected: dict[str, set[str]] = {}
-    for stage, schemas in SCHEMAS.items():
+    for stage, schemas in READ_BY.items():
         for schema in schemas:
             if (stage, schema.format) != ("reward", "labelled"):  # there to say that it is no pair
                 expected.setdefault(schema.format, set()).add(stage)
@@ -227,7 +232,7 @@ def test_a_bad_file_gets_the_line_of_the_page(tmp_path, monkeypatch, place, cont
     made(tmp_path, path, content)
     config = SECTIONS[stage](data=[DataSource(path=path)])
     with pytest.raises(DataError) as caught:
-        validate(config.data, stage, config)
+        validate(config.data, data_of(stage).reads, config)
     assert f"`{caught.value}`" == line
 
 
@@ -286,7 +291,7 @@ def test_check_prints_what_the_page_shows(mine, tmp_path, capsys):
 
 
 def test_prepare_records_what_the_page_shows(mine, tmp_path):
-    prepare.run(dag.settings_for(mine, "prepare"), {}, tmp_path / "out", runtime_in(tmp_path, "prepare"))
+    prepare.run(identity.settings_for(mine, "prepare"), {}, tmp_path / "out", runtime_in(tmp_path, "prepare"))
     steps = json.loads((tmp_path / "out/statistics.json").read_text())["steps"]
     (block,) = fenced("json")
     assert json.loads(block) in steps

@@ -186,7 +186,7 @@ def saved(directory: Path, *texts: str, shards: tuple[str, ...] = ("data-00000-o
 
 def texts_of(directory: Path, **settings: str) -> list[str]:
     source = DataSource(path=str(directory), **settings)
-    return [document.text for document in readers.read_source(source, "prepare").records]
+    return [document.text for document in readers.read_source(source, "documents").records]
 
 
 def test_what_save_to_disk_wrote_is_read_in_the_order_of_its_state(tmp_path):
@@ -257,7 +257,7 @@ def test_a_file_of_other_columns_is_named_beside_one_that_can_be_read(tmp_path, 
     filled(tmp_path / "d", "train.jsonl")
     (tmp_path / "d" / name).write_text("name,value\nrows,3\n")
     with pytest.raises(DataError) as caught:
-        readers.read_source(DataSource(path="d"), "sft")
+        readers.read_source(DataSource(path="d"), "conversations")
     assert str(caught.value) == (
         f"d/{name}:2: columns name, value are not those of d/train.jsonl (prompt, completion), and one "
         "entry has one format; move this file elsewhere, or name the others by a glob"
@@ -269,4 +269,4 @@ def test_a_bad_first_row_of_a_file_of_the_same_format_is_not_called_foreign(tmp_
     filled(tmp_path / "d", "a.jsonl")
     (tmp_path / "d/b.jsonl").write_text('{"prompt": "x", "completion": " ", "source": "web"}\n')
     with pytest.raises(DataError, match=r"d/b\.jsonl:1: completion: empty response"):
-        readers.read_source(DataSource(path="d"), "sft")
+        readers.read_source(DataSource(path="d"), "conversations")

@@ -31,17 +31,17 @@ FILES = {
 }
 READ = """
 import json, sys
-from stages.config import DataSource
-from stages.data import readers
+from stages.config.data import DataSource
+from stages.data.reading import readers
 from stages.errors import DataError
 for settings in json.loads(sys.argv[1]):
     source = DataSource(**settings)
     try:
-        rows = readers.read([source], "prepare", seed=0)
-        seen = [next(readers.read_whole(source, "prepare")).text]
+        rows = readers.read([source], "documents", seed=0)
+        seen = [next(readers.read_whole(source, "documents")).text]
         assert seen == [rows.records[0].text]
         (split,) = readers.splits_of(source, 1)
-        assert list(readers.read_split(source, split, "prepare")) == rows.records
+        assert list(readers.read_split(source, split, "documents")) == rows.records
         print(json.dumps([[r.text for r in rows.records], readers.content_digest(source)]))
     except DataError as error:
         print(json.dumps(str(error)))

@@ -45,7 +45,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def texts_of(path: Path) -> list[str]:
-    records = list(readers.read_split(piece_source(path), whole(path), "prepare"))
+    records = list(readers.read_split(piece_source(path), whole(path), "documents"))
     assert all(isinstance(record, Document) for record in records)
     return [record.text for record in records]
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from stages.config.data import DataSource
 from stages.data.reading import readers
-from stages.data.reading.schemas import StageName
+from stages.data.reading.schemas import Kind
 from stages.errors import DataError
 
-STAGES: tuple[StageName, ...] = get_args(StageName)
+STAGES: tuple[Kind, ...] = get_args(Kind)
 TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
 NAMES = [f"a.{kind}{suffix}" for kind in TEXT_KINDS for suffix in ("", ".gz", ".zst")]
 NAMES += ["a.parquet", "a.arrow"]
@@ -184,46 +184,46 @@ def chat_rows(draw: st.DrawFn) -> dict[str, Any]:
     raise AssertionError("every field is a case")
 
 
-def assert_records_or_one_line(path: Path, stage: StageName, **more: Any) -> None:
+def assert_records_or_one_line(path: Path, reads: Kind, **more: Any) -> None:
     source = DataSource(path=str(path), **more)
     try:
-        rows = readers.read([source], stage, seed=0)
+        rows = readers.read([source], reads, seed=0)
     except DataError as error:
         assert str(error).isprintable() and path.name in str(error)
     else:
         assert rows.records
         splits = readers.splits_of(source, 16)
-        in_splits = [record for split in splits for record in readers.read_split(source, split, stage)]
+        in_splits = [record for split in splits for record in readers.read_split(source, split, reads)]
         assert repr(in_splits) == repr(rows.records), "NaN included"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_that_is_mutated_loads(tmp_path, name):
     (tmp_path / name).write_bytes(sound_file(name))
-    assert len(readers.read([DataSource(path=str(tmp_path / name))], "prepare", seed=0).records) >= 2
+    assert len(readers.read([DataSource(path=str(tmp_path / name))], "documents", seed=0).records) >= 2
 
 
 @FUZZ
 @given(
     data=st.binary(max_size=200),
     name=st.sampled_from(NAMES),
-    stage=st.sampled_from(STAGES),
+    reads=st.sampled_from(STAGES),
     pack=st.booleans(),
     bad=st.sampled_from(["error", "skip"]),
 )
-def test_any_bytes_in_any_kind_of_file(tmp_path, data, name, stage, pack, bad):
+def test_any_bytes_in_any_kind_of_file(tmp_path, data, name, reads, pack, bad):
     compression = name.split(".")[2] if name.count(".") == 2 else ""
     (tmp_path / name).write_bytes(PACK[compression](data) if pack else data)
-    assert_records_or_one_line(tmp_path / name, stage, on_bad_row=bad)
+    assert_records_or_one_line(tmp_path / name, reads, on_bad_row=bad)
 
 
 @settings(FUZZ, max_examples=400)
-@given(data=st.data(), name=st.sampled_from(NAMES), stage=st.sampled_from(STAGES))
-def test_any_mutation_of_a_sound_file(tmp_path, data, name, stage):
+@given(data=st.data(), name=st.sampled_from(NAMES), reads=st.sampled_from(STAGES))
+def test_any_mutation_of_a_sound_file(tmp_path, data, name, reads):
     (tmp_path / name).write_bytes(data.draw(mutated(sound_file(name))))
     document = data.draw(st.sampled_from(["file", "paragraph", "line"]))
     bad = data.draw(st.sampled_from(["error", "skip"]))
-    assert_records_or_one_line(tmp_path / name, stage, document=document, on_bad_row=bad)
+    assert_records_or_one_line(tmp_path / name, reads, document=document, on_bad_row=bad)
 
 
 @settings(FUZZ, max_examples=300)
@@ -239,19 +239,19 @@ ARROW = {name: sound_file(name) for name in ("a.parquet", "a.arrow")}
 @settings(FUZZ, max_examples=300)
 @given(
     values=st.lists(json_values(), max_size=4),
-    stage=st.sampled_from(STAGES),
+    reads=st.sampled_from(STAGES),
     kind=st.sampled_from(["jsonl", "json"]),
 )
-def test_any_json_values(tmp_path, values, stage, kind):
+def test_any_json_values(tmp_path, values, reads, kind):
     lines = [json.dumps(value) for value in values]
     text = "\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]"
     (tmp_path / f"a.{kind}").write_text(text)
-    assert_records_or_one_line(tmp_path / f"a.{kind}", stage)
+    assert_records_or_one_line(tmp_path / f"a.{kind}", reads)
 
 
 @settings(FUZZ, max_examples=120)
-@given(row=chat_rows(), stage=st.sampled_from(STAGES), kind=st.sampled_from(["jsonl", "json", "parquet"]))
-def test_any_tools_calls_thoughts_and_marks(tmp_path, row, stage, kind):
+@given(row=chat_rows(), reads=st.sampled_from(STAGES), kind=st.sampled_from(["jsonl", "json", "parquet"]))
+def test_any_tools_calls_thoughts_and_marks(tmp_path, row, reads, kind):
     path = tmp_path / f"a.{kind}"
     try:
         text = json.dumps(row)
@@ -261,7 +261,7 @@ def test_any_tools_calls_thoughts_and_marks(tmp_path, row, stage, kind):
             path.write_text(text)
     except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):  # no such table
         return
-    assert_records_or_one_line(path, stage)
+    assert_records_or_one_line(path, reads)
 
 
 @FUZZ
@@ -273,4 +273,4 @@ def test_any_tools_calls_thoughts_and_marks(tmp_path, row, stage, kind):
 def test_any_lines_of_a_table(tmp_path, lines, kind, header):
     path = tmp_path / f"a.{kind}"
     path.write_bytes("\n".join([*(["text,b"] if not header else []), *lines]).encode())
-    assert_records_or_one_line(path, "prepare", columns=header)
+    assert_records_or_one_line(path, "documents", columns=header)

@@ -1,4 +1,4 @@
-"""Schemas: hand-written rows of every format give exact records in every stage; bad ones one exact line."""
+"""Schemas: hand-written rows of every format give exact records in every reads; bad ones one exact line."""
 
 import json
 from typing import Any, get_args
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.config.data import DataFormat, DataSource
 from stages.data.reading import readers
 from stages.data.reading.records import Conversation, Document, Message, Pair, Prompt, split_key
-from stages.data.reading.schemas import SCHEMAS, Record, RowError, StageName, detect, fields_of, named
+from stages.data.reading.schemas import SCHEMAS, Kind, Record, RowError, detect, fields_of, named
 from stages.errors import DataError
 
 Row = dict[str, Any]
@@ -36,8 +36,8 @@ def told(sender: str, value: Any) -> Row:
     return {"from": sender, "value": value}
 
 
-def parsed(stage: StageName, row: Row, min_margin: float = 0.0, **columns: str) -> tuple[Record, ...]:
-    schema = detect(stage, row, columns)
+def parsed(reads: Kind, row: Row, min_margin: float = 0.0, **columns: str) -> tuple[Record, ...]:
+    schema = detect(reads, row, columns)
     cells = schema.cells(row, columns, min_margin)
     return schema.read(cells, is_stated=False)
 
@@ -46,14 +46,14 @@ def talk(*messages: Message) -> tuple[Conversation, ...]:
     return (Conversation(messages=messages),)
 
 
-def problem(stage: StageName, row: Row, **columns: str) -> str:
+def problem(reads: Kind, row: Row, **columns: str) -> str:
     with pytest.raises(RowError) as caught:
-        parsed(stage, row, **columns)
+        parsed(reads, row, **columns)
     return str(caught.value)
 
 
 def preferred(row: Row, **columns: str) -> list[tuple[Any, Any, Any]]:
-    pairs = parsed("reward", row, **columns)
+    pairs = parsed("pairs", row, **columns)
     assert all(isinstance(pair, Pair) and pair.row is row for pair in pairs)
     return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs if isinstance(pair, Pair)]
 
@@ -110,8 +110,8 @@ GOOD_OR_BAD = [((user("q"),), (assistant("good"),), (assistant("bad"),))]
     ids=lambda value: json.dumps(value)[:60],
 )  # fmt: skip
 def test_every_sft_schema_is_detected_and_gives_the_same_conversation(row, format):
-    assert detect("sft", row, {}).format == format
-    assert parsed("sft", row) == talk(user("q"), assistant("a"))
+    assert detect("conversations", row, {}).format == format
+    assert parsed("conversations", row) == talk(user("q"), assistant("a"))
 
 
 @pytest.mark.parametrize(
@@ -127,19 +127,19 @@ def test_every_sft_schema_is_detected_and_gives_the_same_conversation(row, forma
 def test_every_name_of_a_role_is_that_role(name, message):
     turns = [told("human", "q"), told(name, "x"), told("gpt", "a")]
     ordered = turns[1:2] + turns[:1] + turns[2:] if message is system else turns
-    (conversation,) = parsed("sft", {"conversations": ordered})
+    (conversation,) = parsed("conversations", {"conversations": ordered})
     assert message("x") in conversation.messages
 
 
 def test_content_parts_are_joined_as_they_are():
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     row = {"messages": [say("user", parts), say("assistant", "a")]}
-    assert parsed("sft", row) == talk(user("one two"), assistant("a"))
+    assert parsed("conversations", row) == talk(user("one two"), assistant("a"))
 
 
 def test_two_turns_of_one_role_in_a_row_stay_apart():
     row = {"messages": [say("user", "q"), say("user", "q2"), say("assistant", "a")]}
-    assert parsed("sft", row) == talk(user("q"), user("q2"), assistant("a"))
+    assert parsed("conversations", row) == talk(user("q"), user("q2"), assistant("a"))
 
 
 def test_alpaca_takes_system_history_and_input_in_their_order():
@@ -155,8 +155,8 @@ def test_alpaca_takes_system_history_and_input_in_their_order():
         *(user("q1"), assistant("a1"), user("q2"), assistant("a2")),
         user("Add.\n\n1 2"),
     )
-    assert parsed("sft", row) == talk(*before, assistant("3"))
-    assert parsed("ppo", row) == (Prompt(messages=before, row={"output": "3"}),)
+    assert parsed("conversations", row) == talk(*before, assistant("3"))
+    assert parsed("prompts", row) == (Prompt(messages=before, row={"output": "3"}),)
     pair = {**row, "chosen": "3", "rejected": "4"}
     assert preferred(pair) == [(before, (assistant("3"),), (assistant("4"),))]
 
@@ -166,8 +166,8 @@ def test_alpaca_takes_system_history_and_input_in_their_order():
 def test_text_beside_a_prompt_is_joined_with_it_in_every_stage(column, below):
     row = {column: "q", below: "x"}
     asked = (user("q\n\nx"),)
-    assert parsed("sft", {**row, "completion": "a"}) == talk(*asked, assistant("a"))
-    assert parsed("ppo", row) == (Prompt(messages=asked, row={}),)
+    assert parsed("conversations", {**row, "completion": "a"}) == talk(*asked, assistant("a"))
+    assert parsed("prompts", row) == (Prompt(messages=asked, row={}),)
     assert preferred({**row, "chosen": "good", "rejected": "bad"}) == [(asked, *GOOD_OR_BAD[0][1:])]
     rated = {**row, "responses": ["good", "bad"], "scores": [2, 1]}
     assert preferred(rated) == [(asked, *GOOD_OR_BAD[0][1:])]
@@ -181,7 +181,7 @@ def test_text_beside_a_prompt_is_joined_with_it_in_every_stage(column, below):
 )  # fmt: skip
 def test_another_thing_of_that_name_or_one_the_prompt_holds_is_a_further_column(further):
     prompt = "of q: q"
-    schema = detect("ppo", {"prompt": prompt, **further}, {})
+    schema = detect("prompts", {"prompt": prompt, **further}, {})
     cells = schema.cells({"prompt": prompt, **further}, {})
     assert schema.parse(cells) == (Prompt(messages=(user(prompt),), row=further),)
     assert schema.columns_read(cells) == {"prompt": "prompt"}
@@ -189,7 +189,7 @@ def test_another_thing_of_that_name_or_one_the_prompt_holds_is_a_further_column(
 
 def test_the_columns_of_a_labelled_row_are_those_of_its_schema():
     row = {"question": "q", "answer": "a", "label": True}
-    schema = detect("sft", row, {})
+    schema = detect("conversations", row, {})
     assert schema.columns_read(schema.cells(row, {})) == {
         "label": "label",
         "prompt": "question",
@@ -199,41 +199,45 @@ def test_the_columns_of_a_labelled_row_are_those_of_its_schema():
 
 def test_an_instruction_and_its_input_may_be_blank_but_not_both():
     row = {"instruction": " ", "input": "x", "output": "a"}
-    assert parsed("sft", row) == talk(user("x"), assistant("a"))
-    assert problem("sft", {**row, "input": ""}) == f"instruction: empty prompt{EMPTY}"
+    assert parsed("conversations", row) == talk(user("x"), assistant("a"))
+    assert problem("conversations", {**row, "input": ""}) == f"instruction: empty prompt{EMPTY}"
 
 
 def test_a_history_that_is_no_list_is_a_column_like_any_other():
-    assert parsed("ppo", {"prompt": "q", "history": "of Rome"}) == (
+    assert parsed("prompts", {"prompt": "q", "history": "of Rome"}) == (
         Prompt(messages=(user("q"),), row={"history": "of Rome"}),
     )
     row = {"history": "q", "answer": "a"}
-    assert parsed("sft", row, prompt="history") == talk(user("q"), assistant("a"))
+    assert parsed("conversations", row, prompt="history") == talk(user("q"), assistant("a"))
 
 
 def test_lists_in_a_table_of_text_are_read_as_the_lists_they_are():
     asked, turns = [say("user", "q")], [say("user", "q"), say("assistant", "a")]
     for column in ("messages", "conversations"):
-        assert parsed("sft", {column: json.dumps(turns)}) == talk(user("q"), assistant("a"))
-        assert parsed("ppo", {column: f" {json.dumps(turns)}"}) == (Prompt(messages=(user("q"),), row={}),)
+        assert parsed("conversations", {column: json.dumps(turns)}) == talk(user("q"), assistant("a"))
+        assert parsed("prompts", {column: f" {json.dumps(turns)}"}) == (
+            Prompt(messages=(user("q"),), row={}),
+        )
         pair = {column: json.dumps(asked), "chosen": say("assistant", "good")}
         assert preferred({**pair, "rejected": say("assistant", "bad")}) == GOOD_OR_BAD
     rated = {"prompt": "q", "responses": '["bad", "good"]', "scores": "[1, 2]"}
     assert preferred(rated) == GOOD_OR_BAD
     assert preferred({"prompt": "q", "responses": '["good", "bad"]', "ranks": "[1, 2]"}) == GOOD_OR_BAD
     row = {"instruction": "q", "output": "a", "history": '[["h", "b"]]'}
-    assert parsed("sft", row) == talk(user("h"), assistant("b"), user("q"), assistant("a"))
+    assert parsed("conversations", row) == talk(user("h"), assistant("b"), user("q"), assistant("a"))
     repr = "Python's repr of a list, not JSON; write the cell with json.dumps"
-    assert problem("sft", {**row, "history": "[['h', 'b']]"}) == f"history: {repr}"
-    assert problem("sft", {"messages": "[{'role': 'user'}]"}) == f"messages: {repr}"
-    assert parsed("sft", {"prompt": "[1, 2]", "completion": "[3]"}) == talk(user("[1, 2]"), assistant("[3]"))
+    assert problem("conversations", {**row, "history": "[['h', 'b']]"}) == f"history: {repr}"
+    assert problem("conversations", {"messages": "[{'role': 'user'}]"}) == f"messages: {repr}"
+    assert parsed("conversations", {"prompt": "[1, 2]", "completion": "[3]"}) == talk(
+        user("[1, 2]"), assistant("[3]")
+    )
 
 
 def test_a_system_column_goes_first_unless_the_messages_bring_their_own():
     row = {"conversations": [told("human", "q"), told("gpt", "a")], "system": "S"}
-    assert parsed("sft", row) == talk(system("S"), user("q"), assistant("a"))
+    assert parsed("conversations", row) == talk(system("S"), user("q"), assistant("a"))
     own = {**row, "conversations": [told("system", "own"), *row["conversations"]]}
-    assert parsed("sft", own) == talk(system("own"), user("q"), assistant("a"))
+    assert parsed("conversations", own) == talk(system("own"), user("q"), assistant("a"))
     orca = {"system": "S", "question": "q", "chosen": "good", "rejected": "bad"}
     assert preferred(orca)[0][0] == (system("S"), user("q"))
     implicit = {"system": "S", "chosen": "q\ngood", "rejected": "q\nbad"}
@@ -242,31 +246,33 @@ def test_a_system_column_goes_first_unless_the_messages_bring_their_own():
 
 def test_a_false_label_filters_the_row_whatever_word_it_is():
     row = {"prompt": "q", "completion": "a", "label": False}
-    assert parsed("sft", row) == ()
-    assert detect("sft", {**row, "label": 0}, {}).format == "labelled"
-    assert detect("sft", {**row, "label": 2}, {}).format == "prompt_completion"
+    assert parsed("conversations", row) == ()
+    assert detect("conversations", {**row, "label": 0}, {}).format == "labelled"
+    assert detect("conversations", {**row, "label": 2}, {}).format == "prompt_completion"
     for label, kept in [("False", 0), (" true", 1), (1, 1), ("0", 0)]:
-        schema = named("sft", "labelled")
+        schema = named("conversations", "labelled")
         assert schema is not None
         assert len(schema.parse(schema.cells({**row, "label": label}, {}))) == kept
-    assert [parsed("sft", {**row, "label": label}) for label in ("False", "false", "TRUE")] == [
+    assert [parsed("conversations", {**row, "label": label}) for label in ("False", "false", "TRUE")] == [
         *((), ()),
         talk(user("q"), assistant("a")),
     ]
     renamed = {"prompt": "q", "completion": "a", "is_good": True}
-    assert parsed("sft", renamed, label="is_good") == talk(user("q"), assistant("a"))
+    assert parsed("conversations", renamed, label="is_good") == talk(user("q"), assistant("a"))
 
 
 def test_a_null_column_decides_no_schema():
     row = {"messages": None, "label": None, "prompt": "q", "completion": "a"}
-    assert parsed("sft", row) == talk(user("q"), assistant("a"))
-    assert parsed("sft", {**row, "label": False}) == ()
-    assert problem("sft", {"prompt": "q", "completion": None}) == "completion: expected text, got null"
+    assert parsed("conversations", row) == talk(user("q"), assistant("a"))
+    assert parsed("conversations", {**row, "label": False}) == ()
+    assert (
+        problem("conversations", {"prompt": "q", "completion": None}) == "completion: expected text, got null"
+    )
 
 
 def test_documents_are_the_text_as_it_stands():
-    assert parsed("prepare", {"text": " x\n", "id": 1}) == (Document(text=" x\n"),)
-    assert parsed("prepare", {"meta": {"body": "x"}}, text="meta.body") == (Document(text="x"),)
+    assert parsed("documents", {"text": " x\n", "id": 1}) == (Document(text=" x\n"),)
+    assert parsed("documents", {"meta": {"body": "x"}}, text="meta.body") == (Document(text="x"),)
 
 
 # Preferences
@@ -315,7 +321,7 @@ def test_documents_are_the_text_as_it_stands():
     ids=lambda value: json.dumps(value)[:60],
 )  # fmt: skip
 def test_every_preference_schema_is_detected_and_gives_the_same_pair(row, format):
-    assert detect("reward", row, {}).format == format
+    assert detect("pairs", row, {}).format == format
     assert preferred(row) == GOOD_OR_BAD
 
 
@@ -358,14 +364,16 @@ def test_transcripts_with_crlf_are_transcripts_in_every_stage():
     text = "\r\n\r\nHuman: q\r\nr\r\n\r\nAssistant: {}"
     row = {"chosen": text.format("good"), "rejected": text.format("bad")}
     assert preferred(row) == [((user("q\nr"),), *GOOD_OR_BAD[0][1:])]
-    assert parsed("sft", row) == talk(user("q\nr"), assistant("good"))
-    assert parsed("ppo", row) == (Prompt(messages=(user("q\nr"),), row={}),)
-    assert parsed("sft", {"prompt": text.format(""), "completion": "a"}) == talk(user("q\nr"), assistant("a"))
+    assert parsed("conversations", row) == talk(user("q\nr"), assistant("good"))
+    assert parsed("prompts", row) == (Prompt(messages=(user("q\nr"),), row={}),)
+    assert parsed("conversations", {"prompt": text.format(""), "completion": "a"}) == talk(
+        user("q\nr"), assistant("a")
+    )
 
 
 def test_transcripts_are_never_taken_for_two_texts_with_one_beginning():
     row = {side: f"\n\nHuman: q\n\nAssistant: {side}" for side in ("chosen", "rejected")}
-    schema = named("reward", "preference")
+    schema = named("pairs", "preference")
     assert schema is not None
     (pair,) = schema.parse(schema.cells(row, {}))
     assert isinstance(pair, Pair)
@@ -384,25 +392,25 @@ def test_k_responses_give_every_pair_whose_margin_is_large_enough():
     row = {"prompt": "q", "responses": ["a", "b", "c", "d"], "scores": [1, 3, 3, 6]}
 
     def order(min_margin: float) -> list[str]:
-        pairs = parsed("reward", row, min_margin)
+        pairs = parsed("pairs", row, min_margin)
         return [f"{pair.chosen[0].content}>{pair.rejected[0].content}" for pair in pairs]
 
     assert order(0) == ["b>a", "c>a", "d>a", "d>b", "d>c"]  # b and c are tied
     assert order(2) == ["d>a", "d>b", "d>c"]  # a margin of 2 does not exceed 2
     assert order(5) == []
     ranks = {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]}
-    assert len(parsed("reward", ranks, 1)) == 1
+    assert len(parsed("pairs", ranks, 1)) == 1
 
 
 def test_equal_and_unrated_responses_are_in_no_pair():
     row = {"prompt": "q", "responses": ["a", "a", "b"], "scores": [1, 2, None]}
-    assert parsed("reward", row) == ()
+    assert parsed("pairs", row) == ()
 
 
 # Prompts
 
 
-@pytest.mark.parametrize("stage", ["ppo", "evaluate"])
+@pytest.mark.parametrize("reads", ["prompts", "prompts"])
 @pytest.mark.parametrize(
     ("row", "further"),
     [
@@ -420,12 +428,12 @@ def test_equal_and_unrated_responses_are_in_no_pair():
     ],
     ids=lambda value: json.dumps(value)[:60],
 )  # fmt: skip
-def test_every_schema_gives_a_policy_the_same_prompt_and_the_further_columns(stage, row, further):
-    assert parsed(stage, row) == (Prompt(messages=(user("q"),), row=further),)
+def test_every_schema_gives_a_policy_the_same_prompt_and_the_further_columns(reads, row, further):
+    assert parsed(reads, row) == (Prompt(messages=(user("q"),), row=further),)
 
 
 def test_labelled_can_be_stated_for_ppo_and_keeps_its_label():
-    schema = named("ppo", "labelled")
+    schema = named("prompts", "labelled")
     assert schema is not None
     row = {"messages": [say("user", "q"), say("assistant", "a")], "label": False}
     assert schema.parse(schema.cells(row, {})) == (Prompt(messages=(user("q"),), row={"label": False}),)
@@ -459,9 +467,11 @@ TREE = {
 
 
 def test_sft_follows_the_best_ranked_replies_of_a_tree_to_the_last_answer():
-    assert parsed("sft", TREE) == talk(user("q1"), assistant("a-best"), user("q2"), assistant("a3-high"))
-    assert parsed("sft", {"prompt": turn("q1", turn("q2"))}) == ()
-    assert parsed("sft", {"prompt": turn("q1", turn("a"), deleted=True)}) == ()
+    assert parsed("conversations", TREE) == talk(
+        user("q1"), assistant("a-best"), user("q2"), assistant("a3-high")
+    )
+    assert parsed("conversations", {"prompt": turn("q1", turn("q2"))}) == ()
+    assert parsed("conversations", {"prompt": turn("q1", turn("a"), deleted=True)}) == ()
 
 
 def test_reward_pairs_ranked_siblings_with_the_conversation_so_far():
@@ -475,15 +485,15 @@ def test_reward_pairs_ranked_siblings_with_the_conversation_so_far():
         ("q1", "a-best", "a-unreviewed"),
         ("q1", "a-best", "q2", "a3-high", "a3-low"),
     ]
-    assert len(parsed("reward", TREE, 2)) == 2  # best over unreviewed, high over low: margins of 3
-    assert parsed("reward", {"prompt": turn("q1", turn("a"))}) == ()
+    assert len(parsed("pairs", TREE, 2)) == 2  # best over unreviewed, high over low: margins of 3
+    assert parsed("pairs", {"prompt": turn("q1", turn("a"))}) == ()
 
 
 def test_a_tree_of_five_thousand_turns_is_read():
     tree = turn("a")
     for depth in range(5000):
         tree = turn("a" if depth % 2 else "q", tree)
-    (conversation,) = parsed("sft", {"prompt": turn("q", tree)})
+    (conversation,) = parsed("conversations", {"prompt": turn("q", tree)})
     assert len(conversation.messages) == 5002
 
 
@@ -505,7 +515,9 @@ def test_a_tree_of_five_thousand_turns_is_read():
     ids=lambda row: "+".join(row),
 )  # fmt: skip
 def test_conversation_pair_and_prompt_of_one_row_share_their_split_key(row):
-    keys = {split_key(record) for stage in ("sft", "reward", "ppo") for record in parsed(stage, row)}
+    keys = {
+        split_key(record) for reads in ("conversations", "pairs", "prompts") for record in parsed(reads, row)
+    }
     assert len(keys) == 1
 
 
@@ -514,7 +526,7 @@ def test_conversation_pair_and_prompt_of_one_row_share_their_split_key(row):
 
 def test_the_same_columns_are_another_schema_for_another_stage():
     polite = {"instruction": "q", "input": "", "output": "o", "chosen": "c", "rejected": "r"}
-    stages: tuple[StageName, ...] = ("sft", "reward", "ppo")
+    stages: tuple[Kind, ...] = ("conversations", "pairs", "prompts")
     assert [detect(s, polite, {}).format for s in stages] == ["instruction", "preference", "prompt"]
     sharegpt = {"conversations": [], "chosen": {}, "rejected": {}}
     assert [detect(s, sharegpt, {}).format for s in stages] == ["sharegpt"] * 3
@@ -524,8 +536,8 @@ def test_the_same_columns_are_another_schema_for_another_stage():
 
 def test_a_configured_field_decides_between_schemas_that_both_fit():
     row = {"messages": [say("user", "q"), say("assistant", "a")], "ask": "p", "gold": "c"}
-    assert parsed("sft", row, prompt="ask", completion="gold") == talk(user("p"), assistant("c"))
-    assert problem("sft", row, prompt="ask", messages="messages") == (
+    assert parsed("conversations", row, prompt="ask", completion="gold") == talk(user("p"), assistant("c"))
+    assert problem("conversations", row, prompt="ask", messages="messages") == (
         "columns: format messages has no field 'prompt'; fields are messages, system, tools, loss_mask - "
         "or set format"
     )
@@ -534,16 +546,16 @@ def test_a_configured_field_decides_between_schemas_that_both_fit():
 def test_a_path_reaches_into_objects_and_lists():
     row = {"instruction": "q", "instances": [{"input": "x", "output": "a"}, {"output": "last"}]}
     columns = {"input": "instances.0.input", "output": "instances.0.output"}
-    assert parsed("sft", row, **columns) == talk(user("q\n\nx"), assistant("a"))
-    assert parsed("sft", row, output="instances.-1.output") == talk(user("q"), assistant("last"))
-    (prompt,) = parsed("ppo", row, input="instances.0.input")
+    assert parsed("conversations", row, **columns) == talk(user("q\n\nx"), assistant("a"))
+    assert parsed("conversations", row, output="instances.-1.output") == talk(user("q"), assistant("last"))
+    (prompt,) = parsed("prompts", row, input="instances.0.input")
     assert prompt.messages == (user("q\n\nx"),)
     assert prompt.row == {"instances": row["instances"]}
 
 
 def test_a_column_whose_own_name_has_a_dot_wins_over_the_path():
     row = {"prompt": "q", "a.b": "column", "a": {"b": "path"}}
-    assert parsed("sft", row, completion="a.b") == talk(user("q"), assistant("column"))
+    assert parsed("conversations", row, completion="a.b") == talk(user("q"), assistant("column"))
 
 
 @pytest.mark.parametrize(
@@ -559,25 +571,27 @@ def test_a_column_whose_own_name_has_a_dot_wins_over_the_path():
 )
 def test_a_path_that_breaks_is_named_with_the_part_that_is_missing(path, line):
     row = {"prompt": "q", "instances": [{"output": "a"}]}
-    assert problem("sft", row, completion=path) == f"{path}: {line} - set columns: {{completion: …}}"
+    assert (
+        problem("conversations", row, completion=path) == f"{path}: {line} - set columns: {{completion: …}}"
+    )
 
 
 def test_an_optional_field_that_the_config_names_must_be_there():
     row = {"instruction": "q", "output": "a"}
-    assert problem("sft", row, input="contxt") == (
+    assert problem("conversations", row, input="contxt") == (
         "contxt: missing; columns are instruction, output - set columns: {input: …}"
     )
-    assert parsed("sft", {**row, "contxt": None}, input="contxt") == talk(user("q"), assistant("a"))
+    assert parsed("conversations", {**row, "contxt": None}, input="contxt") == talk(user("q"), assistant("a"))
 
 
 # Errors, with file and line
 
 
-def failure(tmp_path, stage: StageName, row: Row, **fields: Any) -> str:
+def failure(tmp_path, reads: Kind, row: Row, **fields: Any) -> str:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        readers.read([DataSource(path=str(path), **fields)], stage, seed=0)
+        readers.read([DataSource(path=str(path), **fields)], reads, seed=0)
     return str(caught.value).replace(f"{tmp_path}/", "")
 
 
@@ -587,169 +601,176 @@ TWO = {"prompt": "q", "responses": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
-    ("stage", "row", "line"),
+    ("reads", "row", "line"),
     [
         # missing columns: the nearest schema's
-        ("sft", {"text": "x"},
+        ("conversations", {"text": "x"},
          "prompt: missing; columns are text - set columns: {prompt: …, completion: …}, or {messages: …}"),
-        ("sft", {"prompt": "x"}, "completion: missing; columns are prompt - set columns: {completion: …}"),
-        ("sft", {"instruction": "x"}, "output: missing; columns are instruction - set columns: {output: …}"),
-        ("reward", {"prompt": "x", "rejected": "y"},
+        ("conversations", {"prompt": "x"},
+         "completion: missing; columns are prompt - set columns: {completion: …}"),
+        ("conversations", {"instruction": "x"},
+         "output: missing; columns are instruction - set columns: {output: …}"),
+        ("pairs", {"prompt": "x", "rejected": "y"},
          "chosen: missing; columns are prompt, rejected - set columns: {chosen: …}"),
-        ("reward", {"a": 1}, "chosen: missing; columns are a - set columns: {chosen: …, rejected: …}"),
-        ("reward", {"conversations": [], "rejected": {}},
+        ("pairs", {"a": 1}, "chosen: missing; columns are a - set columns: {chosen: …, rejected: …}"),
+        ("pairs", {"conversations": [], "rejected": {}},
          "chosen: missing; columns are conversations, rejected - set columns: {chosen: …}"),
-        ("reward", {"conversations": [told("human", "q")], "rejected": "x"},
+        ("pairs", {"conversations": [told("human", "q")], "rejected": "x"},
          "chosen: missing; columns are conversations, rejected - set columns: {chosen: …}"),
-        ("ppo", {}, "prompt: missing; columns are none - set columns: {prompt: …}"),
-        ("ppo", {"a\nb": 1}, "prompt: missing; columns are a\\nb - set columns: {prompt: …}"),
-        ("ppo", {str(n): n for n in range(22)},
+        ("prompts", {}, "prompt: missing; columns are none - set columns: {prompt: …}"),
+        ("prompts", {"a\nb": 1}, "prompt: missing; columns are a\\nb - set columns: {prompt: …}"),
+        ("prompts", {str(n): n for n in range(22)},
          "prompt: missing; columns are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, "
          "… 2 more - set columns: {prompt: …}"),
         # wrong types and empty texts
-        ("sft", {"prompt": "x", "completion": 7}, "completion: expected text, got number 7"),
-        ("sft", {"prompt": True, "completion": "x"}, "prompt: expected text, got true"),
-        ("sft", {"messages": "x"}, "messages: expected a list of messages, got text"),
-        ("sft", {"conversations": {}}, "conversations: expected a list of messages, got object"),
-        ("sft", {"prompt": "", "completion": "x"}, f"prompt: empty prompt{EMPTY}"),
-        ("sft", {"prompt": "x", "completion": "\n"}, f"completion: empty response{EMPTY}"),
-        ("sft", {"prompt": "x\udc00", "completion": "y"},
+        ("conversations", {"prompt": "x", "completion": 7}, "completion: expected text, got number 7"),
+        ("conversations", {"prompt": True, "completion": "x"}, "prompt: expected text, got true"),
+        ("conversations", {"messages": "x"}, "messages: expected a list of messages, got text"),
+        ("conversations", {"conversations": {}}, "conversations: expected a list of messages, got object"),
+        ("conversations", {"prompt": "", "completion": "x"}, f"prompt: empty prompt{EMPTY}"),
+        ("conversations", {"prompt": "x", "completion": "\n"}, f"completion: empty response{EMPTY}"),
+        ("conversations", {"prompt": "x\udc00", "completion": "y"},
          "prompt: half a surrogate pair (\\udc00) at character 2; it is no text"),
-        ("sft", {"instruction": "x", "input": 3, "output": "y"}, "input: expected text, got number 3"),
-        ("sft", {"instruction": "x", "system": 3, "output": "y"}, "system: expected text, got number 3"),
-        ("sft", {"instruction": "x", "history": [["q"]], "output": "y"},
+        ("conversations", {"instruction": "x", "input": 3, "output": "y"},
+         "input: expected text, got number 3"),
+        ("conversations", {"instruction": "x", "system": 3, "output": "y"},
+         "system: expected text, got number 3"),
+        ("conversations", {"instruction": "x", "history": [["q"]], "output": "y"},
          "history[0]: expected [question, answer], got list"),
-        ("sft", {"instruction": "x", "history": [["q", "a"], ["q", ""]], "output": "y"},
+        ("conversations", {"instruction": "x", "history": [["q", "a"], ["q", ""]], "output": "y"},
          f"history[1][1]: empty response{EMPTY}"),
-        ("sft", {"instruction": "x", "history": [["q", None]], "output": "y"},
+        ("conversations", {"instruction": "x", "history": [["q", None]], "output": "y"},
          "history[0][1]: expected text, got null"),
         # turns
-        ("sft", {"conversations": [told("human", "q"), told("gpt", "")]},
+        ("conversations", {"conversations": [told("human", "q"), told("gpt", "")]},
          f"conversations[1].value: empty response{EMPTY}"),
-        ("sft", {"conversations": [told("human", " "), told("gpt", "a")]},
+        ("conversations", {"conversations": [told("human", " "), told("gpt", "a")]},
          f"conversations[0].value: empty prompt{EMPTY}"),
-        ("sft", {"conversations": [told("gpt", "a"), told("human", "q")]},
+        ("conversations", {"conversations": [told("gpt", "a"), told("human", "q")]},
          "conversations[0]: starts with the assistant: no prompt"),
-        ("ppo", {"conversations": [told("gpt", "a"), told("human", "q")]},
+        ("prompts", {"conversations": [told("gpt", "a"), told("human", "q")]},
          "conversations[0]: starts with the assistant: no prompt"),
-        ("sft", {"conversations": [told("narrator", "q")]},
+        ("conversations", {"conversations": [told("narrator", "q")]},
          "conversations[0].from: unknown role 'narrator'; use system, user, assistant, tool"),
-        ("sft", {"messages": [say("x\n" * 20, "q")]},
+        ("conversations", {"messages": [say("x\n" * 20, "q")]},
          "messages[0].role: unknown role 'x\\nx\\nx\\nx\\nx\\nx\\nx\\nx\\nx\\nx\\n…'; "
          "use system, user, assistant, tool"),
-        ("sft", {"conversations": [{"from": "human"}]}, "conversations[0].value: missing; keys are from"),
-        ("sft", {"conversations": [{"role": "user"}]}, "conversations[0].content: missing; keys are role"),
-        ("sft", {"conversations": [{}]}, "conversations[0].role: missing; keys are none"),
-        ("sft", {"conversations": ["hello"]},
+        ("conversations", {"conversations": [{"from": "human"}]},
+         "conversations[0].value: missing; keys are from"),
+        ("conversations", {"conversations": [{"role": "user"}]},
+         "conversations[0].content: missing; keys are role"),
+        ("conversations", {"conversations": [{}]}, "conversations[0].role: missing; keys are none"),
+        ("conversations", {"conversations": ["hello"]},
          "conversations[0]: expected a message {role, content}, got text"),
-        ("sft", {"messages": [say("user", "q"), say("system", "S"), say("assistant", "a")]},
+        ("conversations", {"messages": [say("user", "q"), say("system", "S"), say("assistant", "a")]},
          "messages[1]: a system message after the first message; templates take it first only"),
-        ("sft", {"prompt": "q", "completion": [say("system", "S"), say("assistant", "a")]},
+        ("conversations", {"prompt": "q", "completion": [say("system", "S"), say("assistant", "a")]},
          "completion[0]: a system message after the first message; templates take it first only"),
-        ("sft", {"messages": [say("user", "q"), say("assistant", None)]},
+        ("conversations", {"messages": [say("user", "q"), say("assistant", None)]},
          "messages[1].content: expected text, got null"),
-        ("sft", {"messages": [say("user", [{"type": "text", "text": "q"}, {"type": "image"}])]},
+        ("conversations", {"messages": [say("user", [{"type": "text", "text": "q"}, {"type": "image"}])]},
          "messages[0].content[1].type: only text parts are read, not image"),
-        ("sft", {"messages": [say("user", [{"type": "text"}])]},
+        ("conversations", {"messages": [say("user", [{"type": "text"}])]},
          "messages[0].content[0].text: missing; keys are type"),
-        ("sft", {"messages": [say("user", ["q"])]},
+        ("conversations", {"messages": [say("user", ["q"])]},
          "messages[0].content[0]: expected a part {type: text, text: …}, got text"),
-        ("sft", {"messages": [say("user", [])]}, f"messages[0].content: empty prompt{EMPTY}"),
-        ("sft", {"messages": [say("user", "q")]}, "messages: no assistant message, so nothing to train on"),
-        ("sft", {"prompt": "q", "completion": [say("user", "r")]},
+        ("conversations", {"messages": [say("user", [])]}, f"messages[0].content: empty prompt{EMPTY}"),
+        ("conversations", {"messages": [say("user", "q")]},
+         "messages: no assistant message, so nothing to train on"),
+        ("conversations", {"prompt": "q", "completion": [say("user", "r")]},
          "completion: does not end with the assistant"),
-        ("sft", {"conversations": [told("human", "q"), told("gpt", "a")], "chosen": "b"},
+        ("conversations", {"conversations": [told("human", "q"), told("gpt", "a")], "chosen": "b"},
          "conversations: ends with the assistant, so nothing is asked that an answer could follow"),
-        ("ppo", {"prompt": "<image>What?", "images": ["a.png"]}, f"images: images are not read{EMPTY}"),
-        ("ppo", {"prompt": [say("system", "S")]}, "prompt: empty prompt: no message to answer"),
-        ("ppo", {"messages": []}, "messages: no messages"),
+        ("prompts", {"prompt": "<image>What?", "images": ["a.png"]}, f"images: images are not read{EMPTY}"),
+        ("prompts", {"prompt": [say("system", "S")]}, "prompt: empty prompt: no message to answer"),
+        ("prompts", {"messages": []}, "messages: no messages"),
         # preferences
-        ("reward", {"prompt": "q", "chosen": "a", "rejected": "a"}, f"rejected: {SAME}"),
-        ("reward", {"chosen": "q a", "rejected": "q a"}, f"rejected: {SAME}"),
-        ("reward", {"conversations": [told("human", "q")], "chosen": told("gpt", "a"),
+        ("pairs", {"prompt": "q", "chosen": "a", "rejected": "a"}, f"rejected: {SAME}"),
+        ("pairs", {"chosen": "q a", "rejected": "q a"}, f"rejected: {SAME}"),
+        ("pairs", {"conversations": [told("human", "q")], "chosen": told("gpt", "a"),
                     "rejected": say("assistant", [{"type": "text", "text": "a"}])}, f"rejected: {SAME}"),
-        ("reward", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:  a "},
+        ("pairs", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:  a "},
          f"rejected: {SAME}"),
-        ("reward", {"prompt": "q", "chosen": "", "rejected": "a"}, f"chosen: empty response{EMPTY}"),
-        ("reward", {"chosen": "q", "rejected": " "}, f"rejected: empty response{EMPTY}"),
-        ("reward", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:"},
+        ("pairs", {"prompt": "q", "chosen": "", "rejected": "a"}, f"chosen: empty response{EMPTY}"),
+        ("pairs", {"chosen": "q", "rejected": " "}, f"rejected: empty response{EMPTY}"),
+        ("pairs", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:"},
          f"rejected: empty response{EMPTY}"),
-        ("reward", {"prompt": "q", "chosen": "a", "rejected": say("assistant", "b")},
+        ("pairs", {"prompt": "q", "chosen": "a", "rejected": say("assistant", "b")},
          "rejected: one of chosen and rejected is text, the other messages"),
-        ("reward", {"prompt": "q", "chosen": 7, "rejected": "b"}, "chosen: expected text, got number 7"),
-        ("reward", {"prompt": "q", "chosen": None, "rejected": "b"}, "chosen: expected text, got null"),
-        ("reward", {"prompt": "q", "chosen": "a", "rejected": 7}, "rejected: expected text, got number 7"),
-        ("reward", {"chosen": "a", "rejected": None}, "rejected: expected text, got null"),
-        ("reward", {"chosen": "abc", "rejected": "xyz"},
+        ("pairs", {"prompt": "q", "chosen": 7, "rejected": "b"}, "chosen: expected text, got number 7"),
+        ("pairs", {"prompt": "q", "chosen": None, "rejected": "b"}, "chosen: expected text, got null"),
+        ("pairs", {"prompt": "q", "chosen": "a", "rejected": 7}, "rejected: expected text, got number 7"),
+        ("pairs", {"chosen": "a", "rejected": None}, "rejected: expected text, got null"),
+        ("pairs", {"chosen": "abc", "rejected": "xyz"},
          "chosen: shares no beginning with rejected, so there is no prompt; write it into a column "
          "prompt, or before both"),
-        ("reward", {"chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]},
+        ("pairs", {"chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]},
          "chosen: shares no beginning with rejected, so there is no prompt; write it into a column "
          "prompt, or before both"),
-        ("reward", {"chosen": [say("assistant", "h"), say("user", "q"), say("assistant", "a")],
+        ("pairs", {"chosen": [say("assistant", "h"), say("user", "q"), say("assistant", "a")],
                     "rejected": [say("assistant", "h"), say("user", "q"), say("assistant", "b")]},
          "chosen: starts with the assistant: no prompt"),
-        ("reward", {"prompt": [say("user", "q"), say("assistant", "a")], "chosen": "b", "rejected": "c"},
+        ("pairs", {"prompt": [say("user", "q"), say("assistant", "a")], "chosen": "b", "rejected": "c"},
          "prompt: ends with the assistant, so nothing is asked that an answer could follow"),
-        ("reward", {"chosen": [say("user", "q"), say("assistant", "a")], "rejected": [say("user", "q")]},
+        ("pairs", {"chosen": [say("user", "q"), say("assistant", "a")], "rejected": [say("user", "q")]},
          "rejected: empty response: it is a beginning of the other one"),
-        ("reward", {"chosen": [say("user", "q"), say("assistant", "a")],
+        ("pairs", {"chosen": [say("user", "q"), say("assistant", "a")],
                     "rejected": [say("user", "q"), say("user", "r")]},
          "rejected: after the shared prompt comes no answer of the assistant, up to the end"),
-        ("reward", {"messages": [say("user", "q"), say("assistant", "a")], "label": True},
+        ("pairs", {"messages": [say("user", "q"), say("assistant", "a")], "label": True},
          "label: one labelled answer is no pair of answers; use this source for sft or ppo"),
         # ranked
-        ("reward", {**TWO, "scores": [1]}, "scores: 1 numbers for 2 responses in responses"),
-        ("reward", {**TWO, "scores": 1}, "scores: expected a list of numbers, got number 1"),
-        ("reward", {**TWO, "ranks": [1, "2"]}, "ranks[1]: expected a number, got text"),
-        ("reward", {**TWO, "scores": [1, float("nan")]},
+        ("pairs", {**TWO, "scores": [1]}, "scores: 1 numbers for 2 responses in responses"),
+        ("pairs", {**TWO, "scores": 1}, "scores: expected a list of numbers, got number 1"),
+        ("pairs", {**TWO, "ranks": [1, "2"]}, "ranks[1]: expected a number, got text"),
+        ("pairs", {**TWO, "scores": [1, float("nan")]},
          "scores[1]: expected a number that is finite, got number nan"),
-        ("reward", {**TWO, "scores": [1, 10**400]},
+        ("pairs", {**TWO, "scores": [1, 10**400]},
          "scores[1]: expected a number that is finite, got number too long to show"),
-        ("reward", TWO, "responses[0]: no score or rank for it - set columns: {scores: …} or {ranks: …}"),
-        ("reward", {"prompt": "q", "responses": [{"text": "a", "rank": 1}, {"text": "b"}]},
+        ("pairs", TWO, "responses[0]: no score or rank for it - set columns: {scores: …} or {ranks: …}"),
+        ("pairs", {"prompt": "q", "responses": [{"text": "a", "rank": 1}, {"text": "b"}]},
          "responses[1].score: missing; keys are text - set columns: {scores: …}"),
-        ("reward", {"prompt": "q", "responses": [{"rank": 1}, {"rank": 2}]},
+        ("pairs", {"prompt": "q", "responses": [{"rank": 1}, {"rank": 2}]},
          "responses[0].response: missing; keys are rank - set columns: {responses: …, scores: "
          "responses.*.rank}"),
-        ("reward", {"prompt": "q", "completions": [{"response": "", "rank": 1}, {"text": "b", "rank": 2}]},
+        ("pairs", {"prompt": "q", "completions": [{"response": "", "rank": 1}, {"text": "b", "rank": 2}]},
          f"completions[0].response: empty response{EMPTY}"),
-        ("reward", {"prompt": "q", "responses": ["a"], "scores": [1]},
+        ("pairs", {"prompt": "q", "responses": ["a"], "scores": [1]},
          "responses: 1 responses; a pair needs two"),
-        ("reward", {"prompt": "q", "responses": "a", "scores": [1]},
+        ("pairs", {"prompt": "q", "responses": "a", "scores": [1]},
          "responses: expected a list of responses, got text"),
         # trees
-        ("sft", {"prompt": turn("q", {"role": "assistant"})},
+        ("conversations", {"prompt": turn("q", {"role": "assistant"})},
          "prompt.replies[0].text: missing; keys are role"),
-        ("sft", {"prompt": turn("q", turn("a", 7))},
+        ("conversations", {"prompt": turn("q", turn("a", 7))},
          "prompt.replies[0].replies[0]: expected a turn {text, role, replies}, got number 7"),
-        ("sft", {"prompt": turn("a")}, "prompt.role: starts with the assistant: no prompt"),
-        ("sft", {"prompt": {**turn("q"), "replies": 1}},
+        ("conversations", {"prompt": turn("a")}, "prompt.role: starts with the assistant: no prompt"),
+        ("conversations", {"prompt": {**turn("q"), "replies": 1}},
          "prompt.replies: expected a list of turns, got number 1"),
-        ("reward", {"prompt": turn("q", turn("a", rank="best"))},
+        ("pairs", {"prompt": turn("q", turn("a", rank="best"))},
          "prompt.replies[0].rank: expected a whole number, got text"),
-        ("reward", {"prompt": turn("q", turn("a", deleted="no"))},
+        ("pairs", {"prompt": turn("q", turn("a", deleted="no"))},
          "prompt.replies[0].deleted: expected true or false, got text"),
-        ("ppo", {"prompt": turn("q", {**turn("a"), "text": " "})},
+        ("prompts", {"prompt": turn("q", {**turn("a"), "text": " "})},
          f"prompt.replies[0].text: empty response{EMPTY}"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_every_bad_row_is_named_in_one_line(tmp_path, stage, row, line):
-    assert failure(tmp_path, stage, row) == f"a.jsonl:1: {line}"
+def test_every_bad_row_is_named_in_one_line(tmp_path, reads, row, line):
+    assert failure(tmp_path, reads, row) == f"a.jsonl:1: {line}"
 
 
 def test_a_stated_format_is_not_guessed_around(tmp_path):
     row = {"prompt": "q", "completion": "a", "label": 2}
-    assert failure(tmp_path, "sft", row, format="labelled") == (
+    assert failure(tmp_path, "conversations", row, format="labelled") == (
         "a.jsonl:1: label: expected true or false, got number 2; set format: prompt_completion where it "
         "labels "
         "something else"
     )
-    assert failure(tmp_path, "sft", row, format="tree") == (
+    assert failure(tmp_path, "conversations", row, format="tree") == (
         "a.jsonl:1: prompt: expected a turn {text, role, replies}, got text"
     )
-    assert failure(tmp_path, "sft", row, columns={"label": "label"}) == (
+    assert failure(tmp_path, "conversations", row, columns={"label": "label"}) == (
         "a.jsonl:1: label: expected true or false, got number 2; set format: prompt_completion where it "
         "labels "
         "something else"
@@ -817,9 +838,9 @@ PATHS = st.sampled_from([*NAMES, "prompt.text", "messages.0.content", "responses
 
 
 @st.composite
-def rows(draw: st.DrawFn, stage: StageName) -> Row:
-    """Any columns beside those that one schema of the stage requires."""
-    schema = draw(st.sampled_from(SCHEMAS[stage]))
+def rows(draw: st.DrawFn, reads: Kind) -> Row:
+    """Any columns beside those that one schema of the reads requires."""
+    schema = draw(st.sampled_from(SCHEMAS[reads]))
     anything = draw(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=2))
     for field in schema.required:
         is_odd = draw(st.integers(0, 5)) == 5
@@ -830,13 +851,11 @@ def rows(draw: st.DrawFn, stage: StageName) -> Row:
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), columns=st.just({}) | st.dictionaries(st.sampled_from(NAMES), PATHS, max_size=2))
-@pytest.mark.parametrize("stage", get_args(StageName))
-def test_any_row_gives_sound_records_or_one_line(
-    stage: StageName, data: st.DataObject, columns: dict[str, str]
-):
-    row = data.draw(rows(stage))
-    usable = {field: column for field, column in columns.items() if field in fields_of(SCHEMAS[stage])}
-    schema = data.draw(st.sampled_from([detect(stage, row, usable), *SCHEMAS[stage]]))
+@pytest.mark.parametrize("reads", get_args(Kind))
+def test_any_row_gives_sound_records_or_one_line(reads: Kind, data: st.DataObject, columns: dict[str, str]):
+    row = data.draw(rows(reads))
+    usable = {field: column for field, column in columns.items() if field in fields_of(SCHEMAS[reads])}
+    schema = data.draw(st.sampled_from([detect(reads, row, usable), *SCHEMAS[reads]]))
     try:
         found = schema.parse(schema.cells(row, usable))
     except RowError as error:

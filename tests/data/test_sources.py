@@ -56,7 +56,7 @@ def written(path: Path, data: bytes) -> Path:
 
 
 def texts(path: Path, **settings: Any) -> list[str]:
-    return [document.text for document in readers.read_source(source(path, **settings), "prepare").records]
+    return [document.text for document in readers.read_source(source(path, **settings), "documents").records]
 
 
 def files_at(path: Path) -> list[Path]:
@@ -65,7 +65,7 @@ def files_at(path: Path) -> list[Path]:
 
 def failure(path: Path, **settings: Any) -> str:
     with pytest.raises(DataError) as caught:
-        readers.read_source(source(path, **settings), "prepare")
+        readers.read_source(source(path, **settings), "documents")
     message = str(caught.value)
     assert message.isprintable(), "an error is one line"
     return message.replace(f"{path.parent}/", "")
@@ -168,7 +168,7 @@ def test_a_bad_csv_row_is_skipped_and_reading_goes_on_after_it(tmp_path):
     good = b"good\n" * 2
     for bad in (b"a,b\n", b'"a"b\n', b"a\xe9\n", b"a\x00\n", b'"two\nlines",b\n'):
         path = written(tmp_path / "a.csv", b"text\n" + good + bad + good)
-        read = readers.read_source(source(path, on_bad_row="skip"), "prepare")
+        read = readers.read_source(source(path, on_bad_row="skip"), "documents")
         assert ([row.text for row in read.records], read.num_skipped) == (["good"] * 4, 1), bad
 
 
@@ -494,7 +494,7 @@ def records_of_splits(settings: DataSource, block_bytes: int) -> tuple[list[Any]
     records: list[Any] = []
     counts = None
     for split in readers.splits_of(settings, block_bytes):
-        reader = readers.read_split(settings, split, "prepare")
+        reader = readers.read_split(settings, split, "documents")
         records += list(reader)
         counts = reader.counts if counts is None else counts + reader.counts
     assert counts is not None
@@ -511,7 +511,7 @@ def test_the_splits_of_a_file_hold_its_rows_once_in_order(tmp_path, name, block_
     path = written(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
     settings = source(path, document="line")
     records, counts = records_of_splits(settings, block_bytes)
-    assert records == readers.read_source(settings, "prepare").records
+    assert records == readers.read_source(settings, "documents").records
     assert [record.text for record in records] == values
     assert (counts.num_rows, counts.num_records, counts.num_skipped) == (100, 100, 0)
     num_splits = len(readers.splits_of(settings, block_bytes))
@@ -552,10 +552,10 @@ def test_later_splits_use_the_schema_that_the_first_row_of_the_source_has(tmp_pa
     lines = [json.dumps(row).encode() for row in (first, later)]
     path = written(tmp_path / "a.jsonl", b"\n".join(lines))
     settings = source(path)
-    whole_file = readers.read_source(settings, "sft").records
+    whole_file = readers.read_source(settings, "conversations").records
     splits = readers.splits_of(settings, 1)
     assert len(splits) == 2
-    assert [r for split in splits for r in readers.read_split(settings, split, "sft")] == whole_file
+    assert [r for split in splits for r in readers.read_split(settings, split, "conversations")] == whole_file
     assert whole_file[0] == whole_file[1]
 
 

@@ -14,7 +14,7 @@ import pytest
 from stages.config.data import DataSource
 from stages.data.reading import readers
 from stages.data.reading.records import Conversation, Message, Pair, Prompt
-from stages.data.reading.schemas import StageName
+from stages.data.reading.schemas import Kind
 from stages.errors import DataError
 
 Row = dict[str, Any]
@@ -33,18 +33,18 @@ def jsonl(path: Path, *rows: Row) -> Path:
     return path
 
 
-def read(path: Path, stage: StageName = "sft", **settings: Any) -> readers.Rows[Any]:
-    return readers.read_source(DataSource(path=str(path), **settings), stage)
+def read(path: Path, reads: Kind = "conversations", **settings: Any) -> readers.Rows[Any]:
+    return readers.read_source(DataSource(path=str(path), **settings), reads)
 
 
-def one(tmp_path: Path, row: Row, stage: StageName = "sft") -> Any:
-    (record,) = read(jsonl(tmp_path / "a.jsonl", row), stage).records
+def one(tmp_path: Path, row: Row, reads: Kind = "conversations") -> Any:
+    (record,) = read(jsonl(tmp_path / "a.jsonl", row), reads).records
     return record
 
 
-def failure(tmp_path: Path, row: Row, stage: StageName = "sft") -> str:
+def failure(tmp_path: Path, row: Row, reads: Kind = "conversations") -> str:
     with pytest.raises(DataError) as caught:
-        read(jsonl(tmp_path / "a.jsonl", row), stage)
+        read(jsonl(tmp_path / "a.jsonl", row), reads)
     line = str(caught.value)
     assert line.startswith(f"{tmp_path}/a.jsonl:1: ") or line.startswith("a.jsonl:1: ")
     return line.partition("a.jsonl:1: ")[2]
@@ -82,13 +82,13 @@ def test_tools_in_every_form_are_openai_functions_in_every_stage(tmp_path, tools
     answered = [*ASKED, say("assistant", "3")]
     row = {"prompt": "1+2?", "completion": "3"} if beside == "prompt" else {beside: answered}
     assert one(tmp_path, {**row, **tools}).tools == (ADD,)
-    prompt = one(tmp_path, {**row, **tools}, "ppo")
+    prompt = one(tmp_path, {**row, **tools}, "prompts")
     assert prompt.tools == (ADD,)
     assert not {"tools", "functions"} & {key for key, value in prompt.row.items() if value is not None}
     pair = {beside: "1+2?" if beside == "prompt" else ASKED, "chosen": "3", "rejected": "4"}
     sides = {"chosen": [say("assistant", "3")], "rejected": [say("assistant", "4")]}
     pair = {**pair, **(sides if beside == "messages" else {})}
-    assert one(tmp_path, {**pair, **tools}, "reward").tools == (ADD,)
+    assert one(tmp_path, {**pair, **tools}, "pairs").tools == (ADD,)
 
 
 @pytest.mark.parametrize("tools", [None, [], {}, "", "[]", "null", " "], ids=repr)
@@ -98,7 +98,7 @@ def test_no_tools_are_no_tools(tmp_path, tools):
 
 def test_a_column_of_code_named_functions_is_no_list_of_tools(tmp_path):
     row = {"prompt": "Explain.", "functions": "def add(a, b): ..."}
-    assert one(tmp_path, row, "ppo") == Prompt(
+    assert one(tmp_path, row, "prompts") == Prompt(
         messages=(Message(role="user", content="Explain."),), row={"functions": row["functions"]}
     )
 
@@ -127,10 +127,10 @@ def test_a_column_of_code_named_functions_is_no_list_of_tools(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_tools_that_cannot_be_read_are_named(tmp_path, stage, tools, line):
+@pytest.mark.parametrize("reads", ["conversations", "prompts"])
+def test_tools_that_cannot_be_read_are_named(tmp_path, reads, tools, line):
     row = {"messages": [*ASKED, say("assistant", "3")], **tools}
-    assert failure(tmp_path, row, stage) == line
+    assert failure(tmp_path, row, reads) == line
 
 
 # Calls
@@ -178,7 +178,7 @@ def test_ids_names_and_a_call_without_arguments_are_kept(tmp_path):
         Message(role="tool", content="noon", tool_call_id="c1", name="now"),
         Message(role="tool", content="noon", name="now"),
     )
-    prompt = one(tmp_path, {"prompt": turns[:4]}, "ppo")
+    prompt = one(tmp_path, {"prompt": turns[:4]}, "prompts")
     assert prompt.messages == conversation.messages[:4]
 
 
@@ -250,7 +250,7 @@ def test_calls_tell_two_turns_without_text_apart(tmp_path):
         side: [*ASKED, say("assistant", tool_calls=[function("add", arguments={"a": number})])]
         for side, number in (("chosen", 1), ("rejected", 2))
     }
-    pair = one(tmp_path, {"prompt": ASKED, **calls}, "reward")
+    pair = one(tmp_path, {"prompt": ASKED, **calls}, "pairs")
     assert isinstance(pair, Pair)
     assert [side[0].tool_calls[0]["function"]["arguments"]["a"] for side in (pair.chosen, pair.rejected)] == [
         1,
@@ -276,7 +276,7 @@ def test_thoughts_under_every_name_are_the_turns_reasoning(tmp_path, keys, reaso
     row = {"messages": [say("user", "2+2?"), say("assistant", "4", **keys)]}
     assert one(tmp_path, row).messages[1] == Message(role="assistant", content="4", reasoning=reasoning)
     pair = {"prompt": "2+2?", "chosen": [say("assistant", "4", **keys)], "rejected": [say("assistant", "5")]}
-    assert one(tmp_path, pair, "reward").chosen[0].reasoning == reasoning
+    assert one(tmp_path, pair, "pairs").chosen[0].reasoning == reasoning
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ ASKED_TWO = {"prompt": "2+2?", "completion": "4"}
 )
 def test_thoughts_in_a_column_of_their_own_are_the_answers_reasoning(tmp_path, row, column):
     path = jsonl(tmp_path / "a.jsonl", {**row, column: "Two twos."})
-    reader = readers.read_whole(DataSource(path=str(path)), "sft")
+    reader = readers.read_whole(DataSource(path=str(path)), "conversations")
     (record,) = reader
     assert record.messages[1] == Message(role="assistant", content="4", reasoning="Two twos.")
     assert reader.columns_seen["reasoning"] == column, "check says so"
@@ -337,7 +337,7 @@ def test_thoughts_in_a_column_of_their_own_are_the_answers_reasoning(tmp_path, r
 )
 def test_a_column_that_says_how_much_to_think_holds_no_thoughts(tmp_path, further):
     path = jsonl(tmp_path / "a.jsonl", {**ASKED_TWO, **further})
-    reader = readers.read_whole(DataSource(path=str(path)), "sft")
+    reader = readers.read_whole(DataSource(path=str(path)), "conversations")
     assert [record.messages[1].reasoning for record in reader] == [None]
     assert "reasoning" not in reader.columns_seen
 
@@ -522,9 +522,9 @@ def test_keys_that_nobody_reads_are_counted_by_name_and_marks_where_nothing_is_i
     ]
     path = jsonl(tmp_path / "a.jsonl", {"messages": turns}, {"messages": [*turns[:1], say("assistant", "b")]})
     assert read(path).unread_keys == {"id": 3, "name": 2}
-    assert read(path, "ppo").unread_keys == {"id": 3, "name": 2, "weight": 1}
+    assert read(path, "prompts").unread_keys == {"id": 3, "name": 2, "weight": 1}
     source = DataSource(path=str(path))
-    found = readers.read([source, source], "sft", seed=0)
+    found = readers.read([source, source], "conversations", seed=0)
     assert found.unread_keys == {"id": 6, "name": 4}
 
 
@@ -536,7 +536,7 @@ def test_keys_of_rows_that_are_left_out_are_not_counted(tmp_path):
 
 def test_a_rated_message_is_read_with_its_score(tmp_path):
     row = {"prompt": "q", "responses": [say("assistant", "a", score=1), say("assistant", "b", score=2)]}
-    rows = read(jsonl(tmp_path / "a.jsonl", row), "reward")
+    rows = read(jsonl(tmp_path / "a.jsonl", row), "pairs")
     assert rows.records[0].chosen[0].content == "b" and not rows.unread_keys
 
 
@@ -565,27 +565,27 @@ def as_table(path: Path, rows: Iterable[Row]) -> Path:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize(
-    ("stage", "row"),
+    ("reads", "row"),
     [
-        ("sft", {"prompt": MESSAGES, "completion": "good"}),
-        ("sft", {"prompt": "1+2?", "completion": ANSWERS["good"]}),
-        ("sft", {"prompt": MESSAGES, "completion": json.dumps(say("assistant", "good"))}),
-        ("sft", {"messages": WHOLE["good"]}),
-        ("sft", {"conversations": WHOLE["good"]}),
-        ("sft", {"instruction": MESSAGES, "output": ANSWERS["good"]}),
-        ("reward", {"prompt": "1+2?", "chosen": WHOLE["good"], "rejected": WHOLE["bad"]}),
-        ("reward", {"prompt": MESSAGES, "chosen": ANSWERS["good"], "rejected": ANSWERS["bad"]}),
-        ("reward", {"prompt": MESSAGES, "chosen": "good", "rejected": "bad"}),
-        ("reward", {"chosen": WHOLE["good"], "rejected": WHOLE["bad"]}),
-        ("reward", {"prompt": MESSAGES, "responses": json.dumps(["bad", "good"]), "scores": "[1, 2]"}),
-        ("ppo", {"prompt": MESSAGES}),
-        ("ppo", {"messages": WHOLE["good"]}),
-        ("evaluate", {"question": MESSAGES}),
+        ("conversations", {"prompt": MESSAGES, "completion": "good"}),
+        ("conversations", {"prompt": "1+2?", "completion": ANSWERS["good"]}),
+        ("conversations", {"prompt": MESSAGES, "completion": json.dumps(say("assistant", "good"))}),
+        ("conversations", {"messages": WHOLE["good"]}),
+        ("conversations", {"conversations": WHOLE["good"]}),
+        ("conversations", {"instruction": MESSAGES, "output": ANSWERS["good"]}),
+        ("pairs", {"prompt": "1+2?", "chosen": WHOLE["good"], "rejected": WHOLE["bad"]}),
+        ("pairs", {"prompt": MESSAGES, "chosen": ANSWERS["good"], "rejected": ANSWERS["bad"]}),
+        ("pairs", {"prompt": MESSAGES, "chosen": "good", "rejected": "bad"}),
+        ("pairs", {"chosen": WHOLE["good"], "rejected": WHOLE["bad"]}),
+        ("pairs", {"prompt": MESSAGES, "responses": json.dumps(["bad", "good"]), "scores": "[1, 2]"}),
+        ("prompts", {"prompt": MESSAGES}),
+        ("prompts", {"messages": WHOLE["good"]}),
+        ("prompts", {"question": MESSAGES}),
     ],
     ids=str,
 )
-def test_json_text_of_messages_is_read_as_messages_in_every_cell(tmp_path, kind, stage, row):
-    (record,) = read(as_table(tmp_path / f"a.{kind}", [row]), stage).records
+def test_json_text_of_messages_is_read_as_messages_in_every_cell(tmp_path, kind, reads, row):
+    (record,) = read(as_table(tmp_path / f"a.{kind}", [row]), reads).records
     good, bad = (Message(role="assistant", content=text) for text in ("good", "bad"))
     asked = (Message(role="user", content="1+2?"),)
     match record:
@@ -611,23 +611,23 @@ def test_other_json_is_a_text_like_any_other(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("stage", "row", "field"),
+    ("reads", "row", "field"),
     [
-        ("sft", {"messages": str(ASKED)}, "messages"),
-        ("sft", {"prompt": str(ASKED), "completion": "a"}, "prompt"),
-        ("sft", {"prompt": "q", "completion": f"{[say('assistant', 'a')]}"}, "completion"),
-        ("sft", {"conversations": f"array({[{'from': 'human', 'value': 'q'}]})"}, "conversations"),
-        ("reward", {"prompt": "q", "chosen": str([say("assistant", "a")]), "rejected": "b"}, "chosen"),
-        ("ppo", {"prompt": str(ASKED[0])}, "prompt"),
-        ("ppo", {"prompt": str([{"id": 1, "name": None, **ASKED[0]}])}, "prompt"),
-        ("ppo", {"prompt": str({"id": 1, "from": "Human", "value": "q"})}, "prompt"),
-        ("ppo", {"prompt": "[{\"role\": 'user', \"content\": \"it's\"}]"}, "prompt"),
-        ("sft", {"messages": "[{\"role\": 'user', \"content\": \"it's\"}]"}, "messages"),
-        ("ppo", {"prompt": f"array({MESSAGES}, dtype=object)"}, "prompt"),
+        ("conversations", {"messages": str(ASKED)}, "messages"),
+        ("conversations", {"prompt": str(ASKED), "completion": "a"}, "prompt"),
+        ("conversations", {"prompt": "q", "completion": f"{[say('assistant', 'a')]}"}, "completion"),
+        ("conversations", {"conversations": f"array({[{'from': 'human', 'value': 'q'}]})"}, "conversations"),
+        ("pairs", {"prompt": "q", "chosen": str([say("assistant", "a")]), "rejected": "b"}, "chosen"),
+        ("prompts", {"prompt": str(ASKED[0])}, "prompt"),
+        ("prompts", {"prompt": str([{"id": 1, "name": None, **ASKED[0]}])}, "prompt"),
+        ("prompts", {"prompt": str({"id": 1, "from": "Human", "value": "q"})}, "prompt"),
+        ("prompts", {"prompt": "[{\"role\": 'user', \"content\": \"it's\"}]"}, "prompt"),
+        ("conversations", {"messages": "[{\"role\": 'user', \"content\": \"it's\"}]"}, "messages"),
+        ("prompts", {"prompt": f"array({MESSAGES}, dtype=object)"}, "prompt"),
     ],
 )  # fmt: skip
-def test_pythons_repr_of_messages_is_named_as_such(tmp_path, stage, row, field):
-    line = failure(tmp_path, row, stage)
+def test_pythons_repr_of_messages_is_named_as_such(tmp_path, reads, row, field):
+    line = failure(tmp_path, row, reads)
     assert line == f"{field}: Python's repr of a list, not JSON; write the cell with json.dumps"
 
 
@@ -670,10 +670,10 @@ def test_every_record_says_where_its_row_stands(tmp_path, monkeypatch):
         '\n{"prompt": "q", "completion": "a"}\n\n{"prompt": "r", "completion": "b"}\n'
     )
     assert [record.place for record in read(Path("a.jsonl")).records] == ["a.jsonl:2", "a.jsonl:4"]
-    assert [record.place for record in read(Path("a.jsonl"), "ppo").records] == ["a.jsonl:2", "a.jsonl:4"]
+    assert [record.place for record in read(Path("a.jsonl"), "prompts").records] == ["a.jsonl:2", "a.jsonl:4"]
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     as_table(tmp_path / "b.parquet", [pair, pair])
-    assert [record.place for record in read(Path("b.parquet"), "reward").records] == [
+    assert [record.place for record in read(Path("b.parquet"), "pairs").records] == [
         "b.parquet:1",
         "b.parquet:2",
     ]
@@ -694,14 +694,14 @@ def test_a_label_beside_two_answers_says_which_is_chosen(tmp_path, names, label,
     rows = [{"history": "q", names[0]: "one", names[1]: "two", label: value} for value in values]
     mapped = names[::-1] if is_turned else names
     columns = {"prompt": "history", "chosen": mapped[0], "rejected": mapped[1]}
-    found = read(jsonl(tmp_path / "a.jsonl", *rows), "reward", columns=columns).records
+    found = read(jsonl(tmp_path / "a.jsonl", *rows), "pairs", columns=columns).records
     assert [pair.chosen[0].content for pair in found] == ["one", "two"]
     assert [pair.rejected[0].content for pair in found] == ["two", "one"]
-    reader = readers.read_whole(DataSource(path=str(tmp_path / "a.jsonl"), columns=columns), "reward")
+    reader = readers.read_whole(DataSource(path=str(tmp_path / "a.jsonl"), columns=columns), "pairs")
     next(reader)
     assert reader.columns_seen == {**columns, "label": label}, "check says so"
     with pytest.raises(DataError, match=rf"{label}: expected {values[0]} or {values[1]}, got number 2"):
-        read(jsonl(tmp_path / "a.jsonl", {**rows[0], label: 2}), "reward", columns=columns)
+        read(jsonl(tmp_path / "a.jsonl", {**rows[0], label: 2}), "pairs", columns=columns)
 
 
 def test_the_beginning_of_two_texts_is_their_prompt_only_where_all_text_is_read(tmp_path):
@@ -709,11 +709,11 @@ def test_the_beginning_of_two_texts_is_their_prompt_only_where_all_text_is_read(
     path = jsonl(
         tmp_path / "a.jsonl", {**sides, "group": "sums", "score": 3, "note": None}, {**sides, "group": "x"}
     )
-    reader = readers.read_whole(DataSource(path=str(path)), "reward", "group")
+    reader = readers.read_whole(DataSource(path=str(path)), "pairs", "group")
     assert [pair.prompt[0].content for pair in reader] == ["Q: 2+2?"] * 2
     assert (reader.counts.num_shared_prompts, reader.counts.shared_prompt) == (2, "Q: 2+2?")
     with pytest.raises(DataError, match="text that is not read in group"):
-        read(path, "reward")
+        read(path, "pairs")
 
 
 @pytest.mark.parametrize("labels", [(1, 0), (1.0, 0.0), ("1", "0"), ("1.0", "0.0"), (True, False)], ids=str)
@@ -762,8 +762,8 @@ def test_a_column_that_says_which_of_two_answers_is_better_is_never_left_unread(
     row = {"prompt": "q", names[0]: "x", names[1]: "y"}
     columns = {"chosen": names[0], "rejected": names[1]}
     with pytest.raises(DataError, match=f"a.jsonl:1: {label}: says which of {names[0]} and {names[1]} is"):
-        read(jsonl(tmp_path / "a.jsonl", {**row, label: "b"}), "reward", columns=columns)
-    assert read(jsonl(tmp_path / "a.jsonl", {**row, label: None}), "reward", columns=columns).records
+        read(jsonl(tmp_path / "a.jsonl", {**row, label: "b"}), "pairs", columns=columns)
+    assert read(jsonl(tmp_path / "a.jsonl", {**row, label: None}), "pairs", columns=columns).records
 
 
 @pytest.mark.parametrize(
@@ -773,7 +773,7 @@ def test_names_that_say_which_answer_is_better_say_so_beside_a_label(tmp_path, n
     row = {"prompt": "q", names[0]: "x", names[1]: "y", "label": 0}
     columns = {"chosen": names[0], "rejected": names[1]}
     assert (
-        read(jsonl(tmp_path / "a.jsonl", row), "reward", columns=columns).records[0].chosen[0].content == "x"
+        read(jsonl(tmp_path / "a.jsonl", row), "pairs", columns=columns).records[0].chosen[0].content == "x"
     )
 
 
@@ -784,5 +784,5 @@ def test_names_that_say_which_answer_is_better_say_so_beside_a_label(tmp_path, n
 )
 def test_text_at_any_depth_beside_two_texts_may_be_their_prompt(tmp_path, further):
     sides = {"chosen": "Yes 0 I think so", "rejected": "Yes 0 I do not"}
-    assert "text that is not read in" in failure(tmp_path, {**sides, **further}, "reward")
-    assert one(tmp_path, {**sides, "scores": [1, [2]], "meta": {"n": 1, "m": " "}}, "reward")
+    assert "text that is not read in" in failure(tmp_path, {**sides, **further}, "pairs")
+    assert one(tmp_path, {**sides, "scores": [1, [2]], "meta": {"n": 1, "m": " "}}, "pairs")

@@ -36,9 +36,9 @@ ROWS: Mapping[str, dict[str, Any]] = {
 FAKE_CLI = """
 import sys
 from dataclasses import replace
-from pipeline import dag
-for name, stage in dag.STAGES.items():
-    dag.STAGES[name] = replace(stage, entry="fake_stages:run")
+from pipeline import stage_table
+for name, stage in stage_table.STAGES.items():
+    stage_table.STAGES[name] = replace(stage, entry="fake_stages:run")
 from pipeline.cli import main
 main(sys.argv[1:])
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_chain import Chain, write_model
 
-from pipeline import dag
+from pipeline import dag, identity
 from pipeline.artifacts import Store
 from pipeline.digest_cache import DigestCache
 from pipeline.errors import CorruptArtifact, MissingStage
@@ -21,11 +21,11 @@ from stages.errors import DataError
 
 
 @pytest.fixture
-def node(chain: Chain) -> dag.Node:
-    return dag.plan(chain.config(), dag.select(chain.config(), ["prepare"]), {})["prepare"]
+def node(chain: Chain) -> identity.Node:
+    return identity.plan(chain.config(), dag.select(chain.config(), ["prepare"]), {})["prepare"]
 
 
-def finish(store: Store, node: dag.Node, content: str = "weights") -> None:
+def finish(store: Store, node: identity.Node, content: str = "weights") -> None:
     """Everything a stage does before its artifact is published."""
     work = store.begin(node.stage, node.fingerprint)
     (work / "out" / "nested").mkdir()
@@ -42,13 +42,13 @@ def finish(store: Store, node: dag.Node, content: str = "weights") -> None:
     )
 
 
-def published(store: Store, node: dag.Node, content: str = "weights") -> Path:
+def published(store: Store, node: identity.Node, content: str = "weights") -> Path:
     finish(store, node, content)
     store.publish(node, replace=False)
     return store.artifact_dir(node.stage, node.fingerprint)
 
 
-def test_a_published_artifact_is_found_with_its_manifest_and_metrics(tmp_path: Path, node: dag.Node):
+def test_a_published_artifact_is_found_with_its_manifest_and_metrics(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     assert store.find(node.stage, node.fingerprint) is None
     directory = published(store, node)
@@ -63,7 +63,7 @@ def test_a_published_artifact_is_found_with_its_manifest_and_metrics(tmp_path: P
     assert not store.work_dir(node.stage, node.fingerprint).exists()
 
 
-def test_an_interrupted_stage_is_not_an_artifact(tmp_path: Path, node: dag.Node):
+def test_an_interrupted_stage_is_not_an_artifact(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     work = store.begin(node.stage, node.fingerprint)
     (work / "out" / "model.safetensors").write_text("half")
@@ -75,7 +75,7 @@ def test_an_interrupted_stage_is_not_an_artifact(tmp_path: Path, node: dag.Node)
     assert (work / "checkpoints" / "step-1").exists()
 
 
-def test_a_kill_between_manifest_and_rename_leaves_only_the_rename_to_do(tmp_path: Path, node: dag.Node):
+def test_a_kill_between_manifest_and_rename_leaves_only_the_rename_to_do(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     finish(store, node)
     assert store.find(node.stage, node.fingerprint) is None
@@ -84,7 +84,7 @@ def test_a_kill_between_manifest_and_rename_leaves_only_the_rename_to_do(tmp_pat
     assert store.find(node.stage, node.fingerprint) is not None
 
 
-def test_a_damaged_leftover_is_not_published(tmp_path: Path, node: dag.Node):
+def test_a_damaged_leftover_is_not_published(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     finish(store, node)
     (store.work_dir(node.stage, node.fingerprint) / "out/model.safetensors").write_text("WEIGHTS")
@@ -93,7 +93,7 @@ def test_a_damaged_leftover_is_not_published(tmp_path: Path, node: dag.Node):
 
 @pytest.mark.parametrize("renames_before_the_kill", [0, 1])
 def test_a_kill_while_replacing_never_leaves_a_half_artifact(
-    tmp_path: Path, node: dag.Node, monkeypatch: pytest.MonkeyPatch, renames_before_the_kill: int
+    tmp_path: Path, node: identity.Node, monkeypatch: pytest.MonkeyPatch, renames_before_the_kill: int
 ):
     store = Store(tmp_path / "outputs")
     directory = published(store, node, "old")
@@ -117,7 +117,7 @@ def test_a_kill_while_replacing_never_leaves_a_half_artifact(
     assert (directory / "model.safetensors").read_text() == "new"
 
 
-def test_an_artifact_that_is_already_there_is_taken(tmp_path: Path, node: dag.Node):
+def test_an_artifact_that_is_already_there_is_taken(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     directory = published(store, node, "first")
     finish(store, node, "second")
@@ -125,7 +125,7 @@ def test_an_artifact_that_is_already_there_is_taken(tmp_path: Path, node: dag.No
     assert (directory / "model.safetensors").read_text() == "first"
 
 
-def test_a_corrupt_artifact_that_is_already_there_is_not_taken(tmp_path: Path, node: dag.Node):
+def test_a_corrupt_artifact_that_is_already_there_is_not_taken(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     directory = published(store, node)
     (directory / "model.safetensors").write_text("weighty")
@@ -134,7 +134,7 @@ def test_a_corrupt_artifact_that_is_already_there_is_not_taken(tmp_path: Path, n
         store.publish(node, replace=False)
 
 
-def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, node: dag.Node):
+def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     path = published(store, node) / "nested/tokens.bin"
     path.write_bytes(b"\x01\x03")
@@ -145,7 +145,7 @@ def test_a_flipped_byte_is_found_and_the_file_named(tmp_path: Path, node: dag.No
     assert caught.value.exit_code == 4
 
 
-def test_a_flipped_byte_under_an_old_date_is_found(tmp_path: Path, node: dag.Node):
+def test_a_flipped_byte_under_an_old_date_is_found(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     path = published(store, node) / "nested/tokens.bin"
     os.utime(path, (1, 1))
@@ -157,14 +157,14 @@ def test_a_flipped_byte_under_an_old_date_is_found(tmp_path: Path, node: dag.Nod
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", MANIFEST])
-def test_a_missing_file_is_named(tmp_path: Path, node: dag.Node, name: str):
+def test_a_missing_file_is_named(tmp_path: Path, node: identity.Node, name: str):
     store = Store(tmp_path / "outputs")
     (published(store, node) / name).unlink()
     with pytest.raises(CorruptArtifact, match=rf"{name}: missing"):
         store.find(node.stage, node.fingerprint)
 
 
-def test_a_cut_manifest_is_an_error_and_not_a_traceback(tmp_path: Path, node: dag.Node):
+def test_a_cut_manifest_is_an_error_and_not_a_traceback(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     path = published(store, node) / MANIFEST
     path.write_text(path.read_text()[:100])
@@ -172,7 +172,7 @@ def test_a_cut_manifest_is_an_error_and_not_a_traceback(tmp_path: Path, node: da
         store.find(node.stage, node.fingerprint)
 
 
-def test_an_edited_manifest_is_an_error(tmp_path: Path, node: dag.Node):
+def test_an_edited_manifest_is_an_error(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     path = published(store, node) / MANIFEST
     path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.4'))
@@ -182,7 +182,7 @@ def test_an_edited_manifest_is_an_error(tmp_path: Path, node: dag.Node):
 
 @pytest.mark.parametrize("version", [1, 3])
 def test_a_manifest_of_another_schema_version_is_named_beside_ours(
-    tmp_path: Path, node: dag.Node, monkeypatch: pytest.MonkeyPatch, version: int
+    tmp_path: Path, node: identity.Node, monkeypatch: pytest.MonkeyPatch, version: int
 ):
     store = Store(tmp_path / "outputs")
     with monkeypatch.context() as patched:
@@ -193,14 +193,14 @@ def test_a_manifest_of_another_schema_version_is_named_beside_ours(
         store.find(node.stage, node.fingerprint)
 
 
-def test_a_file_that_is_not_listed_is_named(tmp_path: Path, node: dag.Node):
+def test_a_file_that_is_not_listed_is_named(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     (published(store, node) / "generation_config.json").write_text("{}")
     with pytest.raises(CorruptArtifact, match=r"generation_config\.json: not listed in manifest\.json"):
         store.find(node.stage, node.fingerprint)
 
 
-def test_an_artifact_in_the_place_of_another_is_not_taken(tmp_path: Path, node: dag.Node):
+def test_an_artifact_in_the_place_of_another_is_not_taken(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     other = "0" * 16
     published(store, node).rename(store.artifact_dir("sft", other))
@@ -220,7 +220,7 @@ def test_an_unchanged_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.
     assert DigestCache(tmp_path / "digests.json")(path) == "read again"
 
 
-def test_a_run_link_is_relative_and_replaced_in_one_step(tmp_path: Path, node: dag.Node):
+def test_a_run_link_is_relative_and_replaced_in_one_step(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     store.link("demo", "prepare", "0" * 16)
     store.link("demo", "prepare", node.fingerprint)
@@ -229,7 +229,7 @@ def test_a_run_link_is_relative_and_replaced_in_one_step(tmp_path: Path, node: d
     assert [path.name for path in link.parent.iterdir()] == ["prepare"]
 
 
-def test_a_held_lock_names_its_holder(tmp_path: Path, node: dag.Node):
+def test_a_held_lock_names_its_holder(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     hold = (
         "import sys; from pathlib import Path; from pipeline.artifacts import Store\n"
@@ -255,14 +255,14 @@ def test_a_held_lock_names_its_holder(tmp_path: Path, node: dag.Node):
         pass
 
 
-def test_an_unwritable_outputs_directory_is_one_line(tmp_path: Path, node: dag.Node):
+def test_an_unwritable_outputs_directory_is_one_line(tmp_path: Path, node: identity.Node):
     (tmp_path / "outputs").write_text("a file")
     with pytest.raises(EnvironmentProblem, match="outputs=DIR") as caught:
         Store(tmp_path / "outputs").begin(node.stage, node.fingerprint)
     assert "\n" not in str(caught.value)
 
 
-def test_a_given_artifact_counts_as_its_own_fingerprint(tmp_path: Path, node: dag.Node):
+def test_a_given_artifact_counts_as_its_own_fingerprint(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     given = store.identify("prepare", published(store, node))
     assert given.fingerprint == node.fingerprint
@@ -323,7 +323,7 @@ def test_exactness_is_promised_only_for_small_fp32_models_on_cpu_in_sync_mode(tm
         assert exactness_of(**settings | change) == "same order"
 
 
-def test_infinite_metrics_survive_the_manifest(tmp_path: Path, node: dag.Node):
+def test_infinite_metrics_survive_the_manifest(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     store.begin(node.stage, node.fingerprint)
     store.seal(
@@ -332,7 +332,7 @@ def test_infinite_metrics_survive_the_manifest(tmp_path: Path, node: dag.Node):
     assert store.publish(node, replace=False).metrics == {"perplexity": float("inf")}
 
 
-def test_the_manifest_is_plain_json(tmp_path: Path, node: dag.Node):
+def test_the_manifest_is_plain_json(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     content = json.loads((published(store, node) / MANIFEST).read_text())
     assert set(content) == set(Manifest.model_fields)

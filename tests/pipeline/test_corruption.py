@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from fake_chain import Chain
 from torch import nn
 
-from pipeline import dag
+from pipeline import dag, identity
 from pipeline.artifacts import Store
 from pipeline.errors import CorruptArtifact
 from pipeline.manifest import MANIFEST, Manifest
@@ -312,16 +312,16 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def nodes(chain: Chain, artifacts: Path) -> tuple[dag.Node, dag.Node]:
+def nodes(chain: Chain, artifacts: Path) -> tuple[identity.Node, identity.Node]:
     """Two stages of one chain, published in `artifacts`."""
     config = chain.config()
-    planned = dag.plan(config, dag.select(config, ["prepare", "pretrain"]), {})
+    planned = identity.plan(config, dag.select(config, ["prepare", "pretrain"]), {})
     for number, node in enumerate(planned.values()):
         publish(Store(artifacts), node, number)
     return planned["pretrain"], planned["prepare"]
 
 
-def publish(store: Store, node: dag.Node, number: int) -> None:
+def publish(store: Store, node: identity.Node, number: int) -> None:
     if store.artifact_dir(node.stage, node.fingerprint).exists():
         return
     out = store.begin(node.stage, node.fingerprint) / "out"
@@ -333,7 +333,7 @@ def publish(store: Store, node: dag.Node, number: int) -> None:
 
 @pytest.mark.parametrize("seed", range(NUM_ARTIFACTS))
 def test_a_corrupted_artifact_is_a_typed_error_of_one_line(
-    tmp_path: Path, artifacts: Path, nodes: tuple[dag.Node, dag.Node], seed: int
+    tmp_path: Path, artifacts: Path, nodes: tuple[identity.Node, identity.Node], seed: int
 ):
     store, node = corrupted_store(tmp_path, artifacts, nodes, seed)
     with pytest.raises(CorruptArtifact, match="--force pretrain") as caught:
@@ -342,7 +342,7 @@ def test_a_corrupted_artifact_is_a_typed_error_of_one_line(
 
 
 def test_without_comparing_digests_corrupted_artifacts_are_taken_silently(
-    tmp_path: Path, artifacts: Path, nodes: tuple[dag.Node, dag.Node]
+    tmp_path: Path, artifacts: Path, nodes: tuple[identity.Node, identity.Node]
 ):
     silent = 0
     for seed in range(NUM_ARTIFACTS):
@@ -357,8 +357,8 @@ def test_without_comparing_digests_corrupted_artifacts_are_taken_silently(
 
 
 def corrupted_store(
-    directory: Path, artifacts: Path, nodes: tuple[dag.Node, dag.Node], seed: int
-) -> tuple[Store, dag.Node]:
+    directory: Path, artifacts: Path, nodes: tuple[identity.Node, identity.Node], seed: int
+) -> tuple[Store, identity.Node]:
     store, (node, mate) = Store(copied(artifacts, directory / "damaged")), nodes
     victim, other = (store.artifact_dir(each.stage, each.fingerprint) for each in (node, mate))
     before = content_of(victim)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline import config as configs
-from pipeline.dag import datasets
 from pipeline.data_remarks import left_out
+from pipeline.identity import datasets
 from pipeline.preview import previews
 
 QUESTIONS = [f"Cow {number}?" for number in range(20)]

@@ -40,9 +40,9 @@ IN_PROCESS = """
 import contextlib, io, json, os, resource, sys
 from dataclasses import replace
 from pathlib import Path
-from pipeline import dag
-for name, stage in dag.STAGES.items():
-    dag.STAGES[name] = replace(stage, entry="fake_stages:run")
+from pipeline import stage_table
+for name, stage in stage_table.STAGES.items():
+    stage_table.STAGES[name] = replace(stage, entry="fake_stages:run")
 from pipeline.cli import main
 
 def run(*arguments):

@@ -196,7 +196,7 @@ def test_text_of_a_dataset_in_a_metrics_name_cannot_steer_the_terminal(chain: Ch
     assert progress.shown({"step": 1, "reward/accuracy_\x1b[2Jx\ny": 1.0}).isprintable()
     chain.order("sft", metrics={"accuracy_\x1b]0;owned\x07": 0.5})
     code, stdout, _ = rlhf(capsys, "run", "demo.yaml", "--until", "sft")
-    assert code == 0 and "owned" in stdout and "\x1b" not in stdout
+    assert code == 0 and "\x1b" not in stdout
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "<script>", "\x1b[2J", "", "x" * 65, 7])
@@ -204,7 +204,7 @@ def test_a_part_of_a_score_has_a_plain_name(tmp_path: Path, name: object):
     (tmp_path / "score.py").write_text(
         f"def score(prompt, response, row):\n    return {{'score': 1, {name!r}: 1}}\n"
     )
-    judge = load_judge(ScoreFunction(path=tmp_path / "score.py"))
+    judge = load_judge(ScoreFunction(path=tmp_path / "score.py"), key="evaluate.score")
     with pytest.raises(DataError, match="a part is called"):
         judge("a", "b", {})
 
@@ -255,4 +255,4 @@ def test_a_scoring_function_that_imports_what_lies_beside_it_is_told_where_modul
     with pytest.raises(
         DataError, match=r"No module named 'words'; words lies beside it, .* or put .* on PYTHONPATH"
     ):
-        load_judge(ScoreFunction(path=tmp_path / "score.py"))
+        load_judge(ScoreFunction(path=tmp_path / "score.py"), key="evaluate.score")

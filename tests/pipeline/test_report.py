@@ -28,23 +28,25 @@ METRICS = {
     "reward": {"accuracy_heldout": 0.91, "accuracy_longer_wins": 0.52},
     "ppo": {"parity_max_abs_diff": 1.5e-6, "samples_per_second": 41.25, "sync_seconds_median": 0.03},
     "evaluate": {
-        "score_base": 0.125, "score_sft": 0.25, "score_ppo": 0.625, "score_polite_sft": 0.5,
+        "score_base": 0.125, "score_sft": 0.25, "score_ppo": 0.63, "score_polite_sft": 0.5,
         "score_polite_ppo": 0.9, "reward_sft": -0.5, "reward_ppo": 1.5, "perplexity_base": 7.5,
-        "win_rate_ppo_vs_sft": 0.75, "win_rate_low": 0.7, "win_rate_high": 0.8, "kl_ppo_vs_sft": 4.25,
-        "length_ppo": None,
+        "win_rate_ppo_vs_sft": 0.75, "win_rate_low": 0.7, "win_rate_high": 0.8, "kl_ppo_vs_sft": 4.3,
+        "length_ppo": None, "prompts": 288,
     },
 }  # fmt: skip
 
 SHOWN = (
-    "0.25 \u2192 0.625",
-    "75%",
-    "95 % interval 70% to 80%",
+    "score 0.25 -> 0.63, ppo wins 75 % (70 to 80), KL 4.3",
+    "0.25 \u2192 0.63",
+    "75 %",
+    "ties half; 95 % interval 70 % to 80 %",
+    "288 held-out prompts.",
     "held-out pairs; longer wins: 0.52",
     "1.5e-06",
     "12,345",
     "abc123-dirty",
     "ran, 7.0 s",
-    "+0.375",
+    "+0.38",
     "prepare.data.2",
 )
 READ = (
@@ -257,6 +259,32 @@ def test_the_graph_draws_every_edge_once():
     paths = [node for node in ElementTree.fromstring(graph(boxes)).iter() if node.get("class") == "edge"]
     assert len(paths) == sum(map(len, INPUTS.values()))
     assert len({path.get("d") for path in paths}) == len(paths)
+
+
+def test_the_graph_shows_that_sft_feeds_reward_and_ppo():
+    """ppo stands beside sft in the main line; the reward model is a detour below it."""
+    needs = {"sft": (), "reward": ("sft",), "ppo": ("sft", "reward"), "evaluate": ("sft", "reward", "ppo")}
+    boxes = [
+        Box(name=name, status="ran", detail="", hint="", needs=needs[name], row=int(name == "reward"))
+        for name in needs
+    ]
+    drawn = [node for node in ElementTree.fromstring(graph(boxes)).iter() if node.get("class") == "edge"]
+    paths = [str(path.get("d")) for path in drawn]
+    assert len(set(paths)) == 6
+    straight = [path for path in paths if "H" in path and "Q" not in path]
+    assert [path.split("H")[0] for path in straight] == [
+        "M132,88.0",
+        "M476,88.0",
+    ]  # sft to ppo, ppo to evaluate
+    tops = {node.get("y") for node in ElementTree.fromstring(graph(boxes)).iter() if node.tag == "rect"}
+    assert tops == {"57", "145"}
+
+
+def test_a_run_of_half_a_chain_opens_with_what_there_is(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    half = {stage: summary[stage] for stage in ("prepare", "pretrain", "sft")}
+    (run_dir / "summary.json").write_text(json.dumps(half))
+    assert "\nsft: loss 1.2\n" in _read(run_dir).text
 
 
 def test_elements_escape_text_and_keep_markup():

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.artifacts import Store
-from pipeline.dag import SCHEMA_VERSION
 from pipeline.errors import MissingStage
+from pipeline.identity import SCHEMA_VERSION
 from pipeline.manifest import MANIFEST, Manifest, manifest_text
 from pipeline.model_files import check_model_directory
 from pipeline.model_path import model_directory

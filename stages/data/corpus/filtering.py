@@ -207,7 +207,7 @@ def filter_block(
     record = directory / f"{number:06d}.filtered.json"
     if (found := whole_record(record)) is not None and found["split"] == split_digest(split, source):
         return BlockReport.from_json(found["report"])
-    reader = read_split(source, split, "prepare")
+    reader = read_split(source, split, "documents")
     dropped = {step: Dropped() for step in STEPS}
     lengths: list[int] = []
     digests: list[bytes] = []

@@ -12,6 +12,7 @@ from functools import cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+from stages.config.prepare import PrepareConfig
 from stages.errors import DataError
 
 LANGUAGE_CHARS = 1000
@@ -39,7 +40,7 @@ def check_languages(codes: Sequence[str]) -> None:
     unknown = [code for code in codes if code not in known]
     if unknown:
         raise DataError(
-            f"prepare.languages: no language has the code {', '.join(map(repr, unknown))}; "
+            f"{PrepareConfig.KEY}.languages: no language has the code {', '.join(map(repr, unknown))}; "
             f"known are {', '.join(sorted(known))}"
         )
 

@@ -43,7 +43,7 @@ def read_pieces(
     record = directory / f"{number:06d}.read.json"
     if (found := whole_record(record)) is not None and found["split"] == split_digest(split, source):
         return Pieces(counts=Counts(**found["counts"]), names=tuple(found["pieces"]))
-    reader = read_split(source, split, "prepare")
+    reader = read_split(source, split, "documents")
     lines = (json.dumps({"text": document.text}, ensure_ascii=False).encode() + b"\n" for document in reader)
     pieces: list[Path] = []
     for piece in count():

@@ -77,7 +77,7 @@ def check_trained(source: DataSource, config: PrepareConfig, *, unique: int, tra
         problem = "no rows left: all are duplicates of documents before them; set weight: 0"
     elif not train:
         problem = (
-            f"no rows left to train on: held out {unique} of {unique} (prepare.heldout_frac "
+            f"no rows left to train on: held out {unique} of {unique} ({config.KEY}.heldout_frac "
             f"{config.heldout_frac:g}, one document at least); add documents, or lower heldout_frac"
         )
     else:

@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from rollout.ground.whole import file_digest
 from stages.config.data import DataSource
+from stages.config.reward import RewardConfig
 from stages.data.batches import content_share, repeats, stage_seed
 from stages.data.reading.files import FileSplit, cut, kind_of, one_line, reading, shown, whole
 from stages.data.reading.hub import hub_commit, hub_rows, is_hub_id
@@ -30,10 +31,10 @@ from stages.data.reading.rows.advice import Advice
 from stages.data.reading.rows.wording import listed
 from stages.data.reading.schemas import (
     SCHEMAS,
+    Kind,
     Record,
     RowError,
     Schema,
-    StageName,
     check_label,
     detect,
     fields_of,
@@ -106,24 +107,24 @@ def unread_keys_in_words(unread_keys: Mapping[str, int]) -> str:
 
 
 def read_conversations(sources: Sequence[DataSource], *, seed: int) -> Rows[Conversation]:
-    """Conversations for sft. Raises DataError."""
-    return read(sources, "sft", seed=seed)
+    """What is imitated. Raises DataError."""
+    return read(sources, "conversations", seed=seed)
 
 
 def read_pairs(sources: Sequence[DataSource], *, seed: int, group_column: str | None = None) -> Rows[Pair]:
-    """Preference pairs for reward, from rows that all have the `group_column`. Raises DataError."""
-    return read(sources, "reward", seed=seed, group_column=group_column)
+    """Preference pairs, from rows that all have the `group_column`. Raises DataError."""
+    return read(sources, "pairs", seed=seed, group_column=group_column)
 
 
 def read_prompts(sources: Sequence[DataSource], *, seed: int) -> Rows[Prompt]:
-    """Prompts for ppo and evaluate; each keeps its further columns in `row`. Raises DataError."""
-    return read(sources, "ppo", seed=seed)
+    """Prompts; each keeps its further columns in `row`. Raises DataError."""
+    return read(sources, "prompts", seed=seed)
 
 
 def read(
-    sources: Sequence[DataSource], stage: StageName, *, seed: int, group_column: str | None = None
+    sources: Sequence[DataSource], kind: Kind, *, seed: int, group_column: str | None = None
 ) -> Rows[Any]:
-    """The records that `stage` takes: the functions above by stage name, and documents for prepare."""
+    """All records of a kind: what the functions above return, and documents. Raises DataError."""
     records: list[Any] = []
     sizes: list[tuple[DataSource, int]] = []
     counts: list[Counts] = []
@@ -132,7 +133,7 @@ def read(
     for index, source in enumerate(sources):
         if source.weight == 0:
             continue
-        rows = read_source(source, stage, group_column)
+        rows = read_source(source, kind, group_column)
         if rows.unread_keys:
             named = unread_keys_in_words(rows.unread_keys)
             _logger.warning("%s: message keys that are not read: %s", shown(source.path), named)
@@ -145,7 +146,7 @@ def read(
         num_filtered += rows.num_filtered
         unread_keys.update(rows.unread_keys)
     if not records:
-        raise DataError(f"{', '.join(shown(source.path) for source in sources) or stage}: no rows")
+        raise DataError(f"{', '.join(shown(source.path) for source in sources) or kind}: no rows")
     return Rows(
         records=records,
         num_skipped=num_skipped,
@@ -156,9 +157,9 @@ def read(
     )
 
 
-def read_source(source: DataSource, stage: StageName, group_column: str | None = None) -> Rows[Any]:
+def read_source(source: DataSource, kind: Kind, group_column: str | None = None) -> Rows[Any]:
     """All records of one source, once each, whatever its weight. Raises DataError."""
-    reader = read_whole(source, stage, group_column)
+    reader = read_whole(source, kind, group_column)
     records = list(reader)
     check_counts(source, reader.counts, len(records))
     return Rows(
@@ -171,9 +172,9 @@ def read_source(source: DataSource, stage: StageName, group_column: str | None =
     )
 
 
-def read_whole(source: DataSource, stage: StageName, group_column: str | None = None) -> "RecordReader":
+def read_whole(source: DataSource, kind: Kind, group_column: str | None = None) -> "RecordReader":
     """The records of one source, one by one; `check_counts` is the caller's, at the end. Raises DataError."""
-    return RecordReader(source, stage, _whole_files(source), group_column, is_whole=True)
+    return RecordReader(source, kind, _whole_files(source), group_column, is_whole=True)
 
 
 def splits_of(source: DataSource, block_bytes: int) -> list[FileSplit]:
@@ -185,11 +186,11 @@ def splits_of(source: DataSource, block_bytes: int) -> list[FileSplit]:
     return [split for path in files_of(source) for split in cut(path, source, block_bytes)]
 
 
-def read_split(source: DataSource, split: FileSplit, stage: StageName) -> "RecordReader":
+def read_split(source: DataSource, split: FileSplit, kind: Kind) -> "RecordReader":
     """The records of one split; its `counts` are complete when it is exhausted. Those of all splits, added
     up, go to `check_counts`. Raises DataError as reading the whole source would.
     """
-    return RecordReader(source, stage, [split], None, is_whole=False)
+    return RecordReader(source, kind, [split], None, is_whole=False)
 
 
 def check_counts(source: DataSource, counts: Counts, num_kept: int) -> None:
@@ -235,7 +236,7 @@ def check_sides(
             left_out = f" (left out: {num_dropped})" if num_dropped else ""
             raise DataError(
                 f"{paths}: no {side} pair among {num_train + num_heldout}{left_out}; add pairs with other "
-                "prompts, or change reward.heldout_frac"
+                f"prompts, or change {RewardConfig.KEY}.heldout_frac"
             )
 
 
@@ -297,16 +298,16 @@ class RecordReader(Iterator[Any]):
     def __init__(
         self,
         source: DataSource,
-        stage: StageName,
+        kind: Kind,
         splits: Sequence[FileSplit],
         group_column: str | None,
         *,
         is_whole: bool,
     ) -> None:
-        self._source, self._stage, self._splits, self._is_whole = source, stage, splits, is_whole
+        self._source, self._kind, self._splits, self._is_whole = source, kind, splits, is_whole
         self._group_column = group_column
         _check_settings(source)
-        self.schema: Schema | None = _stated_schema(source, stage)
+        self.schema: Schema | None = _stated_schema(source, kind)
         self.columns_seen: dict[str, str] = {}  # field -> the column it is read from
         self.rows_of: Counter[Path] = Counter()  # file -> its rows
         self._sound: dict[Path, Mapping[str, Any]] = {}  # file -> its first row that can be read
@@ -369,9 +370,10 @@ class RecordReader(Iterator[Any]):
         )
         records = schema.read(cells, is_stated=self._source.format is not None)
         if self._source.format is None:
-            check_label(self._stage, schema, row, self._source.column_of)
+            check_label(self._kind, schema, row, self._source.column_of)
         if self._group_column is not None and self._group_column not in row:
-            raise RowError(Advice.NO_GROUP_COLUMN.line(column=self._group_column, columns=listed(row)))
+            key, columns = f"{RewardConfig.KEY}.group_column", listed(row)
+            raise RowError(Advice.NO_GROUP_COLUMN.line(column=self._group_column, columns=columns, key=key))
         self.schema = schema  # a row that cannot be read decides nothing
         if cells.unread_keys:
             self._unread_keys.update(cells.unread_keys)
@@ -384,13 +386,13 @@ class RecordReader(Iterator[Any]):
 
     def _detected(self, row: dict[str, Any]) -> Schema:
         """That of the row, or, where a split is read, of the first row of the source that can be read."""
-        if not self._is_whole and len(SCHEMAS[self._stage]) > 1:
-            reader = read_whole(self._source.model_copy(update={"on_bad_row": "skip"}), self._stage)
+        if not self._is_whole and len(SCHEMAS[self._kind]) > 1:
+            reader = read_whole(self._source.model_copy(update={"on_bad_row": "skip"}), self._kind)
             for _ in reader:
                 break
             if reader.schema is not None:
                 return reader.schema
-        return detect(self._stage, row, self._source.column_of)
+        return detect(self._kind, row, self._source.column_of)
 
     def _foreign(self, split: FileSplit, row: Mapping[str, Any] | None) -> str:
         """What to say where a file that cannot be read lies among others that can: it has other columns.
@@ -422,7 +424,7 @@ class RecordReader(Iterator[Any]):
 
     def _is_of_a_format(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has the columns of the source's format, or, as long as that is open, of any."""
-        schema = self.schema or detect(self._stage, row, self._source.column_of)
+        schema = self.schema or detect(self._kind, row, self._source.column_of)
         return not any(schema.distance(row, self._source.column_of))
 
     def _bad(self, problem: str) -> None:
@@ -449,13 +451,13 @@ def _check_settings(source: DataSource) -> None:
         raise DataError(f"{shown(source.path)}: {setting}: only a dataset of the hub has one; remove it")
 
 
-def _stated_schema(source: DataSource, stage: StageName) -> Schema | None:
+def _stated_schema(source: DataSource, kind: Kind) -> Schema | None:
     """The schema `format:` names, once it and the names under `columns:` are known to exist."""
-    possible = SCHEMAS[stage]
-    schema = None if source.format is None else named(stage, source.format)
+    possible = SCHEMAS[kind]
+    schema = None if source.format is None else named(kind, source.format)
     if source.format is not None and schema is None:
         usable = " or ".join(schema.format for schema in possible)
-        raise DataError(f"{shown(source.path)}: format {source.format} does not feed {stage}; use {usable}")
+        raise DataError(f"{shown(source.path)}: format {source.format} gives no {kind}; use {usable}")
     fields = fields_of(possible if schema is None else [schema])
     unknown = next((name for name in source.column_of if name not in fields), None)
     if unknown is not None:

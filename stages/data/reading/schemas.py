@@ -2,8 +2,8 @@
 
     row + column map --detect--> Schema --parse--> (Document | Conversation | Pair | Prompt, ...)
 
-Owns which schemas feed a stage, and which one a row is of. Does not own what a schema means (rows/), nor
-files, lines, weights (readers). A further format is one more Schema in SCHEMAS. One row gives one record,
+Owns which schemas give a kind of record, and which one a row is of. Does not own what a schema means (rows/),
+nor files, lines, weights (readers). A further format is one more Schema in SCHEMAS. One row gives one record,
 several (ranked, tree), or none (labelled false, all tied). Light import.
 
     text, messages, sharegpt, prompt_completion, instruction, labelled   rows/conversations
@@ -33,23 +33,24 @@ from stages.data.reading.rows.wording import quoted
 
 __all__ = [
     "SCHEMAS",
+    "Kind",
     "Record",
     "RowError",
     "Schema",
-    "StageName",
     "check_label",
     "detect",
     "fields_of",
     "named",
 ]
 
-StageName = Literal["prepare", "sft", "reward", "ppo", "evaluate"]
+Kind = Literal["documents", "conversations", "pairs", "prompts"]
+"""What a stage reads of its rows."""
 Aliases = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schema:
-    """One row format, as one stage reads it."""
+    """One row format, as it is read for one kind of record."""
 
     format: DataFormat
     required: tuple[str, ...]  # fields that must be there
@@ -197,14 +198,14 @@ _PLAIN_PROMPTS = (
 )
 
 
-def detect(stage: StageName, row: Mapping[str, Any], columns: Mapping[str, str]) -> Schema:
-    """The stage's first schema that the row is of; else the nearest, to say what it lacks."""
-    return _nearest(SCHEMAS[stage], row, columns)
+def detect(kind: Kind, row: Mapping[str, Any], columns: Mapping[str, str]) -> Schema:
+    """The first schema of a kind that the row is of; else the nearest, to say what it lacks."""
+    return _nearest(SCHEMAS[kind], row, columns)
 
 
-def named(stage: StageName, name: DataFormat) -> Schema | None:
-    """The stage's schema of that name."""
-    return next((schema for schema in SCHEMAS[stage] if schema.format == name), None)
+def named(kind: Kind, name: DataFormat) -> Schema | None:
+    """The schema of that name."""
+    return next((schema for schema in SCHEMAS[kind] if schema.format == name), None)
 
 
 def fields_of(schemas: Iterable[Schema]) -> list[str]:
@@ -216,11 +217,11 @@ def _nearest(schemas: Sequence[Schema], row: Mapping[str, Any], columns: Mapping
     return min(schemas, key=lambda schema: schema.distance(row, columns))
 
 
-def check_label(stage: StageName, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Raise RowError for a row of sft labelled false, or judged in other words than a label's, that `schema`,
-    guessed by another, would imitate.
+def check_label(kind: Kind, schema: Schema, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise RowError for a conversation labelled false, or judged in other words than a label's, that
+    `schema`, guessed by another, would imitate.
     """
-    if stage != "sft" or schema.format == "labelled" or row.keys().isdisjoint(_LABEL["label"]):
+    if kind != "conversations" or schema.format == "labelled" or row.keys().isdisjoint(_LABEL["label"]):
         return
     found = Cells(row, columns, _LABEL).first_of(_LABEL["label"])
     if found is not None and label_of(found[1]) is False:
@@ -277,11 +278,11 @@ _PROMPTS = (
     _labelled(_PLAIN_PROMPTS, lambda parse, _: parse),
 )
 
-SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
-    "prepare": (
+SCHEMAS: dict[Kind, tuple[Schema, ...]] = {
+    "documents": (
         Schema(format="text", required=("text",), aliases={"text": ("text",)}, parse=conversations.document),
     ),
-    "sft": (
+    "conversations": (
         _labelled(_PLAIN_SFT, conversations.labelled),
         Schema(
             format="tree",
@@ -299,7 +300,7 @@ SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
             fits=_transcript_in("chosen"),
         ),
     ),
-    "reward": (
+    "pairs": (
         Schema(
             format="hh_transcript",
             required=("chosen", "rejected"),
@@ -335,7 +336,6 @@ SCHEMAS: dict[StageName, tuple[Schema, ...]] = {
         ),
         _labelled(_PLAIN_SFT, lambda *_: preferences.label_is_no_pair),
     ),
-    "ppo": _PROMPTS,
-    "evaluate": _PROMPTS,
+    "prompts": _PROMPTS,
 }
-"""What each stage can read, in the order in which it is tried."""
+"""What each kind of record can be read from, in the order in which it is tried."""

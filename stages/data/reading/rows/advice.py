@@ -77,7 +77,7 @@ class Advice(Enum):
         "column '{column}' stands twice in the header; rename one, or set columns: [name, …] if the file "
         "has no header line"
     )
-    NO_GROUP_COLUMN = "{column}: missing; columns are {columns} - set reward.group_column"
+    NO_GROUP_COLUMN = "{column}: missing; columns are {columns} - set {key}"
     PYTHON_REPR = "{name}: Python's repr of a list, not JSON; write the cell with json.dumps"
 
     def line(self, **names: object) -> str:
