@@ -19,7 +19,7 @@ from pipeline.architecture import Architecture
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from rollout.config import EngineConfig
-from stages.bundles import StageBundles, bundles_of, rollout_of
+from stages.bundles import StageBundles, bundles_of
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig
 from stages.config.sft import SFTConfig
@@ -65,9 +65,7 @@ class Memory:
 def bundles_by_stage(config: ExperimentConfig, stages: Collection[str]) -> dict[str, StageBundles]:
     """What each of `stages` reserves while it runs."""
     return {
-        stage: bundles_of(
-            stage, resources_of(config, stage), rollout_of(identity.settings_for(config, stage))
-        )
+        stage: bundles_of(stage, resources_of(config, stage), identity.settings_for(config, stage).engines)
         for stage in stages
         if stage_table.STAGES[stage].has_workers
     }
@@ -142,7 +140,7 @@ def on_the_machine(config: ExperimentConfig, stage: str, architecture: Architect
         loading = host_memory_of(config, stage, architecture)
         assert loading is not None
         worker = loading
-    rollout = rollout_of(identity.settings_for(config, stage))
+    rollout = identity.settings_for(config, stage).engines
     engines = (
         [] if rollout is None or resources.num_gpus_per_engine else [memory["engine"]] * rollout.num_engines
     )
@@ -152,7 +150,7 @@ def on_the_machine(config: ExperimentConfig, stage: str, architecture: Architect
 def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, Memory]:
     """{"worker": ..., "engine": ...} of one stage."""
     memory = {"worker": _worker(config, stage, architecture)}
-    rollout = rollout_of(identity.settings_for(config, stage))
+    rollout = identity.settings_for(config, stage).engines
     if rollout is not None:
         memory["engine"] = _engine(config, stage, rollout, architecture)
     return memory

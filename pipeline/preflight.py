@@ -18,7 +18,6 @@ from pipeline.stage_table import STAGES
 from rollout.config import EngineConfig
 from rollout.engines import require_installed
 from rollout.ground.errors import EnvironmentProblem
-from stages.bundles import rollout_of
 
 MIB, GIB = 2**20, 2**30
 QUEUE_BYTES = 160 * MIB
@@ -53,7 +52,7 @@ def check_machine(planned: PlannedRun) -> list[str]:
 
 def _engines(config: ExperimentConfig, stages: tuple[str, ...]) -> Iterator[tuple[str, EngineConfig]]:
     for stage in stages:
-        if (rollout := rollout_of(identity.settings_for(config, stage))) is not None:
+        if (rollout := identity.settings_for(config, stage).engines) is not None:
             yield stage, rollout
 
 

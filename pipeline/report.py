@@ -196,8 +196,8 @@ def _evaluation(stages: Sequence[_Stage]) -> Html | None:
         row = [label, *(shown_measure(metrics, measure, value) for value in values.values())]
         if compared is not None:
             before, after = (as_number(values[model]) for model in compared)
-            is_known = before is not None and after is not None
-            row.append(_signed(shown_measure(metrics, measure, after - before)) if is_known else "\u2013")
+            change = None if before is None or after is None else after - before
+            row.append(_signed(shown_measure(metrics, measure, change)))
         rows.append(row)
     header = ["", *models, *([f"{compared[1]} \u2212 {compared[0]}"] if compared else [])]
     notes = (f"{card.label}: {card.value} ({card.small_print})." for card in comparison(metrics))
@@ -396,7 +396,7 @@ def _as_text(value: Any) -> str:
 
 
 def _signed(shown: str) -> str:
-    return shown if shown.startswith("-") else f"+{shown}"
+    return f"+{shown}" if shown[0].isdigit() else shown
 
 
 def _duration(seconds: float | None) -> str:

@@ -188,7 +188,7 @@ def _ppo_models(config: ExperimentConfig, keys: Collection[str]) -> Models:
 def _evaluate_models(config: ExperimentConfig, keys: Collection[str]) -> Models:
     """Each of the models that are compared, and the reward model."""
     makes = [STAGES[key].makes if key in STAGES else "policy" for key in keys]
-    policies: tuple[ModelKind, ...] = ("language model",) * makes.count("policy")
+    policies: list[ModelKind] = ["language model" for made in makes if made == "policy"]
     return Models(frozen=(*policies, *(("scorer",) if "reward model" in makes else ())))
 
 

@@ -31,10 +31,6 @@ from rollout.foreign_environment import take_out
 from rollout.ground.disk import disk_problems, fault_behind
 from rollout.ground.durable import write_whole
 from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
-from stages.config.evaluate import EvaluateSettings
-from stages.config.ppo import PPOSettings
-from stages.config.reward import RewardSettings
-from stages.config.stage import StageSettings
 from stages.config.training import TrainingConfig
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime, StageResources, hide_gpus
@@ -234,13 +230,7 @@ def _exactness(job: StageJob, out: Path, inputs: Collection[Path]) -> Exactness:
         precision=section.precision if isinstance(section, TrainingConfig) else "fp32",
         num_workers=job.resources.num_workers if STAGES[stage].has_workers else 1,
         num_gpus=job.resources.num_gpus,
-        max_staleness=_max_staleness(settings),
+        max_staleness=0 if settings.engines is None else settings.engines.max_staleness,
         weights=[path for directory in (out, *inputs) for path in directory.glob("*.safetensors")],
         inputs=[read_manifest(path, hint="").exactness for path in inputs if (path / MANIFEST).is_file()],
     )
-
-
-def _max_staleness(settings: StageSettings) -> int:
-    if isinstance(settings, RewardSettings | PPOSettings | EvaluateSettings):
-        return settings.rollout.max_staleness
-    return 0

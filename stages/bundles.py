@@ -13,10 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rollout.config import EngineConfig
-from stages.config.evaluate import EvaluateSettings
-from stages.config.ppo import PPOSettings
-from stages.config.reward import RewardConfig, RewardSettings
-from stages.config.stage import StageSettings
 from stages.runtime import StageResources
 
 Bundle = Mapping[str, float]
@@ -69,16 +65,6 @@ def bundles_of(stage: str, resources: StageResources, rollout: EngineConfig | No
         )
     engines = (engine,) * rollout.num_engines if engine else ()
     return StageBundles(stage=stage, workers=workers, engines=engines, num_engines=rollout.num_engines)
-
-
-def rollout_of(settings: StageSettings) -> EngineConfig | None:
-    """The engine settings of a stage that opens engines; None for the others."""
-    match settings:
-        case RewardSettings(reward=RewardConfig(init_from="pretrain")):
-            return None  # there is no policy to sample from yet
-        case RewardSettings() | PPOSettings() | EvaluateSettings():
-            return settings.rollout
-    return None
 
 
 def lacking(stages: Sequence[StageBundles], nodes: Mapping[str, Bundle]) -> str | None:

@@ -22,7 +22,6 @@ from rollout.api import Rollout, RolloutRequest, Sampling
 from rollout.parity import ParityGate
 from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
-from stages.bundles import rollout_of
 from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat.tokenizer import ChatTokenizer
@@ -83,7 +82,7 @@ def run(
     """Compare; writes samples.jsonl. Inputs: base and tuned models, by the names that the metrics give them;
     reward_model and corpus where they are there.
     """
-    with placed(runtime, rollout_of(settings)) as in_place:
+    with placed(runtime, settings.engines) as in_place:
         return launch(evaluate, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
 
 

@@ -26,7 +26,6 @@ from rollout.ground.errors import EnvironmentProblem
 from rollout.parity import ParityGate
 from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
-from stages.bundles import rollout_of
 from stages.config.ppo import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat.directories import tokenizer_digest
@@ -89,7 +88,7 @@ def run(
         seed=settings.seed,
     )
     with (
-        placed(runtime, rollout_of(settings)) as in_place,
+        placed(runtime, settings.engines) as in_place,
         open_engines(
             settings.rollout,
             model_dir=inputs["sft"],

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rollout.api import RolloutRequest, Sampling
-from stages.bundles import rollout_of
 from stages.config.reward import RewardSettings
 from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat.ids import PairIds
@@ -93,7 +92,7 @@ def run(
 
     TrainingStopped (exit 5) when a gate is not met.
     """
-    with placed(runtime, rollout_of(settings)) as in_place:
+    with placed(runtime, settings.engines) as in_place:
         return launch(train, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
 
 

@@ -5,6 +5,7 @@ rollout <- stages <- pipeline        stages: config, objectives <- data <- train
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import recipe_lock
 
+from stages.training.metrics import METRICS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "stages", "rollout")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 RECIPES = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
-STAGES = (
+FLOORS = (
     ("stages.config", "stages.errors", "stages.objectives", "stages.runtime"),
     ("stages.bundles", "stages.data"),
     ("stages.training", "stages.data.experience"),
@@ -24,7 +27,7 @@ STAGES = (
     ("stages.generate", *(f"stages.{recipe}" for recipe in RECIPES)),
 )
 """Floors of `stages`, from the ground: a module imports from its own floor or from below it."""
-DATA = (
+FLOORS_OF_DATA = (
     ("stages.data.batches", "stages.data.pack_plans"),
     ("stages.data.reading",),
     ("stages.data.chat",),
@@ -148,11 +151,11 @@ def test_the_arrows_point_from_pipeline_to_stages_to_rollout():
 
 
 def test_in_stages_the_arrows_point_from_the_recipes_to_the_ground():
-    assert not climbing("stages", STAGES)
+    assert not climbing("stages", FLOORS)
 
 
 def test_rows_know_no_template_and_templates_no_documents():
-    assert not climbing("stages.data", DATA)
+    assert not climbing("stages.data", FLOORS_OF_DATA)
 
 
 def test_the_ground_of_all_packages_imports_nothing_of_them():
@@ -224,3 +227,83 @@ for module, allowed in {HEAVIER_MODULES}:
 """
     answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
+
+
+NAMES = "|".join(sorted(RECIPES))
+OF_A_STAGE = re.compile(rf"(?:{NAMES})|.*?(?<![\w./-])(?:{NAMES})[./]\S.*", re.DOTALL)
+"""A string that equals a stage's name, or holds `<stage>.` or `<stage>/` at the start of a word."""
+KNOW_STAGES = (
+    "pipeline/stage_table.py",
+    "pipeline/experiment.py",
+    "stages/config/",  # sections follow one another: reward's normaliser is sampled as ppo samples
+    *(f"stages/{recipe}.py" for recipe in sorted(RECIPES)),
+    *("stages/training/health.py", "stages/training/models.py", "stages/training/ppo_"),  # until they move
+)
+NAME_STAGES_FOR_A_REASON = {
+    "pipeline/foreign_settings.py": "a manual: what other tools call the settings of each section",
+    "pipeline/config_docs.py": "a manual: docs/configuration.md opens with examples",
+    "pipeline/cli.py": "help: an example of KEY=VALUE",
+    "pipeline/yaml_source.py": "help: an example of KEY=VALUE",
+    "stages/data/reading/rows/ranked.py": "users' columns: `reward` is a score",
+    "stages/data/reading/rows/guesses.py": "users' columns",
+    "stages/data/reading/contradictions.py": "users' columns",
+}
+VALUES = {("kl_placement", "reward")}
+"""Values of settings that happen to be called like a stage: `kl_placement: reward`."""
+ALGORITHMS = re.compile(
+    r"(?<![a-z])(grpo|rloo|reinforce|remax|dapo|gspo|cispo|kto|ipo|orpo|simpo)(?![a-z])", re.IGNORECASE
+)
+NAME_ALGORITHMS = (
+    "stages/rl/algorithms.py",
+    "stages/config/ppo.py",
+    "pipeline/foreign_settings.py",  # a manual, as above
+    "stages/data/reading/schemas.py",  # users' columns: `kto_tag` is a label
+)
+
+
+def strings(tree: ast.Module) -> Iterator[ast.Constant]:
+    """The string literals that a program works with: no docstrings, no seeds' names, no metric keys."""
+    left_out: set[int] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str()) as docstring):
+                left_out.add(id(docstring))
+            case ast.Call(func=ast.Name(id="stage_seed"), args=names):
+                left_out.update(map(id, names))
+            case ast.Compare(left=ast.Attribute(attr=setting), comparators=[ast.Constant() as value]):
+                left_out.update([id(value)] if (setting, value.value) in VALUES else [])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) in left_out or node.value in METRICS:
+                continue
+            yield node
+
+
+def names_of_stages(path: Path) -> list[str]:
+    """Where a file names a stage."""
+    found = (node for node in strings(ast.parse(path.read_text())) if OF_A_STAGE.fullmatch(str(node.value)))
+    return [f"{path}:{node.lineno}: {node.value!r}" for node in found]
+
+
+def test_only_the_stage_table_knows_stages_by_name():
+    """Others get names as data: a stage, the key of its section (`config.KEY`), a column of the table."""
+    for path in FILES:
+        name = str(path.relative_to(ROOT))
+        if not name.startswith(KNOW_STAGES) and name not in NAME_STAGES_FOR_A_REASON:
+            assert not names_of_stages(path)
+
+
+def test_what_may_name_stages_does():
+    for name in NAME_STAGES_FOR_A_REASON:
+        assert names_of_stages(ROOT / name), f"{name}: take it off the list"
+
+
+def test_algorithms_are_named_in_one_place():
+    """Docstrings and comments may cite: they are no part of the syntax tree that is looked at."""
+    for path in FILES:
+        if not str(path.relative_to(ROOT)).startswith(NAME_ALGORITHMS):
+            tree = ast.parse(path.read_text())
+            named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            named |= {str(node.value) for node in strings(tree)}
+            assert not {text for text in named if ALGORITHMS.search(text)}, path

@@ -87,9 +87,14 @@ class Chain:
     def run(self, stage, run, settings, *, inputs=()):
         directory = self.root / stage
         runtime = runtime_in(directory, stage)
-        given = {name: self.outputs[name] for name in inputs}
+        given = self.given(inputs)
         self.metrics[stage] = dict(run(settings, given, directory / "out", runtime))
         self.outputs[stage] = directory / "out"
+
+    def given(self, inputs) -> dict[str, Path]:
+        """Directories by what a recipe calls them. `inputs`: role -> stage, or stages called by name."""
+        stages = inputs if isinstance(inputs, dict) else {stage: stage for stage in inputs}
+        return {role: self.outputs[stage] for role, stage in stages.items()}
 
     def chat(self, stage: str) -> ChatTokenizer:
         return ChatTokenizer.load(self.outputs[stage])
@@ -136,7 +141,13 @@ def evaluate_settings(data: Path) -> EvaluateSettings:
     return EvaluateSettings(seed=1, model=MODEL, evaluate=config, rollout=HF)
 
 
-EVALUATED = ["prepare", "pretrain", "sft", "reward", "ppo"]
+EVALUATED = {
+    "corpus": "prepare",
+    "base": "pretrain",
+    "sft": "sft",
+    "reward_model": "reward",
+    "ppo": "ppo",
+}
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +354,7 @@ def test_pin_13_evaluation_scores_a_response_with_the_end_it_was_trained_with_ho
     chat = chain.chat("sft")
     rollouts = rollouts_ended_in_every_way(chat)
     candidate = evaluate.Candidate(
-        name=name, model=None, prompts=[], rollouts=rollouts, texts=["The dog"] * 3
+        name=name, is_tuned=True, model=None, prompts=[], rollouts=rollouts, texts=["The dog"] * 3
     )
     prompt = Prompt(messages=(Message(role="user", content="Who likes the cat?"),), row={})
     assert evaluate._scored_sequences(candidate, [prompt] * 3, chat, 64) == [as_trained(chat)] * 3
@@ -351,7 +362,9 @@ def test_pin_13_evaluation_scores_a_response_with_the_end_it_was_trained_with_ho
 
 def test_pin_13_the_base_models_answer_is_scored_as_a_chat_with_one_end_of_turn(chain):
     chat = chain.chat("sft")
-    candidate = evaluate.Candidate(name="base", model=None, prompts=[], rollouts=[], texts=["The dog"])
+    candidate = evaluate.Candidate(
+        name="base", is_tuned=False, model=None, prompts=[], rollouts=[], texts=["The dog"]
+    )
     prompt = Prompt(messages=(Message(role="user", content="Who likes the cat?"),), row={})
     assert evaluate._scored_sequences(candidate, [prompt], chat, 64) == [as_trained(chat)]
 
@@ -541,9 +554,39 @@ def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(chain, tmp_pat
 
     runtime = replace(runtime_in(tmp_path, stage), check_files=found_changed)
     with pytest.raises(DataError, match="changed since the run was planned"):
-        run(settings, {name: chain.outputs[name] for name in inputs}, tmp_path / "out", runtime)
+        run(settings, chain.given(inputs), tmp_path / "out", runtime)
     assert not list((tmp_path / "out").iterdir())
     assert {path.name.partition("-")[0] for path in (tmp_path / "work").iterdir()} <= {"blocks", "trainer"}
+
+
+@pytest.mark.parametrize(
+    ("roles", "is_judged", "expected", "absent"),
+    [
+        (["base", "sft"], True, {"score_base", "score_even_sft", "length_sft"}, ("reward", "win_rate", "kl")),
+        (["sft", "ppo"], False, {"length_sft", "kl_ppo_vs_sft"},
+         ("reward", "win_rate", "score", "perplexity")),
+        (["base"], False, {"length_base", "truncated_base"}, ("reward", "win_rate", "kl", "score")),
+        (["corpus", "reward_model", "ppo"], False, {"perplexity_ppo", "reward_ppo"},
+         ("win_rate", "kl", "score")),
+    ],
+)  # fmt: skip
+def test_an_evaluation_measures_what_the_models_that_are_there_allow(
+    chain, tmp_path, roles, is_judged, expected, absent
+):
+    settings = evaluate_settings(chain.root)
+    if not is_judged:
+        alone = settings.evaluate.model_copy(update={"score": None})
+        settings = settings.model_copy(update={"evaluate": alone})
+    given = chain.given({role: EVALUATED[role] for role in roles})
+    metrics = evaluate.run(settings, given, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
+    assert expected <= metrics.keys()
+    assert not [key for key in metrics if key.startswith(absent)]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]
+    models = [role for role in roles if role not in ("corpus", "reward_model")]
+    assert all(list(line) == ["prompt", *models] for line in lines)
+    parts = {"response"} | ({"reward"} if "reward_model" in roles else set())
+    parts |= {"score", "even"} if is_judged else set()
+    assert all(line[model].keys() == parts for line in lines for model in models)
 
 
 # Resuming

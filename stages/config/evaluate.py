@@ -49,3 +49,8 @@ class EvaluateSettings(StageSettings):
 
     evaluate: EvaluateConfig
     rollout: EngineConfig
+
+    @property
+    def engines(self) -> EngineConfig:
+        """It samples from engines."""
+        return self.rollout

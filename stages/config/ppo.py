@@ -192,6 +192,11 @@ class PPOSettings(StageSettings):
     rollout: EngineConfig
 
     @property
+    def engines(self) -> EngineConfig:
+        """It samples from engines."""
+        return self.rollout
+
+    @property
     def correction(self) -> Correction:
         """The rollout correction in force."""
         return self.ppo.correction(max_staleness=self.rollout.max_staleness)

@@ -80,6 +80,11 @@ class RewardSettings(StageSettings):
     """How ppo will sample the responses that this model scores; none without a ppo section."""
 
     @property
+    def engines(self) -> EngineConfig | None:
+        """None where there is no policy to sample from yet."""
+        return None if self.normaliser is None else self.rollout
+
+    @property
     def normaliser(self) -> ResponseSampling | None:
         """How the responses of the normaliser are sampled; None: they are not."""
         return self.reward.normaliser_sampling(self.ppo_sampling)

@@ -296,8 +296,9 @@ def _class_of(config: "PreTrainedConfig", name: str, *, scores: bool) -> "type[P
     """transformers' class of a language model, or of a reward model, with this config. Raises ModelError."""
     if not _has_class(config, scores=scores):
         remedy = "leave out the reward stage, or give" if scores else "give"
+        kind = "reward model" if scores else "language model"
         raise ModelError(
-            f"{name} has no {'reward' if scores else 'language'} model in transformers "
+            f"{name} has no {kind} in transformers "
             f"({_auto_class(scores).__name__} does not know it); {remedy} a model of another family"
         )
     found = _auto_class(scores)._model_mapping[type(config)]

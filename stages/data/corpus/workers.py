@@ -45,7 +45,7 @@ class Workers:
 
 def unless_stopped(runtime: Runtime) -> None:
     if runtime.stop_requested():
-        raise Interrupted(f"prepare: stopped between two blocks, state saved; {GO_ON}")
+        raise Interrupted(f"{runtime.stage}: stopped between two blocks, state saved; {GO_ON}")
 
 
 def on_ray_data(
@@ -64,8 +64,8 @@ def on_ray_data(
         ray.get(ray.remote(num_cpus=1)(_nothing).remote(), timeout=runtime.placement_timeout_s)
     except ray.exceptions.GetTimeoutError:
         raise EnvironmentProblem(
-            f"prepare: no CPU to place a worker within {runtime.placement_timeout_s:g} s; free one, or raise "
-            "resources.placement_timeout_s"
+            f"{runtime.stage}: no CPU to place a worker within {runtime.placement_timeout_s:g} s; free one, "
+            "or raise resources.placement_timeout_s"
         ) from None
     num_cpus, wanted = int(ray.cluster_resources()["CPU"]), runtime.resources.num_workers
     num_workers = num_cpus if wanted == 1 else min(wanted, num_cpus)
@@ -90,8 +90,8 @@ def on_ray_data(
             yield json.loads(row["answer"])
     except ray.data.exceptions.ExecutionTimeoutError as error:
         raise EnvironmentProblem(
-            f"prepare: no block was finished within {runtime.collective_timeout_s:g} s; set a smaller "
-            f"prepare.block_mb, or raise resources.collective_timeout_s, then {GO_ON}"
+            f"{runtime.stage}: no block was finished within {runtime.collective_timeout_s:g} s; set a "
+            f"smaller {runtime.stage}.block_mb, or raise resources.collective_timeout_s, then {GO_ON}"
         ) from error
     except ray.exceptions.RayTaskError as error:
         raise_expected(error)

@@ -1,0 +1,50 @@
+"""What of a config's section is identity."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from rollout.ground.section import EXECUTION, Section, as_before, by_content, sections_in
+
+
+class Inner(Section):
+    rate: float = 1.0
+    newer: int | None = Field(default=None, json_schema_extra=as_before(None))
+
+
+class Outer(Section):
+    name: str = Field(default="x", json_schema_extra=EXECUTION)
+    code: Path | None = Field(default=None, json_schema_extra=by_content())
+    words: Path | None = Field(default=None, json_schema_extra=by_content("first.json", "second.json"))
+    mode: str = Field(default="plain", json_schema_extra=as_before("plain"))
+    inner: Inner = Inner()
+    items: list[Inner] = Field(default_factory=list)
+
+
+def identity(**settings: Any) -> dict[str, Any]:
+    return Outer(**settings).identity()
+
+
+def test_a_name_a_path_and_a_newer_setting_that_does_as_before_are_no_identity():
+    assert identity() == {"inner": {"rate": 1.0}, "items": []}
+    assert identity(name="y", code="a.py", words="dir") == identity()
+
+
+def test_a_newer_setting_with_another_value_is_identity_at_any_depth():
+    assert identity(mode="odd") == {"mode": "odd", **identity()}
+    assert identity(inner={"newer": 3}) == {**identity(), "inner": {"rate": 1.0, "newer": 3}}
+    assert identity(items=[{}, {"newer": 0}])["items"] == [{"rate": 1.0}, {"rate": 1.0, "newer": 0}]
+
+
+def test_files_are_those_that_are_stated_with_what_counts_in_them():
+    assert list(Outer().files()) == []
+    assert list(Outer(code="a.py", words="dir").files()) == [
+        ("code", Path("a.py"), []),
+        ("words", Path("dir"), ["first.json", "second.json"]),
+    ]
+
+
+def test_every_section_is_found_with_its_path():
+    outer = Outer(items=[{}, {"rate": 2.0}])
+    assert [path for path, _ in sections_in(outer)] == [(), ("inner",), ("items", 0), ("items", 1)]
