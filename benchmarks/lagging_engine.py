@@ -93,7 +93,7 @@ class Experiment:
             seed=settings.seed,
             health=Health(self._config.health, worker.runtime),
         )
-        self.live = ModuleSource(self.models.policy.inner, dtype=ENGINE_DTYPE[self._config.precision])
+        self.live = self.models.policy.weights(dtype=ENGINE_DTYPE[self._config.precision])
 
     def sync_of(self, source: ModuleSource) -> WeightSync:
         client = self._client

@@ -13,9 +13,11 @@ import time
 import torch
 
 from stages.config.model import ModelConfig
-from stages.training.forwards import ResponsePack, pack_responses, response_logprobs
+from stages.training.forwards import ResponsePack, pack_responses
+from stages.training.fsdp import outputs_of
 from stages.training.models import CausalLM, build_causal_lm
 from stages.training.packed_attention import PACKED_ATTENTION
+from stages.training.trainable import Reads
 
 CASES = ((16, 60), (16, 256), (4, 512))  # sequences, tokens each
 REPEATS = 5
@@ -24,7 +26,9 @@ REPEATS = 5
 def seconds(model: CausalLM, packed: ResponsePack) -> float:
     """Of one forward and backward."""
     start = time.perf_counter()
-    response_logprobs(model, packed, temperature=1.0).sum().backward()
+    now = outputs_of(model, packed, Reads(logprobs=True, temperature=1.0))
+    assert now.logprobs_N is not None
+    now.logprobs_N.sum().backward()
     return time.perf_counter() - start
 
 

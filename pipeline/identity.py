@@ -20,7 +20,7 @@ import blake3
 
 from pipeline.dag import Selection
 from pipeline.experiment import ExperimentConfig
-from pipeline.stage_table import STAGES, Stage
+from pipeline.stage_table import STAGES, Recipe, Stage
 from rollout.ground.section import Section, sections_in
 from stages.config.data import DataSource
 from stages.config.stage import StageSettings
@@ -41,7 +41,7 @@ class Node:
     """One stage of a planned run, with everything that identifies its artifact."""
 
     stage: str
-    entry: str
+    recipe: Recipe
     settings: StageSettings
     recipe_version: int
     inputs: Mapping[str, str]  # input key -> fingerprint
@@ -136,7 +136,7 @@ def recipe_version(entry: str) -> int:
 
 
 def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str], roles: Mapping[str, str]) -> Node:
-    version = recipe_version(stage.entry)
+    version = recipe_version(stage.recipe.entry)
     contents = {content.key: content.digest for content in _contents(settings)}
     identity = {
         "schema": SCHEMA_VERSION,
@@ -148,7 +148,7 @@ def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str], role
     }
     return Node(
         stage=stage.name,
-        entry=stage.entry,
+        recipe=stage.recipe,
         settings=settings,
         recipe_version=version,
         inputs=inputs,

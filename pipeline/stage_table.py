@@ -1,6 +1,6 @@
 """The stage table: the one file that knows stages. Everything else reads its columns.
 
-    STAGES["sft"] -> Stage(entry, settings, needs, makes, data, models, headline, ...)
+    STAGES["sft"] -> Stage(recipe, settings, needs, makes, data, models, headline, ...)
 
 A further stage is one more row, its recipe (stages/<name>.py) and its section of the config.
 
@@ -36,6 +36,16 @@ class Need:
 
     role: str  # what the recipe calls it
     key: str  # the stage that makes it, or MODEL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The code of a stage, as "module:function": it is imported only where the stage runs."""
+
+    entry: str  # what every worker runs, or the stage task where it has none
+    on_workers: bool = False
+    holds: str | None = None
+    """A context that the stage task opens once, while the workers run. It yields more arguments for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +100,7 @@ class Stage:
     """One row of the stage table."""
 
     name: str
-    entry: str  # "module:function" of the recipe, imported only where the stage runs
+    recipe: Recipe
     settings: type[StageSettings]  # what the recipe may read, hence what is fingerprinted
     needs: Inputs
     makes: Literal["corpus", "policy", "reward model", "figures"]
@@ -208,7 +218,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             name="prepare",
-            entry="stages.prepare:run",
+            recipe=Recipe(entry="stages.prepare:run"),
             settings=PrepareSettings,
             needs=_prepare_needs,
             makes="corpus",
@@ -223,7 +233,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="pretrain",
-            entry="stages.pretrain:run",
+            recipe=Recipe(entry="stages.pretrain:run"),
             settings=PretrainSettings,
             needs=_pretrain_needs,
             makes="policy",
@@ -235,7 +245,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="sft",
-            entry="stages.sft:run",
+            recipe=Recipe(entry="stages.sft:run"),
             settings=SFTSettings,
             needs=_sft_needs,
             makes="policy",
@@ -247,7 +257,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="reward",
-            entry="stages.reward:run",
+            recipe=Recipe(entry="stages.reward:run"),
             settings=RewardSettings,
             needs=_reward_needs,
             makes="reward model",
@@ -271,7 +281,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="ppo",
-            entry="stages.ppo:run",
+            recipe=Recipe(entry="stages.ppo:run"),
             settings=PPOSettings,
             needs=_ppo_needs,
             lacks=_ppo_lacks,
@@ -320,7 +330,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="evaluate",
-            entry="stages.evaluate:run",
+            recipe=Recipe(entry="stages.evaluate:evaluate", on_workers=True),
             settings=EvaluateSettings,
             needs=_evaluate_needs,
             lacks=_evaluate_lacks,

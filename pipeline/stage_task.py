@@ -15,22 +15,23 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline import identity
 from pipeline.artifacts import METRICS, Store
 from pipeline.errors import StageFailed
 from pipeline.manifest import MANIFEST, Exactness, Manifest, exactness_of, read_manifest
 from pipeline.planning import given_input
-from pipeline.stage_table import STAGES
+from pipeline.stage_table import STAGES, Recipe
 from rollout.foreign_environment import take_out
 from rollout.ground.disk import disk_problems, fault_behind
 from rollout.ground.durable import write_whole
 from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
+from stages.config.stage import StageSettings
 from stages.config.training import TrainingConfig
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime, StageResources, hide_gpus
@@ -71,6 +72,16 @@ class StageResult:
     metrics: Mapping[str, float]
 
 
+@dataclass(kw_only=True)
+class _Making:
+    """A stage's artifact while it is made."""
+
+    inputs: Mapping[str, Path]  # by what the recipe calls them
+    out_dir: Path
+    runtime: Runtime
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
 def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
     """The body of a stage task: skip, resume or run, then publish. `upstream` only orders the tasks.
 
@@ -88,8 +99,35 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         if job.replace:
             store.begin_anew(node.stage, node.fingerprint)
         if not store.left_complete(node.stage, node.fingerprint):
-            _run_recipe(job, store)
+            with (
+                _sealed(job, store) as made,
+                ready(node.recipe, node.settings, made.inputs, made.runtime) as run,
+            ):
+                made.metrics = run(settings=node.settings, inputs=made.inputs, out_dir=made.out_dir)
         return result_of(store.publish(node, replace=job.replace), skipped=False)
+
+
+@contextlib.contextmanager
+def ready(
+    recipe: Recipe, settings: StageSettings, inputs: Mapping[str, Path], runtime: Runtime
+) -> Iterator[Callable[..., Mapping[str, float]]]:
+    """Yields the function of a recipe, to be called with settings, inputs and out_dir.
+
+    It runs on the workers, while what the stage task holds for them is open; in this process where the stage
+    has none.
+    """
+    function = _named(recipe.entry)
+    if not recipe.on_workers:
+        yield partial(function, runtime=runtime)
+        return
+    from stages.training.distributed import launched, placed
+
+    with contextlib.ExitStack() as stack:
+        in_place = stack.enter_context(placed(runtime, settings.engines))
+        held: Mapping[str, Any] = {}
+        if recipe.holds is not None:
+            held = stack.enter_context(_named(recipe.holds)(settings, inputs, in_place))
+        yield partial(stack.enter_context(launched(function, in_place)), **held)
 
 
 def result_of(manifest: Manifest, *, skipped: bool) -> StageResult:
@@ -172,13 +210,13 @@ def _settle_process(job: StageJob) -> None:
             os.dup2(log.fileno(), 2)
 
 
-def _run_recipe(job: StageJob, store: Store) -> None:
+@contextlib.contextmanager
+def _sealed(job: StageJob, store: Store) -> Iterator[_Making]:
+    """Around the recipe: its inputs are verified and its surroundings made; what it leaves is sealed."""
     node, started = job.node, time.time()
     inputs = {role: _verified_input(job, store, key) for role, key in node.roles.items()}
     check_files(job)  # hours may lie behind the plan
     work = store.begin(node.stage, node.fingerprint)
-    module, _, function = node.entry.partition(":")
-    recipe = getattr(importlib.import_module(module), function)
     runtime = Runtime(
         stage=node.stage,
         work_dir=work,
@@ -192,19 +230,26 @@ def _run_recipe(job: StageJob, store: Store) -> None:
         check_files=partial(check_files, job),
         joined_cluster=job.joined_cluster,
     )
-    metrics: Mapping[str, float] = recipe(node.settings, inputs, work / "out", runtime)
+    made = _Making(inputs=inputs, out_dir=work / "out", runtime=runtime)
+    yield made
     _check_given(job)  # an engine that is started anew opens its model again
     if not (work / METRICS).exists():  # a stage of one step
         line: dict[str, float | None] = {"step": 1, "max_steps": 1, "time": round(time.time(), 3)}
-        line |= {f"{node.stage}/{key}": json_number(value) for key, value in metrics.items()}
+        line |= {f"{node.stage}/{key}": json_number(value) for key, value in made.metrics.items()}
         write_whole(work / METRICS, (json.dumps(line) + "\n").encode())
     store.seal(
         node,
         resolved=node.settings.model_dump(mode="json"),
-        metrics=metrics,
+        metrics=made.metrics,
         started=started,
-        exactness=_exactness(job, work / "out", inputs.values()),
+        exactness=_exactness(job, made.out_dir, inputs.values()),
     )
+
+
+def _named(entry: str) -> Any:
+    """The function that the stage table names, `module:function`."""
+    module, _, function = entry.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _verified_input(job: StageJob, store: Store, key: str) -> Path:

@@ -20,7 +20,6 @@ import torch
 
 from rollout.api import Rollout, RolloutRequest, Sampling
 from rollout.parity import ParityGate
-from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
 from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
@@ -39,12 +38,12 @@ from stages.data.reading.records import Prompt
 from stages.data.scoring import load_judge
 from stages.objectives.winrate import bootstrap_interval
 from stages.rollout_source import EngineClient, open_engines
-from stages.runtime import BASE, CORPUS, REWARD_MODEL, Runtime
-from stages.training.distributed import Worker, launch, placed
+from stages.runtime import BASE, CORPUS, REWARD_MODEL
+from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
 from stages.training.forwards import logprobs_by, logprobs_in_packs, scores_in_packs, with_end
+from stages.training.fsdp import Placed
 from stages.training.models import (
-    CausalLM,
     ScoreNormaliser,
     freeze,
     load_causal_lm,
@@ -62,7 +61,7 @@ class Candidate:
 
     name: str  # as the metrics call it
     is_tuned: bool  # else it is prompted as a plain continuation
-    model: CausalLM
+    model: Placed
     prompts: list[tuple[int, ...]]
     rollouts: list[Rollout] = field(default_factory=list)
     kl_rollouts: list[Rollout] = field(default_factory=list)  # at temperature 1, where a KL is asked for
@@ -76,20 +75,14 @@ class Candidate:
         return reward | (self.judged[index] if self.judged else {})
 
 
-def run(
-    settings: EvaluateSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
-) -> Mapping[str, float]:
-    """Compare; writes samples.jsonl. Inputs: base and tuned models, by the names that the metrics give them;
-    reward_model and corpus where they are there.
-    """
-    with placed(runtime, settings.engines) as in_place:
-        return launch(evaluate, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
-
-
 def evaluate(
     worker: Worker, *, settings: EvaluateSettings, inputs: Mapping[str, Path], out_dir: Path
 ) -> dict[str, float]:
-    """The recipe proper."""
+    """Compare; writes samples.jsonl.
+
+    Inputs: the base and the tuned models, by the names that the metrics give them; reward_model and corpus
+    where they are there.
+    """
     config = settings.evaluate
 
     # 1. Held-out prompts, models, judge.
@@ -159,7 +152,7 @@ def _candidates(
         Candidate(
             name=name,
             is_tuned=name != BASE,
-            model=freeze(load_causal_lm(directory)).to(device),
+            model=Placed(freeze(load_causal_lm(directory)).to(device)),
             prompts=as_text if name == BASE else as_chat,
         )
         for name, directory in models.items()
@@ -174,7 +167,7 @@ def _compared(candidates: Sequence[Candidate]) -> tuple[Candidate, Candidate] | 
 
 def _rewards_by(directory: Path, device: torch.device) -> Callable[[Sequence[tuple[int, ...]]], list[float]]:
     """Normalised scores of sequences by the reward model in `directory`."""
-    reward_model = freeze(load_reward_model(directory)).to(device)
+    reward_model = Placed(freeze(load_reward_model(directory)).to(device))
     normaliser = ScoreNormaliser.load(directory)
 
     def rewards(sequences: Sequence[tuple[int, ...]]) -> list[float]:
@@ -216,7 +209,7 @@ def _generate(
 
 
 def _sync(client: EngineClient, candidate: Candidate) -> WeightSync:
-    source = ModuleSource(candidate.model.inner, dtype="float32")
+    source = candidate.model.weights(dtype="float32")
     return WeightSync(source, engine=client.engine, loop=client.loop, config=client.config, host=client.host)
 
 

@@ -24,7 +24,6 @@ from rollout.errors import WeightSyncError
 from rollout.ground.disk import disk_problems
 from rollout.ground.errors import EnvironmentProblem
 from rollout.parity import ParityGate
-from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
 from stages.config.ppo import PPOConfig, PPOSettings
 from stages.data.batches import stage_seed
@@ -52,7 +51,6 @@ from stages.training.distributed import Worker, launch, placed
 from stages.training.forwards import logprobs_by
 from stages.training.health import Health, RollBack, check_rollouts
 from stages.training.metrics import MetricsLog, StepLog
-from stages.training.models import full_state, save_model
 from stages.training.ppo_models import PPOModels, judge_all, load_ppo_models
 from stages.training.ppo_totals import Clock, Totals
 from stages.training.ppo_update import Learner
@@ -132,9 +130,10 @@ def train(
     correction = settings.correction
     learner = Learner(models, config, correction=correction, seed=settings.seed, health=health)
     state = LoopState(controller=_controller(config), totals=Totals(), health=health)
+    parts = {name: model.state() for name, model in learner.trained.items()}
     checkpoints = Checkpoints(work_dir, keep=config.keep_checkpoints)
     journal = Journal(work_dir)
-    step, extra = checkpoints.restore(learner.parts)
+    step, extra = checkpoints.restore(parts)
     state.restore(extra)
     log = MetricsLog(work_dir, max_steps=config.max_steps, resumed_step=step)
     rollouts_log = StepLog(work_dir / ROLLOUTS_FILE, resumed_step=step)
@@ -184,7 +183,7 @@ def train(
                 with clock.measure("training"):
                     update = learner.update(step, experiences, kl_coef=state.controller.coef)
             except RollBack:
-                back, extra = checkpoints.roll_back(learner.parts)
+                back, extra = checkpoints.roll_back(parts)
                 next_step = health.rolled_back(
                     step, back if extra else None, extra["health"] if extra else {}
                 )
@@ -217,7 +216,7 @@ def train(
             due = step % config.checkpoint_every_steps == 0
             if stopping or (due and step < config.max_steps):
                 score = summary["rollout/score"]
-                checkpoints.save(step, learner.parts, state.state_dict(), score=score, regular=due)
+                checkpoints.save(step, parts, state.state_dict(), score=score, regular=due)
                 if ranks.is_main():
                     journal.drop_before(position - config.keep_checkpoints * config.checkpoint_every_steps)
             if stopping:
@@ -230,9 +229,8 @@ def train(
     health.check_end("policy loss")
 
     # 4. The model directory.
-    weights = full_state(models.policy)
+    models.policy.save(out_dir)
     if ranks.is_main():
-        save_model(models.policy, out_dir, weights)
         chat.save(out_dir)
         with disk_problems(out_dir):
             shutil.copyfile(work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
@@ -270,7 +268,7 @@ class LoopState:
 
 def _weight_sync(models: PPOModels, config: PPOConfig, client: EngineClient) -> WeightSync:
     """Every rank gathers; rank 0 alone talks to the engines."""
-    weights = ModuleSource(models.policy.inner, dtype=ENGINE_DTYPE[config.precision])
+    weights = models.policy.weights(dtype=ENGINE_DTYPE[config.precision])
     if not ranks.is_main():
         return WeightSync(weights, engine=None, loop=None, config=client.config)
     return WeightSync(weights, engine=client.engine, loop=client.loop, config=client.config, host=client.host)

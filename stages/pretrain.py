@@ -9,6 +9,7 @@ routed experts and a coefficient above 0 the balance loss of the routers is adde
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,40 +22,33 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.corpus.shards import TokenRow, TokenShards, heldout_sequences
 from stages.data.packing import PackedRow, packed_row
 from stages.errors import ModelError
+from stages.objectives.logprobs import next_tokens
 from stages.objectives.losses import causal_lm_loss_sum
 from stages.runtime import Runtime
 from stages.training import ranks
-from stages.training.distributed import Worker, launch, place
+from stages.training.distributed import Worker, launch
 from stages.training.evaluation import perplexity
-from stages.training.fit import fit, num_steps
+from stages.training.fsdp import trained
+from stages.training.loop import num_steps, run_loop
 from stages.training.model_rules import check_ends, check_rows
-from stages.training.models import (
-    CausalLM,
-    build_causal_lm,
-    check_context,
-    full_state,
-    load_causal_lm,
-    save_model,
-)
-from stages.training.optimize import Optimizer
-from stages.training.randomness import recompute_activations
-from stages.training.routing import Forward, RouterBalance
+from stages.training.models import CausalLM, build_causal_lm, check_context, load_causal_lm
+from stages.training.routing import check_balanced, router_metrics, with_balance
+from stages.training.supervised import Supervised
+from stages.training.trainable import Outputs, Reads, TermLoss
 
 RECIPE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """A micro-batch: the segments of some rows end to end."""
+    """A micro-batch: the segments of some rows end to end. Each position predicts the next token."""
 
     row: PackedRow
+    predicting_N: Tensor  # int64, all positions of the row
+    targets_N: Tensor  # int64, the token after each; that of the last one does not count
     is_target_1N: Tensor  # bool, the tokens to predict, each from the one before
     num_targets: int  # of the whole optimizer step, all ranks together
     share_of_tokens: float  # this micro-batch's, of the tokens of that step
-
-    @property
-    def num_tokens(self) -> int:
-        return self.row.num_tokens
 
 
 def run(
@@ -85,39 +79,33 @@ def train(
     )
 
     # 2. Model and optimizer.
-    model = _initial_model(settings, inputs, chat)
-    balance = RouterBalance(
-        model, coef=settings.router_aux_loss_coef, setting="pretrain.router_aux_loss_coef"
-    )
-    if config.gradient_checkpointing:
-        recompute_activations(model.inner)
-    place(model, worker, precision=config.precision, trained=True)
+    initial = _initial_model(settings, inputs, chat)
+    if settings.router_aux_loss_coef > 0:
+        check_balanced(initial.inner, "pretrain.router_aux_loss_coef")
     max_steps = num_steps(config, order)
-    optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
+    model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 
     # 3. Train.
-    result = fit(
-        optimizer,
+    stepper = Supervised(
+        model,
         config,
-        max_steps=max_steps,
         runtime=worker.runtime,
+        reads=Reads(logprobs=True, router_loss=True, temperature=1.0),
         batch_of=lambda step: _micro_batches(shards, order.indices(step), config.micro_batch_size, worker),
-        loss_of=lambda rows: balance.added_to(
-            lambda forward: _loss(forward, rows), share=rows.share_of_tokens
-        ),
-        observed=balance,
+        loss_of=partial(_loss, router_coef=settings.router_aux_loss_coef),
+        watched=router_metrics,
     )
+    run_loop(stepper, config, max_steps=max_steps, runtime=worker.runtime)
 
     # 4. Held-out perplexity, and the model directory.
     heldout = heldout_sequences(inputs["prepare"], settings.model.context_length)
     metrics = {
-        **result.metrics(),
-        "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+        **stepper.summary(),
+        "parameters": float(sum(parameter.numel() for parameter in initial.parameters())),
         "perplexity_heldout": perplexity(model, heldout, device=worker.device),
     }
-    state = full_state(model)
+    model.save(out_dir)
     if ranks.is_main():
-        save_model(model, out_dir, state)
         chat.save(out_dir)
     return metrics
 
@@ -157,17 +145,27 @@ def _micro_batches(
 def _end_to_end(rows: Sequence[TokenRow], num_targets: int, num_tokens: int, device: torch.device) -> Rows:
     ids_N = torch.from_numpy(np.concatenate([row.ids for row in rows]))
     is_target_N = torch.from_numpy(np.concatenate([row.is_target for row in rows]))
+    row = packed_row(ids_N, [length for row in rows for length in row.lengths]).to(device)
     return Rows(
-        row=packed_row(ids_N, [length for row in rows for length in row.lengths]).to(device),
+        row=row,
+        predicting_N=torch.arange(row.num_tokens, device=device),
+        targets_N=next_tokens(row.input_ids_1N)[0],
         is_target_1N=is_target_N[None].to(device),
         num_targets=num_targets,
-        share_of_tokens=len(ids_N) / num_tokens,
+        share_of_tokens=row.num_tokens / num_tokens,
     )
 
 
-def _loss(model: Forward, rows: Rows) -> Tensor:
-    """This micro-batch's share of the mean cross-entropy of the step, nats per target."""
-    ids_1N = rows.row.input_ids_1N
-    logits_1NV = model(rows.row.model_inputs(), torch.arange(ids_1N.shape[1], device=ids_1N.device))
-    loss = causal_lm_loss_sum(logits_BSV=logits_1NV, input_ids_BS=ids_1N, target_mask_BS=rows.is_target_1N)
-    return loss / rows.num_targets
+def _loss(rows: Rows, now: Outputs, *, router_coef: float) -> TermLoss:
+    """This micro-batch's share of the mean cross-entropy of the step, nats per target, and of its balance
+    loss.
+    """
+    assert now.logprobs_N is not None
+    loss = causal_lm_loss_sum(logprobs_BS=now.logprobs_N[None], target_mask_BS=rows.is_target_1N)
+    return with_balance(
+        TermLoss(loss=loss / rows.num_targets),
+        now,
+        coef=router_coef,
+        num_tokens=rows.row.num_tokens,
+        share=rows.share_of_tokens,
+    )

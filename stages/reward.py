@@ -21,27 +21,20 @@ from stages.data.batches import BatchOrder, rank_share, stage_seed
 from stages.data.chat.ids import PairIds
 from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, data_metrics, fit_pairs, fit_rows
-from stages.data.packing import plan_packs
+from stages.data.packing import pack, plan_packs
 from stages.data.reading.readers import check_sides, is_held_out, read_pairs
 from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
 from stages.rollout_source import ENGINE_DTYPE, open_engines
 from stages.runtime import Runtime
 from stages.training import ranks
-from stages.training.distributed import Worker, launch, place, placed
-from stages.training.fit import fit, num_steps
-from stages.training.forwards import scores_in_packs, sequence_scores, with_end
-from stages.training.models import (
-    ScoreNormaliser,
-    TokenScorer,
-    base_model,
-    full_state,
-    reward_from_causal_lm,
-    save_model,
-)
-from stages.training.observed import Observed
-from stages.training.optimize import Optimizer
-from stages.training.randomness import recompute_activations
+from stages.training.distributed import Worker, launch, placed
+from stages.training.forwards import WholeSequences, scores_in_packs, with_end
+from stages.training.fsdp import trained
+from stages.training.loop import num_steps, run_loop
+from stages.training.models import ScoreNormaliser, base_model, reward_from_causal_lm
+from stages.training.supervised import Supervised
+from stages.training.trainable import Judge, Outputs, Reads, TermLoss
 
 RECIPE_VERSION = 5
 
@@ -64,15 +57,10 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pairs:
-    """A micro-batch."""
+class Pairs(WholeSequences):
+    """A micro-batch: in its row all chosen responses, then all rejected ones."""
 
-    examples: tuple[Example, ...]
     num_pairs: int  # of the whole optimizer step
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(example.chosen) + len(example.rejected) for example in self.examples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,31 +103,28 @@ def train(
 
     # 2. Model and optimizer.
     torch.manual_seed(stage_seed(settings.seed, "reward", "head"))
-    model = reward_from_causal_lm(source, pad_token_id=chat.pad_token_id)
-    if config.gradient_checkpointing:
-        recompute_activations(model.inner)
-    place(model, worker, precision=config.precision, trained=True)
+    initial = reward_from_causal_lm(source, pad_token_id=chat.pad_token_id)
     max_steps = num_steps(config, order)
-    optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
+    model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 
     # 3. Train.
-    ranked = _RankedShare()
-    result = fit(
-        optimizer,
+    stepper = Supervised(
+        model,
         config,
-        max_steps=max_steps,
         runtime=worker.runtime,
+        reads=Reads(scores=True),
         batch_of=lambda step: _micro_batches(
             [examples.train[index] for index in order.indices(step)], config.micro_batch_size, worker
         ),
-        loss_of=lambda pairs: _loss(model, pairs, ranked, worker.device),
-        observed=ranked,
+        loss_of=_loss,
+        watched=_ranked_share,
     )
+    run_loop(stepper, config, max_steps=max_steps, runtime=worker.runtime)
 
     # 4. Held-out accuracy, normaliser, gates.
-    model.eval()
+    initial.eval()
     metrics = {
-        **result.metrics(),
+        **stepper.summary(),
         "pairs": float(len(examples.train)),
         "pairs_heldout": float(len(examples.heldout)),
         **examples.data,
@@ -156,9 +141,8 @@ def train(
     _check_gates(settings, metrics)
 
     # 5. The model directory.
-    state = full_state(model)
+    model.save(out_dir)
     if ranks.is_main():
-        save_model(model, out_dir, state)
         normaliser.save(out_dir)
         chat.save(out_dir)
     return metrics
@@ -198,46 +182,43 @@ def _micro_batches(examples: Sequence[Example], micro_batch_size: int, worker: W
     mine = rank_share(examples, worker.rank, worker.world_size)
     plan = plan_packs([len(example.chosen) + len(example.rejected) for example in mine], micro_batch_size)
     return [
-        Pairs(examples=tuple(mine[index] for index in members), num_pairs=len(examples))
-        for members in plan.packs
+        _packed([mine[index] for index in members], len(examples), worker.device) for members in plan.packs
     ]
 
 
-def _pair_scores(
-    model: TokenScorer, examples: Sequence[Example], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Raw scores of the chosen and of the rejected responses, [P] each, from one packed row."""
+def _packed(examples: Sequence[Example], num_pairs: int, device: torch.device) -> Pairs:
     sequences = [example.chosen for example in examples] + [example.rejected for example in examples]
-    chosen_P, rejected_P = sequence_scores(model, sequences, device=device).chunk(2)
-    return chosen_P, rejected_P
+    return Pairs(row=pack(sequences).to(device), num_pairs=num_pairs)
 
 
-def _loss(model: TokenScorer, pairs: Pairs, ranked: "_RankedShare", device: torch.device) -> Tensor:
-    """This micro-batch's share of the step's mean Bradley-Terry loss, nats per pair."""
-    chosen_P, rejected_P = _pair_scores(model, pairs.examples, device)
-    ranked.see(chosen_P.detach(), rejected_P.detach())
-    margins_P = torch.zeros_like(chosen_P)
-    loss = pair_loss_sum(chosen_scores_P=chosen_P, rejected_scores_P=rejected_P, margins_P=margins_P)
-    return loss / pairs.num_pairs
+def _loss(pairs: Pairs, now: Outputs) -> TermLoss:
+    """This micro-batch's share of the step's mean Bradley-Terry loss, nats per pair. Watched: pairs ranked as
+    labelled, the sum of their margins, their number.
+    """
+    assert now.scores_B is not None
+    chosen_P, rejected_P = now.scores_B.chunk(2)
+    loss = pair_loss_sum(
+        chosen_scores_P=chosen_P, rejected_scores_P=rejected_P, margins_P=torch.zeros_like(chosen_P)
+    )
+    margins_P = (chosen_P - rejected_P).detach().double()
+    return TermLoss(
+        loss=loss / pairs.num_pairs,
+        sums={
+            "right": (margins_P > 0).sum(),
+            "margin": margins_P.sum(),
+            "pairs": torch.tensor(len(margins_P)),
+        },
+    )
 
 
-class _RankedShare(Observed):
-    """Training accuracy and margin: pairs ranked as labelled, the sum of their margins, their number."""
-
-    def see(self, chosen_P: Tensor, rejected_P: Tensor) -> None:
-        """The scores of a micro-batch."""
-        margins_P = (chosen_P - rejected_P).double()
-        number = margins_P.new_tensor(len(margins_P))
-        self.add(torch.stack([(margins_P > 0).double().sum(), margins_P.sum(), number]))
-
-    def metrics(self, sums: list[float]) -> dict[str, float]:
-        right, margin, number = sums
-        return {"train/accuracy": right / number, "train/margin": margin / number}
+def _ranked_share(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Training accuracy and margin of a window."""
+    right, margin, number = (float(sums[name]) for name in ("right", "margin", "pairs"))
+    return {"train/accuracy": right / number, "train/margin": margin / number}
 
 
-@torch.no_grad()
 def _accuracies(
-    model: TokenScorer, examples: Sequence[Example], micro_batch_size: int, device: torch.device
+    model: Judge, examples: Sequence[Example], micro_batch_size: int, device: torch.device
 ) -> dict[str, float]:
     """Shares of held-out pairs ranked as labelled: all, per group, and by the longer-wins rule; ties count
     half.

@@ -24,38 +24,28 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, check_rendering, data_metrics, fit_conversations, fit_rows
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.reading.readers import read_conversations
-from stages.objectives.logprobs import token_logprobs
 from stages.runtime import Runtime
 from stages.training import ranks
-from stages.training.distributed import Worker, launch, place
-from stages.training.fit import fit, num_steps
-from stages.training.models import (
-    base_model,
-    check_context,
-    full_state,
-    load_causal_lm,
-    save_model,
-    set_stop_tokens,
-)
-from stages.training.optimize import Optimizer
-from stages.training.randomness import recompute_activations
-from stages.training.routing import Forward, RouterBalance
+from stages.training.distributed import Worker, launch
+from stages.training.fsdp import trained
+from stages.training.loop import num_steps, run_loop
+from stages.training.models import base_model, check_context, load_causal_lm, set_stop_tokens
+from stages.training.routing import check_balanced, router_metrics, with_balance
+from stages.training.supervised import Supervised
+from stages.training.trainable import Outputs, Reads, TermLoss
 
 RECIPE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversations:
-    """A micro-batch: packed conversations and where their trained tokens stand."""
+    """A micro-batch: packed conversations and their trained tokens."""
 
     row: PackedRow
-    token_K: Tensor  # int64, positions of the trained tokens; each is predicted one position earlier
+    predicting_N: Tensor  # int64, one position before each trained token
+    targets_N: Tensor  # int64, the trained tokens
     num_targets: int  # trained tokens of the whole optimizer step
     share_of_tokens: float  # this micro-batch's, of the tokens of that step
-
-    @property
-    def num_tokens(self) -> int:
-        return self.row.num_tokens
 
 
 def run(
@@ -77,41 +67,37 @@ def train(
     batches = _batches(examples, settings, worker)
 
     # 2. Model and optimizer.
-    model = load_causal_lm(base_model(inputs))
-    check_context(model, settings.model.context_length)
-    balance = RouterBalance(model, coef=config.router_aux_loss_coef, setting="sft.router_aux_loss_coef")
-    if config.gradient_checkpointing:
-        recompute_activations(model.inner)
-    place(model, worker, precision=config.precision, trained=True)
+    initial = load_causal_lm(base_model(inputs))
+    check_context(initial, settings.model.context_length)
+    if config.router_aux_loss_coef > 0:
+        check_balanced(initial.inner, "sft.router_aux_loss_coef")
     max_steps = num_steps(config, batches.order)
-    optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
+    model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 
     # 3. Train.
-    result = fit(
-        optimizer,
+    stepper = Supervised(
+        model,
         config,
-        max_steps=max_steps,
         runtime=worker.runtime,
+        reads=Reads(logprobs=True, router_loss=True, temperature=1.0),
         batch_of=batches.of_step,
-        loss_of=lambda conversations: balance.added_to(
-            lambda forward: _loss(forward, conversations), share=conversations.share_of_tokens
-        ),
-        observed=balance,
+        loss_of=partial(_loss, router_coef=config.router_aux_loss_coef),
+        watched=router_metrics,
     )
+    run_loop(stepper, config, max_steps=max_steps, runtime=worker.runtime)
 
     # 4. The model directory: it stops at the template's end of turn from now on.
     set_stop_tokens(
-        model,
+        initial,
         eos_token_id=chat.end_of_turn_id,
         stop_token_ids=chat.stop_token_ids,
         pad_token_id=chat.pad_token_id,
     )
-    state = full_state(model)
+    model.save(out_dir)
     if ranks.is_main():
-        save_model(model, out_dir, state)
         chat.save(out_dir)
     return {
-        **result.metrics(),
+        **stepper.summary(),
         **data,
         **batches.metrics,
     }
@@ -203,18 +189,27 @@ class _Counts:
 
 
 def _packed(examples: Sequence[Rendered], of_step: _Counts, device: torch.device) -> Conversations:
-    mask_N = torch.tensor([trained for example in examples for trained in example.mask])
+    mask_N = torch.tensor([is_trained for example in examples for is_trained in example.mask])
+    row = pack([example.ids for example in examples]).to(device)
+    token_K = mask_N.nonzero().squeeze(-1).to(device)
     return Conversations(
-        row=pack([example.ids for example in examples]).to(device),
-        token_K=mask_N.nonzero().squeeze(-1).to(device),
+        row=row,
+        predicting_N=token_K - 1,
+        targets_N=row.input_ids_1N[0, token_K],
         num_targets=of_step.targets,
         share_of_tokens=len(mask_N) / of_step.tokens,
     )
 
 
-def _loss(model: Forward, conversations: Conversations) -> Tensor:
-    """This micro-batch's share of the mean cross-entropy over the step's trained tokens, nats."""
-    row, token_K = conversations.row, conversations.token_K
-    logits_KV = model(row.model_inputs(), token_K - 1)[0]
-    logprobs_K = token_logprobs(logits=logits_KV, targets=row.input_ids_1N[0, token_K], temperature=1.0)
-    return -logprobs_K.sum() / conversations.num_targets
+def _loss(conversations: Conversations, now: Outputs, *, router_coef: float) -> TermLoss:
+    """This micro-batch's share of the mean cross-entropy over the step's trained tokens, nats, and of its
+    balance loss.
+    """
+    assert now.logprobs_N is not None
+    return with_balance(
+        TermLoss(loss=-now.logprobs_N.sum() / conversations.num_targets),
+        now,
+        coef=router_coef,
+        num_tokens=conversations.row.num_tokens,
+        share=conversations.share_of_tokens,
+    )

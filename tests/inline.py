@@ -1,9 +1,13 @@
 """The surroundings of recipes in tests: in the test's own process, or in workers of a Ray that is running."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from pipeline.stage_table import STAGES
+from pipeline.stage_task import ready
+from stages.config.stage import StageSettings
 from stages.runtime import Runtime, StageResources
 from stages.training.distributed import Worker
 
@@ -26,6 +30,14 @@ def runtime_in(directory: Path, stage: str, *, num_workers: int = 0) -> Runtime:
         num_threads=2,
         stop_file=directory / "stop",
     )
+
+
+def run_recipe(
+    settings: StageSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
+) -> dict[str, float]:
+    """What the recipe of `runtime.stage` measures; it leaves its artifact in `out_dir`."""
+    with ready(STAGES[runtime.stage].recipe, settings, inputs, runtime) as run:
+        return dict(run(settings=settings, inputs=inputs, out_dir=out_dir))
 
 
 def worker_in(directory: Path, stage: str) -> Worker:

@@ -30,7 +30,10 @@ LOADED_BY_NAME: Mapping[str, tuple[str, ...]] = {
 def current(root: Path = ROOT) -> dict[str, dict[str, int | str]]:
     """Stage -> recipe version and code digest, as the source is now."""
     return {
-        name: {"version": identity.recipe_version(stage.entry), "digest": code_digest(stage.entry, root)}
+        name: {
+            "version": identity.recipe_version(stage.recipe.entry),
+            "digest": code_digest(stage.recipe.entry, root),
+        }
         for name, stage in stage_table.STAGES.items()
     }
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inline import runtime_in, worker_in
+from inline import run_recipe, runtime_in, worker_in
 from ppo_inputs import EOS, ppo_inputs, some_rollouts
 
 from rollout.config import EngineConfig
-from stages import evaluate, ppo, reward
+from stages import evaluate, reward
 from stages.config.data import DataSource
 from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.config.model import ModelConfig
@@ -97,7 +97,7 @@ def test_ppo_scores_responses_that_the_context_cut_off(inputs, tmp_path, scored)
         **STEPS,
     )
     settings = PPOSettings(seed=1, model=MODEL, ppo=config, rollout=HF)
-    metrics = ppo.run(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "ppo"))
+    metrics = run_recipe(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "ppo"))
     assert metrics["prompts"] == 4 and metrics["prompts_dropped"] == 4
     check_full(scored, num_at_least=3)
 
@@ -158,7 +158,7 @@ def test_the_normaliser_scores_responses_that_the_context_cut_off_sampled_as_ppo
     monkeypatch.setattr(reward, "open_engines", remembering)
     settings = reward_settings(tmp_path / "pairs.jsonl", fitting_and_not(inputs))
     runtime = runtime_in(tmp_path, "reward")
-    metrics = reward.run(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+    metrics = run_recipe(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
     assert metrics["score_responses"] == 4
     assert {(request.sampling.max_tokens, request.sampling.temperature) for request in asked} == {
         (RESPONSE, 0.7)
@@ -182,7 +182,7 @@ def test_prompts_too_long_for_the_normaliser_name_the_setting_that_says_so(
     )
     runtime = runtime_in(tmp_path, "reward")
     with pytest.raises(DataError, match=rf"of at most {room} tokens to sample .*; raise .*, or lower {key}$"):
-        reward.run(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+        run_recipe(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
     assert not (tmp_path / "work" / "metrics.jsonl").exists(), "said before training"
 
 
@@ -199,7 +199,7 @@ def test_evaluation_scores_responses_that_the_context_cut_off_the_base_models_an
         base_prompt=BASE_PROMPT,
     )
     settings = EvaluateSettings(seed=1, model=MODEL, evaluate=config, rollout=HF)
-    metrics = evaluate.run(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
+    metrics = run_recipe(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
     assert metrics["prompts"] == 4
     check_full(scored, num_at_least=7)
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]

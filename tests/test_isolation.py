@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inline import runtime_in, worker_in
+from inline import run_recipe, runtime_in, worker_in
 from torch import Tensor
 
 from stages import pretrain, sft
@@ -20,6 +20,7 @@ from stages.data.corpus.shards import TokenShards, write_shards
 from stages.data.packing import PackedRow, packed_row
 from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
+from stages.training.fsdp import Placed
 from stages.training.models import CausalLM, load_causal_lm
 
 SEP = 2
@@ -204,10 +205,10 @@ def test_held_out_perplexity_does_not_depend_on_who_else_is_evaluated(model, tmp
     import numpy as np
 
     documents = [np.array([SEP, *document, SEP]) for document in DOCUMENTS[:4]]
-    alone = [perplexity(model, [document], device=torch.device("cpu")) for document in documents]
+    alone = [perplexity(Placed(model), [document], device=torch.device("cpu")) for document in documents]
     tokens = [len(document) - 1 for document in documents]
     logs = torch.tensor(alone).double().log() * torch.tensor(tokens)
-    together = perplexity(model, documents, device=torch.device("cpu"))
+    together = perplexity(Placed(model), documents, device=torch.device("cpu"))
     assert together == pytest.approx(float((logs.sum() / sum(tokens)).exp()), rel=1e-5)
 
 
@@ -288,7 +289,7 @@ def test_the_recipe_reports_its_utilisation_where_rows_have_a_size(tmp_path, tie
     def metrics(name: str, **config) -> dict[str, float]:
         runtime = runtime_in(tmp_path / name, "sft")
         settings = sft_settings(tmp_path, **config)
-        return dict(sft.run(settings, {"model": tied_model_dir}, tmp_path / name / "out", runtime))
+        return dict(run_recipe(settings, {"model": tied_model_dir}, tmp_path / name / "out", runtime))
 
     by_tokens = metrics("tokens", batch_tokens=96 * 2)
     assert 0.9 < by_tokens["packing_utilisation"] <= 1 and by_tokens["steps"] == 2

@@ -22,9 +22,10 @@ from stages.config.sft import SFTConfig, SFTSettings
 from stages.data.corpus.shards import TokenShards
 from stages.errors import ModelError
 from stages.prepare import run as run_prepare
+from stages.training.fsdp import outputs_of
 from stages.training.metrics import read_steps
 from stages.training.models import build_causal_lm
-from stages.training.routing import RouterBalance
+from stages.training.trainable import Reads
 
 NOUNS = ["cat", "dog", "house", "tree", "river", "window", "garden", "teacher"]
 FACTS = [(a, verb, b) for a in NOUNS for verb in ("sees", "likes", "finds") for b in NOUNS if a != b]
@@ -173,18 +174,17 @@ def test_ranks_share_a_steps_balance_loss_out_by_tokens(prepared, tmp_path):
     worker = worker_in(tmp_path, "pretrain")
     torch.manual_seed(0)
     model = build_causal_lm(MIXTURE, vocab_size=320, eos_token_id=2, pad_token_id=0)
-    balance = RouterBalance(model, coef=0.5, setting="pretrain.router_aux_loss_coef")
+
+    def loss_of(rows: pretrain.Rows, router_coef: float) -> torch.Tensor:
+        now = outputs_of(model, rows, Reads(logprobs=True, router_loss=True, temperature=1.0))
+        return pretrain._loss(rows, now, router_coef=router_coef).loss
 
     def step_of(rank: int, world_size: int) -> list[pretrain.Rows]:
         return pretrain._micro_batches(shards, range(7), 2, replace(worker, rank=rank, world_size=world_size))
 
     ranks = [step_of(rank, 2) for rank in (0, 1)]
     assert sum(rows.share_of_tokens for rank in ranks for rows in rank) == pytest.approx(1)
-    losses = [
-        balance.added_to(lambda forward, rows=rows: pretrain._loss(forward, rows), share=rows.share_of_tokens)
-        for rank in ranks
-        for rows in rank
-    ]
+    losses = [loss_of(rows, 0.5) for rank in ranks for rows in rank]
     rows = [shards.row(index) for index in range(7)]
     parts = [rows[0:2], rows[2:3], rows[3:5], rows[5:7]]  # ranks of 3 and 4 rows, 2 to a forward
     num_targets = sum(int(row.is_target.sum()) for row in rows)
@@ -192,7 +192,7 @@ def test_ranks_share_a_steps_balance_loss_out_by_tokens(prepared, tmp_path):
     wanted = 0.0
     for part in parts:
         whole = pretrain._end_to_end(part, num_targets, num_tokens, worker.device)
-        wanted += pretrain._loss(model, whole).item()
+        wanted += loss_of(whole, 0.0).item()
         aux = model.inner(**whole.row.model_inputs(), output_router_logits=True).aux_loss.item()
         wanted += 0.5 * sum(len(row.ids) for row in part) / num_tokens * aux
     assert torch.stack(losses).sum().item() == pytest.approx(wanted, abs=1e-5)

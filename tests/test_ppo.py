@@ -25,12 +25,13 @@ from stages.errors import DataError, Interrupted, ModelError, TrainingStopped
 from stages.ppo import _check_versions, run
 from stages.rollout_source import RolloutSource, SourcePlan
 from stages.training.forwards import sequence_scores
+from stages.training.fsdp import Trained, outputs_of
 from stages.training.health import Health
 from stages.training.metrics import read_steps
 from stages.training.models import CausalLM, TokenScorer
-from stages.training.optimize import Optimizer, StepResult
 from stages.training.ppo_models import judge, load_ppo_models
 from stages.training.ppo_update import Learner
+from stages.training.trainable import Reads, StepResult
 
 CPU = torch.device("cpu")
 OTHER_STOP = 301
@@ -175,7 +176,7 @@ def test_pin_19_rewards_of_a_response_add_up_to_score_minus_beta_kl(inputs, tmp_
     )
     models, packs, judgements = judged_batch(inputs, tmp_path, config)
     with torch.no_grad():
-        for parameter in models.policy.parameters():
+        for parameter in models.policy.model.parameters():
             parameter.mul_(1.05)
     judgements = [judge(models, pack, config, **ENDS) for pack in packs]
     experiences, _ = assemble(packs, judgements, config, kl_coef=0.3)
@@ -226,7 +227,7 @@ def test_pin_24_scores_are_normalised_then_clipped_before_the_kl_is_taken(inputs
     models, packs, clipped = judged_batch(inputs, tmp_path, narrow)
     for left, right in zip(unclipped, clipped, strict=True):
         assert torch.equal(left.scores_B.clamp(-0.05, 0.05), right.scores_B)
-    raw = models.reward_model(packs[0].packed.row.model_inputs(), packs[0].packed.positions.final_B)
+    raw = models.reward_model.outputs(packs[0].packed, Reads(scores=True)).scores_B
     ended = ~packs[0].truncated_B
     torch.testing.assert_close(unclipped[0].scores_B[ended], ((raw - 0.1) / 1.5)[ended], atol=1e-5, rtol=0)
 
@@ -253,7 +254,7 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
 
     def kl_after(kl_coef):
         models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-        perturbed(models.policy)
+        perturbed(models.policy.model)
         packs = pack_rollouts(some_rollouts(), micro_batch_size=2, max_length=6, device=CPU)
         judgements = [judge(models, pack, config, **ENDS) for pack in packs]
         experiences, _ = assemble(packs, judgements, config, kl_coef=kl_coef)
@@ -279,7 +280,7 @@ def perturbed(model):
 def gradient_of_the_policy(inputs, tmp_path, monkeypatch, config):
     """Of one optimizer step of a policy away from its reference, on responses of 40, 9 and 2 tokens."""
     models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-    perturbed(models.policy)
+    perturbed(models.policy.model)
     generator = torch.Generator().manual_seed(11)
     rollouts = [
         replace(
@@ -295,14 +296,14 @@ def gradient_of_the_policy(inputs, tmp_path, monkeypatch, config):
     experiences, _ = assemble(packs, judgements, config, kl_coef=config.kl_coef)
     found = {}
 
-    def differentiate(self, step, packs, loss_of, accepts):
-        loss = sum(loss_of(pack) for pack in packs)
+    def differentiate(self, step, packs, reads, loss_of, accepts):
+        loss = sum(loss_of(pack, outputs_of(self.model, pack, reads)).loss for pack in packs)
         parts = torch.autograd.grad(loss, list(self.model.parameters()), allow_unused=True)
-        found[self.model] = torch.cat([part.flatten() for part in parts if part is not None])
-        return StepResult(loss=float(loss.detach()), grad_norm=0.0, lr=0.0, taken=True)
+        found[self] = torch.cat([part.flatten() for part in parts if part is not None])
+        return StepResult(loss=float(loss.detach()), grad_norm=0.0, lr=0.0, taken=True, sums={}, extremes={})
 
     with monkeypatch.context() as patch:
-        patch.setattr(Optimizer, "take_step", differentiate)
+        patch.setattr(Trained, "take_step", differentiate)
         learner_of(models, config, tmp_path).update(0, experiences, kl_coef=config.kl_coef)
     return found[models.policy]
 
@@ -357,14 +358,24 @@ def test_value_warm_up_leaves_the_policy_alone(inputs, tmp_path):
     config = CONFIG.model_copy(update={"value_warmup_steps": 1})
     models, packs, judgements = judged_batch(inputs, tmp_path, config)
     experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
-    policy = {name: value.clone() for name, value in models.policy.state_dict().items()}
-    value = models.value_model.head.weight.detach().clone()
+    policy = {name: value.clone() for name, value in models.policy.model.state_dict().items()}
+    value = models.value_model.model.head.weight.detach().clone()
     learner_of(models, config, tmp_path).update(0, experiences, kl_coef=0.05)
-    assert all(torch.equal(policy[name], tensor) for name, tensor in models.policy.state_dict().items())
-    assert not torch.equal(value, models.value_model.head.weight)
+    assert all(torch.equal(policy[name], tensor) for name, tensor in models.policy.model.state_dict().items())
+    assert not torch.equal(value, models.value_model.model.head.weight)
 
 
 # Whole runs.
+
+
+def times(loss_of, factor):
+    """`loss_of` with its loss multiplied."""
+
+    def multiplied(pack, now):
+        term = loss_of(pack, now)
+        return replace(term, loss=term.loss * factor)
+
+    return multiplied
 
 
 def settings_for(prompts: Path, **changes) -> PPOSettings:
@@ -501,19 +512,19 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
     """No loss on the batch of position 1 is a number: back to step 1, on with position 2."""
     settings = settings_for(prompts, checkpoint_every_steps=1)
     positions = []
-    draw, take_step = RolloutSource._draw, Optimizer.take_step
+    draw, take_step = RolloutSource._draw, Trained.take_step
 
     async def remembering(self, step):
         positions.append(step)
         return await draw(self, step)
 
-    def spoiled(self, step, packs, loss_of, accepts):
+    def spoiled(self, step, packs, reads, loss_of, accepts):
         bad = torch.nan if positions[-1] == 1 and isinstance(self.model, kinds) else 1.0
-        return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
+        return take_step(self, step, packs, reads, times(loss_of, bad), accepts)
 
     monkeypatch.setattr(RolloutSource, "_draw", remembering)
     with monkeypatch.context() as patch:
-        patch.setattr(Optimizer, "take_step", spoiled)
+        patch.setattr(Trained, "take_step", spoiled)
         metrics, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
         assert positions == [0, 1, 2, 3] and metrics["steps_skipped"] == skipped
         said = "ppo step 2: 4 bad steps in a row; back to step 1, leaving out the 1 batches since then"
@@ -532,7 +543,7 @@ def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_
     """Stopped behind step 3; no loss on the batch of position 3 is a number: back to step 2, on with 4."""
     settings = settings_for(prompts, max_steps=4, checkpoint_every_steps=2, keep_checkpoints=1)
     positions, drawn = [], []
-    check, draw, take_step, update = _check_versions, RolloutSource._draw, Optimizer.take_step, Learner.update
+    check, draw, take_step, update = _check_versions, RolloutSource._draw, Trained.take_step, Learner.update
 
     def remembering(batch, version):
         positions.append(batch.step)
@@ -542,9 +553,9 @@ def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_
         drawn.append(step)
         return await draw(self, step)
 
-    def spoiled(self, step, packs, loss_of, accepts):
+    def spoiled(self, step, packs, reads, loss_of, accepts):
         bad = torch.nan if positions[-1] == 3 else 1.0
-        return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
+        return take_step(self, step, packs, reads, times(loss_of, bad), accepts)
 
     def stopping(self, step, experiences, *, kl_coef):
         if positions[-1] == 2:
@@ -558,7 +569,7 @@ def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_
 
     monkeypatch.setattr("stages.ppo._check_versions", remembering)
     monkeypatch.setattr(RolloutSource, "_draw", counting)
-    monkeypatch.setattr(Optimizer, "take_step", spoiled)
+    monkeypatch.setattr(Trained, "take_step", spoiled)
     _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
     assert positions == drawn == [0, 1, 2, 3, 4, 5]
     positions.clear()
@@ -657,13 +668,13 @@ def test_a_run_whose_only_iteration_ends_in_bad_steps_keeps_what_was_learnt_befo
     to.
     """
     settings = settings_for(prompts, max_steps=1, num_epochs=5)
-    take_step = Optimizer.take_step
+    take_step = Trained.take_step
 
-    def spoiled(self, step, packs, loss_of, accepts):
+    def spoiled(self, step, packs, reads, loss_of, accepts):
         bad = torch.nan if step >= 6 and isinstance(self.model, CausalLM) else 1.0
-        return take_step(self, step, packs, lambda pack: loss_of(pack) * bad, accepts)
+        return take_step(self, step, packs, reads, times(loss_of, bad), accepts)
 
-    monkeypatch.setattr(Optimizer, "take_step", spoiled)
+    monkeypatch.setattr(Trained, "take_step", spoiled)
     metrics, _, rollouts = run_in(tmp_path, settings, inputs)
     assert metrics["steps"] == metrics["version_final"] == 1.0 and metrics["steps_skipped"] == 4.0
     assert metrics["training_seconds"] > 0 and len(rollouts.splitlines()) == 8

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
-from inline import runtime_in
+from inline import run_recipe, runtime_in
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -36,8 +36,8 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.reading.readers import read_prompts
 from stages.data.reading.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
-from stages.prepare import run as run_prepare
 from stages.training.forwards import sequence_scores
+from stages.training.fsdp import Placed
 from stages.training.metrics import read_steps
 from stages.training.models import freeze, load_reward_model
 
@@ -84,11 +84,11 @@ class Chain:
     outputs: dict[str, Path] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def run(self, stage, run, settings, *, inputs=()):
+    def run(self, stage, settings, *, inputs=()):
         directory = self.root / stage
         runtime = runtime_in(directory, stage)
         given = self.given(inputs)
-        self.metrics[stage] = dict(run(settings, given, directory / "out", runtime))
+        self.metrics[stage] = run_recipe(settings, given, directory / "out", runtime)
         self.outputs[stage] = directory / "out"
 
     def given(self, inputs) -> dict[str, Path]:
@@ -155,12 +155,12 @@ def chain(tmp_path_factory) -> Chain:
     """prepare, pretrain, sft, reward and evaluate; the sft model stands for ppo's too."""
     chain = Chain(root=tmp_path_factory.mktemp("recipes"))
     data = chain.root
-    chain.run("prepare", run_prepare, prepare_settings(data))
-    chain.run("pretrain", pretrain.run, pretrain_settings(), inputs=["prepare"])
-    chain.run("sft", sft.run, sft_settings(data), inputs=["pretrain"])
-    chain.run("reward", reward.run, reward_settings(data, group_column="verb"), inputs=["sft"])
+    chain.run("prepare", prepare_settings(data))
+    chain.run("pretrain", pretrain_settings(), inputs=["prepare"])
+    chain.run("sft", sft_settings(data), inputs=["pretrain"])
+    chain.run("reward", reward_settings(data, group_column="verb"), inputs=["sft"])
     chain.outputs["ppo"] = chain.outputs["sft"]
-    chain.run("evaluate", evaluate.run, evaluate_settings(data), inputs=EVALUATED)
+    chain.run("evaluate", evaluate_settings(data), inputs=EVALUATED)
     return chain
 
 
@@ -198,8 +198,8 @@ def test_pretrain_learns_from_rows_of_every_packing(chain, tmp_path, packing):
         packing=packing,
     )
     made = Chain(root=tmp_path)
-    made.run("prepare", run_prepare, PrepareSettings(seed=1, model=MODEL, prepare=prepare))
-    made.run("pretrain", pretrain.run, pretrain_settings(), inputs=["prepare"])
+    made.run("prepare", PrepareSettings(seed=1, model=MODEL, prepare=prepare))
+    made.run("pretrain", pretrain_settings(), inputs=["prepare"])
     lines = read_steps(tmp_path / "pretrain" / "work" / "metrics.jsonl")
     assert lines[0]["train/loss"] == pytest.approx(math.log(320), abs=0.3)
     assert made.metrics["pretrain"]["loss_final"] < lines[0]["train/loss"] - 0.1
@@ -292,10 +292,10 @@ def test_a_tokenizer_with_no_special_token_but_its_end_goes_through_the_chain_an
     prepare = PrepareConfig(
         data=written(tmp_path / "corpus.jsonl", texts), tokenizer=gpt2_like_tokenizer(tmp_path / "gpt2")
     )
-    made.run("prepare", run_prepare, PrepareSettings(seed=1, model=MODEL, prepare=prepare))
-    made.run("pretrain", pretrain.run, pretrain_settings(max_steps=1), inputs=["prepare"])
-    made.run("sft", sft.run, sft_settings(tmp_path, max_steps=1), inputs=["pretrain"])
-    made.run("reward", reward.run, reward_settings(tmp_path, max_steps=1), inputs=["sft"])
+    made.run("prepare", PrepareSettings(seed=1, model=MODEL, prepare=prepare))
+    made.run("pretrain", pretrain_settings(max_steps=1), inputs=["prepare"])
+    made.run("sft", sft_settings(tmp_path, max_steps=1), inputs=["pretrain"])
+    made.run("reward", reward_settings(tmp_path, max_steps=1), inputs=["sft"])
 
     tokenizer = AutoTokenizer.from_pretrained(made.outputs["sft"])
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "gpt2").get_vocab()
@@ -309,7 +309,7 @@ def test_a_tokenizer_with_no_special_token_but_its_end_goes_through_the_chain_an
         .render((Message(role="user", content="x"), Message(role="assistant", content="y")))
         .ids
     )
-    model = freeze(load_reward_model(made.outputs["reward"]))
+    model = Placed(freeze(load_reward_model(made.outputs["reward"])))
     score = sequence_scores(model, [ids], device=torch.device("cpu"))
     plain = AutoModelForSequenceClassification.from_pretrained(made.outputs["reward"])
     torch.testing.assert_close(plain(torch.tensor([ids])).logits[0], score, atol=2e-6, rtol=0)
@@ -400,7 +400,7 @@ def test_pin_15_the_normaliser_is_over_responses_that_the_sft_model_samples(chai
     scores_in_packs = reward.scores_in_packs
     monkeypatch.setattr(reward, "scores_in_packs", remember)
     settings = reward_settings(tmp_path)
-    metrics = reward.run(
+    metrics = run_recipe(
         settings, {"sft": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward")
     )
     sequences, scores = read[-1]
@@ -425,7 +425,7 @@ def test_a_reward_model_from_pretrain_opens_no_engine_and_is_normalised_by_its_h
     monkeypatch.setattr(reward, "open_engines", no_engines)
     settings = reward_settings(tmp_path, init_from="pretrain")
     runtime = runtime_in(tmp_path, "reward")
-    reward.run(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
+    run_recipe(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
     heldout = reward._examples(settings, chain.chat("pretrain")).heldout
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -449,7 +449,7 @@ def test_a_reward_model_below_its_gate_stops_the_run_and_leaves_no_model(chain, 
     with pytest.raises(
         TrainingStopped, match=r"held-out accuracy 0\.500 is below reward\.min_accuracy 1\.0"
     ) as stop:
-        reward.run(settings, {"sft": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward"))
+        run_recipe(settings, {"sft": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward"))
     assert stop.value.exit_code == 5
     assert not list((tmp_path / "out").iterdir())
 
@@ -490,7 +490,7 @@ def test_pin_16_the_recipe_reports_the_dropped_pairs(chain, tmp_path):
         tmp_path, rows=[*(pair_of(*fact) for fact in FACTS[:30]), same_end], max_steps=1, init_from="pretrain"
     )
     runtime = runtime_in(tmp_path, "reward")
-    metrics = reward.run(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
+    metrics = run_recipe(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
     assert metrics["pairs_dropped"] == 1 and metrics["pairs"] + metrics["pairs_heldout"] == 30
 
 
@@ -521,7 +521,7 @@ def test_pretrain_refuses_rows_of_another_length_and_ids_the_model_does_not_know
         settings = pretrain_settings()
         settings = settings.model_copy(update={"model": settings.model.model_copy(update=model)})
         with pytest.raises(ModelError) as caught:
-            pretrain.run(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "pretrain"))
+            run_recipe(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "pretrain"))
         return str(caught.value)
 
     prepare = {"prepare": chain.outputs["prepare"]}
@@ -541,12 +541,12 @@ def test_a_token_that_nothing_writes_needs_no_row_of_the_model_that_pretrain_goe
 
 @pytest.mark.parametrize("stage", ["prepare", "pretrain", "sft", "reward", "evaluate"])
 def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(chain, tmp_path, stage):
-    settings, run, inputs = {
-        "prepare": (prepare_settings(chain.root), run_prepare, []),
-        "pretrain": (pretrain_settings(), pretrain.run, ["prepare"]),
-        "sft": (sft_settings(chain.root), sft.run, ["pretrain"]),
-        "reward": (reward_settings(chain.root, group_column="verb"), reward.run, ["sft"]),
-        "evaluate": (evaluate_settings(chain.root), evaluate.run, EVALUATED),
+    settings, inputs = {
+        "prepare": (prepare_settings(chain.root), []),
+        "pretrain": (pretrain_settings(), ["prepare"]),
+        "sft": (sft_settings(chain.root), ["pretrain"]),
+        "reward": (reward_settings(chain.root, group_column="verb"), ["sft"]),
+        "evaluate": (evaluate_settings(chain.root), EVALUATED),
     }[stage]
 
     def found_changed() -> None:
@@ -554,7 +554,7 @@ def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(chain, tmp_pat
 
     runtime = replace(runtime_in(tmp_path, stage), check_files=found_changed)
     with pytest.raises(DataError, match="changed since the run was planned"):
-        run(settings, chain.given(inputs), tmp_path / "out", runtime)
+        run_recipe(settings, chain.given(inputs), tmp_path / "out", runtime)
     assert not list((tmp_path / "out").iterdir())
     assert {path.name.partition("-")[0] for path in (tmp_path / "work").iterdir()} <= {"blocks", "trainer"}
 
@@ -578,7 +578,7 @@ def test_an_evaluation_measures_what_the_models_that_are_there_allow(
         alone = settings.evaluate.model_copy(update={"score": None})
         settings = settings.model_copy(update={"evaluate": alone})
     given = chain.given({role: EVALUATED[role] for role in roles})
-    metrics = evaluate.run(settings, given, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
+    metrics = run_recipe(settings, given, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
     assert expected <= metrics.keys()
     assert not [key for key in metrics if key.startswith(absent)]
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]
@@ -601,10 +601,10 @@ def test_a_killed_stage_goes_on_from_its_checkpoint_and_ends_in_the_same_bits(
     chain, monkeypatch, tmp_path, stage
 ):
     """Checkpoints are at steps 2 and 4; it dies before the sixth step and takes steps 5 and 6 again."""
-    settings, run, inputs = {
-        "pretrain": (pretrain_settings(), pretrain.run, ["prepare"]),
-        "sft": (sft_settings(chain.root), sft.run, ["pretrain"]),
-        "reward": (reward_settings(chain.root, group_column="verb"), reward.run, ["sft"]),
+    settings, inputs = {
+        "pretrain": (pretrain_settings(), ["prepare"]),
+        "sft": (sft_settings(chain.root), ["pretrain"]),
+        "reward": (reward_settings(chain.root, group_column="verb"), ["sft"]),
     }[stage]
     asked: list[int] = []
     indices = BatchOrder.indices
@@ -618,10 +618,10 @@ def test_a_killed_stage_goes_on_from_its_checkpoint_and_ends_in_the_same_bits(
     monkeypatch.setattr(BatchOrder, "indices", dying)
     resumed = Chain(root=tmp_path, outputs=dict(chain.outputs))
     with pytest.raises(Killed):
-        resumed.run(stage, run, settings, inputs=inputs)
+        resumed.run(stage, settings, inputs=inputs)
     assert not list((tmp_path / stage / "out").iterdir())
     first_four = (tmp_path / stage / "work" / "metrics.jsonl").read_text().split("\n")[:4]
-    resumed.run(stage, run, settings, inputs=inputs)
+    resumed.run(stage, settings, inputs=inputs)
     assert asked == [0, 1, 2, 3, 4, 4, 5]
     lines = (tmp_path / stage / "work" / "metrics.jsonl").read_text().split("\n")[:-1]
     assert lines[:4] == first_four and len(lines) == 6

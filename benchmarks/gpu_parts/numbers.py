@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpu_parts.setting import VOCABULARY, Setting
+from gpu_parts.setting import VOCABULARY, Asked, Setting
 from rollout.api import Rollout, RolloutRequest, Sampling
 from rollout.config import EngineConfig
 from rollout.engines import open_engine
@@ -19,22 +19,21 @@ from stages.config.data import DataSource
 from stages.config.ppo import PPOConfig
 from stages.config.sft import SFTConfig
 from stages.data.experience import assemble, pack_rollouts
-from stages.objectives.logprobs import token_logprobs
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import place
 from stages.training.forwards import logprobs_in_packs
+from stages.training.fsdp import Placed, frozen, trained
 from stages.training.health import Health
 from stages.training.models import (
     ScoreNormaliser,
-    freeze,
     full_state,
     load_causal_lm,
     reward_from_causal_lm,
     save_model,
 )
-from stages.training.optimize import Optimizer
 from stages.training.ppo_models import judge_all, load_ppo_models
 from stages.training.ppo_update import Learner
+from stages.training.trainable import Outputs, Reads, TermLoss
 
 MAX_DIFFERENCE, MAX_MEAN_RATIO = 1e-4, 1.05
 """`rollout.parity_max_abs_diff` (fp32) and `parity_max_mean_ratio` (bf16), as they are by default."""
@@ -57,9 +56,9 @@ def parity(setting: Setting) -> None:
 
 def _parity(setting: Setting, directory: Path, precision: Any, dtype: str) -> None:
     worker = setting.worker("sft")
-    policy, frozen = load_causal_lm(directory), freeze(load_causal_lm(directory))
+    policy = load_causal_lm(directory)
     place(policy, worker, precision=precision, trained=True)
-    place(frozen, worker, precision=precision, trained=False)
+    copy = frozen(load_causal_lm(directory), worker, precision=precision)
     rollouts = asyncio.run(_sampled(directory, dtype))
     by_policy, by_frozen = (
         logprobs_in_packs(
@@ -70,7 +69,7 @@ def _parity(setting: Setting, directory: Path, precision: Any, dtype: str) -> No
             micro_batch_size=4,
             device=setting.device,
         )
-        for model in (policy, frozen)
+        for model in (Placed(policy), copy)
     )
     differences = torch.cat(
         [
@@ -122,25 +121,25 @@ def state(setting: Setting) -> None:
 
 def _state(setting: Setting) -> None:
     worker, model = setting.worker("sft"), setting.fresh_model(setting.size)
-    place(model, worker, precision="bf16", trained=True)
     config = SFTConfig(data=NO_DATA, precision="bf16", warmup_frac=0)
-    optimizer = Optimizer(model, config, lr=1e-4, max_steps=10)
+    learner = trained(model, worker, config, lr=1e-4, max_steps=10)
     row = setting.row((9, 20), size=setting.size)
-    predicting = torch.arange(row.num_tokens - 1, device=setting.device)
+    asked = Asked.of(row, torch.arange(row.num_tokens - 1, device=setting.device))
+    reads = Reads(logprobs=True, temperature=1.0)
 
-    def loss_of(_: None) -> torch.Tensor:
-        logits = model(row.model_inputs(), predicting)[0]
-        return -token_logprobs(logits=logits, targets=row.input_ids_1N[0, 1:], temperature=1.0).mean()
+    def loss_of(_: Asked, now: Outputs) -> TermLoss:
+        assert now.logprobs_N is not None
+        return TermLoss(loss=-now.logprobs_N.mean())
 
     def step(index: int) -> float:
-        return optimizer.take_step(index, [None], loss_of, lambda *_: True).loss
+        return learner.take_step(index, [asked], reads, loss_of, lambda *_: True).loss
 
     step(0)
     before = {name: tensor.clone() for name, tensor in full_state(model).items()}
     checkpoints = Checkpoints(worker.runtime.work_dir, keep=1)
-    save_s = setting.once(lambda: checkpoints.save(1, {"model": optimizer}, {}))
+    save_s = setting.once(lambda: checkpoints.save(1, {"model": learner.state()}, {}))
     loss = step(1)
-    restore_s = setting.once(lambda: checkpoints.restore({"model": optimizer}))
+    restore_s = setting.once(lambda: checkpoints.restore({"model": learner.state()}))
     restored = all(torch.equal(before[name], tensor) for name, tensor in full_state(model).items())
     same_loss = step(1) == loss
     sync = _sync_by_file(setting, model)

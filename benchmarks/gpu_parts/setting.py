@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from stages.config.model import ModelConfig
 from stages.data.packing import PackedRow, pack
@@ -42,6 +43,20 @@ MODELS = {
 
 UNSUPPORTED = (RuntimeError, ValueError, TypeError, ImportError)
 """What a way raises that this torch or this card does not have, or has no memory for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A row, and the tokens of it whose log-probs are asked: a pack."""
+
+    row: PackedRow
+    predicting_N: Tensor  # int64
+    targets_N: Tensor  # int64
+
+    @classmethod
+    def of(cls, row: PackedRow, predicting_N: Tensor) -> "Asked":
+        """Each of `predicting_N` predicts the token after it."""
+        return cls(row=row, predicting_N=predicting_N, targets_N=row.input_ids_1N[0, predicting_N + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

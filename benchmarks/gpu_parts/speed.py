@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface
 
-from gpu_parts.setting import MODELS, PEAK_BF16_FLOPS, UNSUPPORTED, VOCABULARY, Setting, refused
+from gpu_parts.setting import MODELS, PEAK_BF16_FLOPS, UNSUPPORTED, VOCABULARY, Asked, Setting, refused
 from stages.config.data import DataSource
 from stages.config.sft import SFTConfig
-from stages.data.packing import PackedRow
-from stages.objectives.logprobs import token_logprobs
 from stages.training.distributed import place
+from stages.training.fsdp import Trained
 from stages.training.models import CausalLM
-from stages.training.optimize import Optimizer
 from stages.training.packed_attention import PACKED_ATTENTION, packed_attention
 from stages.training.randomness import recompute_activations
+from stages.training.trainable import Outputs, Reads, TermLoss
 
 BUDGET_S = 200.0
 
@@ -87,24 +86,24 @@ def _measured(
 ) -> dict[str, Any]:
     model = _placed(setting, size, variant)
     config = SFTConfig(data=[DataSource(path="unused")], precision="bf16", warmup_frac=0)
-    optimizer = Optimizer(model, config, lr=1e-5, max_steps=100)
+    learner = Trained(model, config, lr=1e-5, max_steps=100)
     if variant.fused_adamw:
-        _fuse(optimizer, setting.device)
-    rows = [setting.row(lengths, size=size, seed=index) for index in range(num_rows)]
+        _fuse(learner.state().adamw, setting.device)
     tokens = sum(lengths)
     trained = torch.arange(tokens // 2, tokens - 1, device=setting.device)  # half of them
+    packs = [Asked.of(setting.row(lengths, size=size, seed=index), trained) for index in range(num_rows)]
+    reads = Reads(logprobs=True, temperature=1.0)
 
-    def loss_of(row: PackedRow) -> Tensor:
-        precision = torch.autocast(setting.device.type, torch.bfloat16, enabled=variant.autocast)
-        with precision:
-            logits = model(row.model_inputs(), trained)[0]
-        targets = row.input_ids_1N[0, trained + 1]
-        return -token_logprobs(logits=logits, targets=targets, temperature=1.0).sum() / (tokens * num_rows)
+    def loss_of(_: Asked, now: Outputs) -> TermLoss:
+        assert now.logprobs_N is not None
+        return TermLoss(loss=-now.logprobs_N.sum() / (tokens * num_rows))
 
     losses: list[float] = []
 
     def step() -> None:
-        losses.append(optimizer.take_step(1, rows, loss_of, lambda *_: True).loss)
+        with torch.autocast(setting.device.type, torch.bfloat16, enabled=variant.autocast):
+            result = learner.take_step(1, packs, reads, loss_of, lambda *_: True)
+        losses.append(result.loss)
 
     with _varlen_attention() if variant.varlen else contextlib.nullcontext():
         seconds = setting.seconds(step, repeats=3)
@@ -159,10 +158,10 @@ class _BF16Head(torch.autograd.Function):
         return gradient @ weight, gradient.t() @ hidden
 
 
-def _fuse(optimizer: Optimizer, device: torch.device) -> None:
-    for group in optimizer.adamw.param_groups:
+def _fuse(adamw: torch.optim.AdamW, device: torch.device) -> None:
+    for group in adamw.param_groups:
         group["fused"], group["foreach"] = True, False
-    for moments in optimizer.adamw.state.values():
+    for moments in adamw.state.values():
         moments["step"] = moments["step"].to(device)
 
 

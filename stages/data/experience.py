@@ -20,7 +20,7 @@ from rollout.api import Rollout
 from stages.config.correction import Correction
 from stages.config.ppo import PPOConfig
 from stages.data.batches import permutation
-from stages.data.packing import plan_packs
+from stages.data.packing import PackedRow, plan_packs
 from stages.objectives.advantages import Advantages, ResponseEnds, end_responses, gae, token_rewards
 from stages.objectives.correction import correction_weights
 from stages.objectives.kl import k1, k3
@@ -65,6 +65,21 @@ class Experience:
     reference_logprobs_BT: Tensor | None
     advantages_BT: Tensor
     returns_BT: Tensor
+
+    @property
+    def row(self) -> PackedRow:
+        """See `trainable.Pack`."""
+        return self.packed.row
+
+    @property
+    def predicting_N(self) -> Tensor:
+        """See `trainable.Pack`."""
+        return self.packed.predicting_N
+
+    @property
+    def targets_N(self) -> Tensor:
+        """See `trainable.Pack`."""
+        return self.packed.targets_N
 
 
 def pack_rollouts(

@@ -110,20 +110,14 @@ def token_entropies(*, logits: Tensor, temperature: float, chunk_tokens: int = C
     return entropies_N.view(logits.shape[:-1])
 
 
-def next_token_logprobs(
-    *, logits_BSV: Tensor, input_ids_BS: Tensor, temperature: float, chunk_tokens: int = CHUNK_TOKENS
-) -> Tensor:
-    """Log-probs [B, S-1] of a padded or packed batch: column t is that of token t+1.
+def next_tokens(input_ids_BS: Tensor) -> Tensor:
+    """What each position of a padded or packed batch predicts, [B, S]: column t is the token at t + 1.
 
-    The shift happens here and nowhere else. In a packed row the column before a sequence's first token is a
-    prediction across the boundary: mask it (`losses.target_mask`).
+    The shift happens here and nowhere else. The last column predicts nothing and repeats the first token; in
+    a packed row the column before a sequence's first token is a prediction across the boundary. Both are to
+    be masked (`losses.target_mask`).
     """
-    return token_logprobs(
-        logits=logits_BSV[:, :-1],
-        targets=input_ids_BS[:, 1:],
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-    )
+    return input_ids_BS.roll(-1, dims=-1)
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.objectives.kl import estimate_kl, k3, sequence_log_ratio
-from stages.objectives.logprobs import CHUNK_TOKENS, bounded_exp, next_token_logprobs
+from stages.objectives.logprobs import bounded_exp
 from stages.objectives.masked import SumOverRanks, check_mask, masked_sum, on_one_rank, widened, zero_masked
 
 Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant"]
@@ -106,18 +106,15 @@ def target_mask(*, loss_mask_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
     return loss_mask_BS & (position_ids_BS > 0) & not_first_S
 
 
-def causal_lm_loss_sum(
-    *, logits_BSV: Tensor, input_ids_BS: Tensor, target_mask_BS: Tensor, chunk_tokens: int = CHUNK_TOKENS
-) -> Tensor:
+def causal_lm_loss_sum(*, logprobs_BS: Tensor, target_mask_BS: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over the True tokens of `target_mask_BS` (from `target_mask`); a scalar.
 
-    Everything is aligned with the input ids: the one shift is inside. Divide by the step's number of targets.
+    logprobs_BS: column t is the log-prob of the token at t + 1; the last column predicts nothing and is left
+    out. The mask is aligned with the input ids: the one shift is inside. Divide by the step's number of
+    targets.
     """
-    check_mask(mask=target_mask_BS, input_ids_BS=input_ids_BS)
-    logprobs = next_token_logprobs(
-        logits_BSV=logits_BSV, input_ids_BS=input_ids_BS, temperature=1.0, chunk_tokens=chunk_tokens
-    )
-    return -masked_sum(values=logprobs, mask=target_mask_BS[:, 1:])
+    check_mask(mask=target_mask_BS, logprobs_BS=logprobs_BS)
+    return -masked_sum(values=logprobs_BS[:, :-1], mask=target_mask_BS[:, 1:])
 
 
 def pair_loss_sum(*, chosen_scores_P: Tensor, rejected_scores_P: Tensor, margins_P: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ from rollout.ground.whole import (
     record_text,
 )
 from stages.training import ranks
-from stages.training.optimize import Optimizer
+from stages.training.trainable import TrainedState
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Checkpoints:
 
     Example:
         checkpoints = Checkpoints(runtime.work_dir, keep=2)
-        step, extra = checkpoints.restore({"policy": policy_optimizer})   # (0, {}) when there is none
+        step, extra = checkpoints.restore({"policy": policy.state()})   # (0, {}) when there is none
     """
 
     def __init__(self, work_dir: Path, *, keep: int = 2) -> None:
@@ -139,7 +139,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        parts: Mapping[str, Optimizer],
+        parts: Mapping[str, TrainedState],
         extra: Mapping[str, Any],
         *,
         score: float | None = None,
@@ -165,14 +165,14 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
-    def restore(self, parts: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
+    def restore(self, parts: Mapping[str, TrainedState]) -> tuple[int, dict[str, Any]]:
         """Load the newest sound checkpoint into `parts`; its step and `extra`, or (0, {}) when there is none.
 
         One line (a warning) for each one that is passed over. EnvironmentProblem when the disk refuses.
         """
         return self._load(parts, self._on_main(lambda: self._newest_sound(regular_only=False)))
 
-    def roll_back(self, parts: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
+    def roll_back(self, parts: Mapping[str, TrainedState]) -> tuple[int, dict[str, Any]]:
         """Load the newest sound regular checkpoint as `restore` does. Those behind it are gone when this
         returns: a later execution must not go on where this one did not. A kill before that goes back again.
         """
@@ -181,7 +181,7 @@ class Checkpoints:
             self._on_main(lambda: self._drop_behind(step))
         return step, extra
 
-    def _load(self, parts: Mapping[str, Optimizer], found: list[Any] | None) -> tuple[int, dict[str, Any]]:
+    def _load(self, parts: Mapping[str, TrainedState], found: list[Any] | None) -> tuple[int, dict[str, Any]]:
         if found is None:
             return 0, {}
         step, extra = found
@@ -385,7 +385,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _state_of(parts: Mapping[str, Optimizer]) -> dict[str, Any]:
+def _state_of(parts: Mapping[str, TrainedState]) -> dict[str, Any]:
     state: dict[str, Any] = {"generators": {"torch": torch.get_rng_state()}}
     for name, part in parts.items():
         assert name != "generators", "the name of torch's own generator"

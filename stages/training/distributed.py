@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
@@ -56,14 +57,32 @@ class Worker:
     runtime: Runtime
 
 
-def launch(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> Result:
-    """Run `train(worker, **arguments)` on every worker of the stage; rank 0's result.
+@contextmanager
+def launched(train: Callable[..., Result], runtime: Runtime) -> Iterator[Callable[..., Result]]:
+    """Inside, calling what this yields runs `train(worker, **arguments)` on every worker of the stage. It
+    returns rank 0's result.
 
     Raises what `train` raised (ExpectedError), or EnvironmentProblem when workers cannot be placed or die.
+    Example: with launched(train, runtime) as call: metrics = call(settings=settings)
     """
     if runtime.executor == "inline":
-        return _in_this_process(train, runtime, arguments)
-    return _on_ray(train, runtime, arguments)
+        torch.set_num_threads(runtime.num_threads)
+        _multiply_fp32_in_fp32()
+        try:
+            with _warnings_kept(runtime):
+                yield partial(train, Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    else:
+        with placed(runtime) as in_place:
+            yield partial(_in_group, train, in_place)
+
+
+def launch(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> Result:
+    """Run `train(worker, **arguments)` once, as `launched` does."""
+    with launched(train, runtime) as call:
+        return call(**arguments)
 
 
 @contextmanager
@@ -140,23 +159,7 @@ def worker_environment(runtime: Runtime) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
 
 
-def _in_this_process(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
-    torch.set_num_threads(runtime.num_threads)
-    _multiply_fp32_in_fp32()
-    try:
-        with _warnings_kept(runtime):
-            return train(Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime), **arguments)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _on_ray(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
-    with placed(runtime) as in_place:
-        return _in_group(train, in_place, arguments)
-
-
-def _in_group(train: Callable[..., Result], runtime: Runtime, arguments: dict[str, Any]) -> Result:
+def _in_group(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> Result:
     import ray
 
     actors: list[Any] = []

@@ -1,29 +1,43 @@
-"""Forwards over packs: what every recipe asks of a model, for sequences of a prompt and a response.
+"""Packs, and what is asked of a judge over many of them: log-probs of responses, scores of sequences.
 
-    sequences --pack--> one row --CausalLM | TokenScorer--> log-probs, values [B, T] | scores [B]
+    sequences --pack--> WholeSequences | ResponsePack --Judge--> log-probs, values [N] --pad--> [B, T]
 
-Owns: going from ragged responses to one packed row and back to padded [B, T]. The model, the mask and the
-losses are elsewhere. Legend: B sequences, T response tokens (padded), N response tokens (concatenated).
+Owns: going from ragged responses to one packed row and back to padded [B, T], and sharing rows out between
+the ranks. The model, the mask and the losses are elsewhere. Legend: B sequences, T response tokens (padded),
+N response tokens (concatenated).
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rollout.api import LogprobsOf
 from stages.data.packing import PackedRow, pack, plan_packs, split
-from stages.objectives.logprobs import (
-    ResponsePositions,
-    packed_response_positions,
-    token_entropies,
-    token_logprobs,
-)
+from stages.objectives.logprobs import ResponsePositions, packed_response_positions
 from stages.objectives.masked import length_mask, pad_ragged
 from stages.training import ranks
+from stages.training.trainable import Judge, Reads
 
 TokenIds = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeSequences:
+    """B sequences in one packed row, of which only the ends are asked: scores."""
+
+    row: PackedRow
+
+    @property
+    def predicting_N(self) -> Tensor:
+        """None."""
+        return self.row.input_ids_1N[0, :0]
+
+    @property
+    def targets_N(self) -> Tensor:
+        """None."""
+        return self.row.input_ids_1N[0, :0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +48,16 @@ class ResponsePack:
     positions: ResponsePositions
     targets_N: Tensor  # int64, the response tokens
     mask_BT: Tensor  # bool, True on response tokens
+
+    @property
+    def predicting_N(self) -> Tensor:
+        """int64: prompt_length - 1 + t of each sequence, where its response token t is predicted."""
+        return self.positions.predicting_N
+
+    def padded(self, values_N: Tensor | None) -> Tensor:
+        """What was read at the predicting positions as [B, T], 0 in the padding; differentiable."""
+        assert values_N is not None, "it was not read"
+        return pad_ragged(values_N=values_N, mask_BT=self.mask_BT)
 
 
 def pack_responses(
@@ -53,39 +77,6 @@ def pack_responses(
     )
 
 
-def response_logprobs(model: nn.Module, packed: ResponsePack, *, temperature: float) -> Tensor:
-    """Log-probs [B, T] of the response tokens, float32, 0 in the padding."""
-    logits_NV = model(packed.row.model_inputs(), packed.positions.predicting_N)[0]
-    logprobs_N = token_logprobs(logits=logits_NV, targets=packed.targets_N, temperature=temperature)
-    return pad_ragged(values_N=logprobs_N, mask_BT=packed.mask_BT)
-
-
-def response_logprobs_and_entropies(
-    model: nn.Module, packed: ResponsePack, *, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """`response_logprobs`, and the entropies [B, T] of the distributions the tokens were drawn from, in
-    nats.
-    """
-    logits_NV = model(packed.row.model_inputs(), packed.positions.predicting_N)[0]
-    logprobs_N = token_logprobs(logits=logits_NV, targets=packed.targets_N, temperature=temperature)
-    entropies_N = token_entropies(logits=logits_NV, temperature=temperature)
-    return (
-        pad_ragged(values_N=logprobs_N, mask_BT=packed.mask_BT),
-        pad_ragged(values_N=entropies_N, mask_BT=packed.mask_BT),
-    )
-
-
-def response_values(model: nn.Module, packed: ResponsePack) -> Tensor:
-    """Values [B, T], each read where its token is predicted (prompt_length - 1 + t); 0 in the padding."""
-    values_N = model(packed.row.model_inputs(), packed.positions.predicting_N)
-    return pad_ragged(values_N=values_N, mask_BT=packed.mask_BT)
-
-
-def final_values(model: nn.Module, packed: ResponsePack) -> Tensor:
-    """Values [B] of the state after each last token: what truncated responses bootstrap from."""
-    return model(packed.row.model_inputs(), packed.positions.final_B)
-
-
 def with_end(response: TokenIds, end_of_turn_id: int, stop_token_ids: Collection[int]) -> tuple[int, ...]:
     """A response as a reward model reads it: ended by the one end-of-turn token it was trained with, also
     where the response was cut off or ended with another stop token.
@@ -94,15 +85,15 @@ def with_end(response: TokenIds, end_of_turn_id: int, stop_token_ids: Collection
     return (*(ids[:-1] if ids[-1] in stop_token_ids else ids), end_of_turn_id)
 
 
-def sequence_scores(model: nn.Module, sequences: Sequence[TokenIds], *, device: torch.device) -> Tensor:
-    """Raw reward-model scores [B], each read at its sequence's last token."""
-    row = pack(sequences).to(device)
-    return model(row.model_inputs(), row.last_tokens())
+def sequence_scores(judge: Judge, sequences: Sequence[TokenIds], *, device: torch.device) -> Tensor:
+    """Raw scores [B] of a reward model, each read at its sequence's last token; no gradient."""
+    scores_B = judge.outputs(WholeSequences(row=pack(sequences).to(device)), Reads(scores=True)).scores_B
+    assert scores_B is not None
+    return scores_B
 
 
-@torch.no_grad()
 def scores_in_packs(
-    model: nn.Module, sequences: Sequence[TokenIds], *, micro_batch_size: int, device: torch.device
+    judge: Judge, sequences: Sequence[TokenIds], *, micro_batch_size: int, device: torch.device
 ) -> Tensor:
     """`sequence_scores` of any number of sequences, `micro_batch_size` to a row, in their order; on the CPU.
 
@@ -111,15 +102,14 @@ def scores_in_packs(
     scores_B = torch.zeros(len(sequences))
     plan = plan_packs([len(sequence) for sequence in sequences], micro_batch_size)
     for members, is_mine in ranks.shared_out(plan.packs):
-        scores = sequence_scores(model, [sequences[index] for index in members], device=device)
+        scores = sequence_scores(judge, [sequences[index] for index in members], device=device)
         if is_mine:
             scores_B[torch.tensor(members)] = scores.cpu()
     return ranks.sum_over_ranks(scores_B)
 
 
-@torch.no_grad()
 def logprobs_in_packs(
-    model: nn.Module,
+    judge: Judge,
     prompts: Sequence[TokenIds],
     responses: Sequence[TokenIds],
     *,
@@ -142,21 +132,23 @@ def logprobs_in_packs(
             max_length=max(len(response) for response in chosen),
             device=device,
         )
-        logprobs_BT = response_logprobs(model, packed, temperature=temperature).cpu()
+        logprobs_N = judge.outputs(packed, Reads(logprobs=True, temperature=temperature)).logprobs_N
+        assert logprobs_N is not None
         if is_mine:
-            for index, logprobs_T in zip(members, logprobs_BT, strict=True):
-                result[index].copy_(logprobs_T[: len(result[index])])
+            parts = split(logprobs_N.cpu(), [len(response) for response in chosen])
+            for index, logprobs_T in zip(members, parts, strict=True):
+                result[index].copy_(logprobs_T)
     return split(ranks.sum_over_ranks(all_N), [len(response) for response in responses])
 
 
-def logprobs_by(model: nn.Module, *, micro_batch_size: int, device: torch.device) -> LogprobsOf:
+def logprobs_by(judge: Judge, *, micro_batch_size: int, device: torch.device) -> LogprobsOf:
     """`logprobs_in_packs` of one model, as a parity gate asks for it."""
 
     def logprobs_of(
         prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]], temperature: float
     ) -> list[list[float]]:
         scored = logprobs_in_packs(
-            model,
+            judge,
             prompts,
             responses,
             temperature=temperature,

@@ -4,7 +4,7 @@
     RollBack --> last checkpoint, and the data since then are left out (PaLM, arXiv 2204.02311, section 5.1)
 
 Owns: the counts, the spike detector, the kept batches, the limits on a PPO batch. Does not own: checkpoints
-and loops (fit, ppo), nor whether engine and trainer agree about that batch (publish). Everything here is part
+and the loop (loop), nor whether engine and trainer agree about that batch (publish). Everything here is part
 of each checkpoint, so a resumed run decides the same.
 """
 
@@ -25,6 +25,7 @@ from stages.config.training import HealthConfig
 from stages.errors import TrainingStopped
 from stages.runtime import Runtime
 from stages.training import ranks
+from stages.training.trainable import Accepts
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ MAD_TO_STD = 1.4826
 
 
 class RollBack(Exception):
-    """Too many bad steps in a row: go back to the last checkpoint. Raised by Health, caught by the loops."""
+    """Too many bad steps in a row: go back to the last checkpoint. Raised by Health, caught by the loop."""
 
 
 @dataclass(kw_only=True)
@@ -87,6 +88,10 @@ class Health:
         recent.append(loss)
         del recent[: -self._config.spike_window]
         return True
+
+    def accepting(self, name: str, step: int) -> Accepts:
+        """`accepts` of one model's step, as a `Trainable` asks."""
+        return lambda loss, grad_norm, _sums, _extremes: self.accepts(name, step, loss, grad_norm)
 
     def skipped(self, step: int, batch: Any) -> None:
         """Keep this rank's `batch` of a step that was not taken. Raises RollBack after too many in a row,

@@ -7,7 +7,7 @@ Owns: which architecture, where heads come from, in what precision a forward run
 Every forward here has `use_cache=False`: with the cache on, transformers drops the mask between packed
 sequences without a word.
 
-Shapes: R rows (1 where packed), N tokens of a row, K of its positions, V vocabulary, D hidden.
+Shapes: R rows (1 where packed), N tokens of a row, K and J of its positions, V vocabulary, D hidden.
 """
 
 import json
@@ -42,6 +42,7 @@ from stages.training.model_rules import (
 from stages.training.packed_attention import packed, register_packed_attention
 from stages.training.packing_probe import check_packed
 from stages.training.randomness import switch_off
+from stages.training.routing import routers
 
 Precision = Literal["fp32", "bf16"]
 NORMALISER_FILE = "score_normaliser.json"
@@ -54,6 +55,7 @@ class CausalLM(nn.Module):
     def __init__(self, inner: PreTrainedModel) -> None:
         super().__init__()
         self.inner = inner
+        self.routers = routers(inner)  # in a list: they are modules of `inner`, registered there
 
     def forward(
         self, inputs: Mapping[str, Any], positions_K: Tensor, *, with_router_logits: bool = False
@@ -61,7 +63,7 @@ class CausalLM(nn.Module):
         """Logits [R, K, V] at the positions `positions_K` of each row; logits elsewhere are never computed.
 
         `inputs`: `PackedRow.model_inputs()`, or `input_ids` [R, N] of unpacked rows with `use_cache=False`.
-        `with_router_logits`, of a model that has routers (`routing.routers`): also what each of its
+        `with_router_logits`, of a model that has `routers`: also what each of its
         layers with experts routed by, [R * N, E].
         """
         assert inputs["use_cache"] is False
@@ -86,15 +88,21 @@ class TokenScorer(nn.Module):
         self.inner = inner
         self.bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
-    def forward(self, inputs: Mapping[str, Any], positions_K: Tensor) -> Tensor:
-        """Scores [K], float32, at the positions `positions_K` of the row behind
-        `PackedRow.model_inputs()`.
+    def forward(
+        self, inputs: Mapping[str, Any], positions_K: Tensor, further_J: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Scores [K], float32, at the positions `positions_K` of the row behind `PackedRow.model_inputs()`;
+        with `further_J` also those [J] at these, from the same forward of the body.
         """
         assert inputs["use_cache"] is False
         body: Any = self.inner.base_model
         with packed(inputs) as keywords:
-            output = body(**keywords)
-        scores_K = self.head(output.last_hidden_state[0, positions_K]).squeeze(-1).float()
+            hidden_ND = body(**keywords).last_hidden_state[0]
+        scores_K = self._scores(hidden_ND[positions_K])
+        return scores_K if further_J is None else (scores_K, self._scores(hidden_ND[further_J]))
+
+    def _scores(self, hidden_KD: Tensor) -> Tensor:
+        scores_K = self.head(hidden_KD).squeeze(-1).float()
         return scores_K if self.bias is None else scores_K + self.bias.float()
 
     @property

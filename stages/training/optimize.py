@@ -1,42 +1,62 @@
-"""The one inner loop of every stage: accumulate gradients over micro-batches, clip, step.
+"""AdamW over one model: parameter groups, the learning rate's schedule, clipping, the decision on a step.
 
-    for each micro-batch: loss (a masked sum / the step's whole count) -> backward
-    all, over all ranks: clip to max_grad_norm -> accepted? -> AdamW at this step's learning rate
+    terms of a step's packs --Tally--> loss, sums, extremes --over all ranks--> clip to max_grad_norm
+    --accepted?--> AdamW at this step's learning rate
 
-Owns: AdamW, parameter groups, the learning rate, clipping. Losses arrive already divided by the count of the
-whole step over all ranks, and ranks sum their gradients, so how a batch is split cannot change the gradient.
+Owns: what happens once the gradient of a step is there. Does not own: forwards and backwards (fsdp). Losses
+arrive divided by the count of the whole step over all ranks, and ranks sum their gradients. So how a batch is
+split cannot change the gradient.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from stages.config.training import TrainingConfig
 from stages.objectives.schedules import lr_factor
 from stages.training import ranks
+from stages.training.trainable import Accepts, StepResult, TermLoss, TrainedState
 
-MicroBatch = TypeVar("MicroBatch")
 
+class Tally:
+    """The terms of one rank's packs of a step, added up in pack order."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """One optimizer step."""
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.sums: dict[str, Tensor] = {}  # float64, on the CPU
+        self.extremes: dict[str, float] = {}
 
-    loss: float  # sum over micro-batches and ranks: the mean of the step
-    grad_norm: float  # global, before clipping
-    lr: float
-    taken: bool  # else the weights are as they were
+    def add(self, term: TermLoss) -> None:
+        """The term of the next pack."""
+        self.loss += term.loss.item()
+        for name, value in term.sums.items():
+            value = value.detach().to("cpu", torch.float64)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        for name, value in term.extremes.items():
+            self.extremes[name] = max(float(value), self.extremes.get(name, -math.inf))
+
+    def over_ranks(self) -> "Tally":
+        """The same of all ranks together. A collective."""
+        whole = Tally()
+        (whole.loss,) = ranks.sums(self.loss)
+        if self.sums:
+            added = ranks.sum_over_ranks(torch.cat([value.flatten() for value in self.sums.values()]))
+            parts = added.split([value.numel() for value in self.sums.values()])
+            whole.sums = {
+                name: part.view(value.shape)
+                for (name, value), part in zip(self.sums.items(), parts, strict=True)
+            }
+        whole.extremes = {name: ranks.largest(value) for name, value in self.extremes.items()}
+        return whole
 
 
 class Optimizer:
-    """AdamW over one model, with its schedule.
-
-    `take_step` counts from 0; the schedule spans `max_steps` of them.
-    """
+    """AdamW over one model, with its schedule: steps count from 0, and the schedule spans `max_steps`."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig, *, lr: float, max_steps: int) -> None:
         self.model = model
@@ -60,34 +80,31 @@ class Optimizer:
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 self.adamw.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
-    def take_step(
-        self,
-        step: int,
-        micro_batches: Iterable[MicroBatch],
-        loss_of: Callable[[MicroBatch], Tensor],
-        accepts: Callable[[float, float], bool],
-    ) -> StepResult:
-        """Accumulate `loss_of` over this rank's `micro_batches` (equally many on every rank) and update the
-        weights once, if `accepts(loss, gradient norm)`.
-        """
+    def zero_grad(self) -> None:
+        """No gradient: a step begins."""
         self.adamw.zero_grad(set_to_none=True)
-        total = 0.0
-        for micro_batch in micro_batches:
-            loss = loss_of(micro_batch)
-            loss.backward()
-            total += loss.item()
-        (step_loss,) = ranks.sums(total)
-        norm = self._clip_gradient()
-        lr = self._set_lr(step)
-        if taken := accepts(step_loss, norm):
-            self.adamw.step()
-        return StepResult(loss=step_loss, grad_norm=norm, lr=lr, taken=taken)
 
-    def _clip_gradient(self) -> float:
-        """Scale the gradient down to `max_grad_norm`; its norm before, over all ranks."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    def step(self, step: int, tally: Tally, accepts: Accepts) -> StepResult:
+        """Update the weights once by the gradient that lies in them, if `accepts` says so; `tally` is this
+        rank's share of what was seen. A collective.
+        """
+        seen = tally.over_ranks()
+        norm = clip_gradient(self.model.parameters(), self._config.max_grad_norm)
+        lr = self._set_lr(step)
+        if taken := accepts(seen.loss, norm, seen.sums, seen.extremes):
+            self.adamw.step()
+        return StepResult(
+            loss=seen.loss,
+            grad_norm=norm,
+            lr=lr,
+            taken=taken,
+            sums=seen.sums if taken else {},
+            extremes=seen.extremes if taken else {},
+        )
+
+    def state(self) -> TrainedState:
+        """What a checkpoint holds."""
+        return TrainedState(model=self.model, adamw=self.adamw)
 
     def _set_lr(self, step: int) -> float:
         config = self._config
@@ -103,10 +120,54 @@ class Optimizer:
         return self._peak_lr * factor
 
 
+def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients down to `max_norm`; their norm before, over all ranks.
+
+    Parameters may be sharded over different meshes, or not at all: torch takes the norm of one mesh at a
+    time. The squares add up. Gradients that are not sharded are the same on all ranks.
+    """
+    groups = list(_by_mesh(parameter for parameter in parameters if parameter.grad is not None).values())
+    if len(groups) <= 1:
+        return _whole(nn.utils.clip_grad_norm_(groups[0] if groups else [], max_norm))
+    norms = [_whole(nn.utils.get_total_norm([_gradient(one) for one in group])) for group in groups]
+    norm = math.sqrt(sum(part**2 for part in norms))
+    factor = min(1.0, max_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+    for parameter in (one for group in groups for one in group):
+        _gradient(parameter).mul_(factor)
+    return norm
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> dict[DeviceMesh | None, list[nn.Parameter]]:
+    """By the device mesh they are sharded over, in their order; None: not sharded."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        found[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    return found
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _whole(norm: Tensor) -> float:
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; norms, biases and other vectors do not."""
+    """Matrices decay; norms, biases and other vectors do not. What lies on different meshes is apart,
+    because AdamW computes with a whole group at a time.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+        {"params": group, "weight_decay": decay}
+        for of_mesh in _by_mesh(trained).values()
+        for group, decay in (
+            (_of_rank(of_mesh, matrices=True), weight_decay),
+            (_of_rank(of_mesh, matrices=False), 0.0),
+        )
     ]
+
+
+def _of_rank(parameters: Sequence[nn.Parameter], *, matrices: bool) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if (parameter.ndim >= 2) == matrices]

@@ -5,10 +5,11 @@
 Owns: which directory each comes from, their precision, and the forwards of one pack.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,38 +19,50 @@ from stages.data.experience import Judgement, RolloutPack
 from stages.objectives.advantages import process_scores
 from stages.objectives.kl import sequence_log_ratio
 from stages.training import ranks
-from stages.training.distributed import Worker, place
-from stages.training.forwards import (
-    final_values,
-    response_logprobs,
-    response_logprobs_and_entropies,
-    response_values,
-    sequence_scores,
-    with_end,
-)
+from stages.training.distributed import Worker
+from stages.training.forwards import sequence_scores, with_end
+from stages.training.fsdp import Placed, Trained, frozen, trained
 from stages.training.models import (
-    CausalLM,
     ScoreNormaliser,
-    TokenScorer,
-    freeze,
     load_causal_lm,
     load_reward_model,
     value_from_reward_model,
 )
-from stages.training.randomness import recompute_activations
-
-Model = TypeVar("Model", CausalLM, TokenScorer)
+from stages.training.trainable import Reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOModels:
     """All models of one PPO worker, on its device."""
 
-    policy: CausalLM
-    reference: CausalLM | None  # absent when nothing weighs the KL: no forward for a number nobody uses
-    reward_model: TokenScorer
-    value_model: TokenScorer
+    policy: Trained
+    reference: Placed | None  # absent when nothing weighs the KL: no forward for a number nobody uses
+    reward_model: Placed
+    value_model: Trained
     normaliser: ScoreNormaliser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateSteps:
+    """How many optimizer steps a run takes: what learning rates are scheduled over."""
+
+    packs_per_step: int
+    per_epoch: int
+    value_only: int  # before the policy's first
+    total: int
+
+    @classmethod
+    def of(cls, config: PPOConfig) -> "UpdateSteps":
+        packs_per_step = config.batch_size // config.pack_size
+        num_packs = math.ceil(config.responses_per_step / config.pack_size)
+        per_epoch = math.ceil(num_packs / packs_per_step)
+        per_iteration = config.num_epochs * per_epoch
+        return cls(
+            packs_per_step=packs_per_step,
+            per_epoch=per_epoch,
+            value_only=config.value_warmup_steps * per_iteration,
+            total=config.max_steps * per_iteration,
+        )
 
 
 def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worker) -> PPOModels:
@@ -57,29 +70,23 @@ def load_ppo_models(config: PPOConfig, inputs: Mapping[str, Path], worker: Worke
     ModelError.
     """
     # One after the other: a whole model lies in host memory until it is placed.
-    policy = _trained(load_causal_lm(inputs["sft"]), config, worker)
-    value_model = _trained(value_from_reward_model(inputs["reward"]), config, worker)
-    reference = _frozen(load_causal_lm(inputs["sft"]), config, worker) if config.reads_reference else None
-    reward_model = _frozen(load_reward_model(inputs["reward"]), config, worker)
+    steps = UpdateSteps.of(config)
+    policy = trained(
+        load_causal_lm(inputs["sft"]), worker, config, lr=config.lr, max_steps=steps.total - steps.value_only
+    )
+    value_model = trained(
+        value_from_reward_model(inputs["reward"]), worker, config, lr=config.value_lr, max_steps=steps.total
+    )
+    reference = None
+    if config.reads_reference:
+        reference = frozen(load_causal_lm(inputs["sft"]), worker, precision=config.precision)
     return PPOModels(
         policy=policy,
         reference=reference,
-        reward_model=reward_model,
+        reward_model=frozen(load_reward_model(inputs["reward"]), worker, precision=config.precision),
         value_model=value_model,
         normaliser=ScoreNormaliser.load(inputs["reward"]),
     )
-
-
-def _trained(model: Model, config: PPOConfig, worker: Worker) -> Model:
-    if config.gradient_checkpointing:
-        recompute_activations(model.inner)
-    place(model, worker, precision=config.precision, trained=True)
-    return model
-
-
-def _frozen(model: Model, config: PPOConfig, worker: Worker) -> Model:
-    place(freeze(model), worker, precision=config.precision, trained=False)
-    return model
 
 
 def judge_all(
@@ -132,15 +139,17 @@ def judge(
     """Anchor and reference log-probs, values and normalised scores of one pack."""
     packed = pack.packed
     device = packed.mask_BT.device
-    anchor_BT, entropies_BT = response_logprobs_and_entropies(
-        models.policy, packed, temperature=config.temperature
-    )
+    logprobs = Reads(logprobs=True, temperature=config.temperature)
+    policy = models.policy.outputs(packed, logprobs | Reads(entropies=True, temperature=config.temperature))
+    anchor_BT = packed.padded(policy.logprobs_N)
     reference_BT = kl_B = None
     if models.reference is not None:
-        reference_BT = response_logprobs(models.reference, packed, temperature=config.temperature)
+        reference_BT = packed.padded(models.reference.outputs(packed, logprobs).logprobs_N)
         kl_B = sequence_log_ratio(
             policy_logprobs_BT=anchor_BT, reference_logprobs_BT=reference_BT, mask_BT=packed.mask_BT
         )
+    bootstraps = config.truncation == "bootstrap"
+    values = models.value_model.outputs(packed, Reads(values=True, final_values=bootstraps))
     sequences = [
         (*rollout.prompt_ids, *with_end(rollout.response_ids, end_of_turn_id, stop_token_ids))
         for rollout in pack.rollouts
@@ -148,10 +157,10 @@ def judge(
     raw_scores_B = sequence_scores(models.reward_model, sequences, device=device)
     return Judgement(
         anchor_logprobs_BT=anchor_BT,
-        entropies_BT=entropies_BT,
+        entropies_BT=packed.padded(policy.entropies_N),
         reference_logprobs_BT=reference_BT,
-        values_BT=response_values(models.value_model, packed),
-        final_values_B=final_values(models.value_model, packed) if config.truncation == "bootstrap" else None,
+        values_BT=packed.padded(values.values_N),
+        final_values_B=values.final_values_B,
         scores_B=process_scores(
             raw_scores_B=raw_scores_B,
             mean=models.normaliser.mean,

@@ -1,21 +1,23 @@
 """The balance loss of a model with routed experts, and how balanced it is.
 
-    micro-batch --forward with router logits--> its loss + coef * share * balance loss --> backward
-                        `--> balance loss, chosen experts --> sums of the taken steps (Observed)
+    packed row --forward with router logits--> logits, Routed: balance loss, experts' counts
+    term of a pack --with_balance--> loss + coef * share * balance loss; sums --router_metrics--> metrics
 
 Owns: which models have routers, what their routers chose, the weight of a micro-batch's balance loss. Does
-not own: the loss (objectives.balance), the routing itself (transformers), the window of the metrics
-(observed).
+not own: the loss (objectives.balance), the routing itself (transformers), the window of the metrics (loop).
 
 The balance loss is not a sum over tokens. It is computed for each micro-batch alone and weighed by the
 micro-batch's share of the step's tokens over all ranks: coef * sum_m (n_m / n) * L_m. So it depends on how a
 step is split into micro-batches, and nothing else of the gradient does: each micro-batch is to be balanced by
 itself. Which rank has a micro-batch, sharding and recomputation do not change it.
+
+Legend: N tokens of a row, K of its positions, L layers with experts, E experts.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,68 +26,63 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from stages.errors import ModelError
 from stages.objectives.balance import dead_experts, expert_counts, largest, load_balancing_loss, max_load
-from stages.training.observed import Observed
+from stages.training.trainable import Outputs, TermLoss
 
 if TYPE_CHECKING:
     from stages.training.models import CausalLM
 
-Forward = Callable[[Mapping[str, Any], Tensor], Tensor]
-"""A `CausalLM`, or what is called like one: (inputs of a row, positions_K) -> logits."""
+BALANCE_SUM, TOKENS_SUM, COUNTS_SUM = "router/balance", "router/tokens", "router/counts"
+"""Sums of a step: the balance loss times tokens, tokens, and how many of them each expert worked for."""
 
 
-class RouterBalance(Observed):
-    """The routers of one model, through the steps of a stage. Without routers it adds and measures nothing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """What the routers of a model did in one forward."""
 
-    Example: balance.added_to(lambda forward: _loss(forward, rows), share=rows.share_of_tokens)
+    balance_loss: Tensor  # scalar, differentiable, without a coefficient
+    expert_counts_LE: Tensor  # float64, tokens that each expert of each layer worked for
+
+
+def routed_forward(
+    model: "CausalLM", inputs: Mapping[str, Any], positions_K: Tensor
+) -> tuple[Tensor, Routed]:
+    """Logits [1, K, V] of a packed row, and its routing, of a model that has `routers`."""
+    inner: Any = model.inner
+    num_chosen: int = inner.num_experts_per_tok
+    with _choices(model.routers, num_chosen) as seen:
+        logits, router_logits = model(inputs, positions_K, with_router_logits=True)
+    chosen = seen or largest(router_logits=router_logits, num_chosen=num_chosen)
+    assert len(chosen) == len(router_logits) > 0, "each router of each layer was seen once"
+    return logits, Routed(
+        balance_loss=load_balancing_loss(router_logits=router_logits, num_chosen=num_chosen),
+        expert_counts_LE=expert_counts(chosen=chosen, num_experts=router_logits[0].shape[1]),
+    )
+
+
+def with_balance(term: TermLoss, now: Outputs, *, coef: float, num_tokens: int, share: float) -> TermLoss:
+    """`term`, with the pack's share of the step's balance loss and what is watched of the routers; as it is
+    for a model without routers. `num_tokens` of the pack are the part `share` of the step's, 0 to 1.
     """
+    if now.router_loss is None or now.expert_counts_LE is None:
+        return term
+    watched = TermLoss(
+        loss=coef * share * now.router_loss if coef else torch.zeros_like(term.loss),
+        sums={
+            BALANCE_SUM: now.router_loss.detach().double() * num_tokens,
+            TOKENS_SUM: torch.tensor(float(num_tokens)),
+            COUNTS_SUM: now.expert_counts_LE,
+        },
+    )
+    return term + watched
 
-    def __init__(self, model: "CausalLM", *, coef: float, setting: str) -> None:
-        """`coef` is the value of `setting`. ModelError when it is above 0 and there is nothing to balance."""
-        super().__init__()
-        self._model = model
-        self._coef = coef
-        self._routers = routers(model.inner)
-        if coef > 0:
-            check_balanced(model.inner, setting)
 
-    def added_to(self, loss_of: Callable[[Forward], Tensor], *, share: float) -> Tensor:
-        """`loss_of(model)`, which is one forward of a micro-batch, and the micro-batch's share of the step's
-        balance loss; `share` is its part of the step's tokens, 0 to 1.
-        """
-        if not self._routers:
-            return loss_of(self._model)
-        router_logits: list[Tensor] = []
-        chosen: list[Tensor] = []
-        inner: Any = self._model.inner
-        num_chosen: int = inner.num_experts_per_tok
-
-        def forward(inputs: Mapping[str, Any], positions_K: Tensor) -> Tensor:
-            assert not router_logits, "one forward per micro-batch"
-            with _choices(self._routers, num_chosen) as seen:
-                logits, routed = self._model(inputs, positions_K, with_router_logits=True)
-            router_logits.extend(routed)
-            chosen.extend(seen or largest(router_logits=routed, num_chosen=num_chosen))
-            return logits
-
-        loss = loss_of(forward)
-        assert len(chosen) == len(router_logits) > 0, "each router of each layer was seen once"
-        balance = load_balancing_loss(router_logits=router_logits, num_chosen=num_chosen)
-        num_tokens, num_experts = router_logits[0].shape
-        counts_LE = expert_counts(chosen=chosen, num_experts=num_experts)
-        self.add(torch.cat([balance.detach().double()[None] * num_tokens, counts_LE.flatten()]))
-        return loss + self._coef * share * balance if self._coef else loss
-
-    def metrics(self, sums: list[float]) -> dict[str, float]:
-        """Of the balance loss times tokens, and the counts [L, E]."""
-        inner: Any = self._model.inner
-        loss_sum, *counts = sums
-        counts_LE = torch.tensor(counts, dtype=torch.float64).reshape(-1, inner.num_experts)
-        num_tokens = float(counts_LE[0].sum()) / inner.num_experts_per_tok
-        return {
-            "train/router_aux_loss": loss_sum / num_tokens,
-            "train/router_max_load": max_load(counts_LE),
-            "train/router_dead_experts": float(dead_experts(counts_LE)),
-        }
+def router_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of the sums of some steps, as `with_balance` gives them."""
+    return {
+        "train/router_aux_loss": float(sums[BALANCE_SUM]) / float(sums[TOKENS_SUM]),
+        "train/router_max_load": max_load(sums[COUNTS_SUM]),
+        "train/router_dead_experts": float(dead_experts(sums[COUNTS_SUM])),
+    }
 
 
 def routers(model: Any) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from stages.data.packing import PackedRow, pack
 from stages.errors import ModelError
 from stages.training.forwards import sequence_scores
+from stages.training.fsdp import Placed
 from stages.training.model_rules import check_length, check_model
 from stages.training.models import (
     CausalLM,
@@ -92,7 +93,7 @@ def test_packed_scores_of_a_reward_model_are_those_of_transformers_or_it_is_refu
     with torch.no_grad():
         alone = torch.cat([plain(torch.tensor([ids])).logits[:, 0] for ids in sequences])
         padded = plain(**padded_right(sequences)).logits[:, 0]
-        found = sequence_scores(model, sequences, device=torch.device("cpu"))
+        found = sequence_scores(Placed(model), sequences, device=torch.device("cpu"))
     assert alone.std() > 0.1, "scores differ from sequence to sequence"
     record(name, "reward", max(largest_difference(found, alone), largest_difference(found, padded)))
 

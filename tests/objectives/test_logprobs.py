@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from stages.objectives.logprobs import (
     MAX_LOG_RATIO,
     bounded_exp,
-    next_token_logprobs,
+    next_tokens,
     packed_response_positions,
     padded_response_positions,
     token_entropies,
@@ -54,9 +54,9 @@ def test_pin_1_brute_force_vectorised_packed_and_padded_agree(lengths, temperatu
 
     # The shifted form over the whole row, cross-boundary predictions included, read at the same places.
     if len(ids_S) > 1:
-        shifted = next_token_logprobs(
-            logits_BSV=logits_SV[None], input_ids_BS=ids_S[None], temperature=temperature
-        )[0]
+        shifted = token_logprobs(
+            logits=logits_SV, targets=next_tokens(ids_S[None])[0], temperature=temperature
+        )
         assert torch.allclose(shifted[packed.predicting_N], expected, atol=1e-6, rtol=0)
 
     row_length = max(totals) + 2

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.objectives.logprobs import token_entropies, token_logprobs
+from stages.objectives.logprobs import next_tokens, token_entropies, token_logprobs
 from stages.objectives.losses import (
     aggregate,
     aggregation_denominator,
@@ -97,7 +97,8 @@ def test_pin_12_labels_are_shifted_once_and_no_pack_boundary_is_crossed():
     position_ids_BS = torch.tensor([[0, 1, 2, 0, 1, 2]])  # a pack of two sequences of three
     targets_BS = target_mask(loss_mask_BS=loss_mask_BS, position_ids_BS=position_ids_BS)
     assert targets_BS.tolist() == [[False, False, True, False, True, False]]
-    loss = causal_lm_loss_sum(logits_BSV=logits_BSV, input_ids_BS=ids_BS, target_mask_BS=targets_BS)
+    logprobs_BS = token_logprobs(logits=logits_BSV, targets=next_tokens(ids_BS), temperature=1.0)
+    loss = causal_lm_loss_sum(logprobs_BS=logprobs_BS, target_mask_BS=targets_BS)
     log_softmax_SV = logits_BSV[0].log_softmax(-1)
     expected = -(log_softmax_SV[1, ids_BS[0, 2]] + log_softmax_SV[3, ids_BS[0, 4]])
     assert torch.allclose(loss, expected)

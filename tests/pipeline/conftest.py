@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from fake_chain import CONFIG, IMPORTABLE, ROWS, Chain
 
-from pipeline import stage_table
+from pipeline.stage_table import STAGES, Recipe
 
 
 @pytest.fixture
 def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
-    for name, stage in stage_table.STAGES.items():
-        monkeypatch.setitem(stage_table.STAGES, name, replace(stage, entry="fake_stages:run"))
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, replace(stage, recipe=Recipe(entry="fake_stages:run")))
     made = Chain(directory=tmp_path, control=tmp_path / "control")
     made.control.mkdir()
     monkeypatch.setenv("FAKE_STAGES", str(made.control))

@@ -38,7 +38,7 @@ import sys
 from dataclasses import replace
 from pipeline import stage_table
 for name, stage in stage_table.STAGES.items():
-    stage_table.STAGES[name] = replace(stage, entry="fake_stages:run")
+    stage_table.STAGES[name] = replace(stage, recipe=stage_table.Recipe(entry="fake_stages:run"))
 from pipeline.cli import main
 main(sys.argv[1:])
 """

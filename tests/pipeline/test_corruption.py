@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from fake_chain import Chain
+from plain_models import take_step
 from torch import nn
 
 from pipeline import dag, identity
@@ -171,9 +172,7 @@ def optimizer_after(steps: int) -> Optimizer:
     optimizer = Optimizer(nn.Linear(4, 3), CONFIG, lr=CONFIG.lr, max_steps=100)
     for step in range(steps):
         inputs = torch.randn(4, 4, generator=torch.Generator().manual_seed(step))
-        optimizer.take_step(
-            step, [inputs], lambda numbers: optimizer.model(numbers).square().mean(), lambda *_: True
-        )
+        take_step(optimizer, step, [inputs], lambda numbers: optimizer.model(numbers).square().mean())
     return optimizer
 
 
@@ -190,7 +189,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work_dir = tmp_path_factory.mktemp("sound") / "sft-0"
     for step in (OLDER, NEWER):
         optimizer = optimizer_after(step)
-        Checkpoints(work_dir).save(step, {"model": optimizer}, {"loss": step / 7}, score=float(step))
+        Checkpoints(work_dir).save(step, {"model": optimizer.state()}, {"loss": step / 7}, score=float(step))
     return work_dir
 
 
@@ -205,7 +204,7 @@ def test_a_corrupted_checkpoint_is_passed_over_with_a_line(
     both = corrupt in (swap_a_file, swap_whole)
 
     optimizer = optimizer_after(0)
-    step, extra = Checkpoints(work_dir).restore({"model": optimizer})
+    step, extra = Checkpoints(work_dir).restore({"model": optimizer.state()})
 
     assert (step, extra) == ((0, {}) if both else (OLDER, {"loss": OLDER / 7})), corrupt.__name__
     if step:

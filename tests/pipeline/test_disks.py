@@ -42,7 +42,7 @@ from dataclasses import replace
 from pathlib import Path
 from pipeline import stage_table
 for name, stage in stage_table.STAGES.items():
-    stage_table.STAGES[name] = replace(stage, entry="fake_stages:run")
+    stage_table.STAGES[name] = replace(stage, recipe=stage_table.Recipe(entry="fake_stages:run"))
 from pipeline.cli import main
 
 def run(*arguments):

@@ -12,10 +12,11 @@ from pipeline.stage_table import EVALUATED, STAGES, Stage, data_of
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
 def test_every_entry_of_the_stage_table_is_a_recipe(stage: Stage):
-    module, _, function = stage.entry.partition(":")
-    recipe = importlib.import_module(module)
-    assert callable(getattr(recipe, function))
-    assert identity.recipe_version(stage.entry) == recipe.RECIPE_VERSION
+    for named in filter(None, (stage.recipe.entry, stage.recipe.holds)):
+        module, _, function = named.partition(":")
+        recipe = importlib.import_module(module)
+        assert callable(getattr(recipe, function))
+        assert identity.recipe_version(named) == recipe.RECIPE_VERSION
 
 
 def test_the_stages_of_the_table_are_the_sections_of_a_config():

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from inline import runtime_in
+from plain_models import take_step
 from torch import nn
 
 from stages.config.pretrain import PretrainConfig
-from stages.training.fit import FitResult, fit
-from stages.training.observed import Observed
+from stages.training.loop import run_loop
 from stages.training.optimize import Optimizer
+from stages.training.supervised import Supervised
+from stages.training.trainable import Outputs, Reads, TermLoss
 
 CONFIG = PretrainConfig(
     lr=1e-2, batch_size=4, micro_batch_size=2, log_every_steps=2, checkpoint_every_steps=3, warmup_frac=0.2
@@ -21,19 +23,30 @@ MAX_STEPS = 10
 
 @dataclass(frozen=True)
 class Numbers:
+    """A pack of numbers in place of tokens: what the loop asks of one is its size."""
+
     inputs: torch.Tensor
+
+    @property
+    def row(self) -> "Numbers":
+        return self
 
     @property
     def num_tokens(self) -> int:
         return self.inputs.numel()
 
 
-class MeanInput(Observed):
-    """The mean of what went through the model, under a name that is declared."""
+class Regressor:
+    """A `Trainable` that reads no tokens."""
 
-    def metrics(self, sums: list[float]) -> dict[str, float]:
-        total, number = sums
-        return {"train/margin": total / number}
+    def __init__(self, model: nn.Module, config: PretrainConfig, max_steps: int) -> None:
+        self._optimizer = Optimizer(model, config, lr=config.lr, max_steps=max_steps)
+
+    def take_step(self, step, packs, reads, loss_of, accepts):
+        return take_step(self._optimizer, step, packs, lambda pack: loss_of(pack, Outputs()), accepts)
+
+    def state(self):
+        return self._optimizer.state()
 
 
 class Killed(Exception):
@@ -54,22 +67,23 @@ class Regression:
     stop_at: int | None = None  # position at which the run is asked to stop
     positions: list[int] = field(default_factory=list)  # as they were asked for
 
-    def train(self) -> tuple[torch.Tensor, FitResult]:
+    def train(self) -> tuple[torch.Tensor, dict[str, float]]:
         """All weights afterwards, and how it went."""
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
         self.runtime = runtime_in(self.directory, "sft")
-        self.observed = MeanInput()
-        result = fit(
-            Optimizer(self.model, self.config, lr=self.config.lr, max_steps=self.max_steps),
+        stepper = Supervised(
+            Regressor(self.model, self.config, self.max_steps),
             self.config,
-            max_steps=self.max_steps,
             runtime=self.runtime,
+            reads=Reads(),
             batch_of=self._batch_of,
             loss_of=self._loss_of,
-            observed=self.observed,
+            watched=lambda sums: {"train/margin": float(sums["inputs"]) / float(sums["number"])},
         )
-        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()]), result
+        run_loop(stepper, self.config, max_steps=self.max_steps, runtime=self.runtime)
+        weights = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+        return weights, stepper.summary()
 
     def _batch_of(self, position: int) -> list[Numbers]:
         if position == self.die_at:
@@ -82,12 +96,14 @@ class Regression:
         inputs = inputs * (torch.nan if position in self.spoiled else 100.0 if position in self.wild else 1.0)
         return [Numbers(part) for part in inputs.split(2)]
 
-    def _loss_of(self, numbers: Numbers) -> torch.Tensor:
-        self.observed.add(torch.stack([numbers.inputs.sum(), torch.tensor(numbers.num_tokens)]).double())
+    def _loss_of(self, numbers: Numbers, _: Outputs) -> TermLoss:
         errors = self.model(numbers.inputs) - numbers.inputs.sum(-1, keepdim=True)
-        return errors.square().sum() / 4
+        return TermLoss(
+            loss=errors.square().sum() / 4,
+            sums={"inputs": numbers.inputs.sum(), "number": torch.tensor(numbers.num_tokens)},
+        )
 
 
-def train(directory: Path, **how: object) -> tuple[torch.Tensor, FitResult]:
+def train(directory: Path, **how: object) -> tuple[torch.Tensor, dict[str, float]]:
     """See `Regression`."""
     return Regression(directory=directory, **how).train()

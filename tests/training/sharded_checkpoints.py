@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from plain_models import take_step
 from torch import multiprocessing, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -41,11 +42,11 @@ def take_steps(optimizer: Optimizer, steps: int, *, first: int = 0) -> None:
     """Train; the batch of a step is a function of its number."""
     for step in range(first, first + steps):
         inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-        optimizer.take_step(
+        take_step(
+            optimizer,
             step,
             [inputs],
             lambda numbers: (optimizer.model(numbers) - numbers.sum()).square().mean(),
-            lambda *_: True,
         )
 
 
@@ -118,23 +119,23 @@ def _scenarios(directory: Path) -> list[tuple[str, int, Callable[[], dict[str, A
 def _save(work_dir: Path) -> dict[str, Any]:
     optimizer = make_optimizer(sharded=dist.get_world_size() > 1)
     take_steps(optimizer, 4)
-    Checkpoints(work_dir).save(4, {"model": optimizer}, {"loss": 0.25})
+    Checkpoints(work_dir).save(4, {"model": optimizer.state()}, {"loss": 0.25})
     record = json.loads((work_dir / "checkpoints/step-000004" / RECORD_FILE).read_text())
     return {"numbers": numbers_of(optimizer), "record": record}
 
 
 def _restore(work_dir: Path) -> dict[str, Any]:
     optimizer = make_optimizer(sharded=dist.get_world_size() > 1)
-    step, extra = Checkpoints(work_dir).restore({"model": optimizer})
+    step, extra = Checkpoints(work_dir).restore({"model": optimizer.state()})
     return {"step": step, "extra": extra, "numbers": numbers_of(optimizer)}
 
 
 def _generators(work_dir: Path) -> dict[str, Any]:
     torch.manual_seed(dist.get_rank())
-    Checkpoints(work_dir).save(1, {"model": make_optimizer(sharded=True)}, {})
+    Checkpoints(work_dir).save(1, {"model": make_optimizer(sharded=True).state()}, {})
     expected = torch.rand(1).item()
     torch.manual_seed(100 + dist.get_rank())
-    Checkpoints(work_dir).restore({"model": make_optimizer(sharded=True)})
+    Checkpoints(work_dir).restore({"model": make_optimizer(sharded=True).state()})
     return {"expected": expected, "drawn": _gathered(torch.rand(1).item())}
 
 
@@ -162,16 +163,16 @@ def _refused(work_dir: Path) -> dict[str, Any]:
 
 def _damaged(work_dir: Path) -> dict[str, Any]:
     optimizer = make_optimizer(sharded=True)
-    Checkpoints(work_dir).save(8, {"model": optimizer}, {})
+    Checkpoints(work_dir).save(8, {"model": optimizer.state()}, {})
     if dist.get_rank() == 0:
         os.truncate(work_dir / "checkpoints/step-000008/__1_0.distcp", 100)
     dist.barrier()
-    step, _ = Checkpoints(work_dir).restore({"model": optimizer})
+    step, _ = Checkpoints(work_dir).restore({"model": optimizer.state()})
     return {"steps": _gathered(step)}
 
 
 def _rolled_back(work_dir: Path) -> dict[str, Any]:
-    parts = {"model": make_optimizer(sharded=True)}
+    parts = {"model": make_optimizer(sharded=True).state()}
     checkpoints = Checkpoints(work_dir)
     checkpoints.save(3, parts, {})
     checkpoints.save(4, parts, {}, regular=False)
@@ -182,7 +183,7 @@ def _rolled_back(work_dir: Path) -> dict[str, Any]:
 def _refusal(work_dir: Path, step: int, *, width: int = 5) -> str:
     sharded = dist.is_initialized()
     try:
-        Checkpoints(work_dir).save(step, {"model": make_optimizer(width=width, sharded=sharded)}, {})
+        Checkpoints(work_dir).save(step, {"model": make_optimizer(width=width, sharded=sharded).state()}, {})
     except EnvironmentProblem as error:
         assert error.exit_code == 4
         return str(error)
@@ -204,7 +205,7 @@ def _limited_file_size(work_dir: Path) -> dict[str, str]:
     width = 20_000  # 1.2 MB with AdamW's moments
     saved = make_optimizer(width=width)
     take_steps(saved, 1)
-    Checkpoints(work_dir).save(1, {"model": saved}, {})
+    Checkpoints(work_dir).save(1, {"model": saved.state()}, {})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     line = _refusal(work_dir, 2, width=width)
@@ -218,7 +219,7 @@ def _small_disk(work_dir: Path) -> dict[str, str]:
     subprocess.run(mount, check=True)
     saved = make_optimizer(width=width)
     take_steps(saved, 1)
-    Checkpoints(work_dir).save(1, {"model": saved}, {})
+    Checkpoints(work_dir).save(1, {"model": saved.state()}, {})
     lines = {"before": _refusal(work_dir, 2, width=width)}
     usage = shutil.disk_usage(work_dir)
     shutil.disk_usage = lambda path: usage._replace(free=2**40)  # as if another process took the room later
@@ -233,7 +234,7 @@ def _small_disk(work_dir: Path) -> dict[str, str]:
 def _check_intact(work_dir: Path, saved: Optimizer, width: int) -> None:
     """The first checkpoint loads, and nothing lies beside it."""
     loaded = make_optimizer(width=width)
-    assert Checkpoints(work_dir).restore({"model": loaded}) == (1, {})
+    assert Checkpoints(work_dir).restore({"model": loaded.state()}) == (1, {})
     expected, found = numbers_of(saved), numbers_of(loaded)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert os.listdir(work_dir / "checkpoints") == ["step-000001"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from inline import worker_in
+from plain_models import take_step
 from safetensors.torch import load_file
 
 from rollout.api import Rollout
@@ -119,7 +120,7 @@ def test_in_bf16_the_rotary_frequencies_stay_fp32(tied_model_dir, worker, traine
 def test_in_bf16_a_frozen_model_holds_bf16_and_a_trained_one_fp32(inputs, worker):
     models = load_ppo_models(PPO, inputs, worker)
     dtypes = {
-        name: {parameter.dtype for parameter in getattr(models, name).parameters()}
+        name: {parameter.dtype for parameter in getattr(models, name).model.parameters()}
         for name in ("policy", "reference", "reward_model", "value_model")
     }
     assert dtypes["reference"] == dtypes["reward_model"] == {torch.bfloat16}
@@ -143,7 +144,7 @@ def test_bf16_training_lowers_the_loss_and_keeps_and_saves_fp32_masters(tied_mod
         assert logits_KV.dtype == torch.float32, "the head is computed in fp32, on both sides"
         return -token_logprobs(logits=logits_KV, targets=row.input_ids_1N[0, targets], temperature=1.0).mean()
 
-    losses = [optimizer.take_step(step, [None], loss_of, lambda *_: True).loss for step in range(30)]
+    losses = [take_step(optimizer, step, [None], loss_of).loss for step in range(30)]
     assert computed_in == {torch.bfloat16} and losses[-1] < 0.5 * losses[0]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     state = optimizer.adamw.state.values()

@@ -24,7 +24,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_batch_kept(tmp_pat
     regression = Regression(directory=tmp_path, spoiled=[4])
     weights, result = regression.train()
     assert torch.isfinite(weights).all()
-    assert result.skipped_steps == 1 and result.metrics()["steps_skipped"] == 1.0
+    assert result["steps_skipped"] == 1.0
     assert regression.positions == list(range(MAX_STEPS))
     assert "sft step 5: loss nan, gradient norm nan: not finite; step skipped" in caplog.text
     (kept,) = (tmp_path / "logs" / "bad_batches").iterdir()
@@ -34,7 +34,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_its_batch_kept(tmp_pat
         "batch.1.inputs": (2, 3),
     }
     last = read_steps(tmp_path / "work" / "metrics.jsonl")[-1]
-    assert last["train/skipped_steps"] == 1.0 and last["train/loss"] == pytest.approx(result.loss_final)
+    assert last["train/skipped_steps"] == 1.0 and last["train/loss"] == pytest.approx(result["loss_final"])
 
 
 def test_a_disk_that_takes_no_bad_batch_is_one_line(tmp_path):
@@ -61,7 +61,7 @@ def test_after_four_bad_steps_in_a_row_training_goes_back_and_leaves_those_data_
     assert "sft step 8: 4 bad steps in a row; back to step 3, leaving out the 5 batches" in caplog.text
     expected, _ = train(tmp_path / "without", left_out=[3, *BAD_ROW])
     assert torch.equal(weights, expected)
-    assert result.steps == MAX_STEPS and result.skipped_steps == 4
+    assert result["steps"] == MAX_STEPS and result["steps_skipped"] == 4
     steps = [line["step"] for line in read_steps(tmp_path / "bad" / "work" / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == MAX_STEPS
 
@@ -77,7 +77,7 @@ def test_a_run_killed_before_or_after_going_back_ends_in_the_same_bits(tmp_path,
 
 def test_without_a_checkpoint_training_goes_on_behind_the_bad_data(tmp_path, caplog):
     weights, result = train(tmp_path, spoiled=[0, 1, 2, 3])
-    assert torch.isfinite(weights).all() and result.skipped_steps == 4
+    assert torch.isfinite(weights).all() and result["steps_skipped"] == 4
     assert "no checkpoint yet; going on behind them" in caplog.text
 
 
@@ -111,12 +111,12 @@ def test_a_training_that_ends_in_bad_steps_without_a_checkpoint_reports_the_last
     config = CONFIG.model_copy(update=rare)
     weights, result = train(tmp_path / "bad", config=config, spoiled=range(6, MAX_STEPS))
     (line,) = read_steps(tmp_path / "bad" / "work" / "metrics.jsonl")
-    assert line["step"] == result.steps == MAX_STEPS and result.skipped_steps == 4
+    assert line["step"] == result["steps"] == MAX_STEPS and result["steps_skipped"] == 4
     each = config.model_copy(update={"log_every_steps": 1})
     expected, _ = train(tmp_path / "each", config=each, spoiled=range(6, MAX_STEPS))
     lines = read_steps(tmp_path / "each" / "work" / "metrics.jsonl")
     losses = [logged["train/loss"] for logged in lines]
-    assert result.loss_final == line["train/loss"] == pytest.approx(sum(losses[:6]) / 6)
+    assert result["loss_final"] == line["train/loss"] == pytest.approx(sum(losses[:6]) / 6)
     assert losses[6:] == [losses[5]] * 4, "a window without a loss reports the last one's"
     assert torch.equal(weights, expected)
 
@@ -166,7 +166,7 @@ def test_a_spike_is_told_and_taken_or_skipped(tmp_path, caplog):
         config = CONFIG.model_copy(update={"health": HealthConfig(on_spike=on_spike), "warmup_frac": 0.0})
         directory = tmp_path / on_spike
         _, result = train(directory, config=config, max_steps=30, wild=[25])
-        counts[on_spike] = result.skipped_steps
+        counts[on_spike] = result["steps_skipped"]
         assert read_steps(directory / "work" / "metrics.jsonl")[-1]["train/loss_spikes"] == 1.0
     assert counts == {"log": 0, "skip": 1}
     assert caplog.text.count("sft step 26: loss") == 2 and caplog.text.count("a spike; step skipped") == 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from plain_models import response_logprobs, response_values
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,12 +18,11 @@ from stages.errors import ModelError
 from stages.training.forwards import (
     logprobs_in_packs,
     pack_responses,
-    response_logprobs,
-    response_values,
     scores_in_packs,
     sequence_scores,
     with_end,
 )
+from stages.training.fsdp import Placed
 from stages.training.models import (
     ScoreNormaliser,
     build_causal_lm,
@@ -69,7 +69,7 @@ def plain_scores(directory, sequences, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pin_13_a_score_is_the_same_padded_left_or_right_alone_and_in_a_pack(reward_dir, side):
-    model = freeze(load_reward_model(reward_dir))
+    model = Placed(freeze(load_reward_model(reward_dir)))
     packed = scores_in_packs(model, SEQUENCES, micro_batch_size=3, device=CPU)
     alone = torch.cat([sequence_scores(model, [sequence], device=CPU) for sequence in SEQUENCES])
     torch.testing.assert_close(packed, alone, atol=1e-6, rtol=0)
@@ -217,7 +217,7 @@ def test_pin_7_every_forward_switches_the_cache_off_and_passes_no_mask(tied_mode
     packed = pack_responses([(5, 6), (7,)], [(7, 8, 9), (4,)], max_length=3, device=CPU)
     response_logprobs(policy, packed, temperature=1.0)
     response_values(reward, packed)
-    sequence_scores(reward, SEQUENCES, device=CPU)
+    sequence_scores(Placed(reward), SEQUENCES, device=CPU)
     assert len(calls) == 3
     assert all(call["use_cache"] is False and call.get("attention_mask") is None for call in calls)
 
@@ -246,7 +246,7 @@ def test_pin_2_log_probs_divide_the_logits_by_the_temperature(tied_model_dir):
         logits = model.inner(torch.tensor([[*prompt, *response]]), use_cache=False).logits[0, 2:4]
     expected = torch.log_softmax(logits / 0.7, -1)[[0, 1], list(response)]
     (scored,) = logprobs_in_packs(
-        model, [prompt], [response], temperature=0.7, micro_batch_size=1, device=CPU
+        Placed(model), [prompt], [response], temperature=0.7, micro_batch_size=1, device=CPU
     )
     torch.testing.assert_close(scored, expected, atol=1e-6, rtol=0)
 

@@ -11,8 +11,8 @@ from stages.config.correction import CORRECTIONS, RolloutCorrectionConfig
 from stages.config.data import DataSource
 from stages.config.ppo import PPOConfig
 from stages.data.experience import assemble, pack_rollouts
+from stages.training.fsdp import Trained
 from stages.training.health import Health
-from stages.training.optimize import Optimizer
 from stages.training.ppo_models import judge, load_ppo_models
 from stages.training.ppo_update import Learner
 
@@ -68,16 +68,16 @@ def loss_and_gradient(inputs, tmp_path, monkeypatch, config, change=lambda item:
         health=Health(config.health, runtime_in(tmp_path, "ppo")),
     )
     experiences = [change(item) for item in batch_of(models, config)]
-    take_step, found = Optimizer.take_step, {}
+    take_step, found = Trained.take_step, {}
 
-    def keeping(self, step, packs, loss_of, accepts):
-        result = take_step(self, step, packs, loss_of, lambda *_: False)
+    def keeping(self, step, packs, reads, loss_of, accepts):
+        result = take_step(self, step, packs, reads, loss_of, lambda *_: False)
         gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
-        found[self.model] = result.loss, torch.cat(gradients)
+        found[self] = result.loss, torch.cat(gradients)
         return replace(result, taken=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Optimizer, "take_step", keeping)
+        patch.setattr(Trained, "take_step", keeping)
         learner.update(0, experiences, kl_coef=config.kl_coef)
     return (*found[models.policy], experiences)
 

@@ -1,6 +1,7 @@
 """The balance loss in training: transformers' own number, per micro-batch, weighed by tokens."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from stages.data.packing import PackedRow, pack
 from stages.errors import ModelError
 from stages.objectives.balance import load_balancing_loss
 from stages.training.distributed import place
+from stages.training.fsdp import outputs_of
 from stages.training.model_rules import check_model_config
 from stages.training.models import CausalLM, load_causal_lm
+from stages.training.optimize import Tally
 from stages.training.randomness import recompute_activations
-from stages.training.routing import RouterBalance, routers
+from stages.training.routing import check_balanced, router_metrics, with_balance
+from stages.training.trainable import Reads, TermLoss
 
 BALANCED = [
     *("mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "granitemoe", "granitemoeshared"),
@@ -25,35 +29,52 @@ BALANCED = [
 ]
 NOT_BALANCED = ["llama", "gpt2", "deepseek_v3", "glm4_moe", "afmoe"]  # the last three balance by a bias
 SEQUENCES = [[5, 6, 7, 8, 9], [10, 11, 12], [20, 21, 22, 23, 24, 25, 26], [30, 31]]
+NUM_TOKENS = sum(map(len, SEQUENCES))
 COEF = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A pack."""
+
+    row: PackedRow
+    predicting_N: Tensor
+    targets_N: Tensor
 
 
 def model_of(name: str) -> CausalLM:
     return CausalLM(FAMILIES[name].make())
 
 
-def cross_entropy(forward, row: PackedRow) -> Tensor:
-    """A sum over tokens: linear in the batch."""
-    logits_NV = forward(row.model_inputs(), torch.arange(row.num_tokens))[0]
-    return -logits_NV.log_softmax(-1)[torch.arange(row.num_tokens), row.input_ids_1N[0]].sum()
+def term_of(
+    model: CausalLM, sequences: list[list[int]], *, coef: float, num_tokens: int, weight: float = 1.0
+) -> TermLoss:
+    """A micro-batch's share of a step of `num_tokens`: `weight` times a sum over tokens, and its balance."""
+    row = pack(sequences)
+    positions_N, ids_N = torch.arange(row.num_tokens), row.input_ids_1N[0]
+    asked = Asked(row=row, predicting_N=positions_N, targets_N=ids_N)
+    now = outputs_of(model, asked, Reads(logprobs=True, router_loss=True, temperature=1.0))
+    term = TermLoss(loss=-weight * now.logprobs_N.sum() / num_tokens)
+    share = row.num_tokens / num_tokens
+    return with_balance(term, now, coef=coef, num_tokens=row.num_tokens, share=share)
 
 
 def split_loss(model: CausalLM, split: list[int], *, coef: float = COEF) -> Tensor:
     """The loss of a step over SEQUENCES in micro-batches of `split` sequences."""
-    balance = RouterBalance(model, coef=coef, setting="sft.router_aux_loss_coef")
-    num_tokens = sum(map(len, SEQUENCES))
-    rows, start = [], 0
+    losses, start = [], 0
     for size in split:
-        rows.append(pack(SEQUENCES[start : start + size]))
+        part = SEQUENCES[start : start + size]
+        losses.append(term_of(model, part, coef=coef, num_tokens=NUM_TOKENS).loss)
         start += size
-    losses = [
-        balance.added_to(
-            lambda forward, row=row: cross_entropy(forward, row) / num_tokens,
-            share=row.num_tokens / num_tokens,
-        )
-        for row in rows
-    ]
     return torch.stack(losses).sum()
+
+
+def watched(*terms: TermLoss) -> dict[str, float]:
+    """The metrics of a window over these."""
+    tally = Tally()
+    for term in terms:
+        tally.add(term)
+    return router_metrics(tally.sums)
 
 
 def gradient(model: CausalLM, loss: Tensor) -> Tensor:
@@ -69,7 +90,7 @@ def balance_by_transformers(model: CausalLM, sequences: list[list[int]]) -> Tens
 @pytest.mark.parametrize("name", BALANCED)
 def test_the_balance_loss_is_the_one_transformers_computes_for_the_family(name):
     model = model_of(name)
-    assert routers(model.inner)
+    assert model.routers
     found = split_loss(model, [4]) - split_loss(model, [4], coef=0.0)
     wanted = COEF * balance_by_transformers(model, SEQUENCES)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
@@ -79,16 +100,14 @@ def test_the_balance_loss_is_the_one_transformers_computes_for_the_family(name):
 @pytest.mark.parametrize("name", NOT_BALANCED)
 def test_a_coefficient_for_a_model_that_has_no_balance_loss_is_refused_in_a_line(name):
     with pytest.raises(ModelError, match=r"^sft\.router_aux_loss_coef: .* no balance loss .* set 0$"):
-        split_loss(model_of(name), [4])
-    assert split_loss(model_of(name), [4], coef=0.0).isfinite()
+        check_balanced(model_of(name).inner, "sft.router_aux_loss_coef")
+    assert split_loss(model_of(name), [4]).isfinite()
 
 
-def test_without_routers_nothing_is_measured():
-    balance = RouterBalance(model_of("llama"), coef=0.0, setting="sft.router_aux_loss_coef")
-    row = pack(SEQUENCES)
-    balance.added_to(lambda forward: cross_entropy(forward, row), share=1.0)
-    balance.close_step(taken=True)
-    assert balance.take() == {}
+def test_without_routers_nothing_is_measured_and_nothing_is_added():
+    term = term_of(model_of("llama"), SEQUENCES, coef=COEF, num_tokens=NUM_TOKENS)
+    assert term.sums == {}
+    assert torch.equal(term.loss, split_loss(model_of("llama"), [4], coef=0.0))
 
 
 def test_pin_33_of_a_mixtures_gradient_only_the_balance_loss_depends_on_the_split():
@@ -133,11 +152,8 @@ def test_recomputed_activations_change_neither_the_loss_nor_the_counts():
     recompute_activations(recomputing.inner)
     results = []
     for model in (plain, recomputing):
-        balance = RouterBalance(model, coef=COEF, setting="sft.router_aux_loss_coef")
-        row = pack(SEQUENCES)
-        loss = balance.added_to(lambda forward, row=row: cross_entropy(forward, row), share=1.0)
-        balance.close_step(taken=True)
-        results.append((loss.detach(), gradient(model, loss), balance.take()))
+        term = term_of(model, SEQUENCES, coef=COEF, num_tokens=NUM_TOKENS)
+        results.append((term.loss.detach(), gradient(model, term.loss), watched(term)))
     (loss, grad, metrics), (loss_again, grad_again, metrics_again) = results
     assert torch.equal(loss, loss_again) and torch.equal(grad, grad_again) and metrics == metrics_again
 
@@ -165,13 +181,8 @@ def test_in_bf16_the_sharded_model_has_the_balance_loss_of_its_own_routing(tmp_p
 
 def test_the_metrics_of_a_window_are_those_of_all_its_tokens():
     model = model_of("mixtral")
-    balance = RouterBalance(model, coef=0.0, setting="sft.router_aux_loss_coef")
     parts = [SEQUENCES[:1], SEQUENCES[1:]]
-    for part in parts:
-        row = pack(part)
-        balance.added_to(lambda forward, row=row: cross_entropy(forward, row), share=1.0)
-        balance.close_step(taken=True)
-    metrics = balance.take()
+    metrics = watched(*(term_of(model, part, coef=0.0, num_tokens=NUM_TOKENS) for part in parts))
     routed = model.inner(**pack(SEQUENCES).model_inputs(), output_router_logits=True).router_logits
     chosen = [logits_NE.topk(2, dim=-1).indices.flatten().bincount(minlength=4) for logits_NE in routed]
     num_tokens = sum(map(len, SEQUENCES))
@@ -182,7 +193,6 @@ def test_the_metrics_of_a_window_are_those_of_all_its_tokens():
         sum(map(len, part)) / num_tokens * float(balance_by_transformers(model, part)) for part in parts
     ]
     assert metrics["train/router_aux_loss"] == pytest.approx(sum(weighed), abs=1e-5)
-    assert balance.take() == {}, "a new window"
 
 
 def test_the_weights_of_micro_batches_sum_to_one_so_that_more_of_them_do_not_weigh_more():
@@ -190,17 +200,12 @@ def test_the_weights_of_micro_batches_sum_to_one_so_that_more_of_them_do_not_wei
     model = model_of("mixtral")
     routed = model(pack(SEQUENCES[:1]).model_inputs(), torch.arange(5), with_router_logits=True)[1]
     one = load_balancing_loss(router_logits=routed, num_chosen=2)
-    balance = RouterBalance(model, coef=1.0, setting="sft.router_aux_loss_coef")
-    added = [
-        balance.added_to(lambda forward: 0 * cross_entropy(forward, pack(SEQUENCES[:1])), share=1 / 3)
-        for _ in range(3)
-    ]
+    added = [term_of(model, SEQUENCES[:1], coef=1.0, num_tokens=15, weight=0.0).loss for _ in range(3)]
     torch.testing.assert_close(torch.stack(added).sum(), one, atol=1e-6, rtol=0)
 
 
 def test_the_balance_loss_and_nothing_else_evens_the_load_of_decided_routers():
     """Trained on no other loss. Without a coefficient the routers have no gradient and stay as they are."""
-    row = pack(SEQUENCES)
     results: dict[float, list[dict[str, float]]] = {0.0: [], 1.0: []}
     for coef, found in results.items():
         model = model_of("mixtral")
@@ -209,13 +214,12 @@ def test_the_balance_loss_and_nothing_else_evens_the_load_of_decided_routers():
             for weight_EH in routers:
                 weight_EH *= 3
         adam = torch.optim.Adam(routers, lr=0.02)
-        balance = RouterBalance(model, coef=coef, setting="sft.router_aux_loss_coef")
         for _ in range(40):
             adam.zero_grad()
-            balance.added_to(lambda forward: 0 * cross_entropy(forward, row), share=1.0).backward()
+            term = term_of(model, SEQUENCES, coef=coef, num_tokens=NUM_TOKENS, weight=0.0)
+            term.loss.backward()
             adam.step()
-            balance.close_step(taken=True)
-            found.append(balance.take())
+            found.append(watched(term))
     assert results[0.0][0] == results[0.0][-1] == results[1.0][0]
     assert results[1.0][-1]["train/router_aux_loss"] < results[1.0][0]["train/router_aux_loss"] - 0.2
     assert (
@@ -239,12 +243,10 @@ MIXTURES = [name for name, family in FAMILIES.items() if family.moe and is_accep
 @pytest.mark.parametrize("name", MIXTURES)
 def test_every_family_with_experts_is_counted_or_has_nothing_to_balance(name):
     model = model_of(name)
-    balance = RouterBalance(model, coef=0.0, setting="sft.router_aux_loss_coef")
-    row = pack(SEQUENCES)
-    assert balance.added_to(lambda forward: cross_entropy(forward, row), share=1.0).isfinite()
-    balance.close_step(taken=True)
-    measured = balance.take()
-    assert bool(measured) is bool(routers(model.inner)) is (name.removesuffix("_window") in BALANCED)
+    term = term_of(model, SEQUENCES, coef=0.0, num_tokens=NUM_TOKENS)
+    assert term.loss.isfinite()
+    measured = watched(term) if term.sums else {}
+    assert bool(measured) is bool(model.routers) is (name.removesuffix("_window") in BALANCED)
     if measured:
         assert measured["train/router_max_load"] >= 1 and math.isfinite(measured["train/router_aux_loss"])
 
@@ -257,24 +259,6 @@ def test_experts_that_a_router_chooses_by_a_bias_of_its_own_are_counted_as_chose
     }
     for bias in biases.values():
         bias.copy_(torch.tensor([100.0, 100.0, 0.0, 0.0]).expand_as(bias))
-    balance = RouterBalance(model, coef=0.0, setting="sft.router_aux_loss_coef")
-    row = pack(SEQUENCES)
-    balance.added_to(lambda forward: cross_entropy(forward, row), share=1.0)
-    balance.close_step(taken=True)
-    measured = balance.take()
+    measured = watched(term_of(model, SEQUENCES, coef=0.0, num_tokens=NUM_TOKENS))
     assert measured["train/router_max_load"] == 2.0
     assert measured["train/router_dead_experts"] == 2 * len(biases)
-
-
-def test_a_step_that_was_not_taken_is_not_counted():
-    model = model_of("mixtral")
-    balance = RouterBalance(model, coef=0.0, setting="sft.router_aux_loss_coef")
-    lines = []
-    for skipped in ([], SEQUENCES):
-        for part, taken in ((SEQUENCES[:1], True), (skipped, False), (SEQUENCES[1:], True)):
-            if part:
-                row = pack(part)
-                balance.added_to(lambda forward, row=row: cross_entropy(forward, row), share=1.0)
-            balance.close_step(taken=taken)
-        lines.append(balance.take())
-    assert lines[0] == lines[1] != {}

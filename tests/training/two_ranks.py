@@ -15,8 +15,8 @@ from stages.config.ppo import PPOConfig
 from stages.data.experience import Experience, assemble, pack_rollouts
 from stages.training import ranks
 from stages.training.distributed import Worker
+from stages.training.fsdp import Trained
 from stages.training.health import Health
-from stages.training.optimize import Optimizer
 from stages.training.ppo_models import judge_all, load_ppo_models
 from stages.training.ppo_update import Learner
 
@@ -66,18 +66,17 @@ class _Differentiated(Learner):
     def update(self, step: int, experiences: list[Experience], *, kl_coef: float) -> dict[str, float]:
         self.gradients: dict[str, Tensor] = {}
         moved = [replace(item, anchor_logprobs_BT=item.anchor_logprobs_BT - 0.05) for item in experiences]
-        for name, part in self.parts.items():
-            part.take_step = self._keeping(name, part)  # type: ignore[method-assign]
+        for name, model in self.trained.items():
+            model.take_step = self._keeping(name, model)  # type: ignore[method-assign]
         return super().update(step, moved, kl_coef=kl_coef)
 
-    def _keeping(self, name: str, part: Optimizer):
-        take_step = part.take_step
+    def _keeping(self, name: str, model: Trained):
+        take_step = model.take_step
 
         def keep(*arguments):
-            result = take_step(*arguments[:3], lambda *_: False)
-            whole = torch.cat(
-                [_whole(p.grad).flatten() for p in part.model.parameters() if p.grad is not None]
-            )
+            result = take_step(*arguments[:4], lambda *_: False)
+            parameters = model.model.parameters()
+            whole = torch.cat([_whole(p.grad).flatten() for p in parameters if p.grad is not None])
             self.gradients.setdefault(name, whole)
             self.gradients.setdefault(f"{name} loss", torch.tensor(result.loss))
             return replace(result, taken=True)

@@ -17,7 +17,6 @@ from rollout.errors import ParityError
 from rollout.hf_engine import HFEngine
 from rollout.loop import LoopThread
 from rollout.parity import ParityGate
-from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
 from stages.config.data import DataSource
 from stages.config.ppo import PPOConfig
@@ -65,11 +64,11 @@ def _cases(models: PPOModels, loop: LoopThread, model_dir: Path, directory: Path
     raised["replayed batch"] = str(strict.accepts_batch(0, packs, judgements))
     raised["batch"] = _raised(lambda: strict.check_batch(0, packs, judgements))
     with torch.no_grad():
-        for parameter in models.policy.parameters():
+        for parameter in models.policy.model.parameters():
             parameter.mul_(1.01)
     raised["no update"] = _raised(lambda: lax.publish(1, has_moved=False))
     with torch.no_grad():
-        for parameter in models.policy.parameters():
+        for parameter in models.policy.model.parameters():
             parameter.mul_(1.01)
     raised["update"] = _raised(lambda: lax.publish(2, has_moved=True))
     for publisher in (strict, lax):
@@ -79,7 +78,7 @@ def _cases(models: PPOModels, loop: LoopThread, model_dir: Path, directory: Path
 
 def _publisher(models, engine, loop, config) -> Publisher:
     sync = WeightSync(
-        ModuleSource(models.policy.inner, dtype="float32"),
+        models.policy.weights(dtype="float32"),
         engine=engine,
         loop=None if engine is None else loop,
         config=config,
