@@ -9,10 +9,14 @@ TORCH_CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # --quiet twice: once leaves hundreds of warnings about indexes
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
+TWO_PROCESSES := -n 2 --dist loadscope --no-loadscope-reorder
+
+# Processes that tests start take our compiled modules from the last one, though this shell may say otherwise.
+export PYTHONDONTWRITEBYTECODE :=
 # Waiting OpenMP threads sleep: else trainer and engine starve each other on a small machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: install demo test test-all chaos lint bench gpu-check models-page closure recipe-lock clean
+.PHONY: install demo test test-quick test-all chaos lint bench gpu-check models-page closure recipe-lock clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -30,12 +34,15 @@ $(INSTALLED): requirements/cpu.txt pyproject.toml
 demo: install  ## all six stages on the committed data; the last line says where the report is
 	$(BIN)/rlhf run configs/demo.yaml
 
-# Two processes: most of a test's time is waiting, for engines and Ray to start. They share out whole files (tests/conftest.py).
+# Two processes share out whole files, the longest first (tests/conftest.py). Their last lines name the ten slowest tests.
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" $(TWO_PROCESSES) --durations=10
 
-test-all: install
-	$(BIN)/python -m pytest
+test-quick: install  ## what starts neither vLLM nor Ray nor another process: about a minute
+	$(BIN)/python -m pytest -m "not slow and not engine and not ray and not process" $(TWO_PROCESSES)
+
+test-all: install  ## the slow ones too, and twenty times the examples of each property
+	$(BIN)/python -m pytest --hypothesis-profile=deep --durations=10
 
 chaos: install  ## a hundred SIGKILLs in tiny runs; stopped, it goes on where it was. ARGS="--kills 6 --seed 1"
 	$(BIN)/python tests/chaos/campaign.py $(ARGS)

@@ -23,13 +23,17 @@ from xdist.scheduler import LoadScopeScheduling
 
 from rollout.loop import LoopThread
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # of any speed, and beside other load
-hypothesis.settings.load_profile("any machine")
+# no deadline: on machines of any speed, and beside other load. `make test-all` takes the deep one.
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("deep", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("quick")
 
 MAX_LENGTH = 1024
 
 
 WHOLE_RUN, ENGINES = "whole run", "engines"
+STARTING = ("engine", "ray", "process")
+"""Markers of tests that start something."""
 WATCHED_RUN = "watched_run"  # the fixture, in the text of a file
 TESTS = Path(__file__).parent
 
@@ -50,9 +54,16 @@ class Lanes(LoadScopeScheduling):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest lanes come first."""
+    """The longest lanes come first, and the pure ones last: two processes then end together."""
     lanes = {path: _lane(path) for path in {item.path for item in items}}
-    items.sort(key=lambda item: (lanes[item.path] != WHOLE_RUN, lanes[item.path] != ENGINES))
+    starting = {lanes[item.path] for item in items if any(map(item.get_closest_marker, STARTING))}
+    items.sort(
+        key=lambda item: (
+            lanes[item.path] != WHOLE_RUN,
+            lanes[item.path] != ENGINES,
+            lanes[item.path] not in starting,
+        )
+    )
 
 
 def _lane(path: Path) -> str:

@@ -8,10 +8,10 @@ changes (FORCE=1).
 """
 
 import ast
-import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from blake3 import blake3
@@ -47,17 +47,9 @@ def code_digest(entry: str, root: Path) -> str:
         path = _source(module, root)
         if module in modules or path is None:
             continue
-        modules[module], imported = _read(path, path.read_text())
+        modules[module], imported = _read(path.read_text(), is_config=is_config(path))
         waiting += [*imported, *LOADED_BY_NAME.get(module, ())]
     return blake3(json.dumps(sorted(modules.items())).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _read(path: Path, text: str) -> tuple[str, tuple[str, ...]]:
-    """The meaning of a file of this text, and the dotted names that it imports. Several recipes share it."""
-    tree = ast.parse(text)
-    imported = tuple(_imports(tree))
-    return _meaning(tree, is_config=is_config(path)), imported
 
 
 def is_config(path: Path) -> bool:
@@ -100,6 +92,14 @@ def _source(module: str, root: Path) -> Path | None:
         return None
     path = root / Path(*module.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@cache  # recipes share most of their code
+def _read(source: str, *, is_config: bool) -> tuple[str, tuple[str, ...]]:
+    """What the digest covers of a file, and the names that it imports."""
+    tree = ast.parse(source)
+    imported = tuple(_imports(tree))
+    return _meaning(tree, is_config=is_config), imported
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from fakes import FakeEngine
+from forks import ENGINES
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout.api import Diagnosis, Rollout, RolloutEngine, RolloutRequest, Sampling
@@ -137,17 +138,15 @@ def start_rig(
             config, model_dir=model_dir, dtype="float32", max_model_len=max_model_len, log_dir=log_dir
         )
     else:
-        engine = loop.run(
-            open_engine(
-                config,
-                model_dir=model_dir,
-                dtype="float32",
-                max_model_len=max_model_len,
-                log_path=log_dir / "engine.log",
-            ),
-            timeout_s=150,
-            what="start",
+        opening = open_engine(
+            config,
+            model_dir=model_dir,
+            dtype="float32",
+            max_model_len=max_model_len,
+            log_path=log_dir / "engine.log",
         )
+        with ENGINES.forking():
+            engine = loop.run(opening, timeout_s=150, what="start")
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="eager"
     ).eval()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
 import recipe_lock
 
 from stages.training.metrics import METRICS
@@ -204,6 +205,7 @@ def test_nothing_is_called_utils():
     assert not [path for path in FILES if absent.intersection({path.stem, path.parent.name})]
 
 
+@pytest.mark.process
 def test_modules_load_nothing_heavier_than_they_need():
     """One process imports all light modules in turn, and a fork of it each heavier one."""
     configs = [module_of(path) for path in FILES if recipe_lock.is_config(path)]

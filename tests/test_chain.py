@@ -13,8 +13,13 @@ import pytest
 import torch
 from blake3 import blake3
 from cli_runs import CONFIG, RLHF, STAGES, family_once_training, rlhf, summary_of
+from forks import ENGINES
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from vllm_directly import by_vllm
+
+from pipeline import cli
+
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +85,22 @@ def test_the_reward_model_loads_in_transformers_with_its_head_and_a_pad_that_is_
     assert (directory / "score_normaliser.json").is_file()
 
 
-def test_pin_39_the_ppo_model_answers_through_vllm_as_it_lies(finished):
+def in_this_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints that ends well."""
+    with ENGINES.forking(), pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    output = capsys.readouterr()
+    assert ended.value.code == 0, output.err
+    return output.out
+
+
+def test_pin_39_the_ppo_model_answers_through_vllm_as_it_lies(finished, capsys, monkeypatch):
+    monkeypatch.chdir(finished)
     arguments = ["outputs/runs/tiny/ppo", "What does a cow say?", "--temperature", "0", "--max-tokens", "6"]
-    by_vllm = rlhf(finished, "generate", *arguments, "--engine", "vllm")
-    by_transformers = rlhf(finished, "generate", *arguments, "--engine", "hf")
-    assert by_vllm.returncode == by_transformers.returncode == 0, by_vllm.stderr + by_transformers.stderr
-    assert by_vllm.stdout == by_transformers.stdout != ""
+    by_vllm, by_transformers = (
+        in_this_process(capsys, "generate", *arguments, "--engine", engine) for engine in ("vllm", "hf")
+    )
+    assert by_vllm == by_transformers != ""
 
 
 def test_rollouts_samples_metrics_and_report_are_there(finished):
@@ -110,15 +125,25 @@ def test_the_same_command_again_skips_every_stage(finished):
     assert [entry["metrics"] for entry in after.values()] == [entry["metrics"] for entry in before.values()]
 
 
-def test_another_kl_coef_would_run_exactly_ppo_and_evaluate(finished):
-    result = rlhf(finished, "check", "tiny.yaml", "ppo.kl_coef=0.5")
+def test_another_kl_coef_would_run_exactly_ppo_and_evaluate(finished, capsys, monkeypatch):
+    monkeypatch.chdir(finished)
+    said = in_this_process(capsys, "check", "tiny.yaml", "ppo.kl_coef=0.5")
     verdicts = {
         line.split()[0]: line.split()[1]
-        for line in result.stdout.splitlines()
+        for line in said.splitlines()
         if line.split()[:1] and line.split()[0] in STAGES
     }
-    assert [stage for stage, verdict in verdicts.items() if verdict == "run"] == ["ppo", "evaluate"], (
-        result.stdout
+    assert [stage for stage, verdict in verdicts.items() if verdict == "run"] == ["ppo", "evaluate"], said
+
+
+def take_artifacts(finished: Path, directory: Path, *, until: str) -> None:
+    """Copy what the finished run has made of the stages up to `until`."""
+    later = STAGES[STAGES.index(until) + 1 :]
+    shutil.copytree(
+        finished / "outputs/artifacts",
+        directory / "outputs/artifacts",
+        ignore=shutil.ignore_patterns(*(f"{stage}-*" for stage in later)),
+        symlinks=True,
     )
 
 
@@ -144,6 +169,7 @@ def test_a_killed_run_leaves_no_half_artifact_and_the_same_command_ends_in_the_s
     finished, tmp_path
 ):
     (tmp_path / "tiny.yaml").write_text(CONFIG)
+    take_artifacts(finished, tmp_path, until="prepare")
     kill_once_training(tmp_path, "pretrain", [RLHF, "run", "tiny.yaml", "--until", "pretrain"])
     assert not list((tmp_path / "outputs/artifacts").glob("pretrain-*"))
     result = rlhf(tmp_path, "run", "tiny.yaml", "--until", "pretrain")
@@ -197,14 +223,9 @@ def test_pin_39_vllm_itself_scores_as_transformers_does_with_the_reward_model_as
 def test_ppo_killed_with_its_engines_alive_ends_by_the_same_command_in_the_same_weights(finished, tmp_path):
     command = [RLHF, "run", "tiny.yaml", "--until", "ppo", "ppo.max_steps=5", "ppo.checkpoint_every_steps=1"]
     for name in ("whole", "killed"):
-        (tmp_path / name / "outputs").mkdir(parents=True)
+        (tmp_path / name).mkdir()
         (tmp_path / name / "tiny.yaml").write_text(CONFIG)
-        shutil.copytree(
-            finished / "outputs/artifacts",
-            tmp_path / name / "outputs/artifacts",
-            ignore=shutil.ignore_patterns("ppo-*", "evaluate-*"),
-            symlinks=True,
-        )
+        take_artifacts(finished, tmp_path / name, until="reward")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = rlhf(whole, *command[1:])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -232,12 +253,7 @@ def test_ppo_killed_with_its_engines_alive_ends_by_the_same_command_in_the_same_
 @pytest.mark.slow
 def test_two_engines_give_the_same_tokens_and_the_same_weights_as_one(finished, tmp_path):
     (tmp_path / "tiny.yaml").write_text(CONFIG)
-    shutil.copytree(
-        finished / "outputs/artifacts",
-        tmp_path / "outputs/artifacts",
-        ignore=shutil.ignore_patterns("ppo-*", "evaluate-*"),
-        symlinks=True,
-    )
+    take_artifacts(finished, tmp_path, until="reward")
     result = rlhf(tmp_path, "run", "tiny.yaml", "--until", "ppo", "rollout.num_engines=2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "outputs/runs/tiny/logs/ppo-engines/engine-1.log").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from forks import ENGINES
 from inline import runtime_in
 from ppo_inputs import ppo_inputs
 from wrong_engines import LaggingEngine, SkewedEngine
@@ -140,13 +141,14 @@ def test_a_resumed_run_compares_before_its_first_batch_for_its_engines_start_fro
         run_in(tmp_path, settings, inputs)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("lag", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_vllm_engine_that_lags_in_bf16_is_stopped_after_the_first_update(
     inputs, prompts, tmp_path, opened_as, lag
 ):
     opened_as(kept_in(tmp_path / "kept", lag=lag))
     vllm = {"engine": "vllm", "kv_cache_mib": 64, "max_num_seqs": 16}
-    with pytest.raises(ParityError, match=HELD_BACK.format(1)):
+    with ENGINES.forking(), pytest.raises(ParityError, match=HELD_BACK.format(1)):
         run_in(tmp_path, settings_for(prompts, precision="bf16", rollout=vllm), inputs)
 
 

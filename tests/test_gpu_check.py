@@ -13,6 +13,8 @@ import pytest
 
 from pipeline.config import load
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks/gpu_check.py"
 REHEARSED = ["ceilings", "attention", "parity", "state", "speed", "ppo"]

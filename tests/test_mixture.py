@@ -198,6 +198,7 @@ def test_ranks_share_a_steps_balance_loss_out_by_tokens(prepared, tmp_path):
     assert torch.stack(losses).sum().item() == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_two_workers_train_the_mixture_of_one_with_the_same_micro_batches(prepared, ray_cluster, tmp_path):
     one, two = (

@@ -608,6 +608,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_behind_the_iteration_and_go
     assert (resumed, resumed_rollouts) == (whole, rollouts)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_a_bf16_run_with_vllm_passes_its_parity_gate_and_saves_fp32_weights_that_moved(
     inputs, prompts, tmp_path

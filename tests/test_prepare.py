@@ -373,6 +373,7 @@ def test_every_step_counts_what_it_drops_and_shows_some_of_it(tmp_path, runtime)
     assert "two rivers" in steps["contamination"]["examples"][0]["text"]
 
 
+@pytest.mark.ray
 def test_the_bytes_depend_on_neither_the_size_of_blocks_nor_the_number_of_workers(
     tmp_path, start_ray, monkeypatch
 ):
@@ -415,6 +416,7 @@ def test_bad_rows_of_a_file_that_cannot_be_cut_are_counted_once_and_named_by_its
     assert len(blocks_of(runtime)) > 10
 
 
+@pytest.mark.ray
 def test_ray_datas_workers_stop_while_they_read_a_file_that_cannot_be_cut(tmp_path, start_ray):
     path = corpus(tmp_path / "a.jsonl.gz", DOCUMENTS)
     start_ray()
@@ -425,6 +427,7 @@ def test_ray_datas_workers_stop_while_they_read_a_file_that_cannot_be_cut(tmp_pa
     assert not list(runtime.work_dir.rglob("*.read.json"))
 
 
+@pytest.mark.ray
 def test_ray_datas_workers_report_bad_data_as_one_line(tmp_path, start_ray):
     path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
     path.write_text(path.read_text() + '{"text": 7}\n')
@@ -457,6 +460,7 @@ def all_answers(work: Callable[..., Any], given: Runtime) -> list[dict[str, Any]
     return list(workers.on_ray_data(work, {}, [{"number": 0}], given))
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("work", "words"), [(FullDisk, "No space left on device"), (Deadly, "a process of it died")]
 )

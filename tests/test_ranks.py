@@ -19,6 +19,8 @@ from stages.config.sft import SFTConfig, SFTSettings
 from stages.prepare import run as run_prepare
 from stages.training.metrics import read_steps
 
+pytestmark = pytest.mark.ray
+
 NOUNS = ["cat", "dog", "house", "tree", "river", "window", "garden", "teacher"]
 FACTS = [(a, verb, b) for a in NOUNS for verb in ("sees", "likes", "finds") for b in NOUNS if a != b]
 MODEL = ModelConfig(

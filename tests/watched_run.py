@@ -3,6 +3,7 @@
 rlhf run tiny.yaml, secrets planted in its environment --> WatchedRun: what it left, and what was seen
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -37,6 +38,8 @@ try:
 except AuthenticationError:
     print("refused")
 """
+VLLM_CACHE = os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache/vllm"))
+"""What vLLM keeps of each architecture: with an empty one it inspects the model in one more process."""
 POLL_S = 1.0  # each look costs a tenth of a second of the two cores that the run computes on
 
 
@@ -79,7 +82,7 @@ def watch(directory: Path) -> WatchedRun:
         driver = subprocess.Popen(
             [RLHF, "run", "tiny.yaml"],
             cwd=directory,
-            env=environment | secrets | {"HOME": str(directory / "home")},
+            env=environment | secrets | {"HOME": str(directory / "home"), "VLLM_CACHE_ROOT": VLLM_CACHE},
             stdout=out,
             stderr=err,
         )
@@ -96,25 +99,25 @@ def _look(driver: int, run: WatchedRun) -> None:
     except psutil.NoSuchProcess:
         return
     for process in family:
-        try:
-            if process not in run.environments:  # later it may hide them: Ray's and vLLM's rename themselves
+        if process not in run.environments:  # later it may hide them: Ray's and vLLM's rename themselves
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
                 run.environments[process] = process.environ()
                 run.command_lines.add(" ".join(process.cmdline()))
-            for connection in process.net_connections(kind="inet"):
-                if connection.status == psutil.CONN_LISTEN:
-                    run.listeners.add(
-                        Listener(
-                            pid=process.pid,
-                            owner=process.name(),
-                            address=connection.laddr.ip,
-                            port=connection.laddr.port,
-                            auth_mode=run.environments[process].get("RAY_AUTH_MODE"),
-                        )
+                if token := run.environments[process].get("RAY_AUTH_TOKEN"):
+                    run.tokens.add(token)
+    members = {process.pid: process for process in family if process in run.environments}
+    for connection in psutil.net_connections(kind="inet"):
+        if connection.status == psutil.CONN_LISTEN and connection.pid in members:
+            with contextlib.suppress(psutil.Error):
+                run.listeners.add(
+                    Listener(
+                        pid=connection.pid,
+                        owner=members[connection.pid].name(),
+                        address=connection.laddr.ip,
+                        port=connection.laddr.port,
+                        auth_mode=run.environments[members[connection.pid]].get("RAY_AUTH_MODE"),
                     )
-        except psutil.Error:  # it ended meanwhile
-            continue
-        if token := run.environments[process].get("RAY_AUTH_TOKEN"):
-            run.tokens.add(token)
+                )
     if not run.to_cluster and any(listener.owner == "ray::sft" for listener in run.listeners):
         _knock(run)
 

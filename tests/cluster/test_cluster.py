@@ -8,6 +8,8 @@ import pytest
 from cli_runs import CONFIG
 from two_nodes import CPUS_PER_NODE, TwoNodes, another_raylet
 
+pytestmark = pytest.mark.ray
+
 LOCAL_CONFIG = CONFIG.replace("rollout: {", "rollout: {engine: hf, ")
 
 

@@ -16,6 +16,8 @@ from stages.config.data import DataSource
 from stages.data.reading.hub import hub_commit, is_hub_id, meant_id
 from stages.data.reading.readers import content_digest
 
+pytestmark = pytest.mark.process
+
 COMMIT, OTHER = "c" * 40, "d" * 40
 README = b"""---
 configs:

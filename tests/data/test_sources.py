@@ -421,6 +421,7 @@ def test_patterns_match_what_they_match_in_the_standard_library(tmp_path, monkey
     assert files_matching(f"{tmp_path}/{pattern}") == [tmp_path / path for path in expected]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("pattern", ["", "**", "**/*.jsonl", "*/*.jsonl", "*/a.jsonl"])
 def test_a_directory_that_may_not_be_read_is_not_left_out_in_silence(tmp_path, pattern):
     for folder in ("open", "shut"):

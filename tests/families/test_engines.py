@@ -15,6 +15,8 @@ from rigs import request as rollout_request
 from rollout.api import Rollout
 from rollout.loop import LoopThread
 
+pytestmark = pytest.mark.engine
+
 IN_MAKE_TEST = ("llama", "qwen3", "gemma2", "gpt2", "mixtral")
 """Plain; normalised queries; soft caps, and a head without a name; transposed weights; experts."""
 MAX_MODEL_LEN = 128

@@ -229,6 +229,7 @@ def test_a_run_link_is_relative_and_replaced_in_one_step(tmp_path: Path, node: i
     assert [path.name for path in link.parent.iterdir()] == ["prepare"]
 
 
+@pytest.mark.process
 def test_a_held_lock_names_its_holder(tmp_path: Path, node: identity.Node):
     store = Store(tmp_path / "outputs")
     hold = (

@@ -200,6 +200,7 @@ def any_runs(processes: list[psutil.Process]) -> bool:
     return any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("where", "number"), [("inline", signal.SIGTERM), ("ray", signal.SIGHUP)])
 def test_a_signal_lets_the_stage_save_its_state_and_ends_with_code_75(chain: Chain, where: str, number: int):
     chain.order("sft", sleep_s=100)
@@ -221,6 +222,7 @@ def test_a_signal_lets_the_stage_save_its_state_and_ends_with_code_75(chain: Cha
     assert chain.summary()["sft"]["metrics"]["first_step"] == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["inline", "ray"])
 def test_a_second_signal_ends_the_run_at_once_with_code_75(chain: Chain, where: str):
     chain.order("sft", sleep_s=100, stubborn=True)
@@ -238,6 +240,7 @@ def test_a_second_signal_ends_the_run_at_once_with_code_75(chain: Chain, where: 
     assert chain.cli("run", "demo.yaml", "--until", "sft")[0] == 0
 
 
+@pytest.mark.process
 def test_a_stage_that_does_not_stop_in_time_is_ended(chain: Chain):
     chain.order("sft", sleep_s=100, stubborn=True)
     process = chain.start("run", "demo.yaml", "pipeline.stop_timeout_s=0.5")
@@ -247,6 +250,7 @@ def test_a_stage_that_does_not_stop_in_time_is_ended(chain: Chain):
     assert (process.returncode, stderr) == (75, "interrupted; run the same command to go on\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["inline", "ray"])
 def test_after_a_signal_a_stage_may_end_and_no_other_one_starts(chain: Chain, where: str):
     (chain.outputs / "runs/demo").mkdir(parents=True)

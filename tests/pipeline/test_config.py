@@ -169,6 +169,7 @@ def test_a_hub_id_of_a_dataset_stays_as_it_is(write, tmp_path, monkeypatch):
     assert loaded.config.sft.data[0].path == f"{tmp_path}/configs/org/name", "what lies here comes first"
 
 
+@pytest.mark.process
 def test_what_looks_like_a_mistyped_local_path_is_met_as_such(write, tmp_path, monkeypatch):
     write("{}", "configs/data/train/a.jsonl")
     config = write(MINIMAL.replace("data/sft.jsonl", "data/trian"), "configs/demo.yaml")

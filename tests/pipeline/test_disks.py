@@ -27,6 +27,8 @@ from pipeline.stage_task import as_expected
 from rollout.ground.errors import EnvironmentProblem
 from rollout.weight_file import WeightFileWriter
 
+pytestmark = pytest.mark.process
+
 NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 MAY_MOUNT = (
     shutil.which("unshare") is not None

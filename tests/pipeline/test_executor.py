@@ -274,6 +274,7 @@ def test_a_piped_run_prints_one_plain_line_per_logged_step(chain: Chain):
     assert len(lines) == 5
 
 
+@pytest.mark.ray
 def test_a_whole_run_on_ray_with_one_branch_failing_beside_another(chain: Chain):
     command = ("run", "demo.yaml", "pipeline.executor=ray", "reward.init_from=pretrain")
     chain.order("reward", error="TrainingStopped")
@@ -305,6 +306,7 @@ def test_a_whole_run_on_ray_with_one_branch_failing_beside_another(chain: Chain)
     assert manifest["inputs"] == {stage: summary[stage]["fingerprint"] for stage in ("sft", "reward")}
 
 
+@pytest.mark.ray
 def test_a_dead_raylet_ends_the_run_in_one_line_and_not_in_a_hang(chain: Chain):
     chain.order("prepare", sleep_s=100)
     process = chain.start("run", "demo.yaml", "pipeline.executor=ray")

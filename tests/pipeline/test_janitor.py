@@ -15,6 +15,8 @@ from fake_chain import wait_for
 
 from pipeline.janitor import PLACE, nothing_left_behind, tidy_up_after_the_dead
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 import subprocess, sys, time

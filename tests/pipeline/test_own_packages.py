@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from fake_chain import FAKE_CLI, IMPORTABLE, Chain
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "pipeline.cli"]
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'rlhf'; from rlhf_pipeline import main; main()"]

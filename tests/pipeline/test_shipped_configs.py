@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from cli_runs import REPOSITORY, RLHF
 
+pytestmark = pytest.mark.process
+
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
 TRANSCRIPTS = REPOSITORY / "configs/llama_hh_cluster/transcripts.jsonl"
 THEIR_DATA = {

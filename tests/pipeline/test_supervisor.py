@@ -13,6 +13,8 @@ from fake_chain import FAKE_CLI, Chain, wait_for
 
 from pipeline.supervisor import _without_retries
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 QUICK = "pipeline.retry_wait_s=0.05"
 

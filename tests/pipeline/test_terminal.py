@@ -8,6 +8,8 @@ import sys
 import pytest
 from fake_chain import FAKE_CLI, Chain, wait_for
 
+pytestmark = pytest.mark.process
+
 RUN = ("run", "demo.yaml", "--until", "pretrain")
 
 

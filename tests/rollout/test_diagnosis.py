@@ -19,6 +19,8 @@ from rollout.pool import EnginePool
 from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
 
+pytestmark = pytest.mark.engine
+
 PROMPTS = [(5, 9, 30), (44, 2)]
 
 

@@ -10,6 +10,8 @@ from rigs import MAX_MODEL_LEN, Rig, request
 from rollout.api import Rollout, Sampling
 from rollout.errors import EngineError
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(params=["vllm", "hf", "actor", "fake"])
 def rig(rigs, request) -> Rig:

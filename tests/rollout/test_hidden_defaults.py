@@ -13,6 +13,8 @@ from test_weight_sync import GROUPS, perturb
 from rollout import vllm_engine
 from rollout.vllm_engine import VLLMEngine
 
+pytestmark = pytest.mark.engine
+
 OPINIONATED = {
     "do_sample": True,
     "temperature": 0.3,

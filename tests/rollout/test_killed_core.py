@@ -9,6 +9,8 @@ from rigs import start_rig
 
 from rollout.errors import EngineError
 
+pytestmark = pytest.mark.engine
+
 
 def test_a_scheduler_killed_during_a_call_is_told_long_before_the_deadline(
     loop, tied_model_dir, tmp_path_factory

@@ -12,6 +12,8 @@ from rollout.parity import ParityGate, ParityReport
 from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
 
+pytestmark = pytest.mark.engine
+
 PROMPTS = [(5, 9, 30), (44, 2), (61, 62, 63, 64), (7,)]
 
 

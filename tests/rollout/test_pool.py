@@ -116,6 +116,7 @@ def frozen_engine(start_ray, loop, tied_model_dir, tmp_path):
     return pool, processes
 
 
+@pytest.mark.ray
 def test_a_frozen_engine_counts_as_dead_and_close_leaves_nothing_behind(frozen_engine, loop):
     pool, processes = frozen_engine
     shared = files_of(process.pid for process in processes)
@@ -132,6 +133,7 @@ def test_a_frozen_engine_counts_as_dead_and_close_leaves_nothing_behind(frozen_e
     assert not [path for path in shared if path.exists()]
 
 
+@pytest.mark.ray
 def test_a_dead_actor_is_an_error_that_names_the_engine(start_ray, loop, tied_model_dir, tmp_path):
     import ray
 
@@ -149,6 +151,7 @@ def test_a_dead_actor_is_an_error_that_names_the_engine(start_ray, loop, tied_mo
     loop.run(pool.close(), timeout_s=30, what="close")
 
 
+@pytest.mark.ray
 def test_two_actors_hold_the_same_version_after_a_sync_and_answer_as_one_does(
     start_ray, loop, tied_model_dir, tmp_path
 ):
@@ -181,6 +184,7 @@ def test_two_actors_hold_the_same_version_after_a_sync_and_answer_as_one_does(
     loop.run(pool.close(), timeout_s=60, what="close")
 
 
+@pytest.mark.ray
 def test_a_model_directory_that_cannot_be_loaded_is_a_clear_error(start_ray, tmp_path):
     start_ray()
     with pytest.raises(Exception, match="save_pretrained") as error:

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rollout.api import WeightUpdate
 from rollout.weight_file import WeightFileWriter, checkpoint_layout
 from rollout.weight_source import ModuleSource
+
+pytestmark = pytest.mark.engine
 
 PROGRAM = Path(__file__).with_name("tied_head_without_cure.py")
 

@@ -23,6 +23,8 @@ from rollout.weight_gloo import CHUNK_BYTES, GlooSender, receive
 from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
 
+pytestmark = pytest.mark.engine
+
 HOST = "127.0.0.1"
 
 

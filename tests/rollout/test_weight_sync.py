@@ -18,6 +18,8 @@ from rollout.weight_file import WeightFileWriter
 from rollout.weight_source import ModuleSource
 from rollout.weight_sync import WeightSync
 
+pytestmark = pytest.mark.engine
+
 GROUPS = {
     "embedding": ("embed_tokens.weight",),
     "q": ("q_proj.weight",),

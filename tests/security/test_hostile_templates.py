@@ -14,6 +14,8 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.reading.records import Message
 from stages.errors import ModelError
 
+pytestmark = pytest.mark.process
+
 TALK = [Message(role=role, content=f"words {role}") for role in ("system", "user", "assistant", "user")]
 FAITHFUL = {
     "chatml": CHATML,

@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 import torch.distributed as dist
 from inline import runtime_in
 
 from stages.training.distributed import Worker, launch
 from stages.training.ranks import barrier
+
+pytestmark = pytest.mark.ray
 
 
 def test_workers_on_one_machine_listen_on_its_loopback_alone(ray_cluster: None, tmp_path: Path):

@@ -4,7 +4,10 @@ import ipaddress
 import os
 from collections import Counter
 
+import pytest
 from watched_run import WatchedRun
+
+pytestmark = pytest.mark.ray
 
 RAYS_SERVERS = ("gcs_server", "raylet", "ray::RuntimeEnvAgent")
 

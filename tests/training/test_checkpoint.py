@@ -16,6 +16,7 @@ import pytest
 import sharded_checkpoints
 import torch
 import torch.distributed.checkpoint as dcp
+from forks import RANKS
 from sharded_checkpoints import make_optimizer, numbers_of, take_steps
 
 from rollout.ground.errors import EnvironmentProblem
@@ -483,6 +484,7 @@ def may_mount() -> bool:
         return False
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("limit", ["file_size", *(["small_disk"] if may_mount() else [])])
 def test_a_disk_that_refuses_in_the_middle_of_a_save_is_one_line_and_earlier_checkpoints_hold(
     tmp_path: Path, limit: str
@@ -520,9 +522,11 @@ def test_a_disk_that_refuses_in_the_middle_of_a_save_is_one_line_and_earlier_che
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What three real processes saw that saved and restored in groups of one, two and three."""
-    return sharded_checkpoints.run_ranks(tmp_path_factory.mktemp("sharded"))
+    with RANKS.forking():
+        return sharded_checkpoints.run_ranks(tmp_path_factory.mktemp("sharded"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("saved_on", [1, 2])
 @pytest.mark.parametrize("restored_on", [1, 2, 3])
 def test_a_checkpoint_loads_on_any_number_of_workers(
@@ -534,16 +538,19 @@ def test_a_checkpoint_loads_on_any_number_of_workers(
     assert_same(found["numbers"], expected["numbers"])
 
 
+@pytest.mark.process
 def test_the_record_of_two_workers_says_so(sharded: dict[str, dict]):
     record = sharded["saved on 2"]["record"]
     assert record["world_size"] == 2
     assert {name for name in record["files"] if name.endswith(".distcp")} == {"__0_0.distcp", "__1_0.distcp"}
 
 
+@pytest.mark.process
 def test_all_workers_pass_over_a_damaged_checkpoint_together(sharded: dict[str, dict]):
     assert sharded["damaged"]["steps"] == [4, 4]
 
 
+@pytest.mark.process
 def test_all_workers_go_back_to_the_same_checkpoint_and_the_first_one_removes_those_behind_it(
     sharded: dict[str, dict],
 ):
@@ -551,16 +558,19 @@ def test_all_workers_go_back_to_the_same_checkpoint_and_the_first_one_removes_th
     assert sharded["rolled back"]["left"] == ["step-000003"]
 
 
+@pytest.mark.process
 def test_all_workers_hear_of_a_disk_that_refuses_one_of_them(sharded: dict[str, dict]):
     lines = sharded["refused"]["lines"]
     assert len(lines) == 2 and all("No space left on device" in line for line in lines)
     assert sharded["refused"]["left"] == ["step-000004"]
 
 
+@pytest.mark.process
 def test_all_workers_hear_that_there_is_no_room(sharded: dict[str, dict]):
     lines = sharded["no room"]["lines"]
     assert len(lines) == 2 and lines[0] == lines[1] and "MiB are free" in lines[0]
 
 
+@pytest.mark.process
 def test_all_workers_go_on_with_the_first_ones_generator(sharded: dict[str, dict]):
     assert sharded["generators"]["drawn"] == [sharded["generators"]["expected"]] * 2

@@ -20,6 +20,8 @@ from stages import rollout_source
 from stages.training import distributed
 from stages.training.distributed import launch
 
+pytestmark = pytest.mark.ray
+
 SCRIPT = Path(__file__).parent / "invented_gpus.py"
 IMPORTABLE = os.pathsep.join(str(Path(__file__).parents[index]) for index in (1, 2))
 

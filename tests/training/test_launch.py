@@ -12,6 +12,8 @@ from rollout.ground.errors import EnvironmentProblem
 from stages.errors import TrainingStopped
 from stages.training.distributed import Worker, launch
 
+pytestmark = pytest.mark.ray
+
 
 def test_a_worker_that_is_killed_ends_the_stage_although_its_peer_fails_too(ray_cluster, tmp_path):
     def train(worker: Worker) -> None:  # local: it travels by value

@@ -18,6 +18,7 @@ def on_ray(tmp_path, **resources) -> Runtime:
     return replace(runtime, executor="ray", placement_timeout_s=1.0, resources=StageResources(**resources))
 
 
+@pytest.mark.ray
 def test_a_stage_whose_place_is_taken_waits_until_its_deadline_and_says_what_it_wanted(ray_cluster, tmp_path):
     with (
         placed(on_ray(tmp_path / "first", num_cpus=2)),
@@ -31,6 +32,7 @@ def test_a_stage_whose_place_is_taken_waits_until_its_deadline_and_says_what_it_
         assert in_place.group is not None, "what was taken is given back"
 
 
+@pytest.mark.ray
 def test_a_stage_that_no_node_can_hold_says_so(ray_cluster, tmp_path):
     with (
         pytest.raises(
@@ -41,6 +43,7 @@ def test_a_stage_that_no_node_can_hold_says_so(ray_cluster, tmp_path):
         pass
 
 
+@pytest.mark.ray
 def test_engines_are_placed_with_their_stage_and_a_place_within_is_the_same(ray_cluster, tmp_path):
     runtime = on_ray(tmp_path, num_cpus_per_engine=0.5)
     with placed(runtime, EngineConfig(sync="gloo", num_engines=2)) as in_place:

@@ -6,6 +6,8 @@ from inline import worker_in
 from ppo_inputs import ppo_inputs
 from two_ranks import AGGREGATIONS, measure, measure_on_two
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def found(tied_model_dir, tmp_path_factory):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forks import RANKS
 from inline import runtime_in
 from ppo_inputs import EOS, some_rollouts
 from torch import Tensor, multiprocessing
@@ -90,7 +91,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def measure_on_two(directory: Path, inputs: dict[str, Path]) -> dict[str, Tensor]:
     """`measure` in two processes; what rank 0 found."""
-    multiprocessing.spawn(_process, args=(directory, inputs), nprocs=2)
+    with RANKS.forking():
+        multiprocessing.spawn(_process, args=(directory, inputs), nprocs=2)
     return torch.load(directory / "found.pt", weights_only=True)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forks import RANKS
 from inline import runtime_in
 from ppo_inputs import EOS
 from torch import multiprocessing
@@ -35,7 +36,8 @@ PROMPTS = [(5, 9, 30), (44, 2), (61, 62, 63, 64)]
 
 def raised_on_two(directory: Path, inputs: dict[str, Path]) -> list[dict[str, str]]:
     """{case: what was raised}, of each rank."""
-    multiprocessing.spawn(_process, args=(directory, inputs), nprocs=2)
+    with RANKS.forking():
+        multiprocessing.spawn(_process, args=(directory, inputs), nprocs=2)
     return [json.loads((directory / f"raised-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,0 +1,195 @@
+"""Processes that begin where others still import: forked from a server that has loaded the heavy modules.
+
+    multiprocessing's spawn --order: code, environment, files--> server --fork--> a child of the caller
+                                                                                    |--fork--> its spare
+
+A spawned Python process imports torch and vLLM for ten seconds before it does anything. The server does
+that once, and every later process is a fork of it. Such a process has the environment, the files and the
+parent of a spawned one, and runs the same code. It forks a spare at once, which becomes the first process
+that it spawns itself: with vLLM, the scheduler's worker. Whatever forks here has one thread, because a lock
+that another thread holds would stay locked in the child.
+"""
+
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from ctypes import CDLL
+from dataclasses import dataclass, field
+from multiprocessing import util
+from typing import Any
+
+MARK = "--multiprocessing-fork"
+PR_SET_CHILD_SUBREAPER = 36
+STANDARD_FILES = (0, 1, 2)
+SPAWN = util.spawnv_passfds
+
+
+@dataclass(slots=True)
+class ForkServer:
+    """Forks what `multiprocessing` would spawn. It starts at the first of these processes, because by then
+    vLLM has named in the environment the libraries that they load first. It ends with this process.
+    """
+
+    modules: Sequence[str]
+    connection: socket.socket | None = field(default=None, init=False)
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    @contextlib.contextmanager
+    def forking(self) -> Iterator[None]:
+        """Inside, spawned processes of this one are forked."""
+        util.spawnv_passfds = self._spawn
+        try:
+            yield
+        finally:
+            util.spawnv_passfds = SPAWN
+
+    def _spawn(self, path: bytes, arguments: Sequence[str], files: Sequence[int]) -> int:
+        if not _is_a_process(arguments):
+            return SPAWN(path, arguments, files)
+        if self.connection is None:
+            self._start()
+        assert self.connection is not None
+        with _adopting_orphans():
+            _send(self.connection, arguments[-2], files)
+            pid = int.from_bytes(self.connection.recv(4, socket.MSG_WAITALL))
+            adopted = self.connection.recv(1)
+        assert adopted, "the server of forks is gone"
+        return pid
+
+    def _start(self) -> None:
+        self.connection, theirs = socket.socketpair()
+        command = [sys.executable, __file__, str(theirs.fileno()), *self.modules]
+        alone = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's library starts its threads when it is loaded
+        self.process = subprocess.Popen(command, env=os.environ | alone, pass_fds=[theirs.fileno()])
+        theirs.close()
+
+
+RANKS = ForkServer(("torch.distributed.checkpoint", "stages.training.distributed"))
+"""Of the processes in which tests train."""
+ENGINES = ForkServer(
+    (
+        "vllm.v1.engine.core",
+        "vllm.v1.executor.multiproc_executor",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.v1.worker.cpu_model_runner",
+        "vllm.model_executor.models.llama",
+        "rollout.vllm_receiver",
+    )
+)
+"""Of the two processes of a vLLM engine."""
+
+
+def _is_a_process(arguments: Sequence[str]) -> bool:
+    """Not so: the tracker of shared memory, which multiprocessing starts in the same way."""
+    return arguments[-1] == MARK
+
+
+@contextlib.contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """Inside, a process whose parent ends becomes a child of this one: so a grandchild becomes a child."""
+    prctl = CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def _send(connection: socket.socket, code: str, files: Sequence[int]) -> None:
+    """An order: run the code of `python -c`, with this process's environment, files and directory."""
+    passed = sorted({*STANDARD_FILES, *map(int, files)})
+    order = {"code": code, "files": passed, "environment": dict(os.environ), "cwd": os.getcwd()}
+    message = json.dumps(order).encode()
+    socket.send_fds(connection, [len(message).to_bytes(4)], passed)
+    connection.sendall(message)
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """An order and its files, by numbers of this process; None when nobody can order any more."""
+    size, files, _, _ = socket.recv_fds(connection, 4, 64)
+    if not size:
+        return None
+    return json.loads(connection.recv(int.from_bytes(size), socket.MSG_WAITALL)), files
+
+
+def _serve(connection: socket.socket) -> dict[str, Any] | None:
+    """Fork for every order. Returns in each fork, with its order; and in the server at its end, with None."""
+    while (received := _receive(connection)) is not None:
+        order, files = received
+        ended, until = os.pipe()
+        if between := os.fork():
+            for file in (ended, until, *files):
+                os.close(file)
+            os.waitpid(between, 0)
+            connection.sendall(b"!")
+            continue
+        if child := os.fork():
+            connection.sendall(child.to_bytes(4))
+            os._exit(0)
+        os.close(until)
+        os.read(ended, 1)  # until the process between has ended: now the caller is the parent
+        os.close(ended)
+        connection.close()
+        _settle(order, files)
+        return order
+    return None
+
+
+def _with_spare(order: dict[str, Any]) -> dict[str, Any] | None:
+    """Fork a spare. Returns the order; in the spare, when this process spawns one, that one's."""
+    ours, theirs = socket.socketpair()
+    if spare := os.fork():
+        theirs.close()
+
+        def spawn(path: bytes, arguments: Sequence[str], files: Sequence[int]) -> int:
+            if not _is_a_process(arguments):
+                return SPAWN(path, arguments, files)
+            util.spawnv_passfds = SPAWN
+            _send(ours, arguments[-2], files)
+            ours.close()
+            return spare
+
+        util.spawnv_passfds = spawn
+        return order
+    ours.close()
+    received = _receive(theirs)
+    theirs.close()
+    if received is None:
+        return None
+    _settle(*received)
+    return received[0]
+
+
+def _settle(order: dict[str, Any], files: Sequence[int]) -> None:
+    """Take over what the order says that a process inherits."""
+    above = max(order["files"]) + 1
+    held = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, above) for file in files]
+    for file in files:
+        os.close(file)
+    for file, number in zip(held, order["files"], strict=True):
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    os.chdir(order["cwd"])
+
+
+def _main(connection: socket.socket, modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"{len(threads)} threads: a fork would not have them"
+    order = _serve(connection)
+    if order is not None and (order := _with_spare(order)) is not None:
+        sys.argv = ["-c", MARK]
+        exec(order["code"], {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    _main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
