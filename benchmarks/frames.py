@@ -24,6 +24,7 @@ import pipeline.cli
 ROOT = Path(pipeline.cli.__file__).parents[1]
 PACKAGES = ("pipeline", "stages", "rollout")
 OBJECTIVES = "stages/objectives/"
+SCHEDULES = "stages/objectives/schedules.py"  # of learning rates: no loss
 STEP = "take_step"
 CONFIG = """
 name: tiny
@@ -78,7 +79,8 @@ def _run(stage: str) -> set[Way]:
     ways: set[Way] = set()
 
     def look(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and _file(frame.f_code.co_filename).startswith(OBJECTIVES):
+        called = _file(frame.f_code.co_filename)
+        if event == "call" and called.startswith(OBJECTIVES) and called != SCHEDULES:
             way = tuple(reversed(list(_above(frame))))
             if any(name == STEP for _, name in way):
                 ways.add(way)

@@ -35,10 +35,14 @@ from stages.config.prepare import PrepareConfig
 from stages.data.batches import stage_seed
 from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.corpus.vocabulary import tokenizer_for
-from stages.data.experience import Judgement, RolloutPack, assemble, engine_differences, pack_rollouts
 from stages.data.fitting import fit_prompts, fit_rows
 from stages.data.reading.readers import read_prompts
-from stages.rollout_source import ENGINE_DTYPE, EngineClient, SourcePlan, open_engines, open_source
+from stages.engines import ENGINE_DTYPE, EngineClient, open_engines
+from stages.rl.algorithms import algorithm_of
+from stages.rl.experience import JudgedBatch, engine_differences, experiences_of
+from stages.rl.roles import Judges, load_models
+from stages.rl.source import SourcePlan, SourcePrompt, open_source
+from stages.rl.update import Learner
 from stages.runtime import Runtime, StageResources
 from stages.training.distributed import Worker
 from stages.training.health import Health
@@ -49,8 +53,6 @@ from stages.training.models import (
     reward_from_causal_lm,
     save_model,
 )
-from stages.training.ppo_models import PPOModels, judge_all, load_ppo_models
-from stages.training.ppo_update import Learner
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/smollm2_hh.yaml"
@@ -85,11 +87,26 @@ class Experiment:
         self._chat = ChatTokenizer.load(inputs["sft"], settings.model.chat_template)
         self._plan = plan_of(settings, self._chat)
         self._client, self._worker = client, worker
-        self.models: PPOModels = load_ppo_models(self._config, inputs, worker)
-        self._learner = Learner(
-            self.models,
+        self._algorithm = algorithm_of(settings)
+        self.models = load_models(
+            self._algorithm,
             self._config,
-            correction=settings.correction,
+            worker,
+            policy_dir=inputs["sft"],
+            reward_dir=inputs["reward"],
+        )
+        self._judges = Judges(
+            models=self.models,
+            config=self._config,
+            value_reads=self._algorithm.credit.reads,
+            end_of_turn_id=self._chat.end_of_turn_id,
+            stop_token_ids=self._chat.stop_token_ids,
+            device=worker.device,
+        )
+        self._learner = Learner(
+            self.models.trained,
+            self._algorithm.terms,
+            self._config,
             seed=settings.seed,
             health=Health(self._config.health, worker.runtime),
         )
@@ -101,37 +118,25 @@ class Experiment:
             source, engine=client.engine, loop=client.loop, config=client.config, host=client.host
         )
 
-    def drawn(self, position: int) -> tuple[list[RolloutPack], list[Judgement]]:
-        """The batch at `position`, by what the engine holds now, and what the policy says of it now."""
-        config = self._config
-        with open_source(
-            self._client, self._plan, runtime=self._worker.runtime
-        ) as source:  # it keeps a batch
-            rollouts = source.next(position).rollouts
-        packs = pack_rollouts(
-            rollouts,
-            micro_batch_size=config.pack_size,
-            max_length=config.max_response_tokens,
-            device=self._worker.device,
-        )
-        judgements = judge_all(
-            self.models,
-            packs,
-            config,
-            end_of_turn_id=self._chat.end_of_turn_id,
-            stop_token_ids=self._chat.stop_token_ids,
-        )
-        return packs, judgements
+    def drawn(self, position: int, *, version: int) -> JudgedBatch:
+        """The batch at `position`, by the `version` that the engine holds, and what the policy says of it."""
+        with open_source(self._client, self._plan, runtime=self._worker.runtime) as source:
+            batch = source.next(position, version, anew=True)
+        return self._judges.judge(batch.trajectories)
 
     def step(self, number: int) -> None:
         """One PPO step, on what the engine samples with the weights it was given last."""
-        packs, judgements = self.drawn(number)
-        experiences, summary = assemble(packs, judgements, self._config, kl_coef=self._config.kl_coef)
-        self._learner.update(number, experiences, kl_coef=self._config.kl_coef)
+        batch, kl_coef = self.drawn(number, version=number), self._config.kl_coef
+        credited = self._algorithm.credit(batch, kl_coef=kl_coef)
+        experiences = experiences_of(
+            batch, credited, kl_coef=kl_coef, keeps_anchor=self._learner.keeps_anchor
+        )
+        self._learner.update(number, experiences)
+        differences_N = engine_differences(batch)
         print(
-            f"step {number + 1}: score {summary['rollout/score']:+.2f}, "
-            f"engine - trainer {summary['rollout/engine_mean_abs_diff']:.4f} on average, "
-            f"{summary['rollout/engine_max_abs_diff']:.2f} at most",
+            f"step {number + 1}: score {float(batch.scores_B.mean()):+.2f}, "
+            f"engine - trainer {float(differences_N.mean()):.4f} on average, "
+            f"{float(differences_N.max()):.2f} at most",
             flush=True,
         )
 
@@ -159,7 +164,9 @@ def measure(
     for lag in sorted(lags):
         sync = experiment.sync_of(kept[lag])
         sync.sync(steps)
-        diffs = [engine_differences(*experiment.drawn(steps + 1 + batch)) for batch in range(batches)]
+        diffs = [
+            engine_differences(experiment.drawn(steps + 1 + batch, version=steps)) for batch in range(batches)
+        ]
         sync.close()
         print(line(lag, torch.cat(diffs), with_live, limits), flush=True)
     with_live.close()
@@ -184,15 +191,8 @@ def plan_of(settings: PPOSettings, chat: ChatTokenizer) -> SourcePlan:
     rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
     longest = settings.model.max_prompt_tokens(config.max_response_tokens)
     fitted = [one.example for one in fit_rows(rows, partial(fit_prompts, chat, max_prompt_tokens=longest))]
-    return SourcePlan(
-        prompts=tuple(prompt for prompt in fitted if prompt is not None),
-        num_prompts=config.num_prompts,
-        samples_per_prompt=config.samples_per_prompt,
-        temperature=config.temperature,
-        max_tokens=config.max_response_tokens,
-        stop_token_ids=chat.stop_token_ids,
-        seed=settings.seed,
-    )
+    prompts = [SourcePrompt(ids=prompt, row={}) for prompt in fitted if prompt is not None]
+    return SourcePlan.of(settings, prompts, stop_token_ids=chat.stop_token_ids)
 
 
 def tiny_inputs(directory: Path) -> dict[str, Path]:

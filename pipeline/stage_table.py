@@ -21,7 +21,7 @@ from stages.config.reward import RewardSettings
 from stages.config.sft import SFTSettings
 from stages.config.stage import StageSettings
 from stages.data.reading.schemas import Kind
-from stages.runtime import BASE, CORPUS, REWARD_MODEL
+from stages.runtime import BASE, CORPUS, POLICY, REWARD_MODEL, START
 
 MODEL = "model"
 """Input key of the directory that `model.path` names; every other input key is the name of a stage."""
@@ -139,27 +139,26 @@ def _start(config: ExperimentConfig) -> str:
 
 
 def _prepare_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
-    return (Need(role=MODEL, key=MODEL),) if is_there(config, given, MODEL) else ()
+    return (Need(role=START, key=MODEL),) if is_there(config, given, MODEL) else ()
 
 
 def _pretrain_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
-    return (Need(role="prepare", key="prepare"), *_prepare_needs(config, given))
+    return (Need(role=CORPUS, key="prepare"), *_prepare_needs(config, given))
 
 
 def _sft_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
-    return (Need(role=_start(config), key=_start(config)),)
+    return (Need(role=START, key=_start(config)),)
 
 
 def _reward_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
     is_from_sft = config.reward is None or config.reward.init_from == "sft"
-    key = "sft" if is_from_sft else _start(config)
-    return (Need(role=key, key=key),)
+    return (Need(role=START, key="sft" if is_from_sft else _start(config)),)
 
 
 def _ppo_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
     starts_untuned = not is_there(config, given, "sft") and is_there(config, given, _start(config))
-    scores = (Need(role="reward", key="reward"),) if is_there(config, given, "reward") else ()
-    return (Need(role="sft", key=_start(config) if starts_untuned else "sft"), *scores)
+    scores = (Need(role=REWARD_MODEL, key="reward"),) if is_there(config, given, "reward") else ()
+    return (Need(role=POLICY, key=_start(config) if starts_untuned else "sft"), *scores)
 
 
 def _evaluate_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
@@ -233,7 +232,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="pretrain",
-            recipe=Recipe(entry="stages.pretrain:run"),
+            recipe=Recipe(entry="stages.pretrain:train", on_workers=True),
             settings=PretrainSettings,
             needs=_pretrain_needs,
             makes="policy",
@@ -245,7 +244,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="sft",
-            recipe=Recipe(entry="stages.sft:run"),
+            recipe=Recipe(entry="stages.sft:train", on_workers=True),
             settings=SFTSettings,
             needs=_sft_needs,
             makes="policy",
@@ -257,7 +256,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="reward",
-            recipe=Recipe(entry="stages.reward:run"),
+            recipe=Recipe(entry="stages.reward:train", on_workers=True),
             settings=RewardSettings,
             needs=_reward_needs,
             makes="reward model",
@@ -281,7 +280,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="ppo",
-            recipe=Recipe(entry="stages.ppo:run"),
+            recipe=Recipe(entry="stages.ppo:train", on_workers=True, holds="stages.ppo:opened"),
             settings=PPOSettings,
             needs=_ppo_needs,
             lacks=_ppo_lacks,

@@ -18,7 +18,10 @@ from typing import Any, TypeVar
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from rollout.api import (
     Diagnosis,
@@ -253,6 +256,23 @@ def _as_diagnosis(found: Diagnosis | BaseException) -> Diagnosis:
     if isinstance(found, Exception):
         return Diagnosis.failed(found)
     raise found
+
+
+def places_in(group: Any, bundles: Sequence[int | None]) -> list[Any]:
+    """Ray's scheduling strategy for each engine: its bundle of the placement group `group`, or any node where
+    that is None.
+    """
+    return [
+        "SPREAD"
+        if index is None
+        else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        for index in bundles
+    ]
+
+
+def node_address() -> str:
+    """This node's address as the rest of the Ray cluster sees it."""
+    return str(ray.util.get_node_ip_address())
 
 
 def start_actor_engines(

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 
 from rollout.api import Rollout, RolloutRequest, Sampling
-from rollout.parity import ParityGate
-from rollout.weight_sync import WeightSync
 from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.data.batches import stage_seed
 from stages.data.chat.tokenizer import ChatTokenizer
@@ -36,12 +34,13 @@ from stages.data.fitting import (
 from stages.data.reading.readers import Rows, read_prompts
 from stages.data.reading.records import Prompt
 from stages.data.scoring import load_judge
+from stages.engines import EngineClient, open_engines
 from stages.objectives.winrate import bootstrap_interval
-from stages.rollout_source import EngineClient, open_engines
+from stages.rl.publish import Probe, wired
 from stages.runtime import BASE, CORPUS, REWARD_MODEL
 from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
-from stages.training.forwards import logprobs_by, logprobs_in_packs, scores_in_packs, with_end
+from stages.training.forwards import logprobs_in_packs, scores_in_packs, with_end
 from stages.training.fsdp import Placed
 from stages.training.models import (
     ScoreNormaliser,
@@ -198,9 +197,17 @@ def _generate(
     )
     with engines as client:
         for version, candidate in enumerate(candidates, start=1):
-            with contextlib.closing(_sync(client, candidate)) as sync:
+            sync, gate = wired(
+                candidate.model,
+                client,
+                _probe(candidate, settings, chat),
+                dtype="float32",
+                micro_batch_size=MICRO_BATCH_SIZE,
+                device=worker.device,
+            )
+            with contextlib.closing(sync):
                 sync.sync(version)
-                _gate(sync, candidate, settings, chat, worker.device).check(version)
+                gate.check(version)
             sample = functools.partial(_sample, client, candidate, settings, chat)
             candidate.rollouts = sample(temperature=settings.evaluate.temperature)
             if compared is not None and candidate is compared[0]:
@@ -208,25 +215,12 @@ def _generate(
                 candidate.kl_rollouts = candidate.rollouts if at_one else sample(temperature=1.0)
 
 
-def _sync(client: EngineClient, candidate: Candidate) -> WeightSync:
-    source = candidate.model.weights(dtype="float32")
-    return WeightSync(source, engine=client.engine, loop=client.loop, config=client.config, host=client.host)
-
-
-def _gate(
-    sync: WeightSync,
-    candidate: Candidate,
-    settings: EvaluateSettings,
-    chat: ChatTokenizer,
-    device: torch.device,
-) -> ParityGate:
-    return ParityGate(
-        sync,
-        prompts=candidate.prompts[: settings.rollout.parity_num_prompts],
+def _probe(candidate: Candidate, settings: EvaluateSettings, chat: ChatTokenizer) -> Probe:
+    return Probe(
+        prompts=candidate.prompts,
         stop_token_ids=chat.stop_token_ids,
         temperature=1.0,
         seed=stage_seed(settings.seed, "evaluate", "probe"),
-        logprobs_of=logprobs_by(candidate.model, micro_batch_size=MICRO_BATCH_SIZE, device=device),
     )
 
 

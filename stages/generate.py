@@ -16,8 +16,8 @@ from rollout.config import EngineConfig
 from rollout.errors import EngineError
 from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.reading.records import Message
+from stages.engines import open_engines
 from stages.errors import ModelError
-from stages.rollout_source import open_engines
 from stages.runtime import Runtime, StageResources
 from stages.training.model_rules import num_positions, read_config
 

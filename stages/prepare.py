@@ -39,7 +39,7 @@ from stages.data.reading.files import FileSplit, whole
 from stages.data.reading.readers import NO_ROWS, Counts, read_source, splits_of
 from stages.data.reading.records import Prompt
 from stages.errors import DataError
-from stages.runtime import Runtime
+from stages.runtime import START, Runtime
 
 RECIPE_VERSION = 5
 DECIDING_PACKAGES = ("numpy", "py3langid", "pyarrow", "rensa", "rlhf-pipeline", "tokenizers")
@@ -51,12 +51,12 @@ def run(
 ) -> Mapping[str, float]:
     """Write tokenizer, shards, index.json and statistics.json to out_dir; return the counts.
 
-    `inputs` may hold `model`: its tokenizer is taken instead of training one. Raises DataError, ModelError,
+    `inputs` may hold `start`, a model whose tokenizer is taken. Raises DataError, ModelError,
     Interrupted.
     """
     config, template = settings.prepare, settings.model.chat_template
     check_languages(config.languages)
-    chat = given_tokenizer(inputs.get("model", config.tokenizer), config, template)  # now: it may be unusable
+    chat = given_tokenizer(inputs.get(START, config.tokenizer), config, template)  # now: it may be unusable
     blocks = _blocks(config)
     texts = evaluation_texts(settings.evaluation_prompts)
     directory = runtime.work_dir / f"blocks-{_digest(settings, blocks, texts)}"

@@ -24,9 +24,9 @@ from stages.data.packing import PackedRow, packed_row
 from stages.errors import ModelError
 from stages.objectives.logprobs import next_tokens
 from stages.objectives.losses import causal_lm_loss_sum
-from stages.runtime import Runtime
+from stages.runtime import CORPUS, START
 from stages.training import ranks
-from stages.training.distributed import Worker, launch
+from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
 from stages.training.fsdp import trained
 from stages.training.loop import num_steps, run_loop
@@ -51,27 +51,20 @@ class Rows:
     share_of_tokens: float  # this micro-batch's, of the tokens of that step
 
 
-def run(
-    settings: PretrainSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
-) -> Mapping[str, float]:
-    """Train; writes a model directory. Inputs: prepare, and model where training continues from one."""
-    return launch(train, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
-
-
 def train(
     worker: Worker, *, settings: PretrainSettings, inputs: Mapping[str, Path], out_dir: Path
 ) -> dict[str, float]:
-    """The recipe proper, on every worker."""
+    """Train; writes a model directory. Inputs: corpus; start where a given model is trained further."""
     config = settings.pretrain
 
     # 1. Data: rows of prepare's shards, in an order that is a function of the step.
-    shards = TokenShards(inputs["prepare"])
+    shards = TokenShards(inputs[CORPUS])
     if shards.context_length != settings.model.context_length:
         raise ModelError(
-            f"{inputs['prepare']}: rows of {shards.context_length} tokens, but model.context_length is "
+            f"{inputs[CORPUS]}: rows of {shards.context_length} tokens, but model.context_length is "
             f"{settings.model.context_length}; run prepare with this config, or set the other"
         )
-    chat = ChatTokenizer.load(inputs["prepare"], settings.model.chat_template)
+    chat = ChatTokenizer.load(inputs[CORPUS], settings.model.chat_template)
     order = BatchOrder(
         num_rows=len(shards),
         batch_size=config.batch_size,
@@ -81,7 +74,7 @@ def train(
     # 2. Model and optimizer.
     initial = _initial_model(settings, inputs, chat)
     if settings.router_aux_loss_coef > 0:
-        check_balanced(initial.inner, "pretrain.router_aux_loss_coef")
+        check_balanced(initial.inner, f"{settings.pretrain.KEY}.router_aux_loss_coef")
     max_steps = num_steps(config, order)
     model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 
@@ -98,7 +91,7 @@ def train(
     run_loop(stepper, config, max_steps=max_steps, runtime=worker.runtime)
 
     # 4. Held-out perplexity, and the model directory.
-    heldout = heldout_sequences(inputs["prepare"], settings.model.context_length)
+    heldout = heldout_sequences(inputs[CORPUS], settings.model.context_length)
     metrics = {
         **stepper.summary(),
         "parameters": float(sum(parameter.numel() for parameter in initial.parameters())),
@@ -111,13 +104,13 @@ def train(
 
 
 def _initial_model(settings: PretrainSettings, inputs: Mapping[str, Path], chat: ChatTokenizer) -> CausalLM:
-    if "model" in inputs:
-        model = load_causal_lm(inputs["model"])
+    if START in inputs:
+        model = load_causal_lm(inputs[START])
         check_context(model, settings.model.context_length)
-        named = str(inputs["model"])
+        named = str(inputs[START])
         rows = check_ends(model.inner, named, scores=False)
         highest = chat.highest_id(documents=True)
-        check_rows(rows, highest, named=named, tokenizer=str(inputs["prepare"]))
+        check_rows(rows, highest, named=named, tokenizer=str(inputs[CORPUS]))
         return model
     torch.manual_seed(stage_seed(settings.seed, "pretrain", "init"))
     return build_causal_lm(

@@ -23,16 +23,16 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, data_metrics, fit_pairs, fit_rows
 from stages.data.packing import pack, plan_packs
 from stages.data.reading.readers import check_sides, is_held_out, read_pairs
+from stages.engines import ENGINE_DTYPE, open_engines
 from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
-from stages.rollout_source import ENGINE_DTYPE, open_engines
-from stages.runtime import Runtime
+from stages.runtime import START, Runtime
 from stages.training import ranks
-from stages.training.distributed import Worker, launch, placed
+from stages.training.distributed import Worker
 from stages.training.forwards import WholeSequences, scores_in_packs, with_end
 from stages.training.fsdp import trained
 from stages.training.loop import num_steps, run_loop
-from stages.training.models import ScoreNormaliser, base_model, reward_from_causal_lm
+from stages.training.models import ScoreNormaliser, reward_from_causal_lm
 from stages.training.supervised import Supervised
 from stages.training.trainable import Judge, Outputs, Reads, TermLoss
 
@@ -72,24 +72,15 @@ class Examples:
     data: Mapping[str, float]  # metrics: what became of the rows
 
 
-def run(
-    settings: RewardSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
-) -> Mapping[str, float]:
-    """Train; writes a model directory with its normaliser. Inputs: sft, or pretrain / model with init_from:
-    pretrain.
-
-    TrainingStopped (exit 5) when a gate is not met.
-    """
-    with placed(runtime, settings.engines) as in_place:
-        return launch(train, in_place, settings=settings, inputs=dict(inputs), out_dir=out_dir)
-
-
 def train(
     worker: Worker, *, settings: RewardSettings, inputs: Mapping[str, Path], out_dir: Path
 ) -> dict[str, float]:
-    """The recipe proper, on every worker."""
+    """Train; writes a model directory with its normaliser. Inputs: start.
+
+    TrainingStopped (exit 5) when a gate is not met.
+    """
     config = settings.reward
-    source = inputs["sft"] if config.init_from == "sft" else base_model(inputs)
+    source = inputs[START]
 
     # 1. Data: pairs as ids; whole prompts are held out.
     chat = ChatTokenizer.load(source, settings.model.chat_template)

@@ -3,8 +3,10 @@
 Owns: `Runtime` and the resource settings. Light import.
 """
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,3 +77,19 @@ class Runtime:
     def stop_requested(self) -> bool:
         """Whether the driver was told to stop, by a signal. A file: seen on every node of a cluster."""
         return self.stop_file.exists()
+
+
+@contextmanager
+def warnings_kept(runtime: Runtime) -> Iterator[None]:
+    """Inside, what the stages' code warns of (steps skipped, checkpoints passed over) is written where the
+    driver follows it.
+    """
+    handler = logging.FileHandler(warnings_file(runtime.log_dir, runtime.stage), delay=True)
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("stages")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -24,12 +24,12 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, check_rendering, data_metrics, fit_conversations, fit_rows
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.reading.readers import read_conversations
-from stages.runtime import Runtime
+from stages.runtime import START
 from stages.training import ranks
-from stages.training.distributed import Worker, launch
+from stages.training.distributed import Worker
 from stages.training.fsdp import trained
 from stages.training.loop import num_steps, run_loop
-from stages.training.models import base_model, check_context, load_causal_lm, set_stop_tokens
+from stages.training.models import check_context, load_causal_lm, set_stop_tokens
 from stages.training.routing import check_balanced, router_metrics, with_balance
 from stages.training.supervised import Supervised
 from stages.training.trainable import Outputs, Reads, TermLoss
@@ -48,29 +48,22 @@ class Conversations:
     share_of_tokens: float  # this micro-batch's, of the tokens of that step
 
 
-def run(
-    settings: SFTSettings, inputs: Mapping[str, Path], out_dir: Path, runtime: Runtime
-) -> Mapping[str, float]:
-    """Fine-tune; writes a model directory. Inputs: pretrain, or model."""
-    return launch(train, runtime, settings=settings, inputs=dict(inputs), out_dir=out_dir)
-
-
 def train(
     worker: Worker, *, settings: SFTSettings, inputs: Mapping[str, Path], out_dir: Path
 ) -> dict[str, float]:
-    """The recipe proper, on every worker."""
+    """Fine-tune; writes a model directory. Inputs: start."""
     config = settings.sft
 
     # 1. Data: conversations as ids with a mask of what is trained.
-    chat = ChatTokenizer.load(base_model(inputs), settings.model.chat_template)
+    chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
     examples, data = _examples(settings, chat)
     batches = _batches(examples, settings, worker)
 
     # 2. Model and optimizer.
-    initial = load_causal_lm(base_model(inputs))
+    initial = load_causal_lm(inputs[START])
     check_context(initial, settings.model.context_length)
     if config.router_aux_loss_coef > 0:
-        check_balanced(initial.inner, "sft.router_aux_loss_coef")
+        check_balanced(initial.inner, f"{config.KEY}.router_aux_loss_coef")
     max_steps = num_steps(config, batches.order)
     model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 

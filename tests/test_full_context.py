@@ -4,15 +4,13 @@ GPT-2 looks positions up in a table as long as the context, so that one token to
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inline import run_recipe, runtime_in, worker_in
-from ppo_inputs import EOS, ppo_inputs, some_rollouts
+from ppo_inputs import EOS, Parts, invented, ppo_inputs
 
 from rollout.config import EngineConfig
 from stages import evaluate, reward
@@ -22,12 +20,10 @@ from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
 from stages.config.reward import RewardConfig, RewardSettings
 from stages.data.chat.tokenizer import ChatTokenizer
-from stages.data.experience import pack_rollouts
 from stages.data.reading.records import Message
 from stages.errors import DataError
 from stages.training import forwards
 from stages.training.forwards import with_end
-from stages.training.ppo_models import judge, load_ppo_models
 
 CONTEXT, RESPONSE = 32, 6
 MODEL = ModelConfig(context_length=CONTEXT)
@@ -38,9 +34,8 @@ BASE_PROMPT = "{prompt}"
 
 @pytest.fixture(scope="module")
 def inputs(make_gpt2_dir, tmp_path_factory) -> dict[str, Path]:
-    """sft and reward model of 32 positions; the sft model stands for pretrain's and ppo's too."""
-    found = ppo_inputs(make_gpt2_dir(CONTEXT), tmp_path_factory.mktemp("reward"))
-    return {**found, "pretrain": found["sft"], "ppo": found["sft"]}
+    """sft and reward model of 32 positions."""
+    return ppo_inputs(make_gpt2_dir(CONTEXT), tmp_path_factory.mktemp("reward"))
 
 
 def prompts_of(chat: ChatTokenizer, num_tokens: int) -> list[str]:
@@ -57,7 +52,7 @@ def prompts_of(chat: ChatTokenizer, num_tokens: int) -> list[str]:
 
 def fitting_and_not(inputs) -> list[str]:
     """Four prompts that leave room for a response and its end, and four that are a token too long for it."""
-    chat = ChatTokenizer.load(inputs["sft"])
+    chat = ChatTokenizer.load(inputs["policy"])
     return prompts_of(chat, CONTEXT - RESPONSE - 1) + prompts_of(chat, CONTEXT - RESPONSE)
 
 
@@ -77,7 +72,7 @@ def scored(monkeypatch) -> list[tuple[int, ...]]:
         return sequence_scores(model, sequences, device=device)
 
     monkeypatch.setattr(forwards, "sequence_scores", remember)
-    monkeypatch.setattr("stages.training.ppo_models.sequence_scores", remember)
+    monkeypatch.setattr("stages.rl.roles.sequence_scores", remember)
     return read
 
 
@@ -105,20 +100,11 @@ def test_ppo_scores_responses_that_the_context_cut_off(inputs, tmp_path, scored)
 def test_one_token_more_would_be_one_too_many(inputs, tmp_path):
     """What a table of positions says to a response of the length that the prompt leaves without its end."""
     config = PPOConfig(data=[DataSource(path="unused")], max_response_tokens=RESPONSE)
-    models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-    like = some_rollouts(1)[0]
+    parts = Parts(config, inputs, worker_in(tmp_path, "ppo"))
 
     def judged(num_prompt_tokens):
-        rollout = replace(
-            like,
-            prompt_ids=(7,) * num_prompt_tokens,
-            response_ids=(9,) * RESPONSE,
-            logprobs=(-1.0,) * RESPONSE,
-            weight_versions=(0,) * RESPONSE,
-            finish_reason="length",
-        )
-        packs = pack_rollouts([rollout], micro_batch_size=1, max_length=RESPONSE, device=torch.device("cpu"))
-        return judge(models, packs[0], config, end_of_turn_id=EOS, stop_token_ids=(EOS,)).scores_B
+        trajectory = invented(0, (7,) * num_prompt_tokens, (9,) * RESPONSE, "length")
+        return parts.judged([trajectory]).scores_B
 
     room = MODEL.max_prompt_tokens(RESPONSE)
     assert room == CONTEXT - RESPONSE - 1 and judged(room).isfinite().all()
@@ -158,7 +144,7 @@ def test_the_normaliser_scores_responses_that_the_context_cut_off_sampled_as_ppo
     monkeypatch.setattr(reward, "open_engines", remembering)
     settings = reward_settings(tmp_path / "pairs.jsonl", fitting_and_not(inputs))
     runtime = runtime_in(tmp_path, "reward")
-    metrics = run_recipe(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+    metrics = run_recipe(settings, {"start": inputs["policy"]}, tmp_path / "out", runtime)
     assert metrics["score_responses"] == 4
     assert {(request.sampling.max_tokens, request.sampling.temperature) for request in asked} == {
         (RESPONSE, 0.7)
@@ -174,7 +160,7 @@ def test_the_normaliser_scores_responses_that_the_context_cut_off_sampled_as_ppo
 def test_prompts_too_long_for_the_normaliser_name_the_setting_that_says_so(
     inputs, tmp_path, own_length, key, room
 ):
-    chat = ChatTokenizer.load(inputs["sft"])
+    chat = ChatTokenizer.load(inputs["policy"])
     settings = reward_settings(
         tmp_path / "pairs.jsonl",
         prompts_of(chat, CONTEXT - RESPONSE),
@@ -182,7 +168,7 @@ def test_prompts_too_long_for_the_normaliser_name_the_setting_that_says_so(
     )
     runtime = runtime_in(tmp_path, "reward")
     with pytest.raises(DataError, match=rf"of at most {room} tokens to sample .*; raise .*, or lower {key}$"):
-        run_recipe(settings, {"sft": inputs["sft"]}, tmp_path / "out", runtime)
+        run_recipe(settings, {"start": inputs["policy"]}, tmp_path / "out", runtime)
     assert not (tmp_path / "work" / "metrics.jsonl").exists(), "said before training"
 
 
@@ -192,14 +178,20 @@ def test_evaluation_scores_responses_that_the_context_cut_off_the_base_models_an
     """A model of random weights answers with bytes that are no text: encoded again, they are three times as
     many tokens.
     """
-    chat = ChatTokenizer.load(inputs["sft"])
+    chat = ChatTokenizer.load(inputs["policy"])
     config = EvaluateConfig(
         prompts=written(tmp_path / "prompts.jsonl", [{"prompt": text} for text in fitting_and_not(inputs)]),
         max_response_tokens=RESPONSE,
         base_prompt=BASE_PROMPT,
     )
     settings = EvaluateSettings(seed=1, model=MODEL, evaluate=config, rollout=HF)
-    metrics = run_recipe(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
+    given = {
+        "base": inputs["policy"],
+        "sft": inputs["policy"],
+        "reward_model": inputs["reward_model"],
+        "ppo": inputs["policy"],
+    }
+    metrics = run_recipe(settings, given, tmp_path / "out", runtime_in(tmp_path, "evaluate"))
     assert metrics["prompts"] == 4
     check_full(scored, num_at_least=7)
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").open()]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 from forks import ENGINES
-from inline import runtime_in
-from ppo_inputs import ppo_inputs
+from inline import run_recipe, runtime_in
+from ppo_inputs import ppo_inputs, with_turn
 from wrong_engines import LaggingEngine, SkewedEngine
 
 from rollout import engines
@@ -20,12 +20,11 @@ from rollout.errors import ParityError
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
-from stages.data.journal import Journal
-from stages.ppo import run
-from stages.rollout_source import RolloutSource
+from stages.rl.journal import Journal
+from stages.rl.publish import Publisher
+from stages.rl.source import RolloutSource
+from stages.rl.update import Learner
 from stages.training.metrics import read_steps
-from stages.training.ppo_update import Learner
-from stages.training.publish import Publisher
 
 CONFIG = {
     "max_steps": 6,
@@ -66,7 +65,7 @@ def opened_as(monkeypatch):
         async def opened(*arguments, **named):
             return wrap(await open_engine(*arguments, **named))
 
-        monkeypatch.setattr("stages.rollout_source.open_engine", opened)
+        monkeypatch.setattr("stages.engines.open_engine", opened)
 
     return opened_as
 
@@ -82,7 +81,7 @@ def settings_for(prompts: Path, *, rollout=None, **changes) -> PPOSettings:
 
 
 def run_in(directory: Path, settings: PPOSettings, inputs):
-    metrics = run(settings, inputs, directory / "out", runtime_in(directory, "ppo"))
+    metrics = run_recipe(settings, inputs, directory / "out", runtime_in(directory, "ppo"))
     return metrics, blake3((directory / "out" / "model.safetensors").read_bytes()).hexdigest()
 
 
@@ -200,10 +199,10 @@ class Killed(Exception):
 def killed_in_step(step_to_die_in, directory, settings, inputs, monkeypatch):
     update = Learner.update
 
-    def dying(self, step, experiences, *, kl_coef):
+    def dying(self, step, experiences):
         if step == step_to_die_in:
             raise Killed
-        return update(self, step, experiences, kl_coef=kl_coef)
+        return update(self, step, experiences)
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "update", dying)
@@ -221,10 +220,10 @@ def test_a_batch_of_the_journal_that_other_weights_have_sampled_is_sampled_again
     journal = Journal(tmp_path / "killed" / "work")
     entry = journal.read(2)
     others = tuple(
-        replace(rollout, logprobs=tuple(logprob - 0.2 for logprob in rollout.logprobs))
-        for rollout in entry.rollouts
+        with_turn(one, logprobs=tuple(logprob - 0.2 for logprob in one.turn.logprobs))
+        for one in entry.trajectories
     )
-    journal.write(replace(entry, rollouts=others))
+    journal.write(replace(entry, trajectories=others))
     drawn = []
     draw = RolloutSource._draw
 

@@ -289,7 +289,7 @@ def test_the_recipe_reports_its_utilisation_where_rows_have_a_size(tmp_path, tie
     def metrics(name: str, **config) -> dict[str, float]:
         runtime = runtime_in(tmp_path / name, "sft")
         settings = sft_settings(tmp_path, **config)
-        return dict(run_recipe(settings, {"model": tied_model_dir}, tmp_path / name / "out", runtime))
+        return dict(run_recipe(settings, {"start": tied_model_dir}, tmp_path / name / "out", runtime))
 
     by_tokens = metrics("tokens", batch_tokens=96 * 2)
     assert 0.9 < by_tokens["packing_utilisation"] <= 1 and by_tokens["steps"] == 2

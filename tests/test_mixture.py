@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runs import CONFIG, STAGES, rlhf, summary_of
-from inline import runtime_in, worker_in
+from inline import run_recipe, runtime_in, worker_in
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rollout.config import EngineConfig
-from stages import ppo, pretrain, reward, sft
+from stages import pretrain
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
@@ -21,7 +21,6 @@ from stages.config.reward import RewardConfig, RewardSettings
 from stages.config.sft import SFTConfig, SFTSettings
 from stages.data.corpus.shards import TokenShards
 from stages.errors import ModelError
-from stages.prepare import run as run_prepare
 from stages.training.fsdp import outputs_of
 from stages.training.metrics import read_steps
 from stages.training.models import build_causal_lm
@@ -70,15 +69,13 @@ def data(tmp_path_factory) -> dict[str, list[DataSource]]:
 @pytest.fixture(scope="module")
 def prepared(data, tmp_path_factory) -> Path:
     config = PrepareConfig(data=data["text"], vocab_size=320, heldout_frac=0.1, shard_tokens=1024)
-    return ran(
-        run_prepare, PrepareSettings(seed=1, model=MIXTURE, prepare=config), {}, tmp_path_factory.mktemp("p")
-    )
+    return ran(PrepareSettings(seed=1, model=MIXTURE, prepare=config), {}, tmp_path_factory.mktemp("p"))
 
 
-def ran(run, settings, inputs: dict[str, Path], directory: Path, *, num_workers: int = 0) -> Path:
+def ran(settings, inputs: dict[str, Path], directory: Path, *, num_workers: int = 0) -> Path:
     """The stage's model directory; its log is in the work directory beside. No workers: in this process."""
     (stage,) = settings.model_fields_set - {"seed", "model", "rollout"}
-    run(settings, inputs, directory / "out", runtime_in(directory, stage, num_workers=num_workers))
+    run_recipe(settings, inputs, directory / "out", runtime_in(directory, stage, num_workers=num_workers))
     return directory / "out"
 
 
@@ -92,7 +89,7 @@ def pretrain_settings(model: ModelConfig = MIXTURE, **changes) -> PretrainSettin
 
 @pytest.fixture(scope="module")
 def base(prepared, tmp_path_factory) -> Path:
-    return ran(pretrain.run, pretrain_settings(), {"prepare": prepared}, tmp_path_factory.mktemp("pretrain"))
+    return ran(pretrain_settings(), {"corpus": prepared}, tmp_path_factory.mktemp("pretrain"))
 
 
 def sft_settings(data, model: ModelConfig = MIXTURE, **changes) -> SFTSettings:
@@ -129,7 +126,7 @@ def test_the_loss_of_a_step_has_the_balance_loss_in_it_times_its_coefficient(pre
     first = {0.01: lines_of(base)[0]}
     for coef in (0.0, 0.5):
         settings = pretrain_settings(router_aux_loss_coef=coef, max_steps=1)
-        first[coef] = lines_of(ran(pretrain.run, settings, {"prepare": prepared}, tmp_path / str(coef)))[0]
+        first[coef] = lines_of(ran(settings, {"corpus": prepared}, tmp_path / str(coef)))[0]
     balance = first[0.0]["train/router_aux_loss"]
     for coef, line in first.items():
         assert line["train/router_aux_loss"] == balance
@@ -139,14 +136,11 @@ def test_the_loss_of_a_step_has_the_balance_loss_in_it_times_its_coefficient(pre
 def test_sft_takes_no_coefficient_from_the_models_own_config(base, data, tmp_path):
     config = json.loads((base / "config.json").read_text())
     assert config["router_aux_loss_coef"] > 0
-    (line,) = lines_of(
-        ran(sft.run, sft_settings(data, max_steps=1), {"pretrain": base}, tmp_path / "default")
-    )
+    (line,) = lines_of(ran(sft_settings(data, max_steps=1), {"start": base}, tmp_path / "default"))
     (off,) = lines_of(
         ran(
-            sft.run,
             sft_settings(data, max_steps=1, router_aux_loss_coef=0.0),
-            {"pretrain": base},
+            {"start": base},
             tmp_path / "off",
         )
     )
@@ -155,15 +149,12 @@ def test_sft_takes_no_coefficient_from_the_models_own_config(base, data, tmp_pat
 
 
 def test_a_coefficient_for_a_dense_model_is_refused_before_the_first_step(prepared, data, tmp_path):
-    dense = ran(
-        pretrain.run, pretrain_settings(DENSE, max_steps=1), {"prepare": prepared}, tmp_path / "dense"
-    )
+    dense = ran(pretrain_settings(DENSE, max_steps=1), {"corpus": prepared}, tmp_path / "dense")
     assert not BALANCE.intersection(*lines_of(dense))
     with pytest.raises(ModelError, match=r"^sft\.router_aux_loss_coef: .* set 0$"):
         ran(
-            sft.run,
             sft_settings(data, DENSE, router_aux_loss_coef=0.01),
-            {"pretrain": dense},
+            {"start": dense},
             tmp_path / "sft",
         )
 
@@ -204,9 +195,8 @@ def test_two_workers_train_the_mixture_of_one_with_the_same_micro_batches(prepar
     one, two = (
         lines_of(
             ran(
-                pretrain.run,
                 pretrain_settings(router_aux_loss_coef=0.1),
-                {"prepare": prepared},
+                {"corpus": prepared},
                 tmp_path / str(num_workers),
                 num_workers=num_workers,
             )
@@ -219,7 +209,7 @@ def test_two_workers_train_the_mixture_of_one_with_the_same_micro_batches(prepar
 
 
 def test_a_mixture_goes_through_sft_reward_and_ppo_on_the_reference_engine(base, data, tmp_path):
-    tuned = ran(sft.run, sft_settings(data, router_aux_loss_coef=0.01), {"pretrain": base}, tmp_path / "sft")
+    tuned = ran(sft_settings(data, router_aux_loss_coef=0.01), {"start": base}, tmp_path / "sft")
     assert all(line.keys() >= BALANCE for line in lines_of(tuned))
     options = {
         "heldout_frac": 0.3,
@@ -229,14 +219,14 @@ def test_a_mixture_goes_through_sft_reward_and_ppo_on_the_reference_engine(base,
     }
     config = RewardConfig(data=data["pairs"], **STEPS | options)
     settings = RewardSettings(seed=1, model=MIXTURE, reward=config, rollout=HF)
-    rewarded = ran(reward.run, settings, {"sft": tuned}, tmp_path / "reward")
+    rewarded = ran(settings, {"start": tuned}, tmp_path / "reward")
     scorer = AutoModelForSequenceClassification.from_pretrained(rewarded)
     assert type(scorer).__name__ == "MixtralForSequenceClassification"
     config = PPOConfig(
         data=data["prompts"], **STEPS | {"max_steps": 2, "num_prompts": 8}, max_response_tokens=6
     )
     settings = PPOSettings(seed=1, model=MIXTURE, ppo=config, rollout=HF)
-    improved = ran(ppo.run, settings, {"sft": tuned, "reward": rewarded}, tmp_path / "ppo")
+    improved = ran(settings, {"policy": tuned, "reward_model": rewarded}, tmp_path / "ppo")
     assert all(line["rollout/engine_max_abs_diff"] <= 1e-5 for line in lines_of(improved))
     before, after = (
         AutoModelForCausalLM.from_pretrained(directory).model.layers[0].mlp.experts.down_proj

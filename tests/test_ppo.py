@@ -10,8 +10,8 @@ import pytest
 import torch
 from blake3 import blake3
 from fakes import FakeEngine
-from inline import runtime_in, worker_in
-from ppo_inputs import EOS, ppo_inputs, some_rollouts
+from inline import run_recipe, runtime_in, worker_in
+from ppo_inputs import EOS, OTHER_STOP, Parts, invented, joined, ppo_inputs, some_trajectories
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -20,22 +20,18 @@ from rollout.ground.errors import EnvironmentProblem
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
-from stages.data.experience import assemble, minibatches, pack_rollouts
 from stages.errors import DataError, Interrupted, ModelError, TrainingStopped
-from stages.ppo import _check_versions, run
-from stages.rollout_source import RolloutSource, SourcePlan
+from stages.rl.credit import GeneralisedAdvantages
+from stages.rl.experience import pack_rollouts
+from stages.rl.source import RolloutSource, SourcePlan, SourcePrompt
+from stages.rl.update import Learner, minibatches
 from stages.training.forwards import sequence_scores
 from stages.training.fsdp import Trained, outputs_of
-from stages.training.health import Health
 from stages.training.metrics import read_steps
 from stages.training.models import CausalLM, TokenScorer
-from stages.training.ppo_models import judge, load_ppo_models
-from stages.training.ppo_update import Learner
 from stages.training.trainable import Reads, StepResult
 
 CPU = torch.device("cpu")
-OTHER_STOP = 301
-ENDS = {"end_of_turn_id": EOS, "stop_token_ids": (EOS, OTHER_STOP)}
 CONFIG = PPOConfig(
     data=[DataSource(path="unused")],
     max_steps=3,
@@ -56,39 +52,33 @@ def inputs(tied_model_dir, tmp_path_factory):
     return ppo_inputs(tied_model_dir, tmp_path_factory.mktemp("reward"))
 
 
-def judged_batch(inputs, tmp_path, config=CONFIG):
-    models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-    packs = pack_rollouts(some_rollouts(), micro_batch_size=config.micro_batch_size, max_length=6, device=CPU)
-    return models, packs, [judge(models, pack, config, **ENDS) for pack in packs]
-
-
-def learner_of(models, config, tmp_path):
-    health = Health(config.health, runtime_in(tmp_path, "ppo"))
-    return Learner(models, config, correction=config.correction(max_staleness=0), seed=0, health=health)
+def parts_of(inputs, tmp_path, config=CONFIG):
+    return Parts(config, inputs, worker_in(tmp_path, "ppo"))
 
 
 def test_pin_10_the_ids_that_are_trained_on_are_the_engines_and_never_encoded_again(tied_model_dir):
     """Random ids: as a rule, encoding their text would give others."""
-    rollouts = some_rollouts()
+    trajectories = some_trajectories()
     tokenizer = AutoTokenizer.from_pretrained(tied_model_dir)
     assert any(
-        tokenizer(tokenizer.decode(rollout.response_ids))["input_ids"] != list(rollout.response_ids)
-        for rollout in rollouts
+        tokenizer(tokenizer.decode(one.turn.response_ids))["input_ids"] != list(one.turn.response_ids)
+        for one in trajectories
     )
-    for pack in pack_rollouts(rollouts, micro_batch_size=3, max_length=6, device=CPU):
-        sent = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in pack.rollouts]
+    for pack in pack_rollouts(trajectories, micro_batch_size=3, max_length=6, device=CPU):
+        turns = [trajectory.turn for trajectory in pack.trajectories]
+        sent = [[*turn.prompt_ids, *turn.response_ids] for turn in turns]
         assert [part.tolist() for part in pack.packed.row.split(pack.packed.row.input_ids_1N[0])] == sent
-        trained = [token for rollout in pack.rollouts for token in rollout.response_ids]
+        trained = [token for turn in turns for token in turn.response_ids]
         assert pack.packed.targets_N.tolist() == trained
 
 
 @pytest.mark.parametrize("samples_per_prompt", [1, 2])
 def test_pin_34_every_prompt_is_sampled_from_once_per_epoch_and_a_resumed_run_goes_on_there(
-    samples_per_prompt,
+    samples_per_prompt, tmp_path
 ):
     """Five prompts, two per step: two epochs take five steps, the third of which spans both."""
     plan = SourcePlan(
-        prompts=tuple((5 + index,) for index in range(5)),
+        prompts=tuple(SourcePrompt(ids=(5 + index,), row={}) for index in range(5)),
         num_prompts=2,
         samples_per_prompt=samples_per_prompt,
         temperature=1.0,
@@ -98,16 +88,16 @@ def test_pin_34_every_prompt_is_sampled_from_once_per_epoch_and_a_resumed_run_go
     )
 
     async def batches(steps):
-        source = RolloutSource(FakeEngine(), plan)
-        return [await source.next(step) for step in steps]
+        source = RolloutSource(FakeEngine(), plan, tmp_path)
+        return [await source.next(step, 0) for step in steps]
 
     straight = asyncio.run(batches(range(5)))
-    drawn = [index for batch in straight for index in batch.prompt_indices[::samples_per_prompt]]
+    drawn = [one.prompt_index for batch in straight for one in batch.trajectories if one.sample == 0]
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
     for batch in straight:
-        asked = [rollout.prompt_ids for rollout in batch.rollouts]
-        assert asked == [plan.prompts[index] for index in batch.prompt_indices]
-    seeds = [rollout.seed for batch in straight for rollout in batch.rollouts]
+        for one in batch.trajectories:
+            assert one.turn.prompt_ids == plan.prompts[one.prompt_index].ids
+    seeds = [one.seed for batch in straight for one in batch.trajectories]
     assert len(set(seeds)) == len(seeds) == 10 * samples_per_prompt
     assert asyncio.run(batches([3, 4])) == straight[3:]
 
@@ -116,41 +106,25 @@ def test_pin_13_ppo_scores_a_response_as_if_it_had_ended_with_the_end_of_turn_ho
     inputs, tmp_path
 ):
     """Cut off, ended by the end of turn, and ended by another stop token: one and the same score."""
-    models = load_ppo_models(CONFIG, inputs, worker_in(tmp_path, "ppo"))
-    like = some_rollouts(1)[0]
+    parts = parts_of(inputs, tmp_path)
     endings = {"length": (9, 12), "stop": (9, 12, EOS), "other": (9, 12, OTHER_STOP)}
-    rollouts = [
-        replace(
-            like,
-            response_ids=ids,
-            logprobs=(-1.0,) * len(ids),
-            weight_versions=(0,) * len(ids),
-            finish_reason="length" if name == "length" else "stop",
-        )
-        for name, ids in endings.items()
+    prompt = some_trajectories(1)[0].turn.prompt_ids
+    trajectories = [
+        invented(index, prompt, ids, "length" if name == "length" else "stop")
+        for index, (name, ids) in enumerate(endings.items())
     ]
-    (pack,) = pack_rollouts(rollouts, micro_batch_size=3, max_length=6, device=CPU)
-    scores = judge(models, pack, CONFIG, **ENDS).scores_B
-    raw = sequence_scores(models.reward_model, [(*like.prompt_ids, 9, 12, EOS)], device=CPU)
+    scores = parts.judged(trajectories, size=3).scores_B
+    raw = sequence_scores(parts.models.reward_model, [(*prompt, 9, 12, EOS)], device=CPU)
     torch.testing.assert_close(scores, ((raw - 0.1) / 1.5).expand(3), atol=1e-6, rtol=0)
 
 
 def test_pin_4_the_first_ratio_is_exactly_one_and_close_to_it_under_another_split(inputs, tmp_path):
-    models, packs, judgements = judged_batch(inputs, tmp_path)
-    experiences, _ = assemble(packs, judgements, CONFIG, kl_coef=0.05)
-    metrics = learner_of(models, CONFIG, tmp_path).update(0, experiences, kl_coef=0.05)
-    assert metrics["ppo/ratio_first"] == 0.0
-
-    models, _, _ = judged_batch(inputs, tmp_path)
-    whole = pack_rollouts(some_rollouts(), micro_batch_size=8, max_length=6, device=CPU)
-    other = judge(models, whole[0], CONFIG, **ENDS).anchor_logprobs_BT
-    by_id = {
-        rollout.request_id: row
-        for pack, judgement in zip(packs, judgements, strict=True)
-        for rollout, row in zip(pack.rollouts, judgement.anchor_logprobs_BT, strict=True)
-    }
-    for rollout, row in zip(whole[0].rollouts, other, strict=True):
-        torch.testing.assert_close(row, by_id[rollout.request_id], atol=1e-5, rtol=0)
+    parts = parts_of(inputs, tmp_path)
+    batch, whole = parts.judged(), parts.judged(size=8)
+    by_id = dict(zip([one.id for one in batch.trajectories], batch.anchor_logprobs_BT, strict=True))
+    for trajectory, row in zip(whole.trajectories, whole.anchor_logprobs_BT, strict=True):
+        torch.testing.assert_close(row, by_id[trajectory.id], atol=1e-5, rtol=0)
+    assert parts.learner.update(0, parts.experiences(batch))["ppo/ratio_first"] == 0.0
 
 
 def test_pin_4_epochs_shuffle_packs_and_never_tear_them():
@@ -163,10 +137,13 @@ def test_pin_4_epochs_shuffle_packs_and_never_tear_them():
 
 def test_pin_4_with_one_update_per_batch_the_anchor_is_the_detached_policy(inputs, tmp_path):
     config = CONFIG.model_copy(update={"num_epochs": 1, "batch_size": 8})
-    models, packs, judgements = judged_batch(inputs, tmp_path, config)
-    experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
-    spoiled = [replace(item, anchor_logprobs_BT=item.anchor_logprobs_BT - 3) for item in experiences]
-    metrics = learner_of(models, config, tmp_path).update(0, spoiled, kl_coef=0.05)
+    parts = parts_of(inputs, tmp_path, config)
+    experiences = parts.experiences(parts.judged())
+    assert all(item.anchor_logprobs_BT is None for item in experiences)
+    with torch.no_grad():
+        for parameter in parts.models.policy.model.parameters():
+            parameter.mul_(1.05)
+    metrics = parts.learner.update(0, experiences)
     assert metrics["ppo/ratio_first"] == 0.0 and metrics["ppo/clip_fraction"] == 0.0
 
 
@@ -174,16 +151,14 @@ def test_pin_19_rewards_of_a_response_add_up_to_score_minus_beta_kl(inputs, tmp_
     config = CONFIG.model_copy(
         update={"gae_lambda": 1.0, "whiten_advantages": False, "missing_eos_penalty": 0.0}
     )
-    models, packs, judgements = judged_batch(inputs, tmp_path, config)
+    parts = parts_of(inputs, tmp_path, config)
     with torch.no_grad():
-        for parameter in models.policy.model.parameters():
+        for parameter in parts.models.policy.model.parameters():
             parameter.mul_(1.05)
-    judgements = [judge(models, pack, config, **ENDS) for pack in packs]
-    experiences, _ = assemble(packs, judgements, config, kl_coef=0.3)
-    for judgement, experience in zip(judgements, experiences, strict=True):
-        expected = judgement.scores_B - 0.3 * judgement.kl_B
-        assert judgement.kl_B.abs().min() > 0
-        torch.testing.assert_close(experience.returns_BT[:, 0], expected, atol=1e-5, rtol=0)
+    batch = parts.judged()
+    returns_BT = joined(parts.experiences(batch, kl_coef=0.3), "returns_BT")
+    assert batch.kl_B.abs().min() > 0
+    torch.testing.assert_close(returns_BT[:, 0], batch.scores_B - 0.3 * batch.kl_B, atol=1e-5, rtol=0)
 
 
 def test_pin_20_a_truncated_response_is_penalised_left_out_or_bootstrapped(inputs, tmp_path):
@@ -192,29 +167,29 @@ def test_pin_20_a_truncated_response_is_penalised_left_out_or_bootstrapped(input
         config = CONFIG.model_copy(
             update={"truncation": truncation, "gae_lambda": 1.0, "whiten_advantages": False, "kl_coef": 0.0}
         )
-        _models, packs, judgements = judged_batch(inputs, tmp_path, config)
-        experiences, _ = assemble(packs, judgements, config, kl_coef=0.0)
-        results[truncation] = (packs, judgements, experiences)
-    for pack, judgement, experience in zip(*results["penalty"], strict=True):
-        expected = judgement.scores_B - 1.0 * pack.truncated_B
-        torch.testing.assert_close(experience.returns_BT[:, 0], expected, atol=1e-5, rtol=0)
-    for pack, _, experience in zip(*results["mask"], strict=True):
-        assert not experience.mask_BT[pack.truncated_B].any()
-        assert torch.equal(experience.mask_BT[~pack.truncated_B], pack.packed.mask_BT[~pack.truncated_B])
-    for pack, judgement, experience in zip(*results["bootstrap"], strict=True):
-        expected = torch.where(pack.truncated_B, judgement.final_values_B, judgement.scores_B)
-        torch.testing.assert_close(experience.returns_BT[:, 0], expected, atol=1e-5, rtol=0)
+        parts = parts_of(inputs, tmp_path, config)
+        batch = parts.judged()
+        results[truncation] = batch, parts.experiences(batch, kl_coef=0.0)
+    batch, experiences = results["penalty"]
+    expected = batch.scores_B - 1.0 * batch.truncated_B
+    torch.testing.assert_close(joined(experiences, "returns_BT")[:, 0], expected, atol=1e-5, rtol=0)
+    batch, experiences = results["mask"]
+    mask_BT, cut_B = joined(experiences, "mask_BT"), batch.truncated_B
+    assert not mask_BT[cut_B].any() and torch.equal(mask_BT[~cut_B], batch.layout_BT[~cut_B])
+    assert batch.layout_BT[cut_B].any(-1).all(), "left out of what is learned from, and laid out all the same"
+    batch, experiences = results["bootstrap"]
+    expected = torch.where(batch.truncated_B, batch.final_values_B, batch.scores_B)
+    torch.testing.assert_close(joined(experiences, "returns_BT")[:, 0], expected, atol=1e-5, rtol=0)
 
 
 def test_pin_22_returns_are_of_unwhitened_advantages_and_whitening_is_once_over_the_batch(inputs, tmp_path):
-    _, packs, judgements = judged_batch(inputs, tmp_path)
+    parts = parts_of(inputs, tmp_path)
+    batch = parts.judged()
     plain = CONFIG.model_copy(update={"whiten_advantages": False})
-    whitened, _ = assemble(packs, judgements, CONFIG, kl_coef=0.05)
-    unwhitened, _ = assemble(packs, judgements, plain, kl_coef=0.05)
-    for left, right in zip(whitened, unwhitened, strict=True):
-        assert torch.equal(left.returns_BT, right.returns_BT)
-    mask = torch.cat([item.mask_BT for item in whitened])
-    values = torch.cat([item.advantages_BT for item in whitened])[mask]
+    whitened = parts.algorithm.credit(batch, kl_coef=0.05)
+    unwhitened = GeneralisedAdvantages(config=plain)(batch, kl_coef=0.05)
+    assert torch.equal(whitened.returns_BT, unwhitened.returns_BT)
+    values = whitened.advantages_BT[whitened.mask_BT]
     assert abs(float(values.mean())) < 1e-5 and float(values.std(unbiased=False)) == pytest.approx(
         1, abs=1e-3
     )
@@ -223,13 +198,14 @@ def test_pin_22_returns_are_of_unwhitened_advantages_and_whitening_is_once_over_
 def test_pin_24_scores_are_normalised_then_clipped_before_the_kl_is_taken(inputs, tmp_path):
     wide = CONFIG.model_copy(update={"score_clip": None})
     narrow = CONFIG.model_copy(update={"score_clip": 0.05})
-    _, _, unclipped = judged_batch(inputs, tmp_path, wide)
-    models, packs, clipped = judged_batch(inputs, tmp_path, narrow)
-    for left, right in zip(unclipped, clipped, strict=True):
-        assert torch.equal(left.scores_B.clamp(-0.05, 0.05), right.scores_B)
-    raw = models.reward_model.outputs(packs[0].packed, Reads(scores=True)).scores_B
-    ended = ~packs[0].truncated_B
-    torch.testing.assert_close(unclipped[0].scores_B[ended], ((raw - 0.1) / 1.5)[ended], atol=1e-5, rtol=0)
+    unclipped = parts_of(inputs, tmp_path, wide).judged()
+    parts = parts_of(inputs, tmp_path, narrow)
+    clipped = parts.judged()
+    assert torch.equal(unclipped.scores_B.clamp(-0.05, 0.05), clipped.scores_B)
+    first = clipped.packs[0]
+    raw = parts.models.reward_model.outputs(first.packed, Reads(scores=True)).scores_B
+    ended, scores_B = ~first.truncated_B, unclipped.scores_B[: len(first.trajectories)]
+    torch.testing.assert_close(scores_B[ended], ((raw - 0.1) / 1.5)[ended], atol=1e-5, rtol=0)
 
 
 def test_pin_28_the_config_refuses_kl_choices_that_optimise_something_else():
@@ -253,17 +229,16 @@ def test_a_kl_in_the_loss_pulls_the_policy_back_to_the_reference(inputs, tmp_pat
     )
 
     def kl_after(kl_coef):
-        models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-        perturbed(models.policy.model)
-        packs = pack_rollouts(some_rollouts(), micro_batch_size=2, max_length=6, device=CPU)
-        judgements = [judge(models, pack, config, **ENDS) for pack in packs]
-        experiences, _ = assemble(packs, judgements, config, kl_coef=kl_coef)
-        silent = [replace(item, advantages_BT=torch.zeros_like(item.advantages_BT)) for item in experiences]
-        learner = learner_of(models, config, tmp_path)
+        parts = parts_of(inputs, tmp_path, config)
+        perturbed(parts.models.policy.model)
+        batch = parts.judged()
+        silent = [
+            replace(item, advantages_BT=torch.zeros_like(item.advantages_BT))
+            for item in parts.experiences(batch, kl_coef=kl_coef)
+        ]
         for step in range(3):
-            learner.update(step, silent, kl_coef=kl_coef)
-        after = torch.cat([judge(models, pack, config, **ENDS).kl_B for pack in packs])
-        return float(after.square().mean())
+            parts.learner.update(step, silent)
+        return float(parts.judges.judge_packs(batch.packs).kl_B.square().mean())
 
     assert kl_after(1.0) < 0.7 * kl_after(0.0)
 
@@ -279,21 +254,19 @@ def perturbed(model):
 
 def gradient_of_the_policy(inputs, tmp_path, monkeypatch, config):
     """Of one optimizer step of a policy away from its reference, on responses of 40, 9 and 2 tokens."""
-    models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-    perturbed(models.policy.model)
+    parts = parts_of(inputs, tmp_path, config)
+    perturbed(parts.models.policy.model)
     generator = torch.Generator().manual_seed(11)
-    rollouts = [
-        replace(
-            rollout,
-            response_ids=tuple(torch.randint(5, 300, (length,), generator=generator).tolist()),
-            logprobs=(-1.0,) * length,
-            weight_versions=(0,) * length,
+    trajectories = [
+        invented(
+            index,
+            trajectory.turn.prompt_ids,
+            torch.randint(5, 300, (length,), generator=generator).tolist(),
+            trajectory.turn.finish_reason,
         )
-        for rollout, length in zip(some_rollouts(3), (40, 9, 2), strict=True)
+        for index, (trajectory, length) in enumerate(zip(some_trajectories(3), (40, 9, 2), strict=True))
     ]
-    packs = pack_rollouts(rollouts, micro_batch_size=3, max_length=40, device=CPU)
-    judgements = [judge(models, pack, config, **ENDS) for pack in packs]
-    experiences, _ = assemble(packs, judgements, config, kl_coef=config.kl_coef)
+    experiences = parts.experiences(parts.judged(trajectories), kl_coef=config.kl_coef)
     found = {}
 
     def differentiate(self, step, packs, reads, loss_of, accepts):
@@ -304,8 +277,8 @@ def gradient_of_the_policy(inputs, tmp_path, monkeypatch, config):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trained, "take_step", differentiate)
-        learner_of(models, config, tmp_path).update(0, experiences, kl_coef=config.kl_coef)
-    return found[models.policy]
+        parts.learner.update(0, experiences)
+    return found[parts.models.policy]
 
 
 def test_kl_coef_weighs_the_kl_loss_against_the_policy_loss_in_every_aggregation_alike(
@@ -339,30 +312,30 @@ def test_kl_coef_weighs_the_kl_loss_against_the_policy_loss_in_every_aggregation
 
 
 def test_pin_30_the_move_of_an_update_and_the_kl_to_the_reference_are_two_metrics(inputs, tmp_path):
-    models, packs, judgements = judged_batch(inputs, tmp_path)
-    experiences, summary = assemble(packs, judgements, CONFIG, kl_coef=0.05)
-    metrics = learner_of(models, CONFIG, tmp_path).update(0, experiences, kl_coef=0.05)
-    assert summary["rollout/kl"] == pytest.approx(0.0, abs=1e-5)
-    assert metrics["ppo/approx_kl"] > 1e-6
+    parts = parts_of(inputs, tmp_path)
+    batch = parts.judged()
+    assert parts.metrics(batch)["rollout/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert parts.learner.update(0, parts.experiences(batch))["ppo/approx_kl"] > 1e-6
 
 
 def test_without_a_kl_weight_no_reference_is_loaded(inputs, tmp_path):
-    config = CONFIG.model_copy(update={"kl_coef": 0.0})
-    models, packs, judgements = judged_batch(inputs, tmp_path, config)
-    assert models.reference is None and judgements[0].kl_B is None
-    _, summary = assemble(packs, judgements, config, kl_coef=0.0)
-    assert "rollout/kl" not in summary
+    parts = parts_of(inputs, tmp_path, CONFIG.model_copy(update={"kl_coef": 0.0}))
+    batch = parts.judged()
+    assert parts.models.reference is None and batch.kl_B is None
+    assert "rollout/kl" not in parts.metrics(batch, kl_coef=0.0)
 
 
 def test_value_warm_up_leaves_the_policy_alone(inputs, tmp_path):
-    config = CONFIG.model_copy(update={"value_warmup_steps": 1})
-    models, packs, judgements = judged_batch(inputs, tmp_path, config)
-    experiences, _ = assemble(packs, judgements, config, kl_coef=0.05)
-    policy = {name: value.clone() for name, value in models.policy.model.state_dict().items()}
-    value = models.value_model.model.head.weight.detach().clone()
-    learner_of(models, config, tmp_path).update(0, experiences, kl_coef=0.05)
-    assert all(torch.equal(policy[name], tensor) for name, tensor in models.policy.model.state_dict().items())
-    assert not torch.equal(value, models.value_model.model.head.weight)
+    parts = parts_of(inputs, tmp_path, CONFIG.model_copy(update={"value_warmup_steps": 1}))
+    experiences = parts.experiences(parts.judged())
+    policy, value = parts.models.policy.model, parts.models.value.model
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    head = value.head.weight.detach().clone()
+    parts.learner.update(0, experiences)
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+    assert not parts.learner.has_moved and not torch.equal(head, value.head.weight)
+    parts.learner.update(1, experiences)
+    assert parts.learner.has_moved
 
 
 # Whole runs.
@@ -408,7 +381,7 @@ def prompts(tmp_path):
 
 def run_in(directory, settings, inputs):
     runtime = runtime_in(directory, "ppo")
-    metrics = run(settings, inputs, directory / "out", runtime)
+    metrics = run_recipe(settings, inputs, directory / "out", runtime)
     weights = blake3((directory / "out" / "model.safetensors").read_bytes()).hexdigest()
     return metrics, weights, (directory / "out" / "rollouts.jsonl").read_text()
 
@@ -429,10 +402,10 @@ class Killed(Exception):
 def run_killed_in_step(step_to_die_in, directory, settings, inputs, monkeypatch):
     update = Learner.update
 
-    def dying(self, step, experiences, *, kl_coef):
+    def dying(self, step, experiences):
         if step == step_to_die_in:
             raise Killed
-        return update(self, step, experiences, kl_coef=kl_coef)
+        return update(self, step, experiences)
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "update", dying)
@@ -535,6 +508,9 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
     assert (resumed, resumed_rollouts) == (whole, rollouts)
     lines = read_steps(tmp_path / "whole" / "work" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["train/skipped_steps"] == skipped
+    versions = [line["sync/version"] for line in lines]
+    assert versions == [1.0, 3.0, 4.0], "the weights it went back to are version 2: no number names two"
+    assert metrics["version_final"] == 4.0
 
 
 def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_and_samples_nothing_again(
@@ -543,11 +519,16 @@ def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_
     """Stopped behind step 3; no loss on the batch of position 3 is a number: back to step 2, on with 4."""
     settings = settings_for(prompts, max_steps=4, checkpoint_every_steps=2, keep_checkpoints=1)
     positions, drawn = [], []
-    check, draw, take_step, update = _check_versions, RolloutSource._draw, Trained.take_step, Learner.update
+    find, draw, take_step, update = (
+        RolloutSource._found_or_drawn,
+        RolloutSource._draw,
+        Trained.take_step,
+        Learner.update,
+    )
 
-    def remembering(batch, version):
-        positions.append(batch.step)
-        check(batch, version)
+    async def remembering(self, position, version, anew):
+        positions.append(position)
+        return await find(self, position, version, anew)
 
     async def counting(self, step):
         drawn.append(step)
@@ -557,17 +538,17 @@ def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_
         bad = torch.nan if positions[-1] == 3 else 1.0
         return take_step(self, step, packs, reads, times(loss_of, bad), accepts)
 
-    def stopping(self, step, experiences, *, kl_coef):
+    def stopping(self, step, experiences):
         if positions[-1] == 2:
             (tmp_path / "resumed" / "stop").touch()
-        return update(self, step, experiences, kl_coef=kl_coef)
+        return update(self, step, experiences)
 
-    def dying(self, step, experiences, *, kl_coef):
+    def dying(self, step, experiences):
         if positions[-1] == 4:
             raise Killed
-        return update(self, step, experiences, kl_coef=kl_coef)
+        return update(self, step, experiences)
 
-    monkeypatch.setattr("stages.ppo._check_versions", remembering)
+    monkeypatch.setattr(RolloutSource, "_found_or_drawn", remembering)
     monkeypatch.setattr(RolloutSource, "_draw", counting)
     monkeypatch.setattr(Trained, "take_step", spoiled)
     _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
@@ -594,10 +575,10 @@ def test_a_run_that_is_asked_to_stop_saves_its_state_behind_the_iteration_and_go
     _, whole, rollouts = run_in(tmp_path / "whole", settings, inputs)
     update = Learner.update
 
-    def stopping(self, step, experiences, *, kl_coef):
+    def stopping(self, step, experiences):
         if step == 1:
             (tmp_path / "stopped" / "stop").touch()
-        return update(self, step, experiences, kl_coef=kl_coef)
+        return update(self, step, experiences)
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "update", stopping)
@@ -621,7 +602,7 @@ def test_a_bf16_run_with_vllm_passes_its_parity_gate_and_saves_fp32_weights_that
     assert [line["ppo/ratio_first"] for line in lines] == [0.0, 0.0]
     assert lines[0]["rollout/kl"] == 0.0 and lines[1]["rollout/kl"] != 0.0
     before, after = (
-        load_file(directory / "model.safetensors") for directory in (inputs["sft"], tmp_path / "out")
+        load_file(directory / "model.safetensors") for directory in (inputs["policy"], tmp_path / "out")
     )
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert all(not torch.equal(tensor, before[name]) for name, tensor in after.items())
@@ -683,7 +664,7 @@ def test_a_run_whose_only_iteration_ends_in_bad_steps_keeps_what_was_learnt_befo
     assert line["step"] == 1 and line["train/skipped_steps"] == 4.0
     assert line["rollout/score"] == metrics["score_final"]
     before, after = (
-        load_file(directory / "model.safetensors") for directory in (inputs["sft"], tmp_path / "out")
+        load_file(directory / "model.safetensors") for directory in (inputs["policy"], tmp_path / "out")
     )
     assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
 
@@ -710,17 +691,17 @@ def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(inputs, prompt
 
     runtime = replace(runtime_in(tmp_path, "ppo"), check_files=found_changed)
     with pytest.raises(DataError, match="changed since the run was planned"):
-        run(settings_for(prompts), inputs, tmp_path / "out", runtime)
+        run_recipe(settings_for(prompts), inputs, tmp_path / "out", runtime)
     assert not list((tmp_path / "out").iterdir()) and not list((tmp_path / "work").iterdir())
 
 
 def test_pin_18_a_reward_model_with_another_tokenizer_is_refused(inputs, prompts, tmp_path):
     other = tmp_path / "reward"
     other.mkdir()
-    for path in inputs["reward"].iterdir():
+    for path in inputs["reward_model"].iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="its tokenizer is not the policy's"):
-        run_in(tmp_path / "run", settings_for(prompts), {"sft": inputs["sft"], "reward": other})
+        run_in(tmp_path / "run", settings_for(prompts), {"policy": inputs["policy"], "reward_model": other})

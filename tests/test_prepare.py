@@ -259,7 +259,7 @@ def test_evaluation_texts_that_are_too_short_to_be_looked_for_are_counted(tmp_pa
 
 def test_a_given_models_tokenizer_is_taken_with_its_template(tmp_path, runtime, tied_model_dir):
     path = corpus(tmp_path / "a.jsonl", DOCUMENTS)
-    metrics = prepare.run(settings(path), {"model": tied_model_dir}, tmp_path / "out", runtime)
+    metrics = prepare.run(settings(path), {"start": tied_model_dir}, tmp_path / "out", runtime)
     given, taken = (AutoTokenizer.from_pretrained(d) for d in (tied_model_dir, tmp_path / "out"))
     assert taken.get_vocab() == given.get_vocab() and taken.chat_template == given.chat_template
     assert TokenShards(tmp_path / "out").separator_id == given.eos_token_id

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from inline import runtime_in
+from inline import run_recipe, runtime_in
 from safetensors.torch import load_file
 
 from rollout.config import EngineConfig
-from stages import ppo, pretrain, reward, sft
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOConfig, PPOSettings
@@ -89,19 +88,16 @@ def losses_of(stage, root, data, chain, *, num_workers):
     directory = root / f"{stage}-{num_workers}"
     runtime = runtime_in(directory, stage, num_workers=num_workers)
     shared = {"seed": 3, "model": MODEL}
-    run, settings, needs = {
+    settings, needs = {
         "pretrain": lambda: (
-            pretrain.run,
             PretrainSettings(**shared, pretrain=PretrainConfig(**TRAINING)),
-            ["prepare"],
+            {"corpus": "prepare"},
         ),
         "sft": lambda: (
-            sft.run,
             SFTSettings(**shared, sft=SFTConfig(data=data["sft"], **TRAINING)),
-            ["pretrain"],
+            {"start": "pretrain"},
         ),
         "reward": lambda: (
-            reward.run,
             RewardSettings(
                 **shared,
                 rollout=HF,
@@ -113,10 +109,9 @@ def losses_of(stage, root, data, chain, *, num_workers):
                     **TRAINING,
                 ),
             ),
-            ["sft"],
+            {"start": "sft"},
         ),
         "ppo": lambda: (
-            ppo.run,
             PPOSettings(
                 **shared,
                 rollout=HF,
@@ -127,10 +122,11 @@ def losses_of(stage, root, data, chain, *, num_workers):
                     **{**TRAINING, **PPO_STEPS},
                 ),
             ),
-            ["sft", "reward"],
+            {"policy": "sft", "reward_model": "reward"},
         ),
     }[stage]()
-    metrics = run(settings, {key: chain[key] for key in needs}, directory / "out", runtime)
+    given = {role: chain[key] for role, key in needs.items()}
+    metrics = run_recipe(settings, given, directory / "out", runtime)
     return read_steps(directory / "work" / "metrics.jsonl"), metrics
 
 

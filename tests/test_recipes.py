@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -84,17 +86,16 @@ class Chain:
     outputs: dict[str, Path] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def run(self, stage, settings, *, inputs=()):
+    def run(self, stage, settings, *, inputs: Mapping[str, str] = MappingProxyType({})):
         directory = self.root / stage
         runtime = runtime_in(directory, stage)
         given = self.given(inputs)
         self.metrics[stage] = run_recipe(settings, given, directory / "out", runtime)
         self.outputs[stage] = directory / "out"
 
-    def given(self, inputs) -> dict[str, Path]:
-        """Directories by what a recipe calls them. `inputs`: role -> stage, or stages called by name."""
-        stages = inputs if isinstance(inputs, dict) else {stage: stage for stage in inputs}
-        return {role: self.outputs[stage] for role, stage in stages.items()}
+    def given(self, inputs: Mapping[str, str]) -> dict[str, Path]:
+        """Directories by what a recipe calls them. `inputs`: role -> stage."""
+        return {role: self.outputs[stage] for role, stage in inputs.items()}
 
     def chat(self, stage: str) -> ChatTokenizer:
         return ChatTokenizer.load(self.outputs[stage])
@@ -156,9 +157,9 @@ def chain(tmp_path_factory) -> Chain:
     chain = Chain(root=tmp_path_factory.mktemp("recipes"))
     data = chain.root
     chain.run("prepare", prepare_settings(data))
-    chain.run("pretrain", pretrain_settings(), inputs=["prepare"])
-    chain.run("sft", sft_settings(data), inputs=["pretrain"])
-    chain.run("reward", reward_settings(data, group_column="verb"), inputs=["sft"])
+    chain.run("pretrain", pretrain_settings(), inputs={"corpus": "prepare"})
+    chain.run("sft", sft_settings(data), inputs={"start": "pretrain"})
+    chain.run("reward", reward_settings(data, group_column="verb"), inputs={"start": "sft"})
     chain.outputs["ppo"] = chain.outputs["sft"]
     chain.run("evaluate", evaluate_settings(data), inputs=EVALUATED)
     return chain
@@ -199,7 +200,7 @@ def test_pretrain_learns_from_rows_of_every_packing(chain, tmp_path, packing):
     )
     made = Chain(root=tmp_path)
     made.run("prepare", PrepareSettings(seed=1, model=MODEL, prepare=prepare))
-    made.run("pretrain", pretrain_settings(), inputs=["prepare"])
+    made.run("pretrain", pretrain_settings(), inputs={"corpus": "prepare"})
     lines = read_steps(tmp_path / "pretrain" / "work" / "metrics.jsonl")
     assert lines[0]["train/loss"] == pytest.approx(math.log(320), abs=0.3)
     assert made.metrics["pretrain"]["loss_final"] < lines[0]["train/loss"] - 0.1
@@ -228,22 +229,6 @@ def test_held_out_accuracy_is_reported_per_group_and_beside_the_longer_wins_rule
     assert metrics["accuracy_heldout"] == pytest.approx(mean, abs=1e-6)
     assert metrics["accuracy_longer_wins"] == 1.0
     assert metrics["pairs"] + metrics["pairs_heldout"] == 60 and metrics["pairs_dropped"] == 0
-
-
-def test_scores_of_steps_that_were_not_taken_are_no_training_accuracy():
-    ranked = reward._RankedShare()
-    for chosen, rejected, taken in (
-        (2.0, 0.5, True),
-        (torch.nan, 1.0, False),
-        (9.0, 1.0, False),
-        (1.0, 3.0, True),
-    ):
-        ranked.see(torch.tensor([chosen]), torch.tensor([rejected]))
-        ranked.close_step(taken=taken)
-    assert ranked.take() == {"train/accuracy": 0.5, "train/margin": -0.25}
-    ranked.see(torch.tensor([torch.nan]), torch.tensor([1.0]))
-    ranked.close_step(taken=False)
-    assert ranked.take() == {}
 
 
 def test_no_prompt_is_both_trained_on_and_held_out(chain):
@@ -293,9 +278,9 @@ def test_a_tokenizer_with_no_special_token_but_its_end_goes_through_the_chain_an
         data=written(tmp_path / "corpus.jsonl", texts), tokenizer=gpt2_like_tokenizer(tmp_path / "gpt2")
     )
     made.run("prepare", PrepareSettings(seed=1, model=MODEL, prepare=prepare))
-    made.run("pretrain", pretrain_settings(max_steps=1), inputs=["prepare"])
-    made.run("sft", sft_settings(tmp_path, max_steps=1), inputs=["pretrain"])
-    made.run("reward", reward_settings(tmp_path, max_steps=1), inputs=["sft"])
+    made.run("pretrain", pretrain_settings(max_steps=1), inputs={"corpus": "prepare"})
+    made.run("sft", sft_settings(tmp_path, max_steps=1), inputs={"start": "pretrain"})
+    made.run("reward", reward_settings(tmp_path, max_steps=1), inputs={"start": "sft"})
 
     tokenizer = AutoTokenizer.from_pretrained(made.outputs["sft"])
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "gpt2").get_vocab()
@@ -401,7 +386,7 @@ def test_pin_15_the_normaliser_is_over_responses_that_the_sft_model_samples(chai
     monkeypatch.setattr(reward, "scores_in_packs", remember)
     settings = reward_settings(tmp_path)
     metrics = run_recipe(
-        settings, {"sft": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward")
+        settings, {"start": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward")
     )
     sequences, scores = read[-1]
     chat = chain.chat("sft")
@@ -425,7 +410,7 @@ def test_a_reward_model_from_pretrain_opens_no_engine_and_is_normalised_by_its_h
     monkeypatch.setattr(reward, "open_engines", no_engines)
     settings = reward_settings(tmp_path, init_from="pretrain")
     runtime = runtime_in(tmp_path, "reward")
-    run_recipe(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
+    run_recipe(settings, {"start": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
     heldout = reward._examples(settings, chain.chat("pretrain")).heldout
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -449,7 +434,9 @@ def test_a_reward_model_below_its_gate_stops_the_run_and_leaves_no_model(chain, 
     with pytest.raises(
         TrainingStopped, match=r"held-out accuracy 0\.500 is below reward\.min_accuracy 1\.0"
     ) as stop:
-        run_recipe(settings, {"sft": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward"))
+        run_recipe(
+            settings, {"start": chain.outputs["sft"]}, tmp_path / "out", runtime_in(tmp_path, "reward")
+        )
     assert stop.value.exit_code == 5
     assert not list((tmp_path / "out").iterdir())
 
@@ -490,7 +477,7 @@ def test_pin_16_the_recipe_reports_the_dropped_pairs(chain, tmp_path):
         tmp_path, rows=[*(pair_of(*fact) for fact in FACTS[:30]), same_end], max_steps=1, init_from="pretrain"
     )
     runtime = runtime_in(tmp_path, "reward")
-    metrics = run_recipe(settings, {"pretrain": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
+    metrics = run_recipe(settings, {"start": chain.outputs["pretrain"]}, tmp_path / "out", runtime)
     assert metrics["pairs_dropped"] == 1 and metrics["pairs"] + metrics["pairs_heldout"] == 30
 
 
@@ -524,9 +511,9 @@ def test_pretrain_refuses_rows_of_another_length_and_ids_the_model_does_not_know
             run_recipe(settings, inputs, tmp_path / "out", runtime_in(tmp_path, "pretrain"))
         return str(caught.value)
 
-    prepare = {"prepare": chain.outputs["prepare"]}
+    prepare = {"corpus": chain.outputs["prepare"]}
     assert "rows of 64 tokens, but model.context_length is 32" in failure(prepare, context_length=32)
-    assert "its tokenizer and template write ids up to" in failure({**prepare, "model": tied_model_dir})
+    assert "its tokenizer and template write ids up to" in failure({**prepare, "start": tied_model_dir})
 
 
 def test_a_token_that_nothing_writes_needs_no_row_of_the_model_that_pretrain_goes_on_with(tied_model_dir):
@@ -534,7 +521,7 @@ def test_a_token_that_nothing_writes_needs_no_row_of_the_model_that_pretrain_goe
     tokenizer = AutoTokenizer.from_pretrained(tied_model_dir)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[PAD]"]})
     chat = ChatTokenizer(tokenizer)
-    inputs = {"model": tied_model_dir, "prepare": tied_model_dir}
+    inputs = {"start": tied_model_dir, "corpus": tied_model_dir}
     model = pretrain._initial_model(pretrain_settings(), inputs, chat)
     assert chat.vocab_size == model.inner.config.vocab_size + 1
 
@@ -542,10 +529,10 @@ def test_a_token_that_nothing_writes_needs_no_row_of_the_model_that_pretrain_goe
 @pytest.mark.parametrize("stage", ["prepare", "pretrain", "sft", "reward", "evaluate"])
 def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(chain, tmp_path, stage):
     settings, inputs = {
-        "prepare": (prepare_settings(chain.root), []),
-        "pretrain": (pretrain_settings(), ["prepare"]),
-        "sft": (sft_settings(chain.root), ["pretrain"]),
-        "reward": (reward_settings(chain.root, group_column="verb"), ["sft"]),
+        "prepare": (prepare_settings(chain.root), {}),
+        "pretrain": (pretrain_settings(), {"corpus": "prepare"}),
+        "sft": (sft_settings(chain.root), {"start": "pretrain"}),
+        "reward": (reward_settings(chain.root, group_column="verb"), {"start": "sft"}),
         "evaluate": (evaluate_settings(chain.root), EVALUATED),
     }[stage]
 
@@ -602,9 +589,9 @@ def test_a_killed_stage_goes_on_from_its_checkpoint_and_ends_in_the_same_bits(
 ):
     """Checkpoints are at steps 2 and 4; it dies before the sixth step and takes steps 5 and 6 again."""
     settings, inputs = {
-        "pretrain": (pretrain_settings(), ["prepare"]),
-        "sft": (sft_settings(chain.root), ["pretrain"]),
-        "reward": (reward_settings(chain.root, group_column="verb"), ["sft"]),
+        "pretrain": (pretrain_settings(), {"corpus": "prepare"}),
+        "sft": (sft_settings(chain.root), {"start": "pretrain"}),
+        "reward": (reward_settings(chain.root, group_column="verb"), {"start": "sft"}),
     }[stage]
     asked: list[int] = []
     indices = BatchOrder.indices

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inline import runtime_in, worker_in
+from inline import run_recipe, runtime_in, worker_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import sft
@@ -125,7 +125,7 @@ def test_pin_12_trained_are_the_assistants_tokens_and_its_end_of_turn_and_no_fir
 
 def test_pin_12_the_recipe_itself_starts_at_the_loss_of_that_loop(tied_model_dir, settings, tmp_path):
     runtime = runtime_in(tmp_path, "sft")
-    metrics = sft.run(settings, {"model": tied_model_dir}, tmp_path / "out", runtime)
+    metrics = run_recipe(settings, {"start": tied_model_dir}, tmp_path / "out", runtime)
     expected, gradient = loss_token_by_token(tied_model_dir)
     (line,) = read_steps(tmp_path / "work" / "metrics.jsonl")
     assert metrics["loss_final"] == line["train/loss"] == pytest.approx(expected, abs=1e-5)

@@ -16,9 +16,14 @@ from rollout.shared_memory import SHARED_MEMORY
 from rollout.weight_file import WeightFileWriter, checkpoint_layout, load_verified
 from rollout.weight_source import ModuleSource
 from stages.config.data import DataSource
-from stages.config.ppo import PPOConfig
+from stages.config.model import ModelConfig
+from stages.config.ppo import PPOConfig, PPOSettings
 from stages.config.sft import SFTConfig
-from stages.data.experience import assemble, pack_rollouts
+from stages.rl.algorithms import algorithm_of
+from stages.rl.experience import experiences_of
+from stages.rl.roles import Judges, load_models
+from stages.rl.trajectories import Trajectory, Turn
+from stages.rl.update import Learner
 from stages.training.checkpoint import Checkpoints
 from stages.training.distributed import place
 from stages.training.forwards import logprobs_in_packs
@@ -31,8 +36,6 @@ from stages.training.models import (
     reward_from_causal_lm,
     save_model,
 )
-from stages.training.ppo_models import judge_all, load_ppo_models
-from stages.training.ppo_update import Learner
 from stages.training.trainable import Outputs, Reads, TermLoss
 
 MAX_DIFFERENCE, MAX_MEAN_RATIO = 1e-4, 1.05
@@ -205,30 +208,41 @@ def _ppo(setting: Setting) -> None:
         num_epochs=1,
     )
     worker = setting.worker("ppo")
-    models = load_ppo_models(config, _inputs(setting), worker)
+    settings = PPOSettings(
+        seed=0, model=ModelConfig(context_length=prompt + response + 1), ppo=config, rollout=EngineConfig()
+    )
+    algorithm, inputs = algorithm_of(settings), _inputs(setting)
+    models = load_models(algorithm, config, worker, policy_dir=inputs["sft"], reward_dir=inputs["reward"])
+    judges = Judges(
+        models=models,
+        config=config,
+        value_reads=algorithm.credit.reads,
+        end_of_turn_id=2,
+        stop_token_ids=(2,),
+        device=setting.device,
+    )
     health = Health(config.health, worker.runtime)
-    learner = Learner(models, config, correction=config.correction(max_staleness=0), seed=0, health=health)
-    rollouts = _invented(setting, num, prompt, response)
+    learner = Learner(models.trained, algorithm.terms, config, seed=0, health=health)
+    trajectories = _invented(setting, num, prompt, response)
     first: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for step in range(2):
-        packs = pack_rollouts(
-            rollouts, micro_batch_size=config.pack_size, max_length=response, device=setting.device
-        )
         found: dict[str, Any] = {}
 
-        def judge(packs: Any = packs, found: dict[str, Any] = found) -> None:
-            found["judged"] = judge_all(models, packs, config, end_of_turn_id=2, stop_token_ids=(2,))
+        def judge(found: dict[str, Any] = found) -> None:
+            found["judged"] = judges.judge(trajectories)
 
         seconds["judge_s"] = setting.once(judge)
-        experiences, summary = assemble(packs, found["judged"], config, kl_coef=0.05)
+        batch = found["judged"]
+        credited = algorithm.credit(batch, kl_coef=0.05)
+        experiences = experiences_of(batch, credited, kl_coef=0.05, keeps_anchor=learner.keeps_anchor)
 
         def update(step: int = step, experiences: Any = experiences, found: dict[str, Any] = found) -> None:
-            found["metrics"] = learner.update(step, experiences, kl_coef=0.05)
+            found["metrics"] = learner.update(step, experiences)
 
         seconds["update_s"] = setting.once(update)
         if step == 0:
-            first = {"first_kl": summary["rollout/kl"], "first_ratio": found["metrics"]["ppo/ratio_first"]}
+            first = {"first_kl": float(batch.kl_B.mean()), "first_ratio": found["metrics"]["ppo/ratio_first"]}
     tokens = num * (prompt + response)
     setting.say(
         "ppo",
@@ -254,21 +268,30 @@ def _inputs(setting: Setting) -> dict[str, Path]:
     return inputs
 
 
-def _invented(setting: Setting, num: int, prompt: int, response: int) -> list[Rollout]:
+def _invented(setting: Setting, num: int, prompt: int, response: int) -> list[Trajectory]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(5, VOCABULARY[setting.size], (count,), generator=generator).tolist())
 
     return [
-        Rollout(
-            request_id=str(index),
-            prompt_ids=ids(prompt),
-            response_ids=ids(response),
-            logprobs=(-1.0,) * response,
-            finish_reason="length",
-            weight_versions=(0,) * response,
+        Trajectory(
+            id=str(index),
+            prompt_index=index,
+            place=index,
+            sample=0,
             seed=index,
+            turns=(
+                Turn(
+                    prompt_ids=ids(prompt),
+                    response_ids=ids(response),
+                    logprobs=(-1.0,) * response,
+                    weight_versions=(0,) * response,
+                    finish_reason="length",
+                ),
+            ),
+            row={},
+            scores={},
         )
         for index in range(num)
     ]

@@ -12,14 +12,14 @@ from stages.config.stage import StageSettings
 
 
 class EvaluateConfig(Section):
-    """`evaluate:` - base, sft and ppo models on the same held-out prompts."""
+    """`evaluate:` - the models of the chain that are there, on the same held-out prompts."""
 
     KEY: ClassVar[str] = "evaluate"
     """Where this section stands in a config."""
     prompts: list[DataSource] = Field(min_length=1)
     """Held-out prompts; further columns are handed to the scoring function."""
     score: ScoreFunction | None = None
-    """Judge of a response, in [0, 1]; absent: the reward model alone."""
+    """Judge of a response, in [0, 1]; absent: the reward model alone, where there is one."""
     max_prompts: int = Field(default=512, ge=1)
     """Prompts used, from the start of the data."""
     max_response_tokens: int = Field(default=32, ge=1)

@@ -7,7 +7,6 @@ Owns: placement and its deadline, process groups, devices, thread counts, shardi
 tensors.
 """
 
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from rollout.ground.errors import (
     root_cause,
 )
 from stages.bundles import StageBundles, bundles_of, lacking
-from stages.runtime import Runtime, hide_gpus, warnings_file
+from stages.runtime import Runtime, hide_gpus, warnings_kept
 from stages.training.models import CausalLM, Precision, TokenScorer, compute_head_in_fp32
 
 Result = TypeVar("Result")
@@ -69,7 +68,7 @@ def launched(train: Callable[..., Result], runtime: Runtime) -> Iterator[Callabl
         torch.set_num_threads(runtime.num_threads)
         _multiply_fp32_in_fp32()
         try:
-            with _warnings_kept(runtime):
+            with warnings_kept(runtime):
                 yield partial(train, Worker(rank=0, world_size=1, device=_device(runtime), runtime=runtime))
         finally:
             if dist.is_initialized():
@@ -303,24 +302,8 @@ class _TrainingActor:
                 listener = self._listener.detach() if rank == 0 else None
                 store = dist.TCPStore(*address, world_size, rank == 0, master_listen_fd=listener)
                 _init_process_group(worker, store=store)
-            with _warnings_kept(runtime):
+            with warnings_kept(runtime):
                 return train(worker, **arguments)
-
-
-@contextmanager
-def _warnings_kept(runtime: Runtime) -> Iterator[None]:
-    """Inside, what the stages' code warns of (steps skipped, checkpoints passed over) is written where the
-    driver follows it.
-    """
-    handler = logging.FileHandler(warnings_file(runtime.log_dir, runtime.stage), delay=True)
-    handler.setLevel(logging.WARNING)
-    logger = logging.getLogger("stages")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
 
 
 def _gloo_talks_through(address: str) -> None:

@@ -3,9 +3,8 @@
     loss, gradient norm --accepts--> step taken | skipped (its batch kept) --too many in a row--> RollBack
     RollBack --> last checkpoint, and the data since then are left out (PaLM, arXiv 2204.02311, section 5.1)
 
-Owns: the counts, the spike detector, the kept batches, the limits on a PPO batch. Does not own: checkpoints
-and the loop (loop), nor whether engine and trainer agree about that batch (publish). Everything here is part
-of each checkpoint, so a resumed run decides the same.
+Owns: the counts, the spike detector, the kept batches. Does not own: checkpoints and the loop (loop).
+Everything here is part of each checkpoint, so a resumed run decides the same.
 """
 
 import logging
@@ -20,7 +19,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rollout.ground.disk import disk_problems
-from stages.config.ppo import PPOConfig
 from stages.config.training import HealthConfig
 from stages.errors import TrainingStopped
 from stages.runtime import Runtime
@@ -197,44 +195,6 @@ class Health:
     def _say(self, text: str) -> None:
         if ranks.is_main():
             logger.warning("%s %s", self._runtime.stage, text)
-
-
-def check_rollouts(step: int, summary: Mapping[str, float], config: PPOConfig) -> None:
-    """Raise TrainingStopped when a batch of rollouts (its `summary` of experience.assemble) is beyond a
-    limit of the config: training on it would only make it worse.
-    """
-    score_std, entropy = summary["rollout/score_std"], summary["rollout/entropy"]
-    truncated, repeated = summary["rollout/truncated"], summary["rollout/repeated"]
-    problems = []
-    if "rollout/kl" in summary and not summary["rollout/kl"] <= config.max_kl:
-        problems.append(
-            f"KL to the reference is {summary['rollout/kl']:.1f} nats per response, above ppo.max_kl "
-            f"{config.max_kl:g}; raise ppo.kl_coef or lower ppo.lr"
-        )
-    if config.responses_per_step > 1 and not score_std >= config.min_score_std:
-        problems.append(
-            f"scores spread by {score_std:.2g} only, below ppo.min_score_std {config.min_score_std:g}: a "
-            "constant "
-            "reward teaches nothing; look at the reward model"
-        )
-    if not entropy >= config.min_entropy:
-        problems.append(
-            f"entropy is {entropy:.3g} nats per token, below ppo.min_entropy {config.min_entropy:g}: the "
-            "policy has "
-            "collapsed; raise ppo.kl_coef or ppo.entropy_coef"
-        )
-    if truncated > config.max_truncated_frac:
-        problems.append(
-            f"{truncated:.0%} of the responses are cut off, above ppo.max_truncated_frac "
-            f"{config.max_truncated_frac:g}; raise ppo.max_response_tokens or ppo.missing_eos_penalty"
-        )
-    if repeated > config.max_repeated_frac:
-        problems.append(
-            f"{repeated:.0%} of the responses' 4-grams are repetitions, above ppo.max_repeated_frac "
-            f"{config.max_repeated_frac:g}; raise ppo.kl_coef, or look at the reward model"
-        )
-    if problems:
-        raise TrainingStopped(f"ppo step {step + 1}: {problems[0]}")
 
 
 def _tensors_of(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:

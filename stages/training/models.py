@@ -222,11 +222,6 @@ class ScoreNormaliser:
             raise ModelError(f"{path}: no mean and std in it; make the model with rlhf reward") from error
 
 
-def base_model(inputs: Mapping[str, Path]) -> Path:
-    """The model directory a chain starts from: pretrain's, or the one `model.path` names."""
-    return inputs["pretrain"] if "pretrain" in inputs else inputs["model"]
-
-
 def compute_head_in_fp32(model: CausalLM) -> None:
     """From now on logits are a float32 product of hidden states and head, whatever the precision of the body.
 

@@ -9,31 +9,37 @@ from pathlib import Path
 
 import pytest
 
-from rollout.api import Rollout
 from rollout.ground.errors import EnvironmentProblem
-from stages.data.journal import Journal, JournalEntry
+from stages.rl.journal import Journal, JournalEntry
+from stages.rl.trajectories import Trajectory, Turn
 
 
-def rollout(index: int, *, tokens: int, draw: random.Random) -> Rollout:
-    return Rollout(
-        request_id=f"step12-{index}-é",
+def turn(index: int, *, tokens: int, draw: random.Random) -> Turn:
+    return Turn(
         prompt_ids=tuple(draw.randrange(2**17) for _ in range(3 + index % 4)),
         response_ids=tuple(draw.randrange(2**17) for _ in range(tokens)),
         logprobs=tuple(-draw.expovariate(1.0) for _ in range(tokens)),
-        finish_reason="stop" if index % 2 else "length",
         weight_versions=tuple(12 + (place > 4) for place in range(tokens)),
-        seed=draw.randrange(2**63),
+        finish_reason="stop" if index % 2 else "length",
     )
 
 
-def entry(step: int = 12, *, rollouts: int = 6, tokens: int = 9) -> JournalEntry:
-    draw = random.Random(step)
-    return JournalEntry(
-        step=step,
-        prompt_indices=tuple(draw.randrange(1000) for _ in range(rollouts)),
-        rollouts=tuple(rollout(index, tokens=tokens, draw=draw) for index in range(rollouts)),
-        scores=tuple(draw.gauss(0.0, 1.0) for _ in range(rollouts)),
+def entry(position: int = 12, *, samples: int = 6, tokens: int = 9, turns: int = 1) -> JournalEntry:
+    draw = random.Random(position)
+    trajectories = tuple(
+        Trajectory(
+            id=f"step12-{index}-é",
+            prompt_index=draw.randrange(1000),
+            place=index // 2,
+            sample=index % 2,
+            seed=draw.randrange(2**63),
+            turns=tuple(turn(index, tokens=tokens, draw=draw) for _ in range(turns + index % turns)),
+            row={},
+            scores={"model": draw.gauss(0.0, 1.0), "rule": None if index % 3 else 1.0},
+        )
+        for index in range(samples)
     )
+    return JournalEntry(position=position, trajectories=trajectories)
 
 
 def test_an_entry_comes_back_bit_for_bit_with_the_same_types(tmp_path: Path):
@@ -46,8 +52,17 @@ def test_an_entry_comes_back_bit_for_bit_with_the_same_types(tmp_path: Path):
 
 def test_odd_floats_survive(tmp_path: Path):
     odd = (-0.0, 5e-324, -math.inf, 0.1 + 0.2, 1e308)
-    row = replace(entry(tokens=5).rollouts[0], logprobs=odd)
-    written = replace(entry(rollouts=1), rollouts=(row,), scores=(-0.0,))
+    (only,) = entry(samples=1, tokens=5).trajectories
+    spoiled = replace(only, turns=(replace(only.turn, logprobs=odd),), scores={"model": -0.0})
+    written = JournalEntry(position=12, trajectories=(spoiled,))
+    Journal(tmp_path).write(written)
+    assert repr(Journal(tmp_path).read(12)) == repr(written)
+
+
+def test_trajectories_of_several_turns_and_scores_that_are_missing_come_back_as_they_were(tmp_path: Path):
+    written = entry(turns=3)
+    assert {len(one.turns) for one in written.trajectories} == {3, 4, 5}
+    assert [one.scores["rule"] for one in written.trajectories] == [1.0, None, None, 1.0, None, None]
     Journal(tmp_path).write(written)
     assert repr(Journal(tmp_path).read(12)) == repr(written)
 
@@ -55,9 +70,9 @@ def test_odd_floats_survive(tmp_path: Path):
 def test_an_empty_response_and_an_empty_batch_are_entries_too(tmp_path: Path):
     journal = Journal(tmp_path)
     journal.write(entry(1, tokens=0))
-    journal.write(entry(2, rollouts=0))
+    journal.write(entry(2, samples=0))
     assert journal.read(1) == entry(1, tokens=0)
-    assert journal.read(2) == entry(2, rollouts=0)
+    assert journal.read(2) == entry(2, samples=0)
 
 
 def test_a_step_that_was_not_journaled_has_no_entry_and_no_line(tmp_path: Path, caplog):
@@ -68,7 +83,7 @@ def test_a_step_that_was_not_journaled_has_no_entry_and_no_line(tmp_path: Path, 
 def test_a_step_may_be_written_again(tmp_path: Path):
     journal = Journal(tmp_path)
     journal.write(entry(12))
-    again = replace(entry(12), scores=(1.0,) * 6)
+    again = replace(entry(12), trajectories=entry(12).trajectories[::-1])
     journal.write(again)
     assert journal.read(12) == again
 
@@ -110,14 +125,14 @@ def test_an_entry_on_a_bad_sector_costs_one_line_and_is_written_again(tmp_path: 
     assert journal.read(12) == entry()
 
 
-@pytest.mark.parametrize("version", [0, 2, 10])
+@pytest.mark.parametrize("version", [0, 1, 10])
 def test_another_schema_version_is_named_beside_ours(tmp_path: Path, caplog, version: int):
     journal = Journal(tmp_path)
     journal.write(entry())
     path = tmp_path / "journal/step-000012.rollouts"
-    path.write_bytes(path.read_bytes().replace(b"rollouts 1 ", b"rollouts %d " % version, 1))
+    path.write_bytes(path.read_bytes().replace(b"rollouts 2 ", b"rollouts %d " % version, 1))
     assert journal.read(12) is None
-    assert f"schema version {version}, this code reads 1" in caplog.text
+    assert f"schema version {version}, this code reads 2" in caplog.text
 
 
 def test_an_entry_of_another_step_or_stage_is_not_taken(tmp_path: Path, caplog):
@@ -148,7 +163,7 @@ def test_a_disk_that_refuses_is_one_line_and_the_last_entry_stays(tmp_path: Path
 
 def test_a_large_batch_is_compact(tmp_path: Path):
     """1,024 responses of 1,000 tokens: 30 MB at most. The time is bounded loosely."""
-    batch = entry(rollouts=1024, tokens=1000)
+    batch = entry(samples=1024, tokens=1000)
     journal = Journal(tmp_path)
     start = time.process_time()
     journal.write(batch)

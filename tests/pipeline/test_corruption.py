@@ -19,9 +19,9 @@ from pipeline import dag, identity
 from pipeline.artifacts import Store
 from pipeline.errors import CorruptArtifact
 from pipeline.manifest import MANIFEST, Manifest
-from rollout.api import Rollout
 from stages.config.pretrain import PretrainConfig
-from stages.data.journal import Journal, JournalEntry, decoded
+from stages.rl.journal import Journal, JournalEntry, decoded
+from stages.rl.trajectories import Trajectory, Turn
 from stages.training.checkpoint import RECORD_FILE, Checkpoints
 from stages.training.optimize import Optimizer
 
@@ -247,19 +247,28 @@ def copied(source: Path, target: Path) -> Path:
 
 def entry(step: int) -> JournalEntry:
     draw = random.Random(step)
-    rollouts = tuple(
-        Rollout(
-            request_id=f"step{step}-{index}",
-            prompt_ids=(1, 2, 3),
-            response_ids=tuple(draw.randrange(512) for _ in range(8)),
-            logprobs=tuple(-draw.random() for _ in range(8)),
-            finish_reason="stop",
-            weight_versions=(step,) * 8,
+    trajectories = tuple(
+        Trajectory(
+            id=f"step{step}-{index}",
+            prompt_index=4 + index,
+            place=index,
+            sample=0,
+            turns=(
+                Turn(
+                    prompt_ids=(1, 2, 3),
+                    response_ids=tuple(draw.randrange(512) for _ in range(8)),
+                    logprobs=tuple(-draw.random() for _ in range(8)),
+                    weight_versions=(step,) * 8,
+                    finish_reason="stop",
+                ),
+            ),
             seed=draw.randrange(2**63),
+            row={},
+            scores={"model": 0.1 + index},
         )
         for index in range(3)
     )
-    return JournalEntry(step=step, prompt_indices=(4, 5, 6), rollouts=rollouts, scores=(0.1, 0.2, 0.3))
+    return JournalEntry(position=step, trajectories=trajectories)
 
 
 @pytest.mark.parametrize("seed", range(NUM_JOURNALS))
@@ -294,8 +303,8 @@ def corrupted_journal(directory: Path, seed: int) -> tuple[Path, Path]:
     if kind == "swap":
         swap_whole(path, older, draw)
     elif kind == "schema":
-        version = draw.choice((0, 2, 3, 12))
-        path.write_bytes(path.read_bytes().replace(b"rollouts 1 ", b"rollouts %d " % version, 1))
+        version = draw.choice((0, 1, 3, 12))
+        path.write_bytes(path.read_bytes().replace(b"rollouts 2 ", b"rollouts %d " % version, 1))
     else:
         older.unlink()
         kind(work_dir / "journal", work_dir, draw)

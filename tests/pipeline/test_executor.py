@@ -46,7 +46,7 @@ def test_a_run_goes_through_every_stage_and_a_second_one_skips_all(chain: Chain)
 def test_the_run_directory_has_links_config_and_summary(chain: Chain):
     run(chain)
     run_dir = chain.outputs / "runs/demo"
-    assert "ppo from ['reward', 'sft']" in (run_dir / "ppo/model.safetensors").read_text()
+    assert "ppo from ['policy', 'reward_model']" in (run_dir / "ppo/model.safetensors").read_text()
     assert (run_dir / "ppo/metrics.jsonl").read_text().count("\n") == 3
     assert "kl_coef: 0.05" in (run_dir / "config.yaml").read_text()
     summary = chain.summary()
@@ -121,7 +121,7 @@ def test_force_replaces_a_corrupt_artifact_that_stops_every_other_run(chain: Cha
     with pytest.raises(CorruptArtifact, match=r"sft-.*/model\.safetensors"):
         run(chain, last="sft")
     run(chain, last="sft", force="sft")
-    assert "sft from ['pretrain']" in damaged.read_text()
+    assert "sft from ['start']" in damaged.read_text()
 
 
 def test_a_failed_stage_leaves_the_finished_ones_recorded_and_resumes(chain: Chain):

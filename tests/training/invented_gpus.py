@@ -17,7 +17,7 @@ from inline import runtime_in
 
 from rollout import pool
 from rollout.config import EngineConfig
-from stages import rollout_source
+from stages import engines
 from stages.runtime import Runtime, StageResources
 from stages.training import distributed
 from stages.training.distributed import Worker
@@ -49,7 +49,7 @@ def on_the_worker(worker: Worker, *, model_dir: Path) -> dict[str, Any]:
         **environment(),
     }
     if worker.rank == 0:
-        with rollout_source.open_engines(
+        with engines.open_engines(
             HF, model_dir=model_dir, dtype="float32", max_model_len=64, runtime=worker.runtime
         ) as client:
             seen["engines"] = seen_by([engine._actor for engine in client.engine._engines])
@@ -66,14 +66,14 @@ def side_by_side(runtime: Runtime, rollout: EngineConfig) -> dict[str, list[str 
     """Workers, and beside them the engines' actors, as ppo's stage task starts both."""
     resources = runtime.resources
     with distributed.placed(runtime, rollout) as in_place:
-        engines = pool._actors(
-            rollout_source._places(rollout, in_place),
+        opened = pool._actors(
+            engines._places(rollout, in_place),
             num_gpus_each=resources.num_gpus_per_engine,
             num_cpus_each=resources.num_cpus_per_engine,
         )
         workers = distributed._workers(in_place)
-        found = {"engines": seen_by(engines), "workers": seen_by(workers)}
-        for actor in (*engines, *workers):
+        found = {"engines": seen_by(opened), "workers": seen_by(workers)}
+        for actor in (*opened, *workers):
             ray.kill(actor)
         return found
 

@@ -5,17 +5,15 @@ import torch
 import torch.distributed as dist
 from inline import worker_in
 from plain_models import take_step
+from ppo_inputs import Parts, invented
 from safetensors.torch import load_file
 
-from rollout.api import Rollout
 from stages.config.data import DataSource
 from stages.config.ppo import PPOConfig
 from stages.config.sft import SFTConfig
-from stages.data.experience import assemble, pack_rollouts
 from stages.data.packing import pack
 from stages.objectives.logprobs import token_logprobs
 from stages.training.distributed import place
-from stages.training.health import Health
 from stages.training.models import (
     ScoreNormaliser,
     freeze,
@@ -25,8 +23,6 @@ from stages.training.models import (
     save_model,
 )
 from stages.training.optimize import Optimizer
-from stages.training.ppo_models import judge, load_ppo_models
-from stages.training.ppo_update import Learner
 
 CPU = torch.device("cpu")
 PAD, EOS = 0, 2
@@ -58,50 +54,32 @@ def inputs(tied_model_dir, tmp_path_factory):
     model = reward_from_causal_lm(tied_model_dir, pad_token_id=PAD)
     save_model(model, directory, full_state(model))
     ScoreNormaliser(mean=0.0, std=1.0).save(directory)
-    return {"sft": tied_model_dir, "reward": directory}
+    return {"policy": tied_model_dir, "reward_model": directory}
 
 
-def some_packs():
+def four_trajectories():
     generator = torch.Generator().manual_seed(1)
-    rollouts = []
+    trajectories = []
     for index in range(4):
         prompt, response = (
             tuple(torch.randint(5, 300, (n,), generator=generator).tolist()) for n in (3, 2 + index)
         )
-        rollouts.append(
-            Rollout(
-                request_id=str(index),
-                prompt_ids=prompt,
-                response_ids=(*response, EOS),
-                logprobs=(-1.0,) * (len(response) + 1),
-                finish_reason="stop",
-                weight_versions=(0,) * (len(response) + 1),
-                seed=index,
-            )
-        )
-    return pack_rollouts(rollouts, micro_batch_size=2, max_length=6, device=CPU)
-
-
-def judged(models, packs):
-    return [judge(models, pack, PPO, end_of_turn_id=EOS, stop_token_ids=(EOS,)) for pack in packs]
+        trajectories.append(invented(index, prompt, (*response, EOS)))
+    return trajectories
 
 
 def test_in_bf16_the_kl_to_the_reference_is_exactly_zero_before_any_update(inputs, worker):
-    models, packs = load_ppo_models(PPO, inputs, worker), some_packs()
-    for judgement in judged(models, packs):
-        assert torch.equal(judgement.kl_B, torch.zeros(2))
-        assert torch.equal(judgement.anchor_logprobs_BT, judgement.reference_logprobs_BT)
-        assert judgement.anchor_logprobs_BT.dtype == torch.float32
+    batch = Parts(PPO, inputs, worker).judged(four_trajectories())
+    assert torch.equal(batch.kl_B, torch.zeros(4))
+    assert torch.equal(batch.anchor_logprobs_BT, batch.reference_logprobs_BT)
+    assert batch.anchor_logprobs_BT.dtype == torch.float32
 
 
 def test_pin_4_in_bf16_too_the_first_ratio_is_exactly_one_and_updates_leave_the_reference(inputs, worker):
-    models, packs = load_ppo_models(PPO, inputs, worker), some_packs()
-    health = Health(PPO.health, worker.runtime)
-    learner = Learner(models, PPO, correction=PPO.correction(max_staleness=0), seed=0, health=health)
-    experiences, _ = assemble(packs, judged(models, packs), PPO, kl_coef=0.05)
-    metrics = learner.update(0, experiences, kl_coef=0.05)
-    assert metrics["ppo/ratio_first"] == 0.0
-    assert max(float(judgement.kl_B.abs().max()) for judgement in judged(models, packs)) > 0
+    parts = Parts(PPO, inputs, worker)
+    batch = parts.judged(four_trajectories())
+    assert parts.learner.update(0, parts.experiences(batch))["ppo/ratio_first"] == 0.0
+    assert float(parts.judges.judge_packs(batch.packs).kl_B.abs().max()) > 0
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -118,13 +96,13 @@ def test_in_bf16_the_rotary_frequencies_stay_fp32(tied_model_dir, worker, traine
 
 
 def test_in_bf16_a_frozen_model_holds_bf16_and_a_trained_one_fp32(inputs, worker):
-    models = load_ppo_models(PPO, inputs, worker)
+    models = Parts(PPO, inputs, worker).models
     dtypes = {
         name: {parameter.dtype for parameter in getattr(models, name).model.parameters()}
-        for name in ("policy", "reference", "reward_model", "value_model")
+        for name in ("policy", "reference", "reward_model", "value")
     }
     assert dtypes["reference"] == dtypes["reward_model"] == {torch.bfloat16}
-    assert dtypes["policy"] == dtypes["value_model"] == {torch.float32}
+    assert dtypes["policy"] == dtypes["value"] == {torch.float32}
 
 
 def test_bf16_training_lowers_the_loss_and_keeps_and_saves_fp32_masters(tied_model_dir, worker, tmp_path):
@@ -162,7 +140,7 @@ def test_bf16_training_lowers_the_loss_and_keeps_and_saves_fp32_masters(tied_mod
 
 
 def test_parameters_are_the_fp32_masters_again_after_a_forward_without_gradient(inputs, worker):
-    policy = load_causal_lm(inputs["sft"])
+    policy = load_causal_lm(inputs["policy"])
     place(policy, worker, precision="bf16", trained=True)
     with torch.no_grad():
         policy(pack([[5, 6, 7]]).model_inputs(), torch.tensor([0, 1]))

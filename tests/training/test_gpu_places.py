@@ -16,7 +16,7 @@ import torch
 from inline import runtime_in
 
 from rollout.config import EngineConfig
-from stages import rollout_source
+from stages import engines
 from stages.training import distributed
 from stages.training.distributed import launch
 
@@ -160,14 +160,14 @@ def test_a_process_gives_cached_gpu_memory_back_before_it_opens_an_engine(
     """vLLM does not start where less than its share of a GPU is free."""
     happened: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("given back"))
-    opened = rollout_source.open_engine
+    opened = engines.open_engine
 
     async def open_engine(*arguments: Any, **options: Any) -> Any:
         happened.append("opened")
         return await opened(*arguments, **options)
 
-    monkeypatch.setattr(rollout_source, "open_engine", open_engine)
-    with rollout_source.open_engines(
+    monkeypatch.setattr(engines, "open_engine", open_engine)
+    with engines.open_engines(
         EngineConfig(engine="hf"),
         model_dir=tied_model_dir,
         dtype="float32",

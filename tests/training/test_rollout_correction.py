@@ -4,19 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from inline import runtime_in, worker_in
-from ppo_inputs import EOS, ppo_inputs, some_rollouts
+from inline import worker_in
+from ppo_inputs import Parts, joined, ppo_inputs, with_turn
 
 from stages.config.correction import CORRECTIONS, RolloutCorrectionConfig
 from stages.config.data import DataSource
 from stages.config.ppo import PPOConfig
-from stages.data.experience import assemble, pack_rollouts
 from stages.training.fsdp import Trained
-from stages.training.health import Health
-from stages.training.ppo_models import judge, load_ppo_models
-from stages.training.ppo_update import Learner
 
-CPU = torch.device("cpu")
 CONFIG = PPOConfig(
     data=[DataSource(path="unused")],
     max_steps=3,
@@ -34,40 +29,26 @@ def inputs(tied_model_dir, tmp_path_factory):
     return ppo_inputs(tied_model_dir, tmp_path_factory.mktemp("reward"))
 
 
-def judged(models, rollouts, config):
-    packs = pack_rollouts(rollouts, micro_batch_size=config.pack_size, max_length=6, device=CPU)
-    ends = {"end_of_turn_id": EOS, "stop_token_ids": (EOS,)}
-    return packs, [judge(models, pack, config, **ends) for pack in packs]
-
-
-def batch_of(models, config):
-    """Experience of eight rollouts, in their order, whose engine is off by so much noise per token that the
-    correction of `config` limits some of them and not all.
+def batch_of(parts):
+    """Eight trajectories, in their order, whose engine is off by so much noise per token that the correction
+    limits some of them and not all; as judged, and ready for an update.
     """
-    nats = 0.02 if config.rollout_correction.type == "geometric_mask" else 0.5
-    packs, judgements = judged(models, some_rollouts(), config)
+    nats = 0.02 if parts.config.rollout_correction.type == "geometric_mask" else 0.5
+    batch = parts.judged()
     generator = torch.Generator().manual_seed(1)
     noise = {str(index): nats * torch.randn(6, generator=generator) for index in range(8)}
     sampled = []
-    for pack, judgement in zip(packs, judgements, strict=True):
-        for rollout, logprobs_T in zip(pack.rollouts, judgement.anchor_logprobs_BT, strict=True):
-            off_T = logprobs_T + noise[rollout.request_id]
-            sampled.append(replace(rollout, logprobs=tuple(off_T[: len(rollout.response_ids)].tolist())))
-    packs, judgements = judged(models, sorted(sampled, key=lambda one: int(one.request_id)), config)
-    return assemble(packs, judgements, config, kl_coef=config.kl_coef)[0]
+    for one, logprobs_T in zip(batch.trajectories, batch.anchor_logprobs_BT, strict=True):
+        off_T = logprobs_T + noise[one.id]
+        sampled.append(with_turn(one, logprobs=tuple(off_T[: len(one.turn.response_ids)].tolist())))
+    batch = parts.judged(sorted(sampled, key=lambda one: int(one.id)))
+    return batch, parts.experiences(batch, kl_coef=parts.config.kl_coef)
 
 
 def loss_and_gradient(inputs, tmp_path, monkeypatch, config, change=lambda item: item):
-    """The policy's, of the one step of a batch."""
-    models = load_ppo_models(config, inputs, worker_in(tmp_path, "ppo"))
-    learner = Learner(
-        models,
-        config,
-        correction=config.correction(max_staleness=0),
-        seed=0,
-        health=Health(config.health, runtime_in(tmp_path, "ppo")),
-    )
-    experiences = [change(item) for item in batch_of(models, config)]
+    """The policy's, of the one step of a batch; and the batch with its experiences."""
+    parts = Parts(config, inputs, worker_in(tmp_path, "ppo"))
+    batch, experiences = batch_of(parts)
     take_step, found = Trained.take_step, {}
 
     def keeping(self, step, packs, reads, loss_of, accepts):
@@ -78,8 +59,8 @@ def loss_and_gradient(inputs, tmp_path, monkeypatch, config, change=lambda item:
 
     with monkeypatch.context() as patch:
         patch.setattr(Trained, "take_step", keeping)
-        learner.update(0, experiences, kl_coef=config.kl_coef)
-    return (*found[models.policy], experiences)
+        parts.learner.update(0, [change(item) for item in experiences])
+    return (*found[parts.models.policy], batch, experiences)
 
 
 def with_type(kind, **changes):
@@ -105,19 +86,17 @@ def weight_by_hand(kind, log_ratios):
 def test_with_one_update_the_policy_loss_is_the_mean_of_minus_weight_times_advantage(
     inputs, tmp_path, monkeypatch, kind
 ):
-    """The ratio policy / anchor is 1. The anchor of the experience is spoiled: that of the forward counts."""
-    loss, _, experiences = loss_and_gradient(
-        inputs,
-        tmp_path,
-        monkeypatch,
-        with_type(kind),
-        change=lambda item: replace(item, anchor_logprobs_BT=item.anchor_logprobs_BT - 3),
-    )
+    """The ratio policy / anchor is 1: the anchor is that of the forward, and the experience has none."""
+    loss, _, batch, experiences = loss_and_gradient(inputs, tmp_path, monkeypatch, with_type(kind))
+    assert all(item.anchor_logprobs_BT is None for item in experiences)
     terms = [
-        -weight_by_hand(kind, (anchor_T + 3 - rollout_T)[mask_T]) * advantages_T[mask_T]
-        for item in experiences
+        -weight_by_hand(kind, (anchor_T - rollout_T)[mask_T]) * advantages_T[mask_T]
         for anchor_T, rollout_T, advantages_T, mask_T in zip(
-            item.anchor_logprobs_BT, item.rollout_logprobs_BT, item.advantages_BT, item.mask_BT, strict=True
+            batch.anchor_logprobs_BT,
+            batch.rollout_logprobs_BT,
+            joined(experiences, "advantages_BT"),
+            joined(experiences, "mask_BT"),
+            strict=True,
         )
     ]
     assert loss == pytest.approx(float(torch.cat(terms).mean()), abs=1e-5)
@@ -127,11 +106,11 @@ def test_with_one_update_the_policy_loss_is_the_mean_of_minus_weight_times_advan
 def test_pin_33_the_corrected_gradient_is_the_same_however_the_batch_is_split(
     inputs, tmp_path, monkeypatch, kind
 ):
-    whole, gradient, _ = loss_and_gradient(inputs, tmp_path, monkeypatch, with_type(kind))
+    whole, gradient, *_ = loss_and_gradient(inputs, tmp_path, monkeypatch, with_type(kind))
     assert gradient.norm() > 0
     for size in (1, 4):
         split = with_type(kind, micro_batch_size=size)
-        loss, parts, _ = loss_and_gradient(inputs, tmp_path, monkeypatch, split)
+        loss, parts, *_ = loss_and_gradient(inputs, tmp_path, monkeypatch, split)
         assert loss == pytest.approx(whole, abs=1e-6)
         assert (parts - gradient).norm() <= 2e-6 * gradient.norm()
 
@@ -140,13 +119,13 @@ def test_over_several_updates_weights_are_of_the_anchor_and_not_of_the_moving_po
     inputs, tmp_path, monkeypatch
 ):
     """The same loss and gradient as with one update, for the first of two steps."""
-    one, gradient, _ = loss_and_gradient(inputs, tmp_path, monkeypatch, with_type("token_truncate"))
+    one, gradient, *_ = loss_and_gradient(inputs, tmp_path, monkeypatch, with_type("token_truncate"))
     several = with_type("token_truncate", num_epochs=2)
-    monkeypatch.setattr("stages.training.ppo_update.minibatches", lambda packs, **_: [list(packs)])
-    loss, again, _ = loss_and_gradient(inputs, tmp_path, monkeypatch, several)
+    monkeypatch.setattr("stages.rl.update.minibatches", lambda packs, **_: [list(packs)])
+    loss, again, *_ = loss_and_gradient(inputs, tmp_path, monkeypatch, several)
     assert loss == pytest.approx(one, abs=1e-6)
     torch.testing.assert_close(again, gradient, rtol=1e-5, atol=1e-7)
-    moved, _, _ = loss_and_gradient(
+    moved, *_ = loss_and_gradient(
         inputs,
         tmp_path,
         monkeypatch,

@@ -7,19 +7,15 @@ import torch
 import torch.distributed as dist
 from forks import RANKS
 from inline import runtime_in
-from ppo_inputs import EOS, some_rollouts
+from ppo_inputs import Parts, joined
 from torch import Tensor, multiprocessing
 from torch.distributed.tensor import DTensor
 
 from stages.config.data import DataSource
 from stages.config.ppo import PPOConfig
-from stages.data.experience import Experience, assemble, pack_rollouts
 from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.fsdp import Trained
-from stages.training.health import Health
-from stages.training.ppo_models import judge_all, load_ppo_models
-from stages.training.ppo_update import Learner
 
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant")
 CPU = torch.device("cpu")
@@ -42,36 +38,28 @@ def measure(worker: Worker, inputs: dict[str, Path]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for aggregation in AGGREGATIONS:
         config = CONFIG.model_copy(update={"loss_aggregation": aggregation})
-        models = load_ppo_models(config, inputs, worker)
-        packs = pack_rollouts(some_rollouts(), micro_batch_size=2, max_length=6, device=CPU)
-        judgements = judge_all(models, packs, config, end_of_turn_id=EOS, stop_token_ids=(EOS,))
-        experiences, summary = assemble(packs, judgements, config, kl_coef=0.05)
-        found["advantages"] = torch.cat([item.advantages_BT for item in experiences])
-        found["returns"] = torch.cat([item.returns_BT for item in experiences])
-        found["score"] = torch.tensor(summary["rollout/score"])
-        learner = _Differentiated(
-            models,
-            config,
-            correction=config.correction(max_staleness=0),
-            seed=0,
-            health=Health(config.health, worker.runtime),
-        )
-        learner.update(0, experiences, kl_coef=0.05)
-        found |= {f"{aggregation}/{name}": gradient for name, gradient in learner.gradients.items()}
+        parts = Parts(config, inputs, worker)
+        batch = parts.judged()
+        experiences = parts.experiences(batch)
+        found["advantages"] = joined(experiences, "advantages_BT")
+        found["returns"] = joined(experiences, "returns_BT")
+        found["score"] = torch.tensor(parts.metrics(batch)["rollout/score"])
+        kept = _Kept()
+        for role, model in parts.models.trained.items():
+            model.take_step = kept.keeping(role, model)  # type: ignore[method-assign]
+        moved = [replace(item, anchor_logprobs_BT=item.anchor_logprobs_BT - 0.05) for item in experiences]
+        parts.learner.update(0, moved)
+        found |= {f"{aggregation}/{name}": gradient for name, gradient in kept.gradients.items()}
     return found
 
 
-class _Differentiated(Learner):
-    """Takes no step: keeps the gradients of the first one."""
+class _Kept:
+    """The gradients of the first step of each model; no step is taken."""
 
-    def update(self, step: int, experiences: list[Experience], *, kl_coef: float) -> dict[str, float]:
+    def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
-        moved = [replace(item, anchor_logprobs_BT=item.anchor_logprobs_BT - 0.05) for item in experiences]
-        for name, model in self.trained.items():
-            model.take_step = self._keeping(name, model)  # type: ignore[method-assign]
-        return super().update(step, moved, kl_coef=kl_coef)
 
-    def _keeping(self, name: str, model: Trained):
+    def keeping(self, name: str, model: Trained):
         take_step = model.take_step
 
         def keep(*arguments):

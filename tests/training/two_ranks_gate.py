@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from forks import RANKS
 from inline import runtime_in
-from ppo_inputs import EOS
+from ppo_inputs import EOS, Parts, invented, with_turn
 from torch import multiprocessing
 from wrong_engines import LaggingEngine, SkewedEngine
 
@@ -17,16 +17,12 @@ from rollout.config import EngineConfig
 from rollout.errors import ParityError
 from rollout.hf_engine import HFEngine
 from rollout.loop import LoopThread
-from rollout.parity import ParityGate
-from rollout.weight_sync import WeightSync
 from stages.config.data import DataSource
 from stages.config.ppo import PPOConfig
-from stages.data.experience import pack_rollouts
+from stages.engines import EngineClient
+from stages.rl.publish import Probe, Publisher, wired
 from stages.training import ranks
 from stages.training.distributed import Worker
-from stages.training.forwards import logprobs_by
-from stages.training.ppo_models import PPOModels, judge_all, load_ppo_models
-from stages.training.publish import Publisher
 
 CPU = torch.device("cpu")
 CONFIG = PPOConfig(data=[DataSource(path="unused")], num_prompts=3, max_response_tokens=6, micro_batch_size=1)
@@ -45,58 +41,48 @@ def _process(rank: int, directory: Path, inputs: dict[str, Path]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", world_size=2, rank=rank)
     worker = Worker(rank=rank, world_size=2, device=CPU, runtime=runtime_in(directory / str(rank), "ppo"))
-    models = load_ppo_models(CONFIG, inputs, worker)
+    parts = Parts(CONFIG, inputs, worker)
     with LoopThread() as loop:
-        raised = _cases(models, loop, inputs["sft"], directory)
+        raised = _cases(parts, loop, inputs["policy"], directory)
     (directory / f"raised-{rank}.json").write_text(json.dumps(raised))
     ranks.barrier()
     dist.destroy_process_group()
 
 
-def _cases(models: PPOModels, loop: LoopThread, model_dir: Path, directory: Path) -> dict[str, str]:
+def _cases(parts: Parts, loop: LoopThread, model_dir: Path, directory: Path) -> dict[str, str]:
     engine = None
     if ranks.is_main():
         opened = HFEngine.open(ENGINE, model_dir=model_dir, dtype="float32", max_model_len=64, name="engine")
         skewed = SkewedEngine(loop.run(opened, timeout_s=60, what="start"), error=0.2, num_tokens=1)
         engine = LaggingEngine(skewed, lag=1, directory=directory)
     loose = ENGINE.model_copy(update={"parity_max_abs_diff": 100.0})
-    strict, lax = (_publisher(models, engine, loop, config) for config in (ENGINE, loose))
+    strict, lax = (_publisher(parts, engine, loop, config) for config in (ENGINE, loose))
     raised = {"start": _raised(lambda: strict.begin(0))}
-    packs, judgements = _batch(models, engine, loop)
-    raised["replayed batch"] = str(strict.accepts_batch(0, packs, judgements))
-    raised["batch"] = _raised(lambda: strict.check_batch(0, packs, judgements))
+    lax.begin(0)
+    batch = _batch(parts, engine, loop)
+    raised["replayed batch"] = str(strict.accepts_batch(0, batch))
+    raised["batch"] = _raised(lambda: strict.check_batch(batch))
     with torch.no_grad():
-        for parameter in models.policy.model.parameters():
+        for parameter in parts.models.policy.model.parameters():
             parameter.mul_(1.01)
-    raised["no update"] = _raised(lambda: lax.publish(1, has_moved=False))
+    raised["no update"] = _raised(lambda: lax.publish(has_moved=False))
     with torch.no_grad():
-        for parameter in models.policy.model.parameters():
+        for parameter in parts.models.policy.model.parameters():
             parameter.mul_(1.01)
-    raised["update"] = _raised(lambda: lax.publish(2, has_moved=True))
+    raised["update"] = _raised(lambda: lax.publish(has_moved=True))
     for publisher in (strict, lax):
         publisher.close()
     return raised
 
 
-def _publisher(models, engine, loop, config) -> Publisher:
-    sync = WeightSync(
-        models.policy.weights(dtype="float32"),
-        engine=engine,
-        loop=None if engine is None else loop,
-        config=config,
-    )
-    gate = ParityGate(
-        sync,
-        prompts=PROMPTS,
-        stop_token_ids=(EOS,),
-        temperature=1.0,
-        seed=7,
-        logprobs_of=logprobs_by(models.policy, micro_batch_size=1, device=CPU),
-    )
+def _publisher(parts, engine, loop, config) -> Publisher:
+    probe = Probe(prompts=PROMPTS, stop_token_ids=(EOS,), temperature=1.0, seed=7)
+    client = EngineClient(engine, config, loop)
+    sync, gate = wired(parts.models.policy, client, probe, dtype="float32", micro_batch_size=1, device=CPU)
     return Publisher(sync, gate, stage="ppo")
 
 
-def _batch(models: PPOModels, engine, loop: LoopThread):
+def _batch(parts: Parts, engine, loop: LoopThread):
     """Three rollouts, the same on both ranks, and what the ranks together say of them."""
 
     def drawn():
@@ -111,8 +97,14 @@ def _batch(models: PPOModels, engine, loop: LoopThread):
         return [to_record(rollout) for rollout in rollouts]
 
     rollouts = [from_record(record) for record in ranks.from_main(drawn)]
-    packs = pack_rollouts(rollouts, micro_batch_size=1, max_length=6, device=CPU)
-    return packs, judge_all(models, packs, CONFIG, end_of_turn_id=EOS, stop_token_ids=(EOS,))
+    trajectories = [
+        invented(index, rollout.prompt_ids, rollout.response_ids) for index, rollout in enumerate(rollouts)
+    ]
+    sampled = [
+        with_turn(trajectory, logprobs=rollout.logprobs)
+        for trajectory, rollout in zip(trajectories, rollouts, strict=True)
+    ]
+    return parts.judged(sampled)
 
 
 def _raised(call) -> str:

@@ -1,6 +1,6 @@
-"""Times and totals of a PPO run: what its summary reports, over resumes too.
+"""What a run tells of itself: times of an iteration, totals over resumes too, and some samples as text.
 
-Owns: `Clock` (one iteration) and `Totals` (the run; part of each checkpoint).
+Owns: `Clock` (one iteration), `Totals` (the run; part of each checkpoint), the lines of rollouts.jsonl.
 """
 
 import statistics
@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.rl.experience import JudgedBatch
 
 Phase = Literal["generation", "scoring", "training", "sync"]
 
@@ -102,4 +105,22 @@ class Totals:
             "score_final": self.score_final,
             "steps": float(len(self.sync_seconds)),
             **({} if self.kl_final is None else {"kl_final": self.kl_final}),
+        }
+
+
+def rollout_lines(
+    step: int, batch: JudgedBatch, chat: ChatTokenizer, *, max_lines: int
+) -> Iterator[dict[str, Any]]:
+    """The first `max_lines` trajectories of a step (1-based), as text with what was made of them."""
+    for index, trajectory in enumerate(batch.trajectories[:max_lines]):
+        turn = trajectory.turn
+        yield {
+            "step": step,
+            "prompt": chat.decode(turn.prompt_ids),
+            "response": chat.response_text(turn.response_ids),
+            "score": float(batch.scores_B[index]),
+            "kl": None if batch.kl_B is None else float(batch.kl_B[index]),
+            "version": min(turn.weight_versions),
+            "finish_reason": turn.finish_reason,
+            "response_ids": list(turn.response_ids),
         }

@@ -7,8 +7,13 @@
 Tensors are compared after the first update of a process and every `rollout.compare_tensors_every_syncs`: in
 bf16 trainer and engine, each right, differ by more than the few steps by which an engine may be behind.
 
-Owns: when what is compared, and that all ranks raise together. Does not own: the comparisons and their limits
-(rollout.weight_sync). Rank 0 alone talks to the engines, so it alone knows what they answered.
+The weight version counts syncs: +1 each time, also after training went back, so that one number never names
+two sets of weights. It equals the step where nothing went back. A resumed run publishes the version of its
+checkpoint again, so that what the journal holds of that version still counts.
+
+Owns: the version, how sync and gate are put together, when what is compared, and that all ranks raise
+together. Does not own: the comparisons and their limits (rollout.weight_sync). Only rank 0 talks to the
+engines, so only rank 0 knows what they answered.
 """
 
 import logging
@@ -16,15 +21,62 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import torch
+
 from rollout.api import Diagnosis, from_record, to_record
 from rollout.errors import ParityError
 from rollout.parity import ParityGate, ParityReport
 from rollout.weight_file import in_short
 from rollout.weight_sync import SyncReport, WeightSync
-from stages.data.experience import Judgement, RolloutPack, engine_differences
+from stages.engines import Dtype, EngineClient
+from stages.rl.experience import JudgedBatch, engine_differences
 from stages.training import ranks
+from stages.training.forwards import logprobs_by
+from stages.training.fsdp import Placed
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What the engines sample after a sync, the same each time, for the trainer to compare log-probs."""
+
+    prompts: Sequence[tuple[int, ...]]  # at least `rollout.parity_num_prompts`; the first ones are taken
+    stop_token_ids: tuple[int, ...]
+    temperature: float
+    seed: int
+
+
+def wired(
+    model: Placed,
+    client: EngineClient,
+    probe: Probe,
+    *,
+    dtype: Dtype,
+    micro_batch_size: int,
+    device: torch.device,
+) -> tuple[WeightSync, ParityGate]:
+    """The way from `model` to the engines, and its gate. Every rank, together: all gather the weights and
+    score the probe, `micro_batch_size` responses to a forward; rank 0 alone talks to the engines. `dtype`: of
+    the engines. Close the sync.
+    """
+    on_main = ranks.is_main()
+    sync = WeightSync(
+        model.weights(dtype=dtype),
+        engine=client.engine if on_main else None,
+        loop=client.loop if on_main else None,
+        config=client.config,
+        **({"host": client.host} if on_main else {}),
+    )
+    gate = ParityGate(
+        sync,
+        prompts=probe.prompts,
+        stop_token_ids=probe.stop_token_ids,
+        temperature=probe.temperature,
+        seed=probe.seed,
+        logprobs_of=logprobs_by(model, micro_batch_size=micro_batch_size, device=device),
+    )
+    return sync, gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +103,24 @@ class Publisher:
     """The way from the policy to the engines, with its gate.
 
     Example: publisher = Publisher(sync, gate, stage="ppo"); publisher.begin(0)
-             publisher.check_batch(0, packs, judgements); ...; publisher.publish(1, has_moved=True)
+             publisher.check_batch(batch); ...; publisher.publish(has_moved=True)  # version 1
     """
+
+    version: int  # that the engines hold, from `begin` on
 
     def __init__(self, sync: WeightSync, gate: ParityGate, *, stage: str) -> None:
         self._sync = sync
         self._gate = gate
         self._stage = stage
         self._every = sync.config.compare_tensors_every_syncs
-        self._num_syncs = 0
+        self._num_syncs = 0  # of this process
         self._move_compared = False
         self._warned = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether this process has sent weights."""
+        return self._num_syncs > 0
 
     def begin(self, version: int) -> Published:
         """The first sync of this process. Its engines have started from the model directory, so the tensors
@@ -69,39 +128,36 @@ class Publisher:
         """
         return self._published(version, compare=version > 0)
 
-    def publish(self, version: int, *, has_moved: bool) -> Published:
-        """A further sync; `has_moved`: this process has updated the policy. Before its first update an engine
-        that ignores what it is sent cannot be told. Raises ParityError, WeightSyncError.
+    def publish(self, *, has_moved: bool) -> Published:
+        """A further sync, as the next version. `has_moved`: this process has updated the policy; before its
+        first update nothing shows that an engine ignores what it is sent. Raises ParityError,
+        WeightSyncError.
         """
         is_first_move = has_moved and not self._move_compared
-        published = self._published(version, compare=is_first_move)
+        published = self._published(self.version + 1, compare=is_first_move)
         self._move_compared |= has_moved
         return published
 
-    def accepts_batch(
-        self, version: int, packs: Sequence[RolloutPack], judgements: Sequence[Judgement]
-    ) -> bool:
+    def accepts_batch(self, step: int, batch: JudgedBatch) -> bool:
         """Whether engine and trainer agree about a training batch, by the rule of the probe. For a batch of
-        the journal, which can be drawn again.
+        the journal, which can be drawn again; `step` (0-based) is named in the warning.
         """
-        report = self._batch_report(version, packs, judgements)
+        report = self._batch_report(batch)
         is_accepted = self._gate.accepts(report)
         if not is_accepted and ranks.is_main():
             logger.warning(
                 "%s step %d: log-probs in the journal are %.2g nats from the trainer's (%.2g at most), as if "
                 "other weights had sampled them; the step is sampled again",
                 self._stage,
-                version + 1,
+                step + 1,
                 report.mean_abs_diff,
                 report.max_abs_diff,
             )
         return is_accepted
 
-    def check_batch(
-        self, version: int, packs: Sequence[RolloutPack], judgements: Sequence[Judgement]
-    ) -> None:
+    def check_batch(self, batch: JudgedBatch) -> None:
         """Raises ParityError where engine and trainer disagree about a training batch that was just drawn."""
-        report = self._batch_report(version, packs, judgements)
+        report = self._batch_report(batch)
         _raised_by_all(lambda: self._gate.require(report))
 
     def close(self) -> None:
@@ -110,6 +166,7 @@ class Publisher:
 
     def _published(self, version: int, *, compare: bool) -> Published:
         report = self._sync.sync(version)
+        self.version = version
         self._num_syncs += 1
         probe = ranks.from_main(lambda: [to_record(rollout) for rollout in self._gate.probe(version)])
         parity = _of_main(self._gate.measure([from_record(record) for record in probe]))
@@ -131,11 +188,9 @@ class Publisher:
                 in_short(found.not_compared),
             )
 
-    def _batch_report(
-        self, version: int, packs: Sequence[RolloutPack], judgements: Sequence[Judgement]
-    ) -> ParityReport:
-        diffs_N = engine_differences(packs, judgements)
-        return _of_main(ParityReport.of(diffs_N, sample="training batch", version=version))
+    def _batch_report(self, batch: JudgedBatch) -> ParityReport:
+        diffs_N = engine_differences(batch)
+        return _of_main(ParityReport.of(diffs_N, sample="training batch", version=self.version))
 
 
 def _of_main(report: ParityReport) -> ParityReport:

@@ -1,0 +1,287 @@
+"""What a trainer pulls from: prompts -> engines -> batches of trajectories, and the journal of them.
+
+    trainer --next(position, version)--> journal holds what that version drew? replay it : engines draw
+            --commit(position, scores)--> on the disk, before the update that learns from it
+            --drop_before(position)--> forgotten, once a checkpoint holds what it taught
+
+`RolloutSource` owns prompt order, seeds, the batch and the journal. It is a plain class: Ray wraps it in an
+actor, inline runs it on the engines' loop. Nothing depends on iterator state: what is drawn at a position is
+a function of the seed and that position. Every rank asks for each batch, which is drawn once; rank 0 alone
+commits and drops. Does not own: the engines (stages.engines), scores, weights.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rollout.api import RolloutEngine, RolloutRequest, Sampling
+from rollout.errors import EngineError, WeightSyncError
+from rollout.ground.errors import raise_expected
+from stages.config.ppo import PPOSettings
+from stages.data.batches import BatchOrder, stage_seed
+from stages.engines import GRACE_S, EngineClient
+from stages.rl.journal import Journal, JournalEntry
+from stages.rl.trajectories import Batch, Trajectory, turn_of
+from stages.runtime import Runtime, warnings_kept
+
+Scores = Mapping[str, Sequence[float | None]]
+"""Source of scores -> one for each trajectory of a batch, in its order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcePrompt:
+    """One prompt of the dataset."""
+
+    ids: tuple[int, ...]  # rendered up to where the assistant writes
+    row: Mapping[str, Any]  # the further columns of the user's row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcePlan:
+    """What is sampled, apart from the engines."""
+
+    prompts: tuple[SourcePrompt, ...]
+    num_prompts: int  # per batch
+    samples_per_prompt: int
+    temperature: float
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int  # of the run
+
+    @classmethod
+    def of(
+        cls, settings: PPOSettings, prompts: Sequence[SourcePrompt], *, stop_token_ids: Sequence[int]
+    ) -> Self:
+        """As the settings say."""
+        config = settings.ppo
+        return cls(
+            prompts=tuple(prompts),
+            num_prompts=config.num_prompts,
+            samples_per_prompt=config.samples_per_prompt,
+            temperature=config.temperature,
+            max_tokens=config.max_response_tokens,
+            stop_token_ids=tuple(stop_token_ids),
+            seed=settings.seed,
+        )
+
+
+class RolloutSource:
+    """Batches by position; each request's seed is H(run seed, index in the prompt order, sample)."""
+
+    def __init__(self, engine: RolloutEngine, plan: SourcePlan, work_dir: Path) -> None:
+        self._engine = engine
+        self._plan = plan
+        self._work_dir = work_dir
+        self._order = BatchOrder(
+            num_rows=len(plan.prompts),
+            batch_size=plan.num_prompts,
+            seed=stage_seed(plan.seed, "ppo", "prompts"),
+        )
+        self._asked: tuple[int, int, bool] | None = None
+        self._batch: asyncio.Future[Batch]
+
+    async def next(self, position: int, version: int, *, anew: bool = False) -> Batch:
+        """The batch at `position` (0-based), drawn by weight version `version`, which the engines hold now:
+        the journal's where it has it, else drawn. `anew`: drawn in any case.
+
+        Raises EngineError, WeightSyncError when other weights drew it, EnvironmentProblem when the disk
+        refuses.
+        """
+        asked = (position, version, anew)
+        if self._asked != asked:
+            self._asked, self._batch = asked, asyncio.ensure_future(self._found_or_drawn(*asked))
+        return await asyncio.shield(self._batch)
+
+    async def commit(self, position: int, scores: Scores) -> None:
+        """Keep the batch at `position`, the last one that was asked for, with its scores: on the disk when
+        this returns. Raises EnvironmentProblem.
+        """
+        batch = self._batch.result()
+        assert batch.position == position, f"asked for {batch.position}, committing {position}"
+        assert all(len(column) == len(batch.trajectories) for column in scores.values())
+        scored = tuple(
+            replace(trajectory, scores={source: column[index] for source, column in scores.items()})
+            for index, trajectory in enumerate(batch.trajectories)
+        )
+        self._journal.write(JournalEntry(position=position, trajectories=scored))
+
+    async def drop_before(self, position: int) -> None:
+        """Forget what was committed at earlier positions. Raises EnvironmentProblem."""
+        self._journal.drop_before(position)
+
+    @cached_property
+    def _journal(self) -> Journal:
+        """Opened at its first use: by then the trainer holds the lock of its work directory."""
+        return Journal(self._work_dir)
+
+    async def _found_or_drawn(self, position: int, version: int, anew: bool) -> Batch:
+        if not anew and (replayed := self._replayed(position, version)) is not None:
+            return replayed
+        trajectories = await self._draw(position)
+        if others := _versions(trajectories) - {version}:
+            raise WeightSyncError(
+                f"step {position + 1}: tokens were drawn by weight versions {sorted(others)}, not {version}"
+            )
+        return Batch(position=position, version=version, trajectories=trajectories, is_replayed=False)
+
+    def _replayed(self, position: int, version: int) -> Batch | None:
+        """The committed batch, unless other weights drew it."""
+        entry = self._journal.read(position)
+        if entry is None or _versions(entry.trajectories) != {version}:
+            return None
+        prompts = self._plan.prompts
+        trajectories = tuple(
+            replace(trajectory, row=prompts[trajectory.prompt_index].row) for trajectory in entry.trajectories
+        )
+        return Batch(position=position, version=version, trajectories=trajectories, is_replayed=True)
+
+    async def _draw(self, position: int) -> tuple[Trajectory, ...]:
+        plan = self._plan
+        drawn = [index for index in self._order.indices(position) for _ in range(plan.samples_per_prompt)]
+        requests = [self._request(position, number, index) for number, index in enumerate(drawn)]
+        rollouts = await self._engine.submit(requests)
+        aborted = sum(rollout.finish_reason == "abort" for rollout in rollouts)
+        if aborted:
+            raise EngineError(f"step {position + 1}: {aborted} of {len(rollouts)} generations were given up")
+        return tuple(
+            Trajectory(
+                id=rollout.request_id,
+                prompt_index=index,
+                place=number // plan.samples_per_prompt,
+                sample=number % plan.samples_per_prompt,
+                seed=rollout.seed,
+                turns=(turn_of(rollout),),
+                row=plan.prompts[index].row,
+                scores={},
+            )
+            for number, (index, rollout) in enumerate(zip(drawn, rollouts, strict=True))
+        )
+
+    def _request(self, position: int, number: int, prompt_index: int) -> RolloutRequest:
+        plan = self._plan
+        place, sample = divmod(number, plan.samples_per_prompt)
+        sampling = Sampling(
+            temperature=plan.temperature,
+            max_tokens=plan.max_tokens,
+            stop_token_ids=plan.stop_token_ids,
+            seed=stage_seed(plan.seed, "rollout", position * plan.num_prompts + place, sample),
+        )
+        return RolloutRequest(
+            request_id=f"step{position}-{place}-{sample}",
+            prompt_ids=plan.prompts[prompt_index].ids,
+            sampling=sampling,
+        )
+
+
+def _versions(trajectories: Sequence[Trajectory]) -> set[int]:
+    return {version for trajectory in trajectories for version in trajectory.weight_versions}
+
+
+class Source(Protocol):
+    """A trainer's handle on a RolloutSource, wherever that lives. Every call blocks until it is done, and
+    raises EngineError beyond its deadline.
+    """
+
+    def next(self, position: int, version: int, *, anew: bool = False) -> Batch:
+        """See `RolloutSource.next`."""
+
+    def commit(self, position: int, scores: Scores) -> None:
+        """See `RolloutSource.commit`."""
+
+    def drop_before(self, position: int) -> None:
+        """See `RolloutSource.drop_before`."""
+
+
+@contextlib.contextmanager
+def open_source(client: EngineClient, plan: SourcePlan, *, runtime: Runtime) -> Iterator[Source]:
+    """A RolloutSource over the engines: an actor of its own on Ray, on the engines' loop inline."""
+    config = client.config
+    deadlines = _Deadlines(draw_s=config.generate_timeout_s, disk_s=config.sync_timeout_s)
+    if runtime.executor == "inline":
+        yield _LocalSource(RolloutSource(client.engine, plan, runtime.work_dir), client, deadlines)
+        return
+    import ray
+
+    actor: Any = ray.remote(_SourceActor).options(num_cpus=0, max_restarts=0)
+    actor = actor.remote(client.engine, plan, runtime)
+    try:
+        yield _ActorSource(actor, deadlines)
+    finally:
+        ray.kill(actor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Deadlines:
+    """Of a source's answers."""
+
+    draw_s: float
+    disk_s: float
+
+
+class _SourceActor(RolloutSource):
+    """In a process of its own: what it warns of is written where the driver follows it."""
+
+    def __init__(self, engine: RolloutEngine, plan: SourcePlan, runtime: Runtime) -> None:
+        super().__init__(engine, plan, runtime.work_dir)
+        self._warnings = contextlib.ExitStack()  # open until the process ends
+        self._warnings.enter_context(warnings_kept(runtime))
+
+
+class _LocalSource:
+    def __init__(self, source: RolloutSource, client: EngineClient, deadlines: _Deadlines) -> None:
+        self._source = source
+        self._client = client
+        self._deadlines = deadlines
+
+    def next(self, position: int, version: int, *, anew: bool = False) -> Batch:
+        return self._client.loop.run(
+            self._source.next(position, version, anew=anew),
+            timeout_s=self._deadlines.draw_s + GRACE_S,
+            what=f"rollouts of step {position + 1}",
+        )
+
+    def commit(self, position: int, scores: Scores) -> None:
+        self._client.loop.run(
+            self._source.commit(position, scores),
+            timeout_s=self._deadlines.disk_s,
+            what=f"journal of step {position + 1}",
+        )
+
+    def drop_before(self, position: int) -> None:
+        self._client.loop.run(
+            self._source.drop_before(position), timeout_s=self._deadlines.disk_s, what="journal"
+        )
+
+
+class _ActorSource:
+    def __init__(self, actor: Any, deadlines: _Deadlines) -> None:
+        self._actor = actor
+        self._deadlines = deadlines
+
+    def next(self, position: int, version: int, *, anew: bool = False) -> Batch:
+        answer = self._actor.next.remote(position, version, anew=anew)
+        batch: Batch = self._answer(
+            answer, f"rollouts of step {position + 1}", self._deadlines.draw_s + 2 * GRACE_S
+        )
+        return batch
+
+    def commit(self, position: int, scores: Scores) -> None:
+        answer = self._actor.commit.remote(position, scores)
+        self._answer(answer, f"journal of step {position + 1}", self._deadlines.disk_s)
+
+    def drop_before(self, position: int) -> None:
+        self._answer(self._actor.drop_before.remote(position), "journal", self._deadlines.disk_s)
+
+    def _answer(self, answer: Any, what: str, timeout_s: float) -> Any:
+        import ray
+
+        try:
+            return ray.get(answer, timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            raise_expected(error)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+            raise EngineError(f"{what}: {type(error).__name__} after {timeout_s:g} s") from error
