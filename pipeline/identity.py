@@ -2,7 +2,6 @@
 
     Selection --plan--> {stage: Node(settings, inputs, contents, fingerprint)} --check_contents--> still so?
 
-    Selection --plan--> {stage: Node(settings, inputs, contents, fingerprint)}; check_contents asks them again
 a recipe gets. Does not own: edges (dag), what a row means (stages.data), artifacts on the disk (artifacts).
 No torch, and no recipe is imported here.
 """
@@ -10,9 +9,9 @@ No torch, and no recipe is imported here.
 import ast
 import importlib.util
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +25,14 @@ from stages.config.data import DataSource
 from stages.config.stage import StageSettings
 from stages.data.reading.files import shown
 from stages.data.reading.hub import hub_commit, is_hub_id
-from stages.data.reading.readers import content_digest
+from stages.data.reading.readers import content_digest, files_of
 from stages.errors import DataError
 
 SCHEMA_VERSION = 2
 """Of artifacts and fingerprints: a bump makes every artifact of an older version unknown."""
 FINGERPRINT_CHARS = 16
+Stamp = tuple[tuple[int, int], ...]
+"""Size and time of change (ns) of each of some files."""
 CHANGED = "changed since the run was planned; run the same command again"
 """What is wrong with a file or a directory that a stage was planned on and found otherwise."""
 
@@ -47,15 +48,22 @@ class Node:
     inputs: Mapping[str, str]  # input key -> fingerprint
     roles: Mapping[str, str]  # what the recipe calls an input -> its key
     contents: Mapping[str, str]  # dotted key of a file the settings name -> digest of its content
+    stamps: Mapping[str, Stamp]  # of the same keys, as they were when the digests were taken
     fingerprint: str
 
 
 class _Content(NamedTuple):
-    """What a file, or a source of several, holds that the settings name."""
+    """A file that the settings name, or a source of several."""
 
     key: str  # dotted
     path: str
-    digest: str
+    files: tuple[Path, ...]  # none of a hub dataset: its commit says all
+    digest: Callable[[], str]  # of what it holds now; DataError
+
+    def stamp(self) -> Stamp:
+        """Size and time of each file. A file that is not there has none; its digest says so."""
+        stats = (file.stat() for file in self.files if file.exists())
+        return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, str]) -> dict[str, Node]:
@@ -75,13 +83,18 @@ def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, s
     return nodes
 
 
-def check_contents(node: Node) -> None:
+def check_contents(node: Node, *, trusting_stamps: bool = False) -> None:
     """Read the files that the node's settings name again. Raises DataError naming what is no longer what was
     planned.
+
+    `trusting_stamps`: a file whose size and time are those of the plan is not read. A stage that has yet to
+    read its files needs no more: it asks for every byte once it has read them.
     """
     now = {content.key: content for content in _contents(node.settings)}
     for key, content in now.items():
-        if content.digest != node.contents.get(key):
+        if trusting_stamps and key in node.stamps and content.stamp() == node.stamps[key]:
+            continue
+        if content.digest() != node.contents.get(key):
             raise DataError(f"{content.path}: {key}: {CHANGED}")
     for key in node.contents.keys() - now.keys():
         raise DataError(f"{key}: {CHANGED}")
@@ -137,7 +150,9 @@ def recipe_version(entry: str) -> int:
 
 def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str], roles: Mapping[str, str]) -> Node:
     version = recipe_version(stage.recipe.entry)
-    contents = {content.key: content.digest for content in _contents(settings)}
+    named = list(_contents(settings))
+    stamps = {content.key: content.stamp() for content in named}  # before the digests: they are as old
+    contents = {content.key: content.digest() for content in named}
     identity = {
         "schema": SCHEMA_VERSION,
         "stage": stage.name,
@@ -154,6 +169,7 @@ def _node(stage: Stage, settings: StageSettings, inputs: Mapping[str, str], role
         inputs=inputs,
         roles=roles,
         contents=contents,
+        stamps=stamps,
         fingerprint=_digest(identity),
     )
 
@@ -182,11 +198,12 @@ def _pinned(value: Any) -> Any:
 
 
 def _contents(settings: StageSettings) -> Iterator[_Content]:
-    """Every file that the settings name, as it is now. Raises DataError."""
+    """Every file that the settings name. Raises DataError."""
     for path, section in sections_in(settings):
         key = ".".join(map(str, path))
         if isinstance(section, DataSource) and section.weight > 0:
-            yield _Content(key, shown(section.path), content_digest(section))
+            files = () if is_hub_id(section.path) else files_of(section)
+            yield _Content(key, shown(section.path), files, partial(content_digest, section))
         for name, place, counted in section.files():
             if not counted:
                 yield _file_content(f"{key}.{name}", place)
@@ -196,7 +213,11 @@ def _contents(settings: StageSettings) -> Iterator[_Content]:
 
 
 def _file_content(key: str, path: Path) -> _Content:
+    return _Content(key, shown(path), (path,), partial(_file_digest, key, path))
+
+
+def _file_digest(key: str, path: Path) -> str:
     try:
-        return _Content(key, shown(path), blake3.blake3(path.read_bytes()).hexdigest())
+        return blake3.blake3(path.read_bytes()).hexdigest()
     except OSError as error:
         raise DataError(f"{path}: {key}: {error.strerror}; give the path of a readable file") from error

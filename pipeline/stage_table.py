@@ -244,7 +244,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="sft",
-            recipe=Recipe(entry="stages.sft:train", on_workers=True),
+            recipe=Recipe(entry="stages.sft:train", on_workers=True, holds="stages.sft:shared"),
             settings=SFTSettings,
             needs=_sft_needs,
             makes="policy",
@@ -256,7 +256,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="reward",
-            recipe=Recipe(entry="stages.reward:train", on_workers=True),
+            recipe=Recipe(entry="stages.reward:train", on_workers=True, holds="stages.reward:shared"),
             settings=RewardSettings,
             needs=_reward_needs,
             makes="reward model",

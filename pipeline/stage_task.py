@@ -34,7 +34,7 @@ from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError, Proc
 from stages.config.stage import StageSettings
 from stages.config.training import TrainingConfig
 from stages.errors import DataError, Interrupted
-from stages.runtime import Runtime, StageResources, hide_gpus
+from stages.runtime import Runtime, StageResources, hide_gpus, warnings_kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,8 @@ def ready(
         in_place = stack.enter_context(placed(runtime, settings.engines))
         held: Mapping[str, Any] = {}
         if recipe.holds is not None:
-            held = stack.enter_context(_named(recipe.holds)(settings, inputs, in_place))
+            with warnings_kept(runtime):
+                held = stack.enter_context(_named(recipe.holds)(settings, inputs, in_place))
         yield partial(stack.enter_context(launched(function, in_place)), **held)
 
 
@@ -215,7 +216,8 @@ def _sealed(job: StageJob, store: Store) -> Iterator[_Making]:
     """Around the recipe: its inputs are verified and its surroundings made; what it leaves is sealed."""
     node, started = job.node, time.time()
     inputs = {role: _verified_input(job, store, key) for role, key in node.roles.items()}
-    check_files(job)  # hours may lie behind the plan
+    identity.check_contents(job.node, trusting_stamps=True)  # hours may lie behind the plan
+    _check_given(job)
     work = store.begin(node.stage, node.fingerprint)
     runtime = Runtime(
         stage=node.stage,
@@ -228,6 +230,7 @@ def _sealed(job: StageJob, store: Store) -> Iterator[_Making]:
         num_threads=job.num_threads,
         stop_file=job.stop_file,
         check_files=partial(check_files, job),
+        check_models=partial(_check_given, job),
         joined_cluster=job.joined_cluster,
     )
     made = _Making(inputs=inputs, out_dir=work / "out", runtime=runtime)

@@ -58,6 +58,7 @@ def opened(
         )
     config, chat = settings.ppo, ChatTokenizer.load(inputs[POLICY], settings.model.chat_template)
     prompts, data = _prompts(settings, chat)
+    runtime.check_files()
     plan = SourcePlan.of(settings, prompts, stop_token_ids=chat.stop_token_ids)
     with (
         open_engines(

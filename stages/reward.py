@@ -7,10 +7,13 @@ A response always ends with the end-of-turn token when it is scored: here, in ev
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, data_metrics, fit_pairs, fit_rows
 from stages.data.packing import pack, plan_packs
 from stages.data.reading.readers import check_sides, is_held_out, read_pairs
+from stages.data.token_file import Columns, MappedTokens, Prepared, prepared
 from stages.engines import ENGINE_DTYPE, open_engines
 from stages.errors import DataError, TrainingStopped
 from stages.objectives.losses import pair_loss_sum
@@ -37,6 +41,7 @@ from stages.training.supervised import Supervised
 from stages.training.trainable import Judge, Outputs, Reads, TermLoss
 
 RECIPE_VERSION = 5
+_RAGGED = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,25 +72,39 @@ class Pairs(WholeSequences):
 class Examples:
     """All pairs of the stage, split by prompt."""
 
-    train: list[Example]
-    heldout: list[Example]
+    train: Sequence[Example]
+    heldout: Sequence[Example]
     data: Mapping[str, float]  # metrics: what became of the rows
 
 
+@contextmanager
+def shared(
+    settings: RewardSettings, inputs: Mapping[str, Path], runtime: Runtime
+) -> Iterator[Mapping[str, Prepared]]:
+    """What the stage task does once: pairs as ids, in a file that all workers map."""
+
+    def rendered() -> Columns:
+        chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
+        examples = _examples(settings, chat)
+        runtime.check_files()
+        _normaliser_prompts(settings, examples)  # that there are too few is said before training
+        return _columns(examples)
+
+    yield {"rows": prepared(runtime.work_dir, rendered)}
+
+
 def train(
-    worker: Worker, *, settings: RewardSettings, inputs: Mapping[str, Path], out_dir: Path
+    worker: Worker, *, settings: RewardSettings, inputs: Mapping[str, Path], out_dir: Path, rows: Prepared
 ) -> dict[str, float]:
-    """Train; writes a model directory with its normaliser. Inputs: start.
+    """Train, on every worker; writes a model directory with its normaliser. Inputs: start.
 
     TrainingStopped (exit 5) when a gate is not met.
     """
-    config = settings.reward
-    source = inputs[START]
+    config, source = settings.reward, inputs[START]
 
-    # 1. Data: pairs as ids; whole prompts are held out.
+    # 1. Data: the pairs of the stage task's file; whole prompts are held out.
     chat = ChatTokenizer.load(source, settings.model.chat_template)
-    examples = _examples(settings, chat)
-    _normaliser_prompts(settings, examples)  # that there are too few is said before training
+    examples = _mapped(rows)
     order = BatchOrder(
         num_rows=len(examples.train),
         batch_size=config.batch_size,
@@ -137,6 +156,58 @@ def train(
         normaliser.save(out_dir)
         chat.save(out_dir)
     return metrics
+
+
+class Mapped(Sequence[Example]):
+    """Some of the pairs of a file of tokens: each is read when it is asked for."""
+
+    def __init__(self, tokens: MappedTokens, places: range, groups: Sequence[str]) -> None:
+        self._tokens = tokens
+        self._places = places
+        self._groups = groups
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        place = self._places[index]
+        prompt, chosen, rejected = (self._tokens.row(name, place) for name in _RAGGED)
+        group = int(self._tokens.flat("group")[place])
+        return Example(
+            ids=PairIds(prompt=prompt, chosen=chosen, rejected=rejected),
+            has_whole_prompt=bool(self._tokens.flat("has_whole_prompt")[place]),
+            group=None if group < 0 else self._groups[group],
+        )
+
+
+def _columns(examples: Examples) -> Columns:
+    """Those of training first, then those held out."""
+    pairs = [*examples.train, *examples.heldout]
+    groups = sorted({pair.group for pair in pairs if pair.group is not None})
+    numbers = {None: -1} | {group: number for number, group in enumerate(groups)}
+    return Columns(
+        ragged={name: [getattr(pair.ids, name) for pair in pairs] for name in _RAGGED},
+        flat={
+            "group": [numbers[pair.group] for pair in pairs],
+            "has_whole_prompt": [pair.has_whole_prompt for pair in pairs],
+        },
+        facts={
+            "num_train": len(examples.train),
+            "groups": groups,
+            "metrics": list(examples.data.items()),
+        },
+    )
+
+
+def _mapped(rows: Prepared) -> Examples:
+    """What `_columns` was given."""
+    tokens, facts = MappedTokens(rows), rows.facts
+    num_train, num_pairs = facts["num_train"], tokens.num_examples("prompt")
+    return Examples(
+        train=Mapped(tokens, range(num_train), facts["groups"]),
+        heldout=Mapped(tokens, range(num_train, num_pairs), facts["groups"]),
+        data=dict(facts["metrics"]),
+    )
 
 
 def _examples(settings: RewardSettings, chat: ChatTokenizer) -> Examples:
@@ -249,16 +320,19 @@ def _normaliser_prompts(settings: RewardSettings, examples: Examples) -> list[tu
     if sampling is None:
         return []
     longest = settings.model.max_prompt_tokens(sampling.max_response_tokens)
-    whole = (example for example in (*examples.heldout, *examples.train) if example.has_whole_prompt)
-    prompts = dict.fromkeys(example.ids.prompt for example in whole)
-    fitting = [prompt for prompt in prompts if len(prompt) <= longest][: config.normaliser_prompts]
+    fitting: dict[tuple[int, ...], None] = {}  # each once, in order
+    for example in chain(examples.heldout, examples.train):
+        if len(fitting) == config.normaliser_prompts:
+            break
+        if example.has_whole_prompt and len(example.ids.prompt) <= longest:
+            fitting[example.ids.prompt] = None
     if len(fitting) < 2:
         raise DataError(
             f"reward.data: fewer than 2 prompts of at most {longest} tokens to sample the normaliser with, "
             f"whose responses have {sampling.max_response_tokens}; raise model.context_length, or lower "
             f"{settings.normaliser_length_key}"
         )
-    return fitting
+    return list(fitting)
 
 
 def _normaliser_sequences(

@@ -58,7 +58,8 @@ class Runtime:
     """The surroundings of one stage execution.
 
     A recipe calls `check_files` once it has read what its settings name and before it keeps anything of it:
-    what it read is then what its artifact is named by. Whoever edits those files later harms nothing.
+    what it read is then what its artifact is named by. Whoever edits those files later harms nothing. Where
+    the stage task has read them for its workers, these call `check_models` once they have loaded theirs.
     """
 
     stage: str
@@ -71,6 +72,7 @@ class Runtime:
     num_threads: int  # cores this stage may compute with: fewer where stages run side by side
     stop_file: Path  # exists once the run was asked to stop: leave at the next step boundary, state saved
     check_files: Callable[[], None] = _nothing  # DataError: a file of the settings, or a given model, changed
+    check_models: Callable[[], None] = _nothing  # DataError: a given model changed
     joined_cluster: bool = False  # Ray was running already (resources.address)
     group: Any = None  # on Ray, once the stage is placed: the placement group of its workers and engines
 

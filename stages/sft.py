@@ -9,10 +9,12 @@ way nothing is padded: an empty slot does not go through the model. Packed seque
 the end-of-turn token is trained once per assistant turn.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.fitting import check_left, check_rendering, data_metrics, fit_conversations, fit_rows
 from stages.data.packing import PackedRow, best_fit, pack, plan_packs, utilisation
 from stages.data.reading.readers import read_conversations
-from stages.runtime import START
+from stages.data.token_file import Columns, MappedTokens, Prepared, prepared
+from stages.runtime import START, Runtime
 from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.fsdp import trained
@@ -48,16 +51,33 @@ class Conversations:
     share_of_tokens: float  # this micro-batch's, of the tokens of that step
 
 
+@contextmanager
+def shared(
+    settings: SFTSettings, inputs: Mapping[str, Path], runtime: Runtime
+) -> Iterator[Mapping[str, Prepared]]:
+    """What the stage task does once: conversations as ids with a mask of what is trained, in a file that all
+    workers map.
+    """
+
+    def rendered() -> Columns:
+        chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
+        examples, data = _examples(settings, chat)
+        runtime.check_files()
+        ragged = {"ids": [one.ids for one in examples], "mask": [one.mask for one in examples]}
+        return Columns(ragged=ragged, flat={}, facts={"metrics": list(data.items())})
+
+    yield {"rows": prepared(runtime.work_dir, rendered)}
+
+
 def train(
-    worker: Worker, *, settings: SFTSettings, inputs: Mapping[str, Path], out_dir: Path
+    worker: Worker, *, settings: SFTSettings, inputs: Mapping[str, Path], out_dir: Path, rows: Prepared
 ) -> dict[str, float]:
-    """Fine-tune; writes a model directory. Inputs: start."""
+    """Fine-tune, on every worker; writes a model directory. Inputs: start."""
     config = settings.sft
 
-    # 1. Data: conversations as ids with a mask of what is trained.
+    # 1. Data: the conversations of the stage task's file, in an order that is a function of the step.
     chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
-    examples, data = _examples(settings, chat)
-    batches = _batches(examples, settings, worker)
+    batches = _batches(Mapped(MappedTokens(rows)), settings, worker)
 
     # 2. Model and optimizer.
     initial = load_causal_lm(inputs[START])
@@ -91,9 +111,23 @@ def train(
         chat.save(out_dir)
     return {
         **stepper.summary(),
-        **data,
+        **dict(rows.facts["metrics"]),
         **batches.metrics,
     }
+
+
+class Mapped(Sequence[Rendered]):
+    """The examples of a file of tokens: each is read when it is asked for."""
+
+    def __init__(self, tokens: MappedTokens) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return self._tokens.num_examples("ids")
+
+    def __getitem__(self, index: Any) -> Any:
+        mask = self._tokens.row("mask", index)
+        return Rendered(ids=self._tokens.row("ids", index), mask=tuple(map(bool, mask)))
 
 
 def _examples(settings: SFTSettings, chat: ChatTokenizer) -> tuple[list[Rendered], dict[str, float]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stages.training.forwards import ResponsePack
@@ -20,6 +21,13 @@ def response_logprobs(model: CausalLM, packed: ResponsePack, *, temperature: flo
 def response_values(model: TokenScorer, packed: ResponsePack) -> Tensor:
     """Values [B, T] where the response tokens are predicted."""
     return packed.padded(outputs_of(model, packed, Reads(values=True)).values_N)
+
+
+def losses_of(model: CausalLM, packs: Sequence[Any], loss_of: Callable[..., TermLoss]) -> Tensor:
+    """The sum of a recipe's loss over packs whose targets are scored; a scalar with its gradient."""
+    reads = Reads(logprobs=True, router_loss=True, temperature=1.0)
+    terms = [loss_of(pack, outputs_of(model, pack, reads), router_coef=0.0) for pack in packs]
+    return torch.stack([term.loss for term in terms]).sum()
 
 
 def take_step(

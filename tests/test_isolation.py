@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from inline import run_recipe, runtime_in, worker_in
+from plain_models import losses_of
 from torch import Tensor
 
 from stages import pretrain, sft
@@ -151,7 +152,7 @@ def pretrain_loss(
     model: CausalLM, shards: TokenShards, indices, micro_batch_size: int, worker: Worker
 ) -> Tensor:
     rows = pretrain._micro_batches(shards, indices, micro_batch_size, worker)
-    return torch.stack([pretrain._loss(model, micro_batch) for micro_batch in rows]).sum()
+    return losses_of(model, rows, pretrain._loss)
 
 
 def gradient_of(model: CausalLM, loss: Tensor) -> Tensor:
@@ -237,8 +238,8 @@ def test_batch_tokens_are_rows_of_the_context_filled_best_fit_and_every_conversa
     ]
     assert sorted(seen) == sorted(2 * [example.ids for example in examples]), "two epochs"
     for step in range(4):
-        assert sum(batch.num_tokens for batch in batches.of_step(step)) <= 96 * 2 + 50
-        assert all(batch.num_tokens <= 96 for batch in batches.of_step(step))
+        assert sum(batch.row.num_tokens for batch in batches.of_step(step)) <= 96 * 2 + 50
+        assert all(batch.row.num_tokens <= 96 for batch in batches.of_step(step))
 
 
 def test_a_step_by_tokens_is_a_function_of_its_number_alone(tmp_path, tied_model_dir):
@@ -265,7 +266,7 @@ def test_the_rows_of_a_step_and_its_denominator_are_the_same_for_any_number_of_r
         assert [ids for share in shares for ids in ids_of(share, step)] == ids_of(whole, step)
         counts = {batch.num_targets for share in [whole, *shares] for batch in share.of_step(step)}
         (count,) = counts
-        assert count == sum(len(batch.token_K) for batch in whole.of_step(step))
+        assert count == sum(len(batch.targets_N) for batch in whole.of_step(step))
 
 
 def test_sft_by_tokens_has_the_loss_of_the_same_conversations_by_number(tmp_path, tied_model_dir):
@@ -277,7 +278,7 @@ def test_sft_by_tokens_has_the_loss_of_the_same_conversations_by_number(tmp_path
 
     def gradient(**config) -> tuple[float, Tensor]:
         batches = sft_batches(tmp_path, tied_model_dir, worker, **config).of_step(0)
-        loss = torch.stack([sft._loss(model, batch) for batch in batches]).sum()
+        loss = losses_of(model, batches, sft._loss)
         return loss.item(), gradient_of(model, loss)
 
     by_number, by_tokens = gradient(batch_size=num_examples), gradient(batch_tokens=96 * rows)

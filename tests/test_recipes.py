@@ -35,6 +35,7 @@ from stages.config.sft import SFTConfig, SFTSettings
 from stages.data.batches import BatchOrder
 from stages.data.chat.ids import PairIds
 from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.packing import pack
 from stages.data.reading.readers import read_prompts
 from stages.data.reading.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
@@ -42,6 +43,8 @@ from stages.training.forwards import sequence_scores
 from stages.training.fsdp import Placed
 from stages.training.metrics import read_steps
 from stages.training.models import freeze, load_reward_model
+from stages.training.optimize import Tally
+from stages.training.trainable import Outputs
 
 NOUNS = ["cat", "dog", "house", "tree", "river", "window", "garden", "teacher"]
 VERBS = ["sees", "likes", "finds"]
@@ -229,6 +232,18 @@ def test_held_out_accuracy_is_reported_per_group_and_beside_the_longer_wins_rule
     assert metrics["accuracy_heldout"] == pytest.approx(mean, abs=1e-6)
     assert metrics["accuracy_longer_wins"] == 1.0
     assert metrics["pairs"] + metrics["pairs_heldout"] == 60 and metrics["pairs_dropped"] == 0
+
+
+def test_training_accuracy_and_margin_are_those_of_the_pairs_of_the_steps():
+    """Two packs: margins of 1.5 and 0, then -2; a tie is not ranked as labelled."""
+    tally = Tally()
+    for chosen, rejected in (([2.0, 1.0], [0.5, 1.0]), ([1.0], [3.0])):
+        row = pack([[5]] * (2 * len(chosen)))
+        scores_B = torch.tensor(chosen + rejected, requires_grad=True)
+        tally.add(reward._loss(reward.Pairs(row=row, num_pairs=3), Outputs(scores_B=scores_B)))
+    assert reward._ranked_share(tally.sums) == {"train/accuracy": 1 / 3, "train/margin": -0.5 / 3}
+    losses = [math.log1p(math.exp(-margin)) for margin in (1.5, 0.0, -2.0)]
+    assert tally.loss == pytest.approx(sum(losses) / 3)
 
 
 def test_no_prompt_is_both_trained_on_and_held_out(chain):
@@ -539,7 +554,7 @@ def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(chain, tmp_pat
     def found_changed() -> None:
         raise DataError("a.jsonl: changed since the run was planned")
 
-    runtime = replace(runtime_in(tmp_path, stage), check_files=found_changed)
+    runtime = replace(runtime_in(tmp_path, stage), check_files=found_changed, check_models=found_changed)
     with pytest.raises(DataError, match="changed since the run was planned"):
         run_recipe(settings, chain.given(inputs), tmp_path / "out", runtime)
     assert not list((tmp_path / "out").iterdir())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from inline import run_recipe, runtime_in, worker_in
+from plain_models import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import sft
@@ -91,7 +92,7 @@ def test_pin_12_loss_and_gradient_are_those_of_a_loop_over_conversations_and_ass
     examples, data = sft._examples(settings, chat)
     model = load_causal_lm(tied_model_dir)
     micro_batches = sft._micro_batches(examples, micro_batch_size, worker_in(tmp_path, "sft"))
-    loss = torch.stack([sft._loss(model, micro_batch) for micro_batch in micro_batches]).sum()
+    loss = losses_of(model, micro_batches, sft._loss)
     loss.backward()
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
@@ -118,9 +119,10 @@ def test_pin_12_trained_are_the_assistants_tokens_and_its_end_of_turn_and_no_fir
         ids, trained = tokens_and_trained(tied_model_dir, conversation)
         assert (list(example.ids), list(example.mask)) == (ids, trained)
     (packed,) = sft._micro_batches(examples, len(examples), worker_in(tmp_path, "sft"))
-    said = packed.row.input_ids_1N[0, packed.token_K].tolist()
+    said, positions = packed.targets_N.tolist(), (packed.predicting_N + 1).tolist()
+    assert packed.row.input_ids_1N[0, positions].tolist() == said
     assert said.count(EOS) == sum(role == "assistant" for turns in CONVERSATIONS for role, _ in turns)
-    assert packed.num_targets == len(said) and not set(packed.row.starts) & set(packed.token_K.tolist())
+    assert packed.num_targets == len(said) and not set(packed.row.starts) & set(positions)
 
 
 def test_pin_12_the_recipe_itself_starts_at_the_loss_of_that_loop(tied_model_dir, settings, tmp_path):

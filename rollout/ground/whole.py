@@ -161,10 +161,12 @@ def write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any]
 
 
 def whole_record(record: Path) -> dict[str, Any] | None:
-    """The content of a record that is, with its files, as `write_record` left it; else None."""
+    """The content of a record that is, with its files, as `write_record` left it; else None. Under `files`
+    stands what each of them was measured as.
+    """
     try:
         content = record_content(record.read_bytes().decode())
-        files = {record.with_name(name): Measured(**one) for name, one in content.pop("files").items()}
+        files = {record.with_name(name): Measured(**one) for name, one in content["files"].items()}
         return content if all(holds(path, one) for path, one in files.items()) else None
     except (NotWhole, OSError, UnicodeDecodeError):  # never written, or damaged: it is made again
         return None

@@ -70,10 +70,10 @@ def run_loop(stepper: Stepper, config: TrainingConfig, *, max_steps: int, runtim
     """Train from the newest checkpoint, or from the start, to `max_steps`. Whatever the batches and the
     models are made from has been read.
 
-    Raises DataError when a file changed meanwhile, TrainingStopped when bad steps do not end, Interrupted
-    when the run is to stop.
+    Raises DataError when a given model changed meanwhile, TrainingStopped when bad steps do not end,
+    Interrupted when the run is to stop.
     """
-    runtime.check_files()
+    runtime.check_models()
     health = stepper.health
     parts = {name: model.state() for name, model in stepper.trained.items()}
     checkpoints = Checkpoints(runtime.work_dir, keep=config.keep_checkpoints)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -133,8 +134,8 @@ def test_a_record_beside_its_files_is_taken_while_all_of_them_hold(directory: Pa
     beside = directory / "below/b.json"
     write_record(directory / "a.json", files[:1], {"count": 1})
     write_record(beside, files[1:], {"count": 2})
-    assert whole_record(directory / "a.json") == {"count": 1}
-    assert whole_record(beside) == {"count": 2}
+    assert whole_record(directory / "a.json") == {"files": {"a": asdict(measure(files[0]))}, "count": 1}
+    assert whole_record(beside) == {"files": {"b": asdict(measure(files[1]))}, "count": 2}
     (directory / "a").write_bytes(b"two")
     assert whole_record(directory / "a.json") is None
     assert whole_record(directory / "none.json") is None
