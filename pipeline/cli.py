@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _beat_the_environment(arguments: Sequence[str]) -> None:
-    """Unset what stands for a setting of ours, and say so, but not beside what is asked for as text."""
+    """Unset variables that replace a setting of ours, and say so; not where a command prints plain text."""
     if (foreign := take_out(os.environ)) and arguments[:1] != ["schema"] and "--help" not in arguments:
         decided = ", ".join(dict.fromkeys(foreign.values()))
         line = f"note: environment: {', '.join(foreign)}: unset, because the config decides: {decided}"
@@ -321,7 +321,7 @@ def _check_unchanged(config: ExperimentConfig) -> None:
 
 
 def _tell_changes(planned: planning.PlannedRun) -> None:
-    """One line when the run had other settings before: what changed, and which stages start anew."""
+    """One line when the run had other settings before: what changed, and which stages start again."""
     config, path = planned.config, planned.store.config_file(planned.config.name)
     try:
         before = changes.last_config(path)

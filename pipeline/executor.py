@@ -49,9 +49,9 @@ class _Run:
     failures: dict[str, ExpectedError]  # by stage; "ray" of the cluster
 
     def start(self, stage: str) -> None:
-        """Follow the stage's metrics, from the work directory to the artifact that is renamed from it.
+        """Follow the stage's metrics: in the work directory, then in the artifact that it becomes.
 
-        Where an artifact is made anew, what lies there meanwhile is the old one: other bytes at every offset.
+        Where an artifact is replaced, the old one lies there meanwhile. It is not followed.
         """
         node, store = self.planned.nodes[stage], self.planned.store
         unfinished = store.work_dir(stage, node.fingerprint) / METRICS
@@ -114,7 +114,7 @@ def _recorded(planned: PlannedRun, progress: Progress) -> Iterator[_Run]:
         progress.note(f"note: {remark}")
     try:
         yield run
-    finally:  # a full disk fails the record too: a stage that met it says more
+    finally:  # a full disk fails the record too, but the stage that met it says more
         with contextlib.suppress(EnvironmentProblem) if run.failures else contextlib.nullcontext():
             _record(planned, results)
     for failure in sorted(run.failures.values(), key=lambda failure: isinstance(failure, Interrupted)):
@@ -197,7 +197,7 @@ def _submit(planned: PlannedRun, results: Mapping[str, StageResult]) -> dict[str
     """One task per stage to run, its arguments the refs of the stages it needs; stage -> ref."""
     import ray
 
-    # max_calls: a process per stage, so that no memory, thread count or environment of one reaches the next
+    # max_calls: a process per stage, so that no stage inherits memory, threads or environment of another
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(run_stage)
     refs = {stage: ray.put(result) for stage, result in results.items()}
     for stage in planned.to_run:

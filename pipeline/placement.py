@@ -91,7 +91,7 @@ def architecture_of(config: ExperimentConfig) -> Architecture | None:
 
 
 def plan(config: ExperimentConfig, stages: Collection[str]) -> Iterator[str]:
-    """The lines of the plan."""
+    """Formats the memory plan, a line per stage, process and load."""
     architecture = architecture_of(config)
     for stage, bundles in bundles_by_stage(config, stages).items():
         yield str(bundles)
@@ -319,7 +319,7 @@ def _stated_in(path: Path) -> Architecture | None:
 
 def described_by(model: ModelConfig) -> Path | None:
     """The config.json of a model whose weights are not on this machine yet: its own, where the hub's cache
-    has it, else `model.architecture`, which then stands for it. Memory is planned by the latter in any case.
+    has it, else `model.architecture` in its place. Memory is planned by the latter in any case.
     """
     own = None if model.path is None else config_json_of(model.path, model.revision)
     return own or model.architecture

@@ -1,9 +1,9 @@
-"""What a command has to run: which stages, which artifacts it takes as they are, on which inputs.
+"""Planning: what a command has to run, on which inputs, and which artifacts it takes as they are.
 
     config --dag.select--> what comes from outside, identified --fit--> settings --identity.plan--> nodes
        --Store.find--> PlannedRun --validate_data--> executor
 
-Owns: what is made anew, what is missing, and judging all data and given files before anything starts.
+Owns: what is made again, what is missing, and judging all data and given files before anything starts.
 Does not own: edges and fingerprints (dag), settings that follow from a given model (fitted_defaults), what is
 found under `outputs/` (artifacts), running it (executor).
 """
@@ -36,18 +36,18 @@ from stages.errors import ModelError
 class PlannedRun:
     """What one command is going to do."""
 
-    config: ExperimentConfig  # fitted: nothing in it follows from the given model any more
+    config: ExperimentConfig  # fitted to the given model: nothing is left open
     store: Store
     nodes: Mapping[str, identity.Node]  # in the order of the stage table
     outside: Mapping[str, Given]  # input keys that no stage of this run makes
     present: Mapping[str, Manifest]  # verified artifacts that are taken as they are
     to_run: tuple[str, ...]
-    replaced: frozenset[str]  # stages of to_run whose artifact is made anew
+    replaced: frozenset[str]  # stages of to_run whose artifact is made again
     fit: Fit  # what was fitted, and to which model
 
 
 def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | None = None) -> PlannedRun:
-    """All configured stages up to `last`; `force` and what needs it are made anew.
+    """All configured stages up to `last`; `force` and what needs it are made again.
 
     Raises ConfigError, DataError (a missing dataset), CorruptArtifact.
     """
@@ -85,7 +85,7 @@ def plan_stage(
     force: bool,
     command: Callable[[str], str],
 ) -> PlannedRun:
-    """One stage on what the stages before it left, or on `inputs`.
+    """One stage, on what the stages before it left or on `inputs`.
 
     `command(stage)` is how a user makes a missing stage. Raises MissingStage besides what `plan_run` raises.
     """
@@ -135,8 +135,8 @@ def fitted_to_what_is_here(config: ExperimentConfig) -> Fit:
 
 
 def validate_data(planned: PlannedRun) -> None:
-    """Before anything starts: judge every model directory that the stages will start from, read every dataset
-    of theirs, load the scoring function and the tokenizer that prepare is given.
+    """Before anything starts: judge the model directories that stages start from, read their datasets, load
+    the scoring function and the tokenizer that prepare is given.
 
     Raises DataError, ModelError.
     """
@@ -157,8 +157,8 @@ def validate_data(planned: PlannedRun) -> None:
 
 
 def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: Mapping[str, Path]) -> None:
-    """Judge the directories that `stages` are given (input key -> directory): whether each can be trained, or
-    scored with, as these stages will do it, and whether its tokenizer is made for it. Raises ModelError.
+    """Judge the directories that `stages` are given (input key -> directory). Can each be trained, or scored
+    with, as these stages will do it, and does its tokenizer fit it? Raises ModelError.
     """
     corpora = {key: path for key, path in given.items() if _is_corpus(key)}
     models = {key: path for key, path in given.items() if key not in corpora}
@@ -190,7 +190,7 @@ def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: M
 
 
 def check_described_model(config: ExperimentConfig, described: Path) -> None:
-    """Judge a model by a config.json alone, `placement.described_by`: its weights and tokenizer are not on
+    """Judge a model by its config.json alone (`placement.described_by`): its weights and tokenizer are not on
     this machine yet. Raises ModelError.
     """
     from stages.training.model_rules import check_model_config, read_config

@@ -3,7 +3,7 @@
     runs/<name>/{config.yaml, summary.json, <stage>/{manifest.json, metrics.jsonl, ...}} --> report.html
 
 Owns: what is shown, and in which order. Does not own: markup and drawing (report_page), the files it reads.
-A part whose file is missing or unreadable is left out: a report of half a run is a report of half a run.
+A part whose file is missing or unreadable is left out, so half a run has a report too.
 """
 
 import json
@@ -355,7 +355,7 @@ def _config(run_dir: Path) -> Html | None:
 
 
 def _environment(stages: Sequence[_Stage]) -> Html | None:
-    """A fact per line; by stage where they differ, for a stage may come from another day and machine."""
+    """A fact per line; by stage where they differ, because a stage may come from another day or machine."""
     known = [stage for stage in stages if stage.manifest]
     facts = {stage.name: dict(_environment_facts(stage.manifest)) for stage in known}
     keys = dict.fromkeys(key for stage_facts in facts.values() for key in stage_facts)

@@ -1,4 +1,4 @@
-"""HTML for the report: elements that escape what they hold, the two drawings, the page around it all.
+"""HTML for the report: elements that escape what they hold, two drawings, and the page around them.
 
     el("td", response) -> Html      text is escaped, Html is not: what a model wrote cannot become markup
 
@@ -149,7 +149,7 @@ def _edge(path: str) -> Html:
 
 
 def curve(name: str, points: Sequence[tuple[float, float | None]], *, description: str = "") -> Html | None:
-    """One metric over steps, with its extremes and its last value; None stands for a value that is no number.
+    """One metric over steps, with its extremes and its last value. None is a value that is no number.
 
     Nothing is drawn, and None returned, if there is no number at all.
     """
@@ -200,7 +200,7 @@ def _dot(place: str, *, radius: float) -> Html:
 
 
 def _share(y: float, low: float, high: float) -> float:
-    """Where y lies from low to high, in [0, 1]; halved, for the largest difference of doubles is not one."""
+    """Where y lies from low to high, in [0, 1]. Halved: the difference of two floats may overflow."""
     return (y / 2 - low / 2) / (high / 2 - low / 2)
 
 

@@ -154,7 +154,7 @@ def check_files(job: StageJob) -> None:
 
 
 def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
-    """The line that `error` becomes: itself when meant for the user, else the machine's fault or our bug."""
+    """What to raise for `error`: itself when it is for the user, else the machine's fault or our bug."""
     if isinstance(cause := root_cause(error), ExpectedError):
         return cause
     if any(kind.__module__ == "ray.exceptions" for kind in type(cause).__mro__):
@@ -235,7 +235,7 @@ def _sealed(job: StageJob, store: Store) -> Iterator[_Making]:
     )
     made = _Making(inputs=inputs, out_dir=work / "out", runtime=runtime)
     yield made
-    _check_given(job)  # an engine that is started anew opens its model again
+    _check_given(job)  # an engine that was started again has opened its model again
     if not (work / METRICS).exists():  # a stage of one step
         line: dict[str, float | None] = {"step": 1, "max_steps": 1, "time": round(time.time(), 3)}
         line |= {f"{node.stage}/{key}": json_number(value) for key, value in made.metrics.items()}

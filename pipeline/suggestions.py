@@ -126,7 +126,7 @@ def _elsewhere(path: KeyPath, stated: Collection[str]) -> list[str]:
 
 
 def _entries(path: KeyPath, node: Node, stated: Collection[str]) -> Iterator[str]:
-    """What stands in a section that is none here, as far as it is known; settings before notes.
+    """The known entries of a section that does not exist here; settings before notes.
 
     Example: ["its 'n' is 'ppo.samples_per_prompt'", "its 'shuffle': data is read once, ...; remove it"]
     """
@@ -148,7 +148,7 @@ def _entries(path: KeyPath, node: Node, stated: Collection[str]) -> Iterator[str
 
 
 def _meaning_of_entry(path: KeyPath) -> Meaning | None:
-    """Of the entry itself; of one whose name tells nothing, that of the section it stands in.
+    """The meaning of the entry itself; if its name says nothing, that of the section it is in.
 
     Example: of `reward_model.path`, that of `reward_model`
     """

@@ -146,6 +146,7 @@ def train(
             rollouts_file=worker.runtime.work_dir / ROLLOUTS_FILE,
         )
         run_loop(iterations, config, max_steps=config.max_steps, runtime=worker.runtime)
+    metrics = iterations.summary()
 
     # 8. The model directory.
     models.policy.save(out_dir)
@@ -153,7 +154,7 @@ def train(
         chat.save(out_dir)
         with disk_problems(out_dir):
             shutil.copyfile(worker.runtime.work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
-    return {**iterations.summary(), **data}
+    return {**metrics, **data}
 
 
 def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[SourcePrompt, ...], dict[str, float]]:

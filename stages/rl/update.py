@@ -24,7 +24,7 @@ from stages.rl.experience import Experience
 from stages.rl.terms import Role, StepCounts, Term
 from stages.training import ranks
 from stages.training.health import Health
-from stages.training.trainable import Outputs, TermLoss, Trainable
+from stages.training.trainable import Outputs, StepResult, TermLoss, Trainable
 
 T = TypeVar("T")
 
@@ -94,50 +94,62 @@ class Learner:
         """
         seen: list[Mapping[str, float]] = []
         first_extremes: Mapping[str, float] = {}
+        for number, packs in self._numbered_batches(step, experiences):
+            counts = StepCounts.of(packs, self._config)
+            if counts.num_tokens == 0:
+                self._leave_out()
+                continue
+            mine = [pack if is_mine else _empty(pack) for pack, is_mine in ranks.shared_out(packs)]
+            for role, terms in self._active(step):
+                result = self.trained[role].take_step(
+                    number - first_active(self._terms, role) * self._steps.per_iteration,
+                    mine,
+                    reduce(or_, [term.reads for term in terms]),
+                    _sum_of(terms, counts),
+                    self.health.accepting(f"{role} loss", step),
+                )
+                if not result.taken:
+                    self.health.skipped(step, mine)
+                    continue
+                self.has_moved |= role == "policy"
+                seen.append(_metrics_of(role, result))
+                first_extremes = first_extremes or result.extremes
+        return {**_means(seen), **first_extremes}
+
+    def _numbered_batches(
+        self, step: int, experiences: Sequence[Experience]
+    ) -> Iterator[tuple[int, Sequence[Experience]]]:
+        """The packs of each optimizer step of an iteration, with the number of that step in the run."""
         for epoch in range(self._config.num_epochs):
             seed = stage_seed(self._seed, "ppo", "minibatches", step, epoch)
             batches = minibatches(experiences, packs_per_step=self._steps.packs_per_step, seed=seed)
-            for index, packs in enumerate(batches):
-                number = (step * self._config.num_epochs + epoch) * self._steps.per_epoch + index
-                for metrics, extremes in self._take_steps(step, number, packs):
-                    seen.append(metrics)
-                    first_extremes = first_extremes or extremes
-        return {**_means(seen), **first_extremes}
+            first = (step * self._config.num_epochs + epoch) * self._steps.per_epoch
+            yield from enumerate(batches, start=first)
 
-    def _take_steps(
-        self, step: int, number: int, packs: Sequence[Experience]
-    ) -> Iterator[tuple[Mapping[str, float], Mapping[str, float]]]:
-        """One step of each model: of those that were taken the metrics and the extremes."""
-        counts = StepCounts.of(packs, self._config)
-        if counts.num_tokens == 0:
-            key = self._config.KEY
-            self.health.leave_out(
-                f"every response of a batch was cut off, and so left out; raise {key}.max_response_tokens, "
-                f"or set {key}.truncation: penalty"
-            )
-            return
-        mine = [pack if is_mine else _empty(pack) for pack, is_mine in ranks.shared_out(packs)]
+    def _active(self, step: int) -> Iterator[tuple[Role, Sequence[Term]]]:
+        """The models that learn in iteration `step`, in order, each with the terms of its loss."""
         for role in UPDATED:
-            active = [term for term in self._terms if term.trains == role and term.active_from <= step]
-            if not active:
-                continue
-            result = self.trained[role].take_step(
-                number - first_active(self._terms, role) * self._steps.per_iteration,
-                mine,
-                reduce(or_, [term.reads for term in active]),
-                _sum_of(active, counts),
-                self.health.accepting(f"{role} loss", step),
-            )
-            if not result.taken:
-                self.health.skipped(step, mine)
-                continue
-            self.has_moved |= role == "policy"
-            metrics = {
-                **{name: float(share) for name, share in result.sums.items()},
-                f"ppo/{role}_loss": result.loss,
-                f"ppo/{role}_grad_norm": result.grad_norm,
-            }
-            yield metrics | ({"ppo/lr": result.lr} if role == "policy" else {}), result.extremes
+            terms = [term for term in self._terms if term.trains == role and term.active_from <= step]
+            if terms:
+                yield role, terms
+
+    def _leave_out(self) -> None:
+        key = self._config.KEY
+        self.health.leave_out(
+            f"every response of a batch was cut off, and so left out; raise {key}.max_response_tokens, "
+            f"or set {key}.truncation: penalty"
+        )
+
+
+def _metrics_of(role: Role, result: StepResult) -> dict[str, float]:
+    """Of a step that was taken."""
+    rates = {"ppo/lr": result.lr} if role == "policy" else {}
+    return {
+        **{name: float(share) for name, share in result.sums.items()},
+        f"ppo/{role}_loss": result.loss,
+        f"ppo/{role}_grad_norm": result.grad_norm,
+        **rates,
+    }
 
 
 def first_active(terms: Sequence[Term], role: Role) -> int:

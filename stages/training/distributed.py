@@ -1,7 +1,7 @@
 """The launcher of every training stage: the same recipe code in this process or in Ray actors, for 1 worker
 and for N.
 
-    stage task --launch(train, ...)--> N workers in a placement group of our own --> rank 0's result
+    stage task --launched(train)--> N workers in a placement group of our own --> rank 0's result
 
 Owns: placement and its deadline, process groups, devices, thread counts, sharding. The stage task holds no
 tensors.
@@ -78,18 +78,12 @@ def launched(train: Callable[..., Result], runtime: Runtime) -> Iterator[Callabl
             yield partial(_in_group, train, in_place)
 
 
-def launch(train: Callable[..., Result], runtime: Runtime, **arguments: Any) -> Result:
-    """Run `train(worker, **arguments)` once, as `launched` does."""
-    with launched(train, runtime) as call:
-        return call(**arguments)
-
-
 @contextmanager
 def placed(runtime: Runtime, rollout: EngineConfig | None = None) -> Iterator[Runtime]:
     """Inside, the stage has the place of all its workers, and of its engines if it opens any (`rollout`):
     granted together, within the placement deadline, or not at all. Raises EnvironmentProblem.
 
-    Example: with placed(runtime, settings.rollout) as runtime, open_engines(...): launch(train, runtime, ...)
+    Example: with placed(runtime, settings.engines) as in_place, launched(train, in_place) as call: call(...)
     """
     if runtime.executor == "inline" or runtime.group is not None:
         yield runtime

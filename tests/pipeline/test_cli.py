@@ -173,6 +173,30 @@ def test_check_shows_rows_and_what_would_be_skipped_and_starts_nothing(
     assert chain.calls() == []
 
 
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_ppo_without_a_reward_model_is_refused_in_one_line_with_the_ways_out(
+    chain: Chain, capsys: pytest.CaptureFixture[str], command: str
+):
+    code, _, stderr = rlhf(capsys, command, "demo.yaml", "reward=null")
+    assert code == 2 and chain.calls() == []
+    assert stderr == (
+        "reward: no such section, which ppo needs; add `reward:`, or give `rlhf ppo` --input reward=DIR\n"
+    )
+
+
+def test_a_run_ends_with_what_came_of_it(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    chain.order("sft", metrics={"loss_final": 1.25})
+    figures = {"score_sft": 0.49, "score_ppo": 0.9, "win_rate_ppo_vs_sft": 0.87, "prompts": 288}
+    chain.order("evaluate", metrics=figures)
+    code, stdout, _ = rlhf(capsys, "run", "demo.yaml")
+    *_, headline, gap, sentence, report = stdout.splitlines()
+    assert code == 0 and gap == ""
+    assert headline.split(maxsplit=3)[0] == "evaluate" and headline.endswith("score of sft 0.49, ppo 0.90")
+    assert sentence == "score 0.49 -> 0.90, ppo wins 87 %"
+    assert report == "report: outputs/runs/demo/report.html"
+    assert sentence.replace(">", "&gt;") in (chain.outputs / "runs/demo/report.html").read_text()
+
+
 def test_check_says_what_the_rollout_correction_resolves_to_and_why(
     chain: Chain, capsys: pytest.CaptureFixture[str]
 ):

@@ -163,6 +163,24 @@ def test_a_stage_alone_runs_on_what_the_others_left(chain: Chain):
     assert plan_stage(chain.config(), "reward", inputs={}, force=True, command=command).to_run == ("reward",)
 
 
+def test_a_chain_without_reward_and_ppo_is_evaluated(chain: Chain):
+    results = run(chain, "reward=null", "ppo=null")
+    assert chain.calls() == ["prepare", "pretrain", "sft", "evaluate"]
+    text = (chain.outputs / "runs/demo/evaluate/model.safetensors").read_text()
+    assert "evaluate from ['base', 'corpus', 'sft']" in text
+    assert list(chain.summary()) == list(results) == ["prepare", "pretrain", "sft", "evaluate"]
+
+
+def test_an_evaluation_alone_takes_what_it_is_given_of_a_chain(chain: Chain):
+    config = chain.config("prepare=null", "pretrain=null", "sft=null", "reward=null", "ppo=null")
+    inputs = {"ppo": write_model(chain.directory / "mine")}
+    planned = plan_stage(config, "evaluate", inputs=inputs, force=False, command=command)
+    execute(planned, Progress(io.StringIO()))
+    assert chain.calls() == ["evaluate"]
+    text = (chain.outputs / "runs/demo/evaluate/model.safetensors").read_text()
+    assert "evaluate from ['ppo']" in text
+
+
 def test_a_missing_upstream_stage_names_the_command_that_makes_it(chain: Chain):
     with pytest.raises(MissingStage, match=r"ppo: needs sft, .* run `rlhf sft demo\.yaml`") as caught:
         plan_stage(chain.config(), "ppo", inputs={}, force=False, command=command)

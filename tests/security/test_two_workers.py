@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from inline import runtime_in
 
-from stages.training.distributed import Worker, launch
+from stages.training.distributed import Worker, launched
 from stages.training.ranks import barrier
 
 pytestmark = pytest.mark.ray
@@ -26,7 +26,8 @@ def test_workers_on_one_machine_listen_on_its_loopback_alone(ray_cluster: None, 
         barrier()
         return total.item()
 
-    assert launch(note_sockets, runtime_in(tmp_path, "sft", num_workers=2)) == 3.0
+    with launched(note_sockets, runtime_in(tmp_path, "sft", num_workers=2)) as call:
+        assert call() == 3.0
     for rank in (0, 1):
         addresses = json.loads((tmp_path / f"work/sockets-{rank}.json").read_text())
         seen_elsewhere = [item for item in addresses if not ipaddress.ip_address(item).is_loopback]

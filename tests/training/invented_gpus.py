@@ -58,8 +58,11 @@ def on_the_worker(worker: Worker, *, model_dir: Path) -> dict[str, Any]:
 
 def opened_by_a_worker(runtime: Runtime, model_dir: Path) -> dict[str, Any]:
     """Of rank 0, and of the engines that it opens."""
-    with distributed.placed(runtime, HF) as in_place:
-        return distributed.launch(on_the_worker, in_place, model_dir=model_dir)
+    with (
+        distributed.placed(runtime, HF) as in_place,
+        distributed.launched(on_the_worker, in_place) as call,
+    ):
+        return call(model_dir=model_dir)
 
 
 def side_by_side(runtime: Runtime, rollout: EngineConfig) -> dict[str, list[str | None]]:

@@ -18,7 +18,7 @@ from inline import runtime_in
 from rollout.config import EngineConfig
 from stages import engines
 from stages.training import distributed
-from stages.training.distributed import launch
+from stages.training.distributed import launched
 
 pytestmark = pytest.mark.ray
 
@@ -140,7 +140,9 @@ def test_a_group_of_one_in_bf16_leaves_nccl_alone(two_interfaces, monkeypatch, t
 def test_fp32_matrix_products_of_a_trainer_are_fp32_whatever_was_set_before(tmp_path):
     torch.set_float32_matmul_precision("medium")
     try:
-        found = launch(lambda worker: torch.get_float32_matmul_precision(), runtime_in(tmp_path, "sft"))
+        runtime = runtime_in(tmp_path, "sft")
+        with launched(lambda worker: torch.get_float32_matmul_precision(), runtime) as call:
+            found = call()
     finally:
         torch.set_float32_matmul_precision("highest")
     assert found == "highest"

@@ -10,7 +10,7 @@ from inline import runtime_in
 
 from rollout.ground.errors import EnvironmentProblem
 from stages.errors import TrainingStopped
-from stages.training.distributed import Worker, launch
+from stages.training.distributed import Worker, launched
 
 pytestmark = pytest.mark.ray
 
@@ -22,8 +22,9 @@ def test_a_worker_that_is_killed_ends_the_stage_although_its_peer_fails_too(ray_
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(EnvironmentProblem, match="sft: a training worker died"):
-        launch(train, runtime_in(tmp_path, "sft", num_workers=2))
+    runtime = runtime_in(tmp_path, "sft", num_workers=2)
+    with launched(train, runtime) as call, pytest.raises(EnvironmentProblem, match="a training worker died"):
+        call()
 
 
 def test_an_error_for_the_user_of_one_worker_is_the_one_that_is_raised(ray_cluster, tmp_path):
@@ -33,5 +34,9 @@ def test_an_error_for_the_user_of_one_worker_is_the_one_that_is_raised(ray_clust
             raise TrainingStopped("sft step 7: a gate was not met")
         dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(TrainingStopped, match=r"^sft step 7: a gate was not met$"):
-        launch(train, runtime_in(tmp_path, "sft", num_workers=2))
+    runtime = runtime_in(tmp_path, "sft", num_workers=2)
+    with (
+        launched(train, runtime) as call,
+        pytest.raises(TrainingStopped, match=r"^sft step 7: a gate"),
+    ):
+        call()
