@@ -31,8 +31,8 @@ from stages.errors import DataError
 SCHEMA_VERSION = 2
 """Of artifacts and fingerprints: a bump makes every artifact of an older version unknown."""
 FINGERPRINT_CHARS = 16
-Stamp = tuple[tuple[int, int], ...]
-"""Size and time of change (ns) of each of some files."""
+Stamp = tuple[tuple[int, int, int], ...]
+"""Of each of some files its size, and when its content and its entry changed (ns). Nobody sets the last."""
 CHANGED = "changed since the run was planned; run the same command again"
 """What is wrong with a file or a directory that a stage was planned on and found otherwise."""
 
@@ -61,9 +61,9 @@ class _Content(NamedTuple):
     digest: Callable[[], str]  # of what it holds now; DataError
 
     def stamp(self) -> Stamp:
-        """Size and time of each file. A file that is not there has none; its digest says so."""
+        """Size and times of each file. A file that is not there has none; its digest says so."""
         stats = (file.stat() for file in self.files if file.exists())
-        return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        return tuple((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, str]) -> dict[str, Node]:
@@ -87,7 +87,7 @@ def check_contents(node: Node, *, trusting_stamps: bool = False) -> None:
     """Read the files that the node's settings name again. Raises DataError naming what is no longer what was
     planned.
 
-    `trusting_stamps`: a file whose size and time are those of the plan is not read. A stage that has yet to
+    `trusting_stamps`: a file whose size and times are those of the plan is not read. A stage that has yet to
     read its files needs no more: it asks for every byte once it has read them.
     """
     now = {content.key: content for content in _contents(node.settings)}

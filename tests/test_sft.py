@@ -1,6 +1,7 @@
 """sft: what it trains on and what its loss is, against one conversation and one token at a time."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,17 @@ def test_pin_12_the_recipe_itself_starts_at_the_loss_of_that_loop(tied_model_dir
     assert metrics["loss_final"] == line["train/loss"] == pytest.approx(expected, abs=1e-5)
     assert line["train/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
     assert metrics["conversations"] == len(CONVERSATIONS) and metrics["conversations_dropped"] == 0
+
+
+def test_a_stage_that_is_resumed_reads_no_row_again(tied_model_dir, settings, tmp_path):
+    """Its rows are gone; the file of tokens in its work directory is all that it needs."""
+    runtime = runtime_in(tmp_path, "sft")
+    first = run_recipe(settings, {"start": tied_model_dir}, tmp_path / "out", runtime)
+    (tmp_path / "rows.jsonl").unlink()
+    shutil.rmtree(tmp_path / "work" / "checkpoints")
+    again = run_recipe(settings, {"start": tied_model_dir}, tmp_path / "again", runtime)
+    assert list(again) == list(first)
+    assert {**again, "tokens_per_second": 0.0} == {**first, "tokens_per_second": 0.0}
 
 
 def test_a_conversation_without_a_trained_token_in_the_context_is_dropped_and_counted(

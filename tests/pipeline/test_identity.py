@@ -1,5 +1,6 @@
 """What names an artifact: which changes of a config reach which stages, and which reach none."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pipeline.experiment import ExperimentConfig
 from pipeline.stage_table import STAGES
 from stages.config.reward import RewardSettings
 from stages.config.sampling import ResponseSampling
+from stages.data.reading import readers
 from stages.errors import DataError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -156,7 +158,9 @@ def test_a_hub_dataset_is_pinned_to_the_commit_it_means_for_every_process(chain:
     )
     settings = identity._pinned(identity.settings_for(config, "sft"))
     assert settings.sft.data[0].revision == commit
-    assert list(identity._contents(settings)) == [("sft.data.0", "owner/name", f"hub {commit} x train")]
+    (content,) = identity._contents(settings)
+    assert (content.key, content.path, content.files) == ("sft.data.0", "owner/name", ())
+    assert content.digest() == f"hub {commit} x train"
     local = identity.settings_for(chain.config(), "sft")
     assert identity._pinned(local) is local
 
@@ -203,3 +207,33 @@ def test_the_graph_plans_a_ppo_without_a_reward_stage(chain: Chain):
     config = chain.config("reward=null")
     nodes = identity.plan(config, dag.select(config, dag.configured(config)), {})
     assert nodes["ppo"].inputs == {"sft": nodes["sft"].fingerprint}
+
+
+@pytest.mark.parametrize("trusting_stamps", [False, True])
+def test_a_file_that_nobody_touched_since_the_plan_is_read_again_only_where_every_byte_is_asked_for(
+    chain: Chain, monkeypatch, trusting_stamps
+):
+    config = chain.config()
+    node = identity.plan(config, dag.select(config, dag.configured(config)), {})["sft"]
+    read = []
+    digest = readers.file_digest
+
+    def remember(path, *part):
+        read.append(path.name)
+        return digest(path, *part)
+
+    monkeypatch.setattr(readers, "file_digest", remember)
+    identity.check_contents(node, trusting_stamps=trusting_stamps)
+    assert read == ([] if trusting_stamps else ["sft.jsonl"])
+
+
+@pytest.mark.parametrize("trusting_stamps", [False, True])
+def test_a_file_of_other_bytes_is_found_also_with_the_size_and_the_time_it_had(chain: Chain, trusting_stamps):
+    config = chain.config()
+    node = identity.plan(config, dag.select(config, dag.configured(config)), {})["sft"]
+    file = chain.directory / "sft.jsonl"
+    stamp = file.stat()
+    file.write_text(file.read_text()[::-1])
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(DataError, match=r"sft\.jsonl: sft\.data\.0: changed since the run was planned"):
+        identity.check_contents(node, trusting_stamps=trusting_stamps)
