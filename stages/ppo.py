@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rollout.ground.durable import disk_problems
+from rollout.ground.disk import disk_problems
 from stages.config.ppo import PPOSettings
 from stages.data.batches import stage_seed
 from stages.data.chat.directories import tokenizer_digest
