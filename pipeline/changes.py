@@ -19,7 +19,7 @@ from pipeline.config import load
 from pipeline.experiment import ExperimentConfig
 from pipeline.identity import settings_for
 from pipeline.stage_table import STAGES
-from pipeline.yaml_source import short
+from pipeline.yaml_nodes import short
 
 NUM_NAMED = 5
 """Changes that the line names before it only counts them."""

@@ -40,7 +40,7 @@ from pipeline import (
     unstated,
 )
 from pipeline import config as configs
-from pipeline.artifacts import Store, model_at_hand, model_directory
+from pipeline.artifacts import Store
 from pipeline.data_remarks import left_out
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig, host_and_port
@@ -48,15 +48,16 @@ from pipeline.fitted_defaults import Fit, high_rates
 from pipeline.headline import headline, sentence
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
+from pipeline.model_path import model_at_hand, model_directory
 from pipeline.preview import previews
 from pipeline.progress import Progress, duration
 from pipeline.report import write_report
 from pipeline.signals import signals_interrupt
 from pipeline.stage_task import StageResult
 from pipeline.terminal import outputs_that_may_fail
-from pipeline.yaml_source import short
+from pipeline.yaml_nodes import short
 from rollout.foreign_environment import take_out
-from rollout.ground.durable import disk_problems
+from rollout.ground.disk import disk_problems
 from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError
 from stages.data.reading.hub import model_problem
 

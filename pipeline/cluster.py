@@ -19,10 +19,10 @@ from pathlib import Path
 
 import blake3
 
-from pipeline.artifacts import package_versions
 from pipeline.experiment import host_and_port
+from pipeline.provenance import package_versions
 from rollout.foreign_environment import take_out
-from rollout.ground.durable import disk_problems
+from rollout.ground.disk import disk_problems
 from rollout.ground.errors import EnvironmentProblem
 
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

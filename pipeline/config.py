@@ -25,7 +25,8 @@ from pipeline.config_errors import explained
 from pipeline.config_fields import section_of
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
-from pipeline.yaml_source import KeyPath, Node, describe, dotted, parse_scalar, read_config, short
+from pipeline.yaml_nodes import KeyPath, Node, describe, dotted, parse_scalar, short
+from pipeline.yaml_source import read_config
 from rollout.ground.section import Section, sections_in
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig

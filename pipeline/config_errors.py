@@ -14,7 +14,7 @@ from pipeline.config_fields import bounds, choices, field_at
 from pipeline.errors import ConfigError
 from pipeline.foreign_settings import NAMES_A_MODEL
 from pipeline.suggestions import suggestion
-from pipeline.yaml_source import KeyPath, Node, describe, dotted, short
+from pipeline.yaml_nodes import KeyPath, Node, describe, dotted, short
 
 WANTED = {
     "int": "a whole number",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from pipeline.experiment import ExperimentConfig
-from pipeline.yaml_source import KeyPath
+from pipeline.yaml_nodes import KeyPath
 from rollout.ground.section import Section
 
 

@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cluster, dag, identity, placement, stage_table
-from pipeline.artifacts import METRICS, Manifest, Store, package_versions, read_manifest
+from pipeline.artifacts import METRICS, Store
 from pipeline.config import resolved_yaml
 from pipeline.janitor import PLACE, nothing_left_behind
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.planning import PlannedRun, current_fingerprints
 from pipeline.preflight import check_machine
 from pipeline.progress import Progress
+from pipeline.provenance import package_versions
 from pipeline.ray_session import answers_of_nodes, ray_session
 from pipeline.signals import signals_ask_to_stop
 from pipeline.stage_task import StageJob, StageResult, as_expected, json_number, result_of, run_stage
 from rollout.errors import EngineError
-from rollout.ground.durable import disk_problems, write_whole
+from rollout.ground.disk import disk_problems
+from rollout.ground.durable import write_whole
 from rollout.ground.errors import EnvironmentProblem, ExpectedError, ProcessDied
 from stages.bundles import lacking
 from stages.errors import Interrupted

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MissingStage
-from rollout.ground.durable import disk_problems
+from rollout.ground.disk import disk_problems
 from rollout.safetensors_header import BadHeader, read_header
 from stages.data.reading.files import one_line
 from stages.data.reading.lfs import POINTER, first_pointer, is_lfs_pointer

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from pipeline import dag, identity, placement
 from pipeline.architecture import NAMES_OF_EXPERTS
-from pipeline.artifacts import MANIFEST, Given, Manifest, Store, model_at_hand, model_directory
+from pipeline.artifacts import Given, Store
 from pipeline.errors import ConfigError, MissingStage
 from pipeline.experiment import EXPERTS_WIDTH, STAGE_FIELDS, ExperimentConfig, too_narrow
 from pipeline.fitted_defaults import Fit, fit
 from pipeline.given_model import GivenModel
+from pipeline.manifest import MANIFEST, Manifest
+from pipeline.model_path import model_at_hand, model_directory
 from pipeline.stage_table import MODEL, STAGES, data_of
 from rollout.ground.errors import ExpectedError
 from rollout.ground.section import Section

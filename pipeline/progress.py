@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pipeline.yaml_source import short
+from pipeline.yaml_nodes import short
 from stages.training.metrics import step_line
 
 KEY_METRICS = (

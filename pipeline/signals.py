@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollout.ground.durable import disk_problems
+from rollout.ground.disk import disk_problems
 
 STOPPING = b"stopping at the next step; again: at once\n"
 

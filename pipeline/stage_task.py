@@ -8,7 +8,6 @@ Does not own: when a stage runs (executor), files and locks (artifacts), what a 
 """
 
 import contextlib
-import errno
 import importlib
 import json
 import math
@@ -23,21 +22,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import identity
-from pipeline.artifacts import MANIFEST, METRICS, Exactness, Manifest, Store, exactness_of, read_manifest
+from pipeline.artifacts import METRICS, Store
 from pipeline.errors import StageFailed
+from pipeline.manifest import MANIFEST, Exactness, Manifest, exactness_of, read_manifest
 from pipeline.planning import given_input
 from pipeline.stage_table import STAGES, Recipe
 from rollout.foreign_environment import take_out
-from rollout.ground.durable import disk_problems, write_whole
+from rollout.ground.disk import disk_problems, fault_behind
+from rollout.ground.durable import write_whole
 from rollout.ground.errors import GO_ON, EnvironmentProblem, ExpectedError, ProcessDied, root_cause
 from stages.config.stage import StageSettings
 from stages.config.training import TrainingConfig
 from stages.errors import DataError, Interrupted
 from stages.runtime import Runtime, StageResources, hide_gpus, warnings_kept
-
-USED_UP = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-LOST_FILE_SERVER = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO}
-BROKEN_DISK = {errno.EROFS, errno.EIO} | LOST_FILE_SERVER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +162,7 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
             f"{stage}: a process of it died ({type(cause).__name__}; killed, or out of memory?); logs in "
             f"{log}; {GO_ON}"
         )
-    if (fault := _machine_fault(cause)) is not None:
+    if (fault := fault_behind(cause)) is not None:
         return EnvironmentProblem(f"{stage}: {fault}, then {GO_ON}")
     first_line = next(iter(str(cause).splitlines()), "")
     return StageFailed(
@@ -176,27 +173,6 @@ def as_expected(stage: str, error: BaseException, log: Path) -> ExpectedError:
 def json_number(value: float) -> float | None:
     """A JSON number; JSON has no infinity."""
     return value if math.isfinite(value) else None
-
-
-def _machine_fault(error: BaseException) -> str | None:
-    """What the machine lacks or refuses, and the cure, if that caused `error`. Libraries wrap such errors, or
-    only quote them. A missing permission counts only as the error itself: some code asks and goes on.
-    """
-    if isinstance(error, PermissionError):
-        return f"{error}; allow it, or set outputs=DIR"
-    chain: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in chain:
-        chain.append(following)
-        following = following.__cause__ or following.__context__
-    for link in chain:
-        if isinstance(link, MemoryError):
-            return f"{str(link) or 'out of memory'}; free some"
-        for numbers, cure in ((USED_UP, "free some"), (BROKEN_DISK, "check the disk, or set outputs=DIR")):
-            quoted = any(os.strerror(number) in str(link) for number in numbers)
-            if quoted or (isinstance(link, OSError) and link.errno in numbers):
-                return f"{next(iter(str(link).splitlines()))}; {cure}"
-    return None
 
 
 @contextlib.contextmanager

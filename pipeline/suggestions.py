@@ -14,7 +14,7 @@ from pipeline.config_fields import has_setting, section_at, section_of
 from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.foreign_settings import GROUPS, MEANINGS, Meaning
 from pipeline.stage_table import STAGES
-from pipeline.yaml_source import KeyPath, Node, dotted
+from pipeline.yaml_nodes import KeyPath, Node, dotted
 
 NUM_NAMED = 3
 """Settings that a line names, and entries of a section of another tool."""

@@ -13,7 +13,7 @@ from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
 from pipeline.fitted_defaults import Choice, Fit
 from pipeline.given_model import GivenModel
 from pipeline.stage_table import STAGES
-from pipeline.yaml_source import short
+from pipeline.yaml_nodes import short
 from rollout.ground.section import Section
 from stages.config.ppo import PPOConfig
 from stages.config.prepare import PrepareConfig

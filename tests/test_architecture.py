@@ -1,10 +1,14 @@
-"""The import rules of DESIGN.md: who may import whom, and what has to import lightly."""
+"""The import rules of DESIGN.md: who may import whom, and what has to import lightly.
+
+rollout <- stages <- pipeline        stages: config, objectives <- data <- training <- rl <- recipes
+"""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,27 +18,48 @@ from stages.training.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "stages", "rollout")
-RECIPES = {"prepare", "pretrain", "sft", "reward", "ppo", "evaluate"}
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+RECIPES = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
+FLOORS = (
+    ("stages.config", "stages.errors", "stages.objectives", "stages.runtime"),
+    ("stages.bundles", "stages.data", "stages.engines"),
+    ("stages.training",),
+    ("stages.rl",),
+    ("stages.generate", *(f"stages.{recipe}" for recipe in RECIPES)),
+)
+"""Floors of `stages`, from the ground: a module imports from its own floor or from below it."""
+FLOORS_OF_DATA = (
+    ("stages.data.batches", "stages.data.pack_plans"),
+    ("stages.data.reading",),
+    ("stages.data.chat",),
+    ("stages.data.corpus",),
+    ("stages.data",),
+)
+"""Floors of `stages.data`: numbers, rows, conversations, documents, and what puts them together."""
 MAY_IMPORT_RAY = {
     "pipeline/executor.py",
     "pipeline/ray_session.py",
     "stages/training/distributed.py",
     "stages/rl/source.py",
-    "stages/prepare.py",
+    "stages/data/corpus/workers.py",
     "rollout/pool.py",
 }
-HEAVY = {"torch", "ray", "transformers", "vllm", "datasets"}
+HEAVY = ("torch", "ray", "transformers", "vllm", "datasets")
 LIGHT_MODULES = (
-    "rollout.config",
-    "rollout.errors",
     "rollout.api",
+    "rollout.engines",
+    "rollout.errors",
     "rollout.ground.section",
     "rollout.ground.errors",
     "rollout.ground.durable",
+    "rollout.loop",
+    "rollout.vllm_plugin",
     "stages.errors",
     "stages.runtime",
+    "stages.objectives.schedules",
+    "stages.data.batches",
     "stages.data.reading.readers",
-    "pipeline.config",
+    "stages.data.chat.template_process",
     "pipeline.suggestions",
     "pipeline.fitted_defaults",
     "pipeline.unstated",
@@ -56,14 +81,29 @@ LIGHT_MODULES = (
     "pipeline.doctor",
     "pipeline.cli",
 )
-FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-CONFIG_MODULES = tuple(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if recipe_lock.is_config(path)
+HEAVIER_MODULES = (
+    ("rollout.weight_file", {"torch"}),
+    ("rollout.weight_sync", {"torch", "transformers"}),
+    ("rollout.parity", {"torch", "transformers"}),
+    ("rollout.pool", {"torch", "ray"}),
+    ("rollout.hf_engine", {"torch", "transformers"}),
 )
+"""What may be loaded, of what is heavy."""
 
 
-def imports(path: Path) -> Iterator[str]:
+def module_of(path: Path) -> str:
+    """The dotted name of a file; of a package for its `__init__`."""
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Dotted names that a file imports anywhere, also inside functions."""
+    return frozenset(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
             case ast.Import(names=names):
@@ -76,20 +116,65 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def packages_of(path: Path) -> set[str]:
+    """First names of what a file imports."""
     return {name.partition(".")[0] for name in imports(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_arrows_point_from_pipeline_to_stages_to_rollout(path: Path):
-    package, imported = path.relative_to(ROOT).parts[0], packages_of(path)
-    above = PACKAGES[: PACKAGES.index(package)]
-    assert not imported.intersection(above), f"{package} must not import {imported.intersection(above)}"
-    assert "tests" not in imported
+def lies_in(module: str, package: str) -> bool:
+    """Whether a dotted name is a package's, or one below it."""
+    return module == package or module.startswith(f"{package}.")
+
+
+def floor_of(module: str, floors: Sequence[Sequence[str]]) -> int:
+    """Where a module is among floors; the longest package that it lies in decides."""
+    found = [(package, floor) for floor, packages in enumerate(floors) for package in packages]
+    holding = [(len(package), floor) for package, floor in found if lies_in(module, package)]
+    assert holding, f"{module} is on no floor; give it one"
+    return max(holding)[1]
+
+
+def climbing(package: str, floors: Sequence[Sequence[str]]) -> list[str]:
+    """Imports below `package` that lead from one floor to a higher one."""
+    return [
+        f"{module} imports {name}"
+        for path in FILES
+        if lies_in(module := module_of(path), package) and module != package
+        for name in sorted(imports(path))
+        if lies_in(name, package) and name != package and floor_of(name, floors) > floor_of(module, floors)
+    ]
+
+
+def test_the_arrows_point_from_pipeline_to_stages_to_rollout():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {other}"
+        for path in FILES
+        for other in packages_of(path)
+        if other in {*PACKAGES[: PACKAGES.index(path.relative_to(ROOT).parts[0])], "tests"}
+    ]
+    assert not wrong
+
+
+def test_in_stages_the_arrows_point_from_the_recipes_to_the_ground():
+    assert not climbing("stages", FLOORS)
+
+
+def test_rows_know_no_template_and_templates_no_documents():
+    assert not climbing("stages.data", FLOORS_OF_DATA)
+
+
+def test_the_ground_of_all_packages_imports_nothing_of_them():
+    for path in FILES:
+        own = {name for name in imports(path) if name.partition(".")[0] in PACKAGES}
+        if lies_in(module_of(path), "rollout.ground"):
+            assert all(lies_in(name, "rollout.ground") for name in own), path
+        elif lies_in(module_of(path), "stages.config"):
+            allowed = ("stages.config", "rollout.config", "rollout.ground")
+            assert all(any(lies_in(name, one) for one in allowed) for name in own), path
 
 
 def test_recipes_never_import_each_other():
     for recipe in RECIPES:
-        others = {f"stages.{other}" for other in RECIPES - {recipe}}
+        others = {f"stages.{other}" for other in RECIPES if other != recipe}
         assert not others.intersection(imports(ROOT / "stages" / f"{recipe}.py")), recipe
 
 
@@ -105,12 +190,11 @@ def test_objectives_import_torch_and_the_standard_library_only():
         for name in imports(path):
             package = name.partition(".")[0]
             allowed = package == "torch" or package in sys.stdlib_module_names
-            assert allowed or name.startswith("stages.objectives"), f"{path}: {name}"
+            assert allowed or lies_in(name, "stages.objectives"), f"{path}: {name}"
 
 
-def test_ray_is_imported_in_six_files_only():
-    users = {str(path.relative_to(ROOT)) for path in FILES if "ray" in packages_of(path)}
-    assert users <= MAY_IMPORT_RAY
+def test_ray_is_imported_where_work_is_started_on_it_only():
+    assert {str(path.relative_to(ROOT)) for path in FILES if "ray" in packages_of(path)} == MAY_IMPORT_RAY
 
 
 def test_vllm_is_imported_in_the_vllm_files_only():
@@ -125,23 +209,33 @@ def test_nothing_is_called_utils():
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("module", sorted({*LIGHT_MODULES, *CONFIG_MODULES}))
-def test_light_modules_load_nothing_heavy(module: str):
-    command = f"import sys, {module}; print(sorted(set({sorted(HEAVY)}) & sys.modules.keys()))"
-    answer = subprocess.run(
-        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert answer.stdout == "[]\n"
+def test_modules_load_nothing_heavier_than_they_need():
+    """One process imports all light modules in turn, and a fork of it each heavier one."""
+    configs = [module_of(path) for path in FILES if recipe_lock.is_config(path)]
+    assert {"rollout.config", "stages.config", "stages.config.ppo", "pipeline.config"} <= {*configs}
+    program = f"""
+import importlib, os, sys
+
+def load(module, allowed):
+    importlib.import_module(module)
+    if heavy := {{*{HEAVY}}} & sys.modules.keys() - allowed:
+        sys.exit(f"{{module}} loads {{', '.join(sorted(heavy))}}")
+
+for module in {[*configs, *LIGHT_MODULES]}:
+    load(module, set())
+for module, allowed in {HEAVIER_MODULES}:
+    if (child := os.fork()) == 0:
+        load(module, allowed)
+        sys.exit()
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit(1)
+"""
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
 
 
-def test_the_files_of_a_config_package_are_configs():
-    assert {"rollout.config", "stages.config.ppo", "stages.config.data", "pipeline.config"} <= {
-        *CONFIG_MODULES
-    }
-
-
-STAGES = "|".join(sorted(RECIPES))
-OF_A_STAGE = re.compile(rf"(?:{STAGES})|.*?(?<![\w./-])(?:{STAGES})[./]\S.*", re.DOTALL)
+NAMES = "|".join(sorted(RECIPES))
+OF_A_STAGE = re.compile(rf"(?:{NAMES})|.*?(?<![\w./-])(?:{NAMES})[./]\S.*", re.DOTALL)
 """A string that equals a stage's name, or holds `<stage>.` or `<stage>/` at the start of a word."""
 KNOW_STAGES = (
     "pipeline/stage_table.py",
@@ -196,12 +290,12 @@ def names_of_stages(path: Path) -> list[str]:
     return [f"{path}:{line}: {text!r}" for line, text in texts if OF_A_STAGE.fullmatch(text)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_stage_table_knows_stages_by_name(path: Path):
+def test_only_the_stage_table_knows_stages_by_name():
     """Others get names as data: a stage, the key of its section (`config.KEY`), a column of the table."""
-    name = str(path.relative_to(ROOT))
-    if not name.startswith(KNOW_STAGES) and name not in NAME_STAGES_FOR_A_REASON:
-        assert not names_of_stages(path)
+    for path in FILES:
+        name = str(path.relative_to(ROOT))
+        if not name.startswith(KNOW_STAGES) and name not in NAME_STAGES_FOR_A_REASON:
+            assert not names_of_stages(path)
 
 
 def test_what_may_name_stages_does():
@@ -209,12 +303,12 @@ def test_what_may_name_stages_does():
         assert names_of_stages(ROOT / name), f"{name}: take it off the list"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_algorithms_are_named_in_one_place(path: Path):
+def test_algorithms_are_named_in_one_place():
     """Docstrings and comments may cite: they are no part of the syntax tree that is looked at."""
-    if not str(path.relative_to(ROOT)).startswith(NAME_ALGORITHMS):
-        tree = ast.parse(path.read_text())
-        named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        named |= {str(node.value) for node in strings(tree)}
-        assert not {text for text in named if ALGORITHMS.search(text)}
+    for path in FILES:
+        if not str(path.relative_to(ROOT)).startswith(NAME_ALGORITHMS):
+            tree = ast.parse(path.read_text())
+            named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            named |= {str(node.value) for node in strings(tree)}
+            assert not {text for text in named if ALGORITHMS.search(text)}, path

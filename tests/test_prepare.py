@@ -30,6 +30,7 @@ from stages.config.model import ModelConfig
 from stages.config.prepare import PrepareConfig, PrepareSettings
 from stages.data.chat.special import CHATML
 from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.corpus import workers
 from stages.data.corpus.shards import TokenShards, heldout_sequences
 from stages.data.corpus.vocabulary import train_tokenizer
 from stages.data.reading.records import Message
@@ -456,7 +457,7 @@ class Deadly:
 
 
 def all_answers(work: Callable[..., Any], given: Runtime) -> list[dict[str, Any]]:
-    return list(prepare._on_ray_data(work, {}, [{"number": 0}], given))
+    return list(workers.on_ray_data(work, {}, [{"number": 0}], given))
 
 
 @pytest.mark.ray

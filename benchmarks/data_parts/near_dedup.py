@@ -23,7 +23,8 @@ from data_parts.processes import in_child, peak_mib, start_of_peak
 from data_parts.texts import mixtures, passages, read_text, write_jsonl
 from stages.config.data import DataSource
 from stages.config.prepare import PrepareConfig
-from stages.data.corpus.blocks import Corpus, Filter, filter_block
+from stages.data.corpus.blocks import Corpus
+from stages.data.corpus.filtering import Filter, filter_block
 from stages.data.corpus.near_duplicates import band_keys, lsh_bands, near_duplicates, shingles, signatures
 from stages.data.corpus.words import normalised_words
 from stages.data.reading.readers import splits_of

@@ -27,15 +27,9 @@ from data_parts.tokenise import CONTEXT_LENGTH, loaded, train
 from stages.config.data import DataSource
 from stages.config.prepare import PrepareConfig
 from stages.data.chat.special import END_OF_TEXT
-from stages.data.corpus.blocks import (
-    BlockReport,
-    Corpus,
-    Filter,
-    documents,
-    encode_block,
-    filter_block,
-    select,
-)
+from stages.data.corpus.blocks import Corpus, documents, encode_block
+from stages.data.corpus.filtering import BlockReport, Filter, filter_block
+from stages.data.corpus.selection import select
 from stages.data.corpus.shards import token_dtype, write_shards
 from stages.data.reading.files import FileSplit
 from stages.data.reading.readers import splits_of

@@ -25,7 +25,8 @@ from stages.config.data import DataSource
 from stages.config.prepare import PrepareConfig
 from stages.data.chat.special import CHATML
 from stages.data.chat.tokenizer import ChatTokenizer
-from stages.data.corpus.blocks import Corpus, Filter, documents, encode_block, filter_block
+from stages.data.corpus.blocks import Corpus, documents, encode_block
+from stages.data.corpus.filtering import Filter, filter_block
 from stages.data.corpus.shards import token_dtype, write_shards
 from stages.data.corpus.vocabulary import train_tokenizer
 from stages.data.reading.readers import splits_of

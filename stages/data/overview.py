@@ -21,7 +21,7 @@ from stages.data.chat.ids import Rendered
 from stages.data.chat.messages import Talk
 from stages.data.chat.templates import Refused
 from stages.data.chat.tokenizer import ChatTokenizer
-from stages.data.corpus.blocks import STEPS, Dropped, Filter, check_passed
+from stages.data.corpus.filtering import STEPS, Dropped, Filter, check_passed
 from stages.data.fitting import (
     Fitted,
     Refusals,

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from rollout.ground.durable import disk_problems, file_digest, whole_record, write_record
+from rollout.ground.disk import disk_problems
 from rollout.ground.errors import EnvironmentProblem
+from rollout.ground.whole import file_digest, whole_record, write_record
 from rollout.safetensors_header import read_header
 
 SCHEMA_VERSION = 1
@@ -59,7 +60,7 @@ def prepared(work_dir: Path, make: Callable[[], Columns]) -> Prepared:
             write_record(record, [path], {"schema_version": SCHEMA_VERSION, "facts": columns.facts})
         content = whole_record(record)
         assert content is not None, "a record that was just written"
-    return Prepared(path=path, digest=content["digests"][TOKENS_FILE], facts=content["facts"])
+    return Prepared(path=path, digest=content["files"][TOKENS_FILE]["blake3"], facts=content["facts"])
 
 
 def _write(path: Path, columns: Columns) -> None:

@@ -20,8 +20,9 @@ from stages.config.data import DataSource
 from stages.config.prepare import PrepareConfig
 from stages.config.reward import RewardConfig
 from stages.data.batches import content_share, repeats
-from stages.data.corpus.blocks import STEPS, Dropped, Filter, check_passed, check_trained, held_out
+from stages.data.corpus.filtering import STEPS, Dropped, Filter, check_passed
 from stages.data.corpus.languages import check_languages
+from stages.data.corpus.selection import check_trained, held_out
 from stages.data.observations import Observed
 from stages.data.reading.hub import is_hub_id
 from stages.data.reading.readers import (

@@ -19,23 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 from safetensors.numpy import load, save
 
 from rollout.api import FinishReason
-from rollout.ground.durable import UNFINISHED, disk_problems, is_bad_sector, sync, write_whole
+from rollout.ground.disk import disk_problems
+from rollout.ground.durable import UNFINISHED, sync, write_whole
+from rollout.ground.whole import NotWhole, bad_sectors_as_damage, block_bytes, block_content
 from stages.rl.trajectories import Trajectory, Turn
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 FILE_NAME = re.compile(r"step-(\d{6,})\.rollouts")
-HEADER = re.compile(rb"rlhf-rollouts (0|[1-9]\d*) ([0-9a-f]{64})\n")
-MAX_HEADER_BYTES = 128
-
-
-class NotSound(Exception):
-    """A file that is not the entry it should be, or of another version of this code."""
+KIND = "rlhf-rollouts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +64,9 @@ class Journal:
         """Commit `entry`: on the disk when this returns, whole or not at all. EnvironmentProblem."""
         assert len({tuple(trajectory.scores) for trajectory in entry.trajectories}) <= 1, "one set of sources"
         block = save(_columns(entry, self._owner))
-        header = f"rlhf-rollouts {SCHEMA_VERSION} {blake3(block).hexdigest()}\n".encode()
         path = self._path(entry.position)
         with disk_problems(path):
-            write_whole(path, header + block)
+            write_whole(path, block_bytes(KIND, SCHEMA_VERSION, block))
 
     def read(self, position: int) -> JournalEntry | None:
         """The entry at `position`, bit for bit; None when there is none. One that is damaged or of another
@@ -80,19 +75,14 @@ class Journal:
         path = self._path(position)
         with disk_problems(path):
             try:
-                content = path.read_bytes()
+                with bad_sectors_as_damage():
+                    content = path.read_bytes()
+                return sound_entry(content, position=position, owner=self._owner)
             except FileNotFoundError:
                 return None
-            except OSError as error:
-                if not is_bad_sector(error):
-                    raise
-                logger.warning("%s: damaged: %s; the step is sampled again", path, error.strerror)
+            except NotWhole as error:
+                logger.warning("%s: %s; the step is sampled again", path, error)
                 return None
-        try:
-            return sound_entry(content, position=position, owner=self._owner)
-        except NotSound as error:
-            logger.warning("%s: %s; the step is sampled again", path, error)
-            return None
 
     def drop_before(self, position: int) -> None:
         """Forget the entries at all earlier positions: a checkpoint holds what they taught."""
@@ -107,18 +97,10 @@ class Journal:
 
 
 def sound_entry(content: bytes, *, position: int, owner: str) -> JournalEntry:
-    """The entry in a file's bytes. Raises NotSound unless they were written for this position and owner."""
-    header = HEADER.match(content[:MAX_HEADER_BYTES])
-    if header is None:
-        raise NotSound("damaged: no journal file")
-    if int(header[1]) != SCHEMA_VERSION:
-        raise NotSound(f"schema version {int(header[1])}, this code reads {SCHEMA_VERSION}")
-    block = content[header.end() :]
-    if blake3(block).hexdigest() != header[2].decode():
-        raise NotSound("damaged: not the bytes that were written")
-    entry, written_by = decoded(block)
+    """The entry in a file's bytes. Raises NotWhole unless they were written for this position and owner."""
+    entry, written_by = decoded(block_content(content, kind=KIND, version=SCHEMA_VERSION))
     if (entry.position, written_by) != (position, owner):
-        raise NotSound(f"damaged: of step {entry.position} of {written_by}")
+        raise NotWhole(f"of step {entry.position} of {written_by}")
     return entry
 
 

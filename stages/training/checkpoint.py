@@ -17,7 +17,6 @@ with the record. Digests tell damage; against somebody who may write to `outputs
 """
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -35,16 +34,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from rollout.ground.durable import (
-    UNFINISHED,
-    disk_line,
-    disk_problems,
-    file_digest,
-    is_bad_sector,
-    record_text,
-    sync,
-)
+from rollout.ground.disk import disk_problems
+from rollout.ground.durable import UNFINISHED, sync
 from rollout.ground.errors import GO_ON, EnvironmentProblem
+from rollout.ground.whole import (
+    Measured,
+    NotWhole,
+    bad_sectors_as_damage,
+    check_directory,
+    files_below,
+    json_object,
+    measure,
+    record_content,
+    record_text,
+)
 from stages.training import ranks
 from stages.training.trainable import TrainedState
 
@@ -62,10 +65,6 @@ ENTRY_OVERHEAD_BYTES = 2048
 """At most, of the archive that DCP makes of each tensor or number, and its place in the index (measured: 1.8
 KiB).
 """
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what was written."""
 
 
 class OtherSchema(Exception):
@@ -93,39 +92,30 @@ class Record:
     extra: dict[str, Any]
     world_size: int
     torch_version: str
-    files: dict[str, list[Any]]  # name -> [bytes, blake3]
+    files: dict[str, Measured]  # path below the checkpoint -> its bytes; the record is not among them
 
     def text(self) -> str:
-        """Canonical JSON with a digest over itself: the only text that `read` accepts."""
+        """What `read` reads."""
         return record_text(asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """The record of `directory`, its files not compared. Raises Damaged, OtherSchema."""
+        """The record of `directory`, its files not compared. Raises NotWhole, OtherSchema."""
         try:
-            text = (directory / RECORD_FILE).read_text(encoding="utf-8")
-            content = json.loads(text)
-        except FileNotFoundError as error:
-            raise Damaged(f"{RECORD_FILE}: missing") from error
-        except (ValueError, RecursionError, IsADirectoryError) as error:
-            raise Damaged(f"{RECORD_FILE}: not a record") from error
-        except OSError as error:
-            if is_bad_sector(error):
-                raise Damaged(f"{RECORD_FILE}: {error.strerror}") from error
-            raise
-        if not isinstance(content, dict) or type(content.get("schema_version")) is not int:
-            raise Damaged(f"{RECORD_FILE}: not a record")
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise OtherSchema(
-                f"checkpoint of schema version {content['schema_version']}, this code reads {SCHEMA_VERSION}"
-            )
-        content.pop("blake3", None)
+            return cls._of(_record_of(directory))
+        except NotWhole as error:
+            raise NotWhole(f"{RECORD_FILE}: {error}") from error
+
+    @classmethod
+    def _of(cls, text: str) -> Self:
+        version = json_object(text).get("schema_version")
+        if type(version) is int and version != SCHEMA_VERSION:
+            raise OtherSchema(f"checkpoint of schema version {version}, this code reads {SCHEMA_VERSION}")
+        content = record_content(text)
         if content.keys() != {field.name for field in fields(cls)}:
-            raise Damaged(f"{RECORD_FILE}: not a record")
-        record = cls(**content)
-        if record.text() != text:
-            raise Damaged(f"{RECORD_FILE}: not the record that was written")
-        return record
+            raise NotWhole("not a record")
+        content["files"] = {name: Measured(**measured) for name, measured in content["files"].items()}
+        return cls(**content)
 
 
 class Checkpoints:
@@ -167,13 +157,12 @@ class Checkpoints:
         unfinished = self._dir / (_name(step) + UNFINISHED)
         self._on_main(lambda: self._make_room(step, needed))
         try:
-            _write(state, unfinished)
+            with disk_problems(unfinished):
+                _write(state, unfinished)
             self._on_main(lambda: self._finish(step, unfinished, dict(extra), score, regular))
-        except (OSError, EnvironmentProblem) as error:
+        except EnvironmentProblem:
             if ranks.is_main():
                 shutil.rmtree(unfinished, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise EnvironmentProblem(disk_line(error, unfinished)) from error
             raise
 
     def restore(self, parts: Mapping[str, TrainedState]) -> tuple[int, dict[str, Any]]:
@@ -223,11 +212,10 @@ class Checkpoints:
 
         def attempt() -> list[Any]:
             try:
-                return [action(), None]
+                with disk_problems(self._dir):
+                    return [action(), None]
             except EnvironmentProblem as error:
                 return [None, str(error)]
-            except OSError as error:
-                return [None, disk_line(error, self._dir)]
 
         result, problem = ranks.from_main(attempt)
         if problem is not None:
@@ -258,7 +246,7 @@ class Checkpoints:
             return verified(directory, owner=self._owner)
         except OtherSchema as error:
             logger.warning("%s: %s; not loaded, and left as it is", directory, error)
-        except Damaged as error:
+        except NotWhole as error:
             logger.warning("%s: damaged checkpoint: %s; taking the one before it", directory, error)
             self._move(directory, self._dir / (directory.name + DAMAGED))
         return None
@@ -277,7 +265,7 @@ class Checkpoints:
         self, step: int, unfinished: Path, extra: dict[str, Any], score: float | None, regular: bool
     ) -> None:
         """Record what was written, put it on the disk, and give it its name."""
-        files = {name: _measured(path) for name, path in _files_below(unfinished).items()}
+        files = {name: measure(path) for name, path in files_below(unfinished).items()}
         record = Record(
             schema_version=SCHEMA_VERSION,
             owner=self._owner,
@@ -305,7 +293,7 @@ class Checkpoints:
             Record.read(directory)
         except OtherSchema:
             self._move(directory, self._dir / (directory.name + ".other"))
-        except Damaged:
+        except NotWhole:
             self._move(directory, self._dir / (directory.name + DAMAGED))
         else:
             self._move(directory, self._dir / (directory.name + REPLACED))
@@ -319,7 +307,7 @@ class Checkpoints:
         self._drop(record.step for record in readable if record.step not in kept)
 
     def _drop_behind(self, last_step: int) -> None:
-        """All of later steps, for good."""
+        """Delete every checkpoint after this step."""
         self._drop(record.step for record in self._readable() if record.step > last_step)
         sync(self._dir)
 
@@ -341,7 +329,7 @@ class Checkpoints:
         """The records that hold, oldest first; what is not readable counts for nothing."""
         records = []
         for directory in self._finished():
-            with contextlib.suppress(Damaged, OtherSchema):
+            with contextlib.suppress(NotWhole, OtherSchema):
                 records.append(own_record(directory, owner=self._owner))
         return records
 
@@ -356,32 +344,38 @@ class Checkpoints:
 
 
 def own_record(directory: Path, *, owner: str) -> Record:
-    """The record of a checkpoint of `owner` under its own name, its files not compared. Raises Damaged,
+    """The record of a checkpoint of `owner` under its own name, its files not compared. Raises NotWhole,
     OtherSchema.
     """
     if directory.is_symlink() or not directory.is_dir():
-        raise Damaged("not a directory")
+        raise NotWhole("not a directory")
     record = Record.read(directory)
     if _name(record.step) != directory.name:
-        raise Damaged(f"{RECORD_FILE}: of step {record.step}")
+        raise NotWhole(f"{RECORD_FILE}: of step {record.step}")
     if record.owner != owner:
-        raise Damaged(f"{RECORD_FILE}: of {record.owner}, not of {owner}")
+        raise NotWhole(f"{RECORD_FILE}: of {record.owner}, not of {owner}")
     return record
 
 
 def verified(directory: Path, *, owner: str) -> Record:
-    """The record of a checkpoint whose every file is as it was written. Raises Damaged, OtherSchema."""
+    """The record of a checkpoint whose every file is as it was written. Raises NotWhole, OtherSchema."""
     record = own_record(directory, owner=owner)
-    files = _files_below(directory)
-    del files[RECORD_FILE]
-    for name in sorted(record.files.keys() | files.keys()):
-        if name not in files:
-            raise Damaged(f"{name}: missing")
-        if name not in record.files:
-            raise Damaged(f"{name}: not in {RECORD_FILE}")
-        if not _holds(files[name], record.files[name]):
-            raise Damaged(f"{name}: not the bytes that {RECORD_FILE} records")
+    for name, path in files_below(directory).items():
+        if path.is_symlink():
+            raise NotWhole(f"{name}: a link")
+    with bad_sectors_as_damage():
+        check_directory(directory, record.files, record=RECORD_FILE)
     return record
+
+
+def _record_of(directory: Path) -> str:
+    try:
+        with bad_sectors_as_damage():
+            return (directory / RECORD_FILE).read_bytes().decode()
+    except FileNotFoundError as error:
+        raise NotWhole("missing") from error
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise NotWhole("not a record") from error
 
 
 def _remove(path: Path) -> None:
@@ -389,27 +383,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _holds(path: Path, measured: list[Any]) -> bool:
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != measured[0]:
-        return False
-    try:
-        return _measured(path) == measured
-    except OSError as error:
-        if is_bad_sector(error):
-            return False
-        raise
-
-
-def _measured(path: Path) -> list[Any]:
-    return [path.stat().st_size, file_digest(path)]
-
-
-def _files_below(directory: Path) -> dict[str, Path]:
-    """All that is no directory, by its path in `directory`."""
-    paths = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return {str(path.relative_to(directory)): path for path in paths}
 
 
 def _state_of(parts: Mapping[str, TrainedState]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rollout.ground.durable import disk_problems
+from rollout.ground.disk import disk_problems
 from stages.config.training import HealthConfig
 from stages.errors import TrainingStopped
 from stages.runtime import Runtime

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rollout.ground.durable import disk_problems, is_bad_sector, write_whole
+from rollout.ground.disk import disk_problems
+from rollout.ground.durable import write_whole
+from rollout.ground.whole import NotWhole, bad_sectors_as_damage
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +146,10 @@ def _sound_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     if not path.is_file():
         return
     try:
-        *lines, _torn = path.read_bytes().split(b"\n")  # bytes: a kill may have cut a character in two
-    except OSError as error:
-        if not is_bad_sector(error):
-            raise
-        logger.warning("%s: damaged: %s; it begins anew", path, error.strerror)
+        with bad_sectors_as_damage():
+            *lines, _torn = path.read_bytes().split(b"\n")  # bytes: a kill may have cut a character in two
+    except NotWhole as error:
+        logger.warning("%s: damaged: %s; it begins again", path, error)
         return
     sound = [(text, entry) for text in lines if (entry := step_line(text)) is not None]
     if len(sound) < len(lines):

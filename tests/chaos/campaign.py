@@ -26,7 +26,7 @@ from blake3 import blake3
 from launch import Launch
 from results import page
 
-from pipeline.artifacts import git_commit
+from pipeline.provenance import git_commit
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "docs/results/chaos.md"

@@ -11,18 +11,9 @@ from stages.config.data import DataSource
 from stages.config.prepare import PrepareConfig
 from stages.data.batches import content_share
 from stages.data.corpus import blocks as corpora
-from stages.data.corpus.blocks import (
-    STEPS,
-    Corpus,
-    Dropped,
-    Filter,
-    documents,
-    encode_block,
-    filter_block,
-    mixing_weights,
-    normalise,
-    select,
-)
+from stages.data.corpus.blocks import Corpus, documents, encode_block
+from stages.data.corpus.filtering import STEPS, Dropped, Filter, filter_block, normalise
+from stages.data.corpus.selection import mixing_weights, select, tokenizer_sample
 from stages.data.reading.readers import splits_of
 from stages.errors import DataError
 
@@ -115,9 +106,9 @@ RECORDS = {
     "a changed number": lambda text: text.replace('"num_kept": 40', '"num_kept": 39'),
     "a longer number": lambda text: text.replace('"num_kept": 40', '"num_kept": 400'),
     "cut": lambda text: text[: len(text) // 2],
-    "no digest of itself": lambda text: json.dumps({**json.loads(text), "blake3": None}),
-    "no report": lambda text: '{"digests": {}}',
-    "digests in a list": lambda text: '{"digests": [], "report": {}}',
+    "no digest of itself": lambda text: json.dumps({**json.loads(text), "digest": None}),
+    "no report": lambda text: '{"files": {}}',
+    "files in a list": lambda text: '{"digest": "", "files": [], "report": {}}',
     "a list": lambda text: "[]",
     "null": lambda text: "null",
     "deep": lambda text: "[" * 100_000,
@@ -237,11 +228,11 @@ def test_a_source_of_which_nothing_is_trained_on_is_named(tmp_path):
 def test_the_tokenizer_sample_is_chosen_by_content_and_keeps_the_order(tmp_path):
     _, corpus = made(tmp_path / "blocks", [written(tmp_path / "a.jsonl", TEXTS)])
     train = np.array([*range(40), 5, 6])
-    assert list(corpora.tokenizer_sample(corpus, train, 10**9)) == [*TEXTS, TEXTS[5], TEXTS[6]]
-    few = list(corpora.tokenizer_sample(corpus, train, 100))
+    assert list(tokenizer_sample(corpus, train, 10**9)) == [*TEXTS, TEXTS[5], TEXTS[6]]
+    few = list(tokenizer_sample(corpus, train, 100))
     assert 0 < sum(map(len, few)) <= 100 and [text for text in TEXTS if text in few] == few
-    assert len(list(corpora.tokenizer_sample(corpus, train, 1))) in (1, 2)
+    assert len(list(tokenizer_sample(corpus, train, 1))) in (1, 2)
     _, again = made(tmp_path / "reversed", [written(tmp_path / "b.jsonl", TEXTS[::-1])])
-    assert set(corpora.tokenizer_sample(again, np.arange(40), 100)) == set(
-        corpora.tokenizer_sample(corpus, np.arange(40), 100)
+    assert set(tokenizer_sample(again, np.arange(40), 100)) == set(
+        tokenizer_sample(corpus, np.arange(40), 100)
     )

@@ -112,7 +112,7 @@ def test_a_flipped_bit_costs_one_line(tmp_path: Path, caplog):
     content[-3] ^= 16
     path.write_bytes(content)
     assert journal.read(12) is None
-    assert caplog.messages == [f"{path}: damaged: not the bytes that were written; the step is sampled again"]
+    assert caplog.messages == [f"{path}: not the bytes that were written; the step is sampled again"]
 
 
 def test_an_entry_on_a_bad_sector_costs_one_line_and_is_written_again(tmp_path: Path, caplog):
@@ -120,7 +120,7 @@ def test_an_entry_on_a_bad_sector_costs_one_line_and_is_written_again(tmp_path: 
     path = tmp_path / "journal/step-000012.rollouts"
     path.symlink_to("/proc/self/mem")  # no memory lies at address 0
     assert journal.read(12) is None
-    assert caplog.messages == [f"{path}: damaged: Input/output error; the step is sampled again"]
+    assert caplog.messages == [f"{path}: Input/output error; the step is sampled again"]
     journal.write(entry())
     assert journal.read(12) == entry()
 
@@ -142,7 +142,7 @@ def test_an_entry_of_another_step_or_stage_is_not_taken(tmp_path: Path, caplog):
     (tmp_path / "ppo-1/journal/step-000013.rollouts").write_bytes(written.read_bytes())
     (tmp_path / "ppo-2/journal/step-000012.rollouts").write_bytes(written.read_bytes())
     assert ours.read(13) is None and theirs.read(12) is None
-    assert caplog.text.count("damaged: of step 12 of ppo-1") == 2
+    assert caplog.text.count(": of step 12 of ppo-1;") == 2
 
 
 def test_a_disk_that_refuses_is_one_line_and_the_last_entry_stays(tmp_path: Path, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_disk_that_refuses_is_one_line_and_the_last_entry_stays(tmp_path: Path
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(EnvironmentProblem, match=r"No space left on device; check the disk") as caught:
+        with pytest.raises(EnvironmentProblem, match=r"No space left on device; free some") as caught:
             journal.write(entry(12))
     assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
     assert journal.read(11) == entry(11) and journal.read(12) is None

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -49,19 +47,7 @@ def failure(path: Path, reads: Kind, **settings: Any) -> str:
     return message.replace(f"{path.parent}/", "")
 
 
-@pytest.mark.process
-def test_readers_import_neither_torch_nor_transformers():
-    code = (
-        "import sys, stages.data.reading.readers as r, stages.data.batches\n"
-        "from stages.config.data import DataSource\n"
-        "bad = {'torch', 'transformers', 'ray', 'vllm', 'datasets'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {bad}' if bad else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-# What each reads reads
+# What each schema reads
 
 
 def test_text_rows_and_paragraphs_become_documents(tmp_path):

@@ -10,14 +10,13 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.corpus import shards as module
+from stages.data.corpus import row_packers as module
+from stages.data.corpus.row_packers import MIN_CHUNK, chunk_spans
 from stages.data.corpus.shards import (
-    MIN_CHUNK,
     ShardCounts,
     TokenRow,
     TokenShards,
     check_digests,
-    chunk_spans,
     heldout_sequences,
     write_shards,
 )

@@ -11,8 +11,11 @@ import pytest
 from fake_chain import Chain, write_model
 
 from pipeline import dag, identity
-from pipeline.artifacts import MANIFEST, DigestCache, Manifest, Store, exactness_of, model_directory
+from pipeline.artifacts import Store
+from pipeline.digest_cache import DigestCache
 from pipeline.errors import CorruptArtifact, MissingStage
+from pipeline.manifest import MANIFEST, Manifest, exactness_of
+from pipeline.model_path import model_directory
 from rollout.ground.errors import EnvironmentProblem
 from stages.errors import DataError
 
@@ -165,7 +168,7 @@ def test_a_cut_manifest_is_an_error_and_not_a_traceback(tmp_path: Path, node: id
     store = Store(tmp_path / "outputs")
     path = published(store, node) / MANIFEST
     path.write_text(path.read_text()[:100])
-    with pytest.raises(CorruptArtifact, match=r"manifest\.json: not a manifest"):
+    with pytest.raises(CorruptArtifact, match=r"manifest\.json: not a record"):
         store.find(node.stage, node.fingerprint)
 
 
@@ -184,6 +187,7 @@ def test_a_manifest_of_another_schema_version_is_named_beside_ours(
     store = Store(tmp_path / "outputs")
     with monkeypatch.context() as patched:
         patched.setattr("pipeline.artifacts.SCHEMA_VERSION", version)
+        patched.setattr("pipeline.manifest.SCHEMA_VERSION", version)
         published(store, node)
     with pytest.raises(CorruptArtifact, match=f"schema version {version}, this code reads 2"):
         store.find(node.stage, node.fingerprint)
@@ -210,7 +214,7 @@ def test_an_unchanged_file_is_digested_once(tmp_path: Path, monkeypatch: pytest.
     os.utime(path, (1, 1))
     with DigestCache(tmp_path / "digests.json") as digest_of:
         digest = digest_of(path)
-    monkeypatch.setattr("pipeline.artifacts.file_digest", lambda path: "read again")
+    monkeypatch.setattr("pipeline.digest_cache.file_digest", lambda path: "read again")
     assert DigestCache(tmp_path / "digests.json")(path) == digest
     path.write_text("y")
     assert DigestCache(tmp_path / "digests.json")(path) == "read again"

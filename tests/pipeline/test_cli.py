@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -290,19 +289,6 @@ def test_after_a_signal_a_stage_may_end_and_no_other_one_starts(chain: Chain, wh
     assert process.returncode == 75
     assert stderr == "sft: not started, for the run was asked to stop; run the same command to go on\n"
     assert list(chain.summary()) == chain.calls() == ["prepare", "pretrain"]
-
-
-@pytest.mark.process
-def test_the_installed_command_answers_quickly_and_without_heavy_imports():
-    command = (
-        "import sys, pipeline.cli\n"
-        "heavy = {'torch', 'ray', 'transformers', 'vllm', 'datasets', 'numpy'} & sys.modules.keys()\n"
-        "print(sorted(heavy - {'numpy'}))"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert answer.stdout == "[]\n"
 
 
 def test_doctor_writes_and_reads_back_and_recognises_a_cuda_build(

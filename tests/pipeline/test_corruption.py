@@ -16,8 +16,9 @@ from plain_models import take_step
 from torch import nn
 
 from pipeline import dag, identity
-from pipeline.artifacts import MANIFEST, Manifest, Store
+from pipeline.artifacts import Store
 from pipeline.errors import CorruptArtifact
+from pipeline.manifest import MANIFEST, Manifest
 from stages.config.pretrain import PretrainConfig
 from stages.rl.journal import Journal, JournalEntry, decoded
 from stages.rl.trajectories import Trajectory, Turn

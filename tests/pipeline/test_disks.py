@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_cli import complaint, rlhf
 
-from pipeline.artifacts import MANIFEST, Store
+from pipeline.artifacts import Store
+from pipeline.manifest import MANIFEST
 from pipeline.stage_task import as_expected
 from rollout.ground.errors import EnvironmentProblem
 from rollout.weight_file import WeightFileWriter

@@ -11,8 +11,10 @@ from test_cli import complaint, rlhf
 
 from pipeline import config as configs
 from pipeline import progress
-from pipeline.artifacts import MANIFEST, Store, model_directory, read_manifest
+from pipeline.artifacts import Store
 from pipeline.errors import ConfigError, CorruptArtifact
+from pipeline.manifest import MANIFEST, read_manifest
+from pipeline.model_path import model_directory
 from pipeline.planning import plan_run
 from stages.config.score import ScoreFunction
 from stages.data.scoring import load_judge

@@ -5,14 +5,16 @@ import struct
 from pathlib import Path
 
 import pytest
-from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import MANIFEST, FileRecord, Manifest, Store, file_digest, model_directory
+from pipeline.artifacts import Store
 from pipeline.errors import MissingStage
 from pipeline.identity import SCHEMA_VERSION
+from pipeline.manifest import MANIFEST, Manifest, manifest_text
 from pipeline.model_files import check_model_directory
+from pipeline.model_path import model_directory
+from rollout.ground.whole import measure
 from rollout.safetensors_header import BadHeader, read_header
 
 
@@ -46,11 +48,9 @@ def write_manifest(directory: Path, stage: str) -> None:
         started_at="",
         seconds=1,
         metrics={},
-        files={path.name: FileRecord(size=path.stat().st_size, blake3=file_digest(path)) for path in paths},
+        files={path.name: measure(path) for path in paths},
     )
-    text = manifest.model_dump_json(indent=2)
-    digest = blake3(text.encode()).hexdigest()
-    (directory / MANIFEST).write_text(text.replace('"digest": ""', f'"digest": "{digest}"', 1))
+    (directory / MANIFEST).write_text(manifest_text(manifest))
 
 
 GOOD = packed({"__metadata__": {"format": "pt"}, "a": tensor(), "b": tensor(8, 12, (1, 1))}, bytes(12))

@@ -107,7 +107,7 @@ def test_damaged_lines_of_metrics_cost_one_warning_and_no_step(tmp_path, caplog,
     assert torch.equal(resumed, whole)
     assert [line["step"] for line in read_steps(path)][-2:] == [8, 10]
     lines = [record.getMessage() for record in caplog.records if record.name == "stages.training.metrics"]
-    reason = "Input/output error; it begins anew" if num_lines is None else f"{num_lines} of "
+    reason = "Input/output error; it begins again" if num_lines is None else f"{num_lines} of "
     assert len(lines) == 1 and lines[0].startswith(f"{path}: damaged: {reason}")
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
-from rollout.ground.durable import whole_record, write_record
+from rollout.ground.whole import whole_record, write_record
 from stages.config.data import DataSource
 from stages.data.reading.files import FileSplit
 from stages.data.reading.readers import Counts, read_split, split_digest

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
-from rollout.ground.durable import file_digest
+from rollout.ground.whole import file_digest
 from stages.config.data import DataSource
 from stages.config.reward import RewardConfig
 from stages.data.batches import content_share, repeats, stage_seed
