@@ -29,12 +29,11 @@ from stages.engines import ENGINE_DTYPE, EngineClient, open_engines
 from stages.errors import ModelError
 from stages.rl.algorithms import algorithm_of
 from stages.rl.experience import batch_metrics, experiences_of
-from stages.rl.iterations import Iterations, Prepared, agreed_batch
+from stages.rl.iterations import Iterations, agreed_batch
 from stages.rl.limits import check_rollouts
 from stages.rl.publish import Probe, Publisher, wired
 from stages.rl.roles import Judges, load_models, scores_to_commit
 from stages.rl.source import Source, SourcePlan, SourcePrompt, open_source
-from stages.rl.totals import Clock
 from stages.rl.update import Learner
 from stages.runtime import POLICY, REWARD_MODEL, Runtime
 from stages.training import ranks
@@ -119,32 +118,35 @@ def train(
     sync, gate = wired(models.policy, client, probe, dtype=dtype, micro_batch_size=size, device=worker.device)
     publisher = Publisher(sync, gate, stage=worker.runtime.stage)
 
-    def prepare(step: int, position: int, kl_coef: float, clock: Clock) -> Prepared:
+    def step(number: int, position: int) -> None:
+        clock, kl_coef = iterations.begin(position), iterations.kl_coef
         # 3. Rollouts by the weights that the engines hold, and what the models say of them.
-        drawn, batch = agreed_batch(source, publisher, judges, step=step, position=position, clock=clock)
+        drawn, batch = agreed_batch(source, publisher, judges, step=number, position=position, clock=clock)
         # 4. Rewards, advantages and returns of the whole batch.
         with clock.measure("scoring"):
             credited = algorithm.credit(batch, kl_coef=kl_coef)
             experiences = experiences_of(batch, credited, kl_coef=kl_coef, keeps_anchor=learner.keeps_anchor)
             seen = batch_metrics(batch, credited, kl_coef=kl_coef, correction=algorithm.correction)
         # 5. A batch that must not be learned from ends the run.
-        check_rollouts(step, seen, config)
+        check_rollouts(number, seen, config)
         # 6. On the disk before the update: a kill in it replays these rollouts and draws no others.
         if ranks.is_main() and not drawn.is_replayed:
             source.commit(position, scores_to_commit(batch, drawn))
-        return Prepared(batch=batch, experiences=experiences, seen=seen)
+        # 7. Epochs of clipped value and policy updates; then the engines get the new policy, and prove it.
+        iterations.see(batch, seen)
+        with clock.measure("training"):
+            iterations.learnt = learner.update(number, experiences)
 
-    # 7. Iterations: prepare, epochs of clipped value and policy updates, weights to the engines.
+    iterations = Iterations(
+        step,
+        learner,
+        config=config,
+        source=source,
+        publisher=publisher,
+        chat=chat,
+        rollouts_file=worker.runtime.work_dir / ROLLOUTS_FILE,
+    )
     with closing(publisher):
-        iterations = Iterations(
-            prepare,
-            learner,
-            config=config,
-            source=source,
-            publisher=publisher,
-            chat=chat,
-            rollouts_file=worker.runtime.work_dir / ROLLOUTS_FILE,
-        )
         run_loop(iterations, config, max_steps=config.max_steps, runtime=worker.runtime)
     metrics = iterations.summary()
 

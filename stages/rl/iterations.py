@@ -1,22 +1,21 @@
-"""Iterations: the stepper of every stage that learns from its own rollouts.
+"""Iterations: what every stage that learns from its own rollouts does around its steps. A `Stepper`.
 
-    engines hold `version` --prepare: draw, judge, credit--> Prepared --Learner--> policy
-                                                                 |        `--publish--> version + 1
-                                                                 `--> lines of the logs, totals, checkpoint
+    restore: engines get the policy --> step, the recipe's: draw, judge, credit, update
+                                   ^      `--> finish: publish(version + 1), lines of the logs, totals
+                                   `-----------'
 
-Owns: what an iteration leaves behind: KL coefficient, totals, lines of the logs. Does not own: what it learns
-from (`prepare`, the recipe's), the updates (update), the weight version (publish), the journal (source).
+Owns: what an iteration leaves behind: KL coefficient, totals, lines of the logs. Does not own: the step (the
+recipe), the updates (update), the weight version (publish), the journal (source).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stages.config.ppo import PPOConfig
 from stages.data.chat.tokenizer import ChatTokenizer
 from stages.rl.algorithms import kl_controller
-from stages.rl.experience import Experience, JudgedBatch
+from stages.rl.experience import JudgedBatch
 from stages.rl.publish import Publisher
 from stages.rl.roles import Judges, with_committed_scores
 from stages.rl.source import Source
@@ -28,25 +27,16 @@ from stages.training.metrics import StepLog
 from stages.training.trainable import Trainable
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What one iteration learns from."""
-
-    batch: JudgedBatch
-    experiences: Sequence[Experience]
-    seen: Mapping[str, float]  # metrics of the batch
-
-
-Prepare = Callable[[int, int, float, Clock], Prepared]
-"""(step, position, kl_coef, clock) -> the batch of `position`; raises what must end the run."""
-
-
 class Iterations:
-    """A `Stepper`: one batch of rollouts, its updates and one weight sync per step."""
+    """A `Stepper` whose steps are the recipe's: each is one batch of rollouts, its updates, one weight sync.
+
+    Example: a step is `clock = iterations.begin(position); ...; iterations.see(batch, seen)`, then
+             `iterations.learnt = learner.update(number, experiences)`, which may raise RollBack.
+    """
 
     def __init__(
         self,
-        prepare: Prepare,
+        step: Callable[[int, int], None],
         learner: Learner,
         *,
         config: PPOConfig,
@@ -55,13 +45,29 @@ class Iterations:
         chat: ChatTokenizer,
         rollouts_file: Path,
     ) -> None:
+        self.step = step
         self.trained: dict[str, Trainable] = {str(role): model for role, model in learner.trained.items()}
         self.health = learner.health
-        self._prepare, self._learner, self._config = prepare, learner, config
-        self._source, self._publisher, self._chat = source, publisher, chat
+        self.learnt: Mapping[str, float] = {}  # metrics of the updates on this batch
+        self._learner, self._config, self._source = learner, config, source
+        self._publisher, self._chat = publisher, chat
         self._rollouts_file = rollouts_file
         self._controller = kl_controller(config)
         self._totals = Totals()
+
+    @property
+    def kl_coef(self) -> float:
+        """beta in force."""
+        return self._controller.coef
+
+    def begin(self, position: int) -> Clock:
+        """A step begins, on the batch at `position`; the clock of its phases."""
+        self._position, self._clock, self.learnt = position, Clock(), {}
+        return self._clock
+
+    def see(self, batch: JudgedBatch, seen: Mapping[str, float]) -> None:
+        """The batch of this step, and what was seen of it before its updates."""
+        self._batch, self._seen = batch, seen
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """See `Stepper`. The engines get the policy, so a broken transport fails in the first minute."""
@@ -75,16 +81,9 @@ class Iterations:
             published = self._publisher.begin(state["version"] if state else 0)
         self._totals.see_parity(published.parity.max_abs_diff)
 
-    def step(self, step: int, position: int) -> None:
-        """See `Stepper`."""
-        self._position, self._clock, self._update = position, Clock(), {}
-        self._prepared = self._prepare(step, position, self._controller.coef, self._clock)
-        with self._clock.measure("training"):
-            self._update = self._learner.update(step, self._prepared.experiences)
-
     def finish(self, step: int) -> None:
         """See `Stepper`."""
-        batch, seen = self._prepared.batch, self._prepared.seen
+        batch, seen = self._batch, self._seen
         num_responses = len(batch.trajectories)
         with self._clock.measure("sync"):
             self._published = self._publisher.publish(has_moved=self._learner.has_moved)
@@ -100,12 +99,12 @@ class Iterations:
 
     def metrics(self) -> Mapping[str, float]:
         """See `Stepper`."""
-        learnt = {**self._prepared.seen, **self._update, **self.health.metrics()}
-        return {**learnt, **self._clock.metrics(), **self._published.metrics()}
+        seen = {**self._seen, **self.learnt, **self.health.metrics()}
+        return {**seen, **self._clock.metrics(), **self._published.metrics()}
 
     def score(self) -> float:
         """See `Stepper`: of the last batch."""
-        return self._prepared.seen["rollout/score"]
+        return self._seen["rollout/score"]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stepper`."""
