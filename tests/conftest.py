@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 from forks import RAY_WORKERS
 from tiny_tokenizer import BOS, EOS, PAD, tiny_tokenizer
-from watched_run import WatchedRun, watch
+from watched_run import WatchedRun, finished_in, started_in
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -36,6 +36,7 @@ WHOLE_RUN, ENGINES = "whole run", "engines"
 STARTING = ("engine", "ray", "process")
 """Markers of tests that start something."""
 WATCHED_RUN = "watched_run"  # the fixture, in the text of a file
+WATCHER = pytest.StashKey["subprocess.Popen[bytes]"]()
 TESTS = Path(__file__).parent
 
 
@@ -55,16 +56,32 @@ class Lanes(LoadScopeScheduling):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest lanes come first, and the pure ones last: two processes then end together."""
+    """The longest lanes come first, and the pure ones last: two processes then end together. The whole run is
+    looked at late, because it goes on beside the others.
+    """
     lanes = {path: _lane(path) for path in {item.path for item in items}}
     starting = {lanes[item.path] for item in items if any(map(item.get_closest_marker, STARTING))}
-    items.sort(
-        key=lambda item: (
-            lanes[item.path] != WHOLE_RUN,
-            lanes[item.path] != ENGINES,
-            lanes[item.path] not in starting,
-        )
-    )
+    order = {lane: (lane not in starting, lane == WHOLE_RUN, lane != ENGINES) for lane in lanes.values()}
+    items.sort(key=lambda item: order[lanes[item.path]])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The whole run starts before the first test, if any is about it: of several processes in the first."""
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    if is_first and any(WATCHED_RUN in item.fixturenames for item in session.items):
+        session.config.stash[WATCHER] = started_in(_whole_run(session.config))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if WATCHER in config.stash:
+        config.stash[WATCHER].terminate()
+        config.stash[WATCHER].wait()
+
+
+def _whole_run(config: pytest.Config) -> Path:
+    """The directory of the whole run, one for all processes of the tests."""
+    own: Path = config._tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "whole-run"
 
 
 def _lane(path: Path) -> str:
@@ -157,9 +174,9 @@ def ray_cluster(start_ray: Callable[[], None]) -> None:
 
 
 @pytest.fixture(scope="session")
-def watched_run(tmp_path_factory: pytest.TempPathFactory) -> WatchedRun:
+def watched_run(pytestconfig: pytest.Config) -> WatchedRun:
     """The whole tiny chain on Ray and vLLM, once, in a directory of its own; and what was seen meanwhile."""
-    run = watch(tmp_path_factory.mktemp("chain"))
+    run = finished_in(_whole_run(pytestconfig))
     assert run.code == 0, (run.directory / "out").read_text() + (run.directory / "err").read_text()
     return run
 

@@ -1,16 +1,20 @@
 """One real run of the whole tiny chain, watched from outside: its sockets, its command lines, its secrets.
 
-rlhf run tiny.yaml, secrets planted in its environment --> WatchedRun: what it left, and what was seen
+    rlhf run tiny.yaml, secrets planted in its environment --> WatchedRun: what it left, and what was seen
+
+It takes minutes, so another process watches it beside the first tests: `python watched_run.py DIRECTORY`.
 """
 
 import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -69,12 +73,9 @@ class WatchedRun:
     code: int | None = None
 
 
-def watch(directory: Path) -> WatchedRun:
-    """Run the tiny chain in `directory` and look at it until it ends."""
-    secrets = {
-        name: f"planted{index:02}-{os.urandom(8).hex()}" for index, name in enumerate(SECRET_VARIABLES)
-    }
-    run = WatchedRun(directory=directory, secrets=secrets)
+def watch(run: WatchedRun) -> None:
+    """Run the tiny chain and look at it until it ends."""
+    directory = run.directory
     (directory / "tiny.yaml").write_text(CONFIG)
     (directory / "home").mkdir()
     environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
@@ -82,15 +83,66 @@ def watch(directory: Path) -> WatchedRun:
         driver = subprocess.Popen(
             [RLHF, "run", "tiny.yaml"],
             cwd=directory,
-            env=environment | secrets | {"HOME": str(directory / "home"), "VLLM_CACHE_ROOT": VLLM_CACHE},
+            env=environment | run.secrets | {"HOME": str(directory / "home"), "VLLM_CACHE_ROOT": VLLM_CACHE},
             stdout=out,
             stderr=err,
         )
-        while (code := driver.poll()) is None:
-            _look(driver.pid, run)
-            time.sleep(POLL_S)
-    run.code = code
-    return run
+        try:
+            while driver.poll() is None:
+                _look(driver.pid, run)
+                time.sleep(POLL_S)
+        finally:
+            driver.terminate()
+            run.code = driver.wait()
+
+
+def started_in(directory: Path) -> "subprocess.Popen[bytes]":
+    """A process that watches a run in this new directory."""
+    directory.mkdir()
+    return subprocess.Popen([sys.executable, __file__, str(directory)])
+
+
+def finished_in(directory: Path) -> WatchedRun:
+    """What that process has seen, once it has ended."""
+    seen = _seen_in(directory)
+    while not seen.exists():
+        time.sleep(POLL_S)
+    told = json.loads(seen.read_text())
+    sets = {name: set(told[name]) for name in ("tokens", "command_lines")}
+    listeners = {Listener(**item) for item in told["listeners"]}
+    return WatchedRun(directory=directory, **(told | sets | {"listeners": listeners}))
+
+
+def _main(directory: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the tests end early: so does the run
+    secrets = {
+        name: f"planted{index:02}-{os.urandom(8).hex()}" for index, name in enumerate(SECRET_VARIABLES)
+    }
+    run = WatchedRun(directory=directory, secrets=secrets)
+    try:
+        watch(run)
+    finally:  # somebody waits
+        _tell(run)
+
+
+def _tell(run: WatchedRun) -> None:
+    told = {
+        "secrets": run.secrets,
+        "tokens": list(run.tokens),
+        "listeners": [asdict(listener) for listener in run.listeners],
+        "command_lines": list(run.command_lines),
+        "to_cluster": run.to_cluster,
+        "to_agent": run.to_agent,
+        "code": run.code,
+    }
+    unfinished = run.directory.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(told))
+    unfinished.rename(_seen_in(run.directory))
+
+
+def _seen_in(directory: Path) -> Path:
+    """Beside the directory, whose files must not hold what this one does."""
+    return directory.with_suffix(".json")
 
 
 def _look(driver: int, run: WatchedRun) -> None:
@@ -145,3 +197,7 @@ def _knock(run: WatchedRun) -> None:
             check=False,
         )
         run.to_cluster["the run's" if given == token else given] = answer.stdout.strip() or answer.stderr
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
