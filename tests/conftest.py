@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The whole run starts before the first test, if any is about it: of several processes in the first."""
-    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0" and not session.config.option.collectonly
     if is_first and any(WATCHED_RUN in item.fixturenames for item in session.items):
         session.config.stash[WATCHER] = started_in(_whole_run(session.config))
 
