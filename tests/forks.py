@@ -258,7 +258,7 @@ def _settle(order: dict[str, Any], files: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["cwd"])
-    if "OMP_NUM_THREADS" in os.environ:  # was read when torch was loaded
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:  # torch read it when it was loaded
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
