@@ -63,8 +63,11 @@ def shared(
         chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
         examples, data = _examples(settings, chat)
         runtime.check_files()
-        ragged = {"ids": [one.ids for one in examples], "mask": [one.mask for one in examples]}
-        return Columns(ragged=ragged, flat={}, facts={"metrics": list(data.items())})
+        return Columns(
+            ragged={"ids": [one.ids for one in examples], "mask": [one.mask for one in examples]},
+            flat={},
+            facts={"metrics": list(data.items())},
+        )
 
     yield {"rows": prepared(runtime.work_dir, rendered)}
 

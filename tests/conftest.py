@@ -16,6 +16,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from forks import RAY_WORKERS
 from tiny_tokenizer import BOS, EOS, PAD, tiny_tokenizer
 from watched_run import WatchedRun, watch
 from xdist.remote import Producer
@@ -127,8 +128,8 @@ def loop() -> Iterator[LoopThread]:
 
 
 @pytest.fixture(scope="session")
-def start_ray() -> Iterator[Callable[[], None]]:
-    """Call it to have a local Ray of two CPUs until the session ends; what depends on this fixture is closed
+def start_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], None]]:
+    """Call it to have a local Ray of two CPUs until the session ends. What depends on this fixture is closed
     before.
     """
     started = False
@@ -138,7 +139,8 @@ def start_ray() -> Iterator[Callable[[], None]]:
         import ray
 
         if not started:
-            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            with RAY_WORKERS.forking(tmp_path_factory.mktemp("ray") / "forks"):
+                ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         started = True
 
     yield start

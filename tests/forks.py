@@ -8,6 +8,8 @@ that once, and every later process is a fork of it. Such a process has the envir
 parent of a spawned one, and runs the same code. It forks a spare at once, which becomes the first process
 that it spawns itself: with vLLM, the scheduler's worker. Whatever forks here has one thread, because a lock
 that another thread holds would stay locked in the child.
+
+    raylet --starts--> ray_worker.py --the same order--> server of Ray's workers --fork--> a worker
 """
 
 import contextlib
@@ -15,18 +17,23 @@ import fcntl
 import importlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from ctypes import CDLL
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import util
+from pathlib import Path
 from typing import Any
 
 MARK = "--multiprocessing-fork"
 PR_SET_CHILD_SUBREAPER = 36
 STANDARD_FILES = (0, 1, 2)
+PLACE = "RLHF_TESTS_FORK_SERVER"
+"""The variable that tells Ray's workers-to-be the socket of their server."""
 SPAWN = util.spawnv_passfds
 
 
@@ -64,12 +71,50 @@ class ForkServer:
 
     def _start(self) -> None:
         self.connection, theirs = socket.socketpair()
-        command = [sys.executable, __file__, str(theirs.fileno()), *self.modules]
-        alone = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's library starts its threads when it is loaded
-        self.process = subprocess.Popen(command, env=os.environ | alone, pass_fds=[theirs.fileno()])
+        self.process = _server(theirs, self.modules)
         theirs.close()
 
 
+@dataclass(slots=True)
+class RayWorkers:
+    """Forks the workers of this process's own Ray. The server ends with this process."""
+
+    modules: Sequence[str]
+    life: socket.socket | None = field(default=None, init=False)
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    @contextlib.contextmanager
+    def forking(self, place: Path) -> Iterator[None]:
+        """A Ray that starts inside forks its workers. `place`: a short path, for the server's socket."""
+        from ray._private import parameter
+
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(place))
+            listener.listen()
+            self.life, theirs = socket.socketpair()
+            self.process = _server(theirs, self.modules, listener)
+            theirs.close()
+        assert self.life.recv(1), "the server of forks is gone"  # Ray waits for a worker, but not for imports
+        os.environ[PLACE] = str(place)
+        worker = str(Path(__file__).with_name("ray_worker.py"))
+        parameters = parameter.RayParams
+        parameter.RayParams = partial(parameters, worker_path=worker)
+        try:
+            yield
+        finally:
+            parameter.RayParams = parameters
+
+
+def become_a_fork(code: str) -> None:
+    """Have the server of Ray's workers run `code`, with what this process inherited, until that ends."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[PLACE])
+        _send(connection, code, ())
+        connection.recv(1)
+
+
+RAY_WORKERS = RayWorkers(("torch.distributed.checkpoint", "stages.training.distributed", "rollout.hf_engine"))
+"""Not ray itself: it reads its environment once, when it is loaded."""
 RANKS = ForkServer(("torch.distributed.checkpoint", "stages.training.distributed"))
 """Of the processes in which tests train."""
 ENGINES = ForkServer(
@@ -83,6 +128,18 @@ ENGINES = ForkServer(
     )
 )
 """Of the two processes of a vLLM engine."""
+
+
+def _server(
+    life: socket.socket, modules: Sequence[str], listener: socket.socket | None = None
+) -> "subprocess.Popen[bytes]":
+    passed = [life.fileno(), -1 if listener is None else listener.fileno()]
+    alone = {"OPENBLAS_NUM_THREADS": "1"}  # numpy's library starts its threads when it is loaded
+    return subprocess.Popen(
+        [sys.executable, __file__, *map(str, passed), *modules],
+        env=os.environ | alone,
+        pass_fds=[number for number in passed if number >= 0],
+    )
 
 
 def _is_a_process(arguments: Sequence[str]) -> bool:
@@ -141,6 +198,29 @@ def _serve(connection: socket.socket) -> dict[str, Any] | None:
     return None
 
 
+def _serve_all(life: socket.socket, listener: socket.socket) -> dict[str, Any] | None:
+    """The same for whoever connects. The fork holds its connection until it ends: so the other side knows."""
+    life.sendall(b"!")  # ready
+    while life not in select.select([life, listener], [], [])[0]:
+        connection, _ = listener.accept()
+        received = _receive(connection)
+        assert received is not None
+        order, files = received
+        if os.fork() == 0:
+            life.close()
+            listener.close()
+            order["connection"] = connection
+            _settle(order, files)
+            return order
+        connection.close()
+        for file in files:
+            os.close(file)
+        with contextlib.suppress(ChildProcessError):  # there is none
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    return None
+
+
 def _with_spare(order: dict[str, Any]) -> dict[str, Any] | None:
     """Fork a spare. Returns the order; in the spare, when this process spawns one, that one's."""
     ours, theirs = socket.socketpair()
@@ -178,18 +258,26 @@ def _settle(order: dict[str, Any], files: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["cwd"])
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:  # torch read it when it was loaded
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def _main(connection: socket.socket, modules: Sequence[str]) -> None:
+def _main(life: socket.socket, listener: socket.socket | None, modules: Sequence[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads: a fork would not have them"
-    order = _serve(connection)
-    if order is not None and (order := _with_spare(order)) is not None:
+    if listener is not None:
+        order = _serve_all(life, listener)
+    elif (order := _serve(life)) is not None:
+        order = _with_spare(order)
+    if order is not None:
         sys.argv = ["-c", MARK]
         exec(order["code"], {"__name__": "__main__"})
 
 
 if __name__ == "__main__":
-    _main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    numbers = [int(number) for number in sys.argv[1:3]]
+    life, listener = (socket.socket(fileno=number) if number >= 0 else None for number in numbers)
+    assert life is not None
+    _main(life, listener, sys.argv[3:])

@@ -145,6 +145,8 @@ def start_rig(
             max_model_len=max_model_len,
             log_path=log_dir / "engine.log",
         )
+        if kind == "vllm":
+            _inspect_models_here()
         with ENGINES.forking():
             engine = loop.run(opening, timeout_s=150, what="start")
     model = AutoModelForCausalLM.from_pretrained(
@@ -153,6 +155,15 @@ def start_rig(
     sync = WeightSync(ModuleSource(model, dtype="float32"), engine=engine, loop=loop, config=config)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return Rig(kind=kind, engine=engine, loop=loop, config=config, model=model, sync=sync, initial=initial)
+
+
+def _inspect_models_here() -> None:
+    """vLLM looks at a model's class in a process of its own, to keep away from a GPU. That takes ten seconds
+    for every architecture that its cache does not know, and here is no GPU.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 async def _fake() -> FakeEngine:

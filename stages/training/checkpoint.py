@@ -58,7 +58,7 @@ SCHEMA_VERSION = 3
 RECORD_FILE = "checkpoint.json"
 DIRECTORY_NAME = re.compile(r"step-(\d{6,})")
 DAMAGED = ".damaged"
-"""Added to the name of a checkpoint that did not hold: it may be looked at, and is not tried again."""
+"""Added to the name of a damaged checkpoint: it stays to be looked at, and is not tried again."""
 REPLACED = f".replaced{UNFINISHED}"
 FREE_SPACE_FACTOR = 1.1
 ENTRY_OVERHEAD_BYTES = 2048
@@ -73,7 +73,7 @@ class OtherSchema(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A checkpoint whose record and files hold."""
+    """A checkpoint whose record and files are as they were written."""
 
     step: int
     directory: Path
@@ -82,7 +82,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """`checkpoint.json`: what a checkpoint is, and every byte of it."""
+    """`checkpoint.json`: what a checkpoint is, and the digest of every file in it."""
 
     schema_version: int
     owner: str  # name of the work directory, <stage>-<fingerprint>: a checkpoint of another stage is not ours
@@ -166,15 +166,15 @@ class Checkpoints:
             raise
 
     def restore(self, parts: Mapping[str, TrainedState]) -> tuple[int, dict[str, Any]]:
-        """Load the newest sound checkpoint into `parts`; its step and `extra`, or (0, {}) when there is none.
+        """Load the newest sound checkpoint into `parts`. Returns its step and `extra`; (0, {}) without one.
 
         One line (a warning) for each one that is passed over. EnvironmentProblem when the disk refuses.
         """
         return self._load(parts, self._on_main(lambda: self._newest_sound(regular_only=False)))
 
     def roll_back(self, parts: Mapping[str, TrainedState]) -> tuple[int, dict[str, Any]]:
-        """Load the newest sound regular checkpoint as `restore` does. Those behind it are gone when this
-        returns: a later execution must not go on where this one did not. A kill before that goes back again.
+        """Load the newest sound regular checkpoint as `restore` does, and delete the later ones: no execution
+        may go on from where this one turned back. After a kill in between, the next one goes back again.
         """
         step, extra = self._load(parts, self._on_main(lambda: self._newest_sound(regular_only=True)))
         if step:
@@ -196,9 +196,7 @@ class Checkpoints:
         return step, extra
 
     def best(self) -> Kept | None:
-        """The sound regular checkpoint with the highest score, the newest of equals; None when none has a
-        score.
-        """
+        """The sound regular checkpoint with the highest score, the newest of equals. None without a score."""
         found = self._on_main(self._best_sound)
         if found is None:
             return None
@@ -241,7 +239,7 @@ class Checkpoints:
         return None
 
     def _sound_record(self, directory: Path) -> Record | None:
-        """The record of a checkpoint that is as it was written; else one line, and None."""
+        """The record of a checkpoint if it is as it was written; else warns in one line and returns None."""
         try:
             return verified(directory, owner=self._owner)
         except OtherSchema as error:
@@ -288,7 +286,7 @@ class Checkpoints:
         self._drop_old()
 
     def _make_way(self, directory: Path) -> None:
-        """Take a checkpoint of the same step out of the way: one of another schema is never deleted."""
+        """Moves a checkpoint of the same step away. One of another schema is never deleted."""
         try:
             Record.read(directory)
         except OtherSchema:
@@ -299,7 +297,7 @@ class Checkpoints:
             self._move(directory, self._dir / (directory.name + REPLACED))
 
     def _drop_old(self) -> None:
-        """All but the last `keep` regular ones, the best and the newest."""
+        """Deletes all checkpoints except the last `keep` regular ones, the best and the newest."""
         readable = self._readable()
         regular = [record for record in readable if record.regular]
         best = sorted(_scored(readable), key=_by_score)[-1:]
@@ -317,7 +315,7 @@ class Checkpoints:
         self._drop_unfinished()
 
     def _drop_unfinished(self) -> None:
-        """What killed saves left; a checkpoint that one had begun to replace gets its name back."""
+        """Deletes what killed saves left. A checkpoint that one had begun to replace gets its name back."""
         for path in self._dir.glob(f"*{REPLACED}"):
             final = self._dir / path.name.removesuffix(REPLACED)
             if not final.exists():
@@ -326,7 +324,7 @@ class Checkpoints:
             _remove(path)
 
     def _readable(self) -> list[Record]:
-        """The records that hold, oldest first; what is not readable counts for nothing."""
+        """The readable records, oldest first. Directories without one are left out."""
         records = []
         for directory in self._finished():
             with contextlib.suppress(NotWhole, OtherSchema):
@@ -395,8 +393,8 @@ def _state_of(parts: Mapping[str, TrainedState]) -> dict[str, Any]:
 
 
 def _write(state: dict[str, Any], directory: Path) -> None:
-    """All ranks write their shares; what all ranks hold alike comes from rank 0. OSError on every rank when
-    the disk refuses on any.
+    """Each rank writes its share; rank 0 writes what all ranks hold alike. OSError on every rank when the
+    disk refuses on any.
     """
     with _failures_unwrapped(), _alone_is_no_accident():
         dcp.save(
@@ -408,8 +406,8 @@ def _write(state: dict[str, Any], directory: Path) -> None:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, with the disk's own words: torch's archive covers them up by an error about a position,
-    and what lies under that is lost between ranks.
+    """DCP's writer, which raises the disk's own error: torch's archive replaces it by one about a position,
+    and the cause is lost between ranks.
     """
 
     def write_data(self, *arguments: Any, **options: Any) -> Any:
@@ -424,7 +422,7 @@ class _Writer(dcp.FileSystemWriter):
 
 @contextlib.contextmanager
 def _alone_is_no_accident() -> Iterator[None]:
-    """DCP warns whenever one process saves or loads: here that is what one worker does."""
+    """DCP warns whenever one process saves or loads. Here one worker does, so the warning is silenced."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
@@ -434,7 +432,7 @@ def _alone_is_no_accident() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _failures_unwrapped() -> Iterator[None]:
-    """Inside, what a rank of DCP raised is raised itself, on every rank: the first rank's."""
+    """Inside, every rank raises the error of the first rank that failed, without DCP's wrapper."""
     try:
         yield
     except CheckpointException as error:
@@ -443,13 +441,13 @@ def _failures_unwrapped() -> Iterator[None]:
 
 
 def _bytes_on_disk(state: dict[str, Any]) -> int:
-    """What a checkpoint of `state` will take at most, over all ranks."""
+    """The most bytes that a checkpoint of `state` takes, over all ranks."""
     held = sum(_local_bytes(entry) + ENTRY_OVERHEAD_BYTES for entry in _entries(state))
     return int(ranks.sums(held)[0] * FREE_SPACE_FACTOR)
 
 
 def _local_bytes(entry: object) -> int:
-    """Bytes of this rank's share; what all ranks hold alike is written by rank 0."""
+    """Bytes that this rank writes: its share, and on rank 0 also what all ranks hold alike."""
     if isinstance(entry, DTensor):
         return entry.to_local().nbytes
     return entry.nbytes if isinstance(entry, Tensor) and ranks.is_main() else 0
@@ -474,7 +472,7 @@ def _mention_other_torch(directory: Path, record: Record) -> None:
 
 
 def _scored(records: Iterable[Record]) -> list[Record]:
-    """Those that may be the best."""
+    """The regular ones that have a score."""
     return [record for record in records if record.regular and record.score is not None]
 
 

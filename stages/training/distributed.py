@@ -143,7 +143,7 @@ def _with_bf16_parameters(model: nn.Module) -> nn.Module:
 
 
 def worker_environment(runtime: Runtime) -> dict[str, str]:
-    """Environment of a worker process: passive waiting and all cores, for trainer and engine alternate.
+    """Environment of a worker process: passive waiting, and all cores because trainer and engine alternate.
 
     Ray hands it on to the engines that the worker opens: what is meant for this process alone (its GPUs, its
     network interfaces) is set inside it.

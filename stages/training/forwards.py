@@ -63,7 +63,7 @@ class ResponsePack:
 def pack_responses(
     prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, max_length: int, device: torch.device
 ) -> ResponsePack:
-    """One row of `prompts[b] + responses[b]`; `max_length` is T, the width of what is padded."""
+    """Packs `prompts[b] + responses[b]` into one row; `max_length` is T, the width of padded tensors."""
     row = pack([[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]).to(device)
     lengths = [len(response) for response in responses]
     positions = packed_response_positions(
@@ -78,8 +78,8 @@ def pack_responses(
 
 
 def with_end(response: TokenIds, end_of_turn_id: int, stop_token_ids: Collection[int]) -> tuple[int, ...]:
-    """A response as a reward model reads it: ended by the one end-of-turn token it was trained with, also
-    where the response was cut off or ended with another stop token.
+    """A response as a reward model reads it. It ends with the end-of-turn token of the reward model's
+    training, also where the response was cut off or ended with another stop token.
     """
     ids = tuple(response)
     return (*(ids[:-1] if ids[-1] in stop_token_ids else ids), end_of_turn_id)
@@ -95,7 +95,7 @@ def sequence_scores(judge: Judge, sequences: Sequence[TokenIds], *, device: torc
 def scores_in_packs(
     judge: Judge, sequences: Sequence[TokenIds], *, micro_batch_size: int, device: torch.device
 ) -> Tensor:
-    """`sequence_scores` of any number of sequences, `micro_batch_size` to a row, in their order; on the CPU.
+    """`sequence_scores` of any number of sequences in their order, on the CPU; `micro_batch_size` to a row.
 
     The ranks share the rows out between them; each gets all scores.
     """
@@ -117,7 +117,7 @@ def logprobs_in_packs(
     micro_batch_size: int,
     device: torch.device,
 ) -> list[Tensor]:
-    """Log-probs of each response's tokens, ragged, in the order of `responses`; on the CPU.
+    """Log-probs of each response's tokens on the CPU, ragged, in the order of `responses`.
 
     The ranks share the rows out between them; each gets all log-probs.
     """

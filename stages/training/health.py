@@ -28,13 +28,13 @@ from stages.training.trainable import Accepts
 logger = logging.getLogger(__name__)
 
 MIN_SPIKE_WINDOW = 16
-"""Accepted losses before the spike detector has an opinion."""
+"""The spike detector judges nothing before this many accepted losses."""
 MAD_TO_STD = 1.4826
 """The median absolute deviation of normal noise, times this, is its standard deviation."""
 
 
 class RollBack(Exception):
-    """Too many bad steps in a row: go back to the last checkpoint. Raised by Health, caught by the loop."""
+    """Too many bad steps in a row: go back to the last checkpoint. Health raises it, the loop catches it."""
 
 
 @dataclass(kw_only=True)
@@ -64,9 +64,9 @@ class Health:
         self._runtime = runtime
 
     def accepts(self, name: str, step: int, loss: float, grad_norm: float) -> bool:
-        """Whether `step` (0-based) is to be taken, given the loss of `name` and the gradient's global norm.
+        """Says whether to take `step` (0-based), given the loss of `name` and the gradient's global norm.
 
-        The same on every rank: both numbers are sums over all of them.
+        Every rank gets the same answer, because both numbers are sums over all ranks.
         """
         spike = math.isfinite(loss) and self._is_spike(name, loss)
         taken = math.isfinite(loss) and math.isfinite(grad_norm) and not (spike and self._skips_spikes)
@@ -88,7 +88,7 @@ class Health:
         return True
 
     def accepting(self, name: str, step: int) -> Accepts:
-        """`accepts` of one model's step, as a `Trainable` asks."""
+        """`accepts` for one step of one model, in the form in which a `Trainable` asks."""
         return lambda loss, grad_norm, _sums, _extremes: self.accepts(name, step, loss, grad_norm)
 
     def skipped(self, step: int, batch: Any) -> None:
@@ -105,9 +105,9 @@ class Health:
             raise RollBack
 
     def rolled_back(self, failed: int, to: int | None, state: Mapping[str, Any]) -> int:
-        """Take note of a return from step `failed` to the checkpoint `to` with its health `state`; the step
-        to go on with. Without a checkpoint (None) training goes on behind the bad data: no bad step was ever
-        taken.
+        """Notes a return from step `failed` to the checkpoint `to`, whose health was `state`. Returns the
+        step to go on with. Without a checkpoint (None) training goes on behind the bad data, because no bad
+        step was taken.
 
         Raises TrainingStopped (exit 5) when this happened too often.
         """
@@ -140,11 +140,11 @@ class Health:
         return to
 
     def is_good(self) -> bool:
-        """Whether the last step of every model was taken: a place to come back to."""
+        """Whether the last step of every model was taken, so that a checkpoint is worth going back to."""
         return not self.state.in_a_row
 
     def leave_out(self, why: str) -> None:
-        """Take note of a batch that held nothing to step on. `why`: the cause and the remedy."""
+        """Notes a batch that had nothing to train on. `why`: the cause and the remedy."""
         self.state.left_out = why
 
     def check_end(self, name: str) -> None:

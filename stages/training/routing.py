@@ -8,8 +8,8 @@ not own: the loss (objectives.balance), the routing itself (transformers), the w
 
 The balance loss is not a sum over tokens. It is computed for each micro-batch alone and weighed by the
 micro-batch's share of the step's tokens over all ranks: coef * sum_m (n_m / n) * L_m. So it depends on how a
-step is split into micro-batches, and nothing else of the gradient does: each micro-batch is to be balanced by
-itself. Which rank has a micro-batch, sharding and recomputation do not change it.
+step is split into micro-batches, because each is balanced by itself. Nothing else of the gradient does. Which
+rank has a micro-batch, sharding and recomputation do not change it.
 
 Legend: N tokens of a row, K of its positions, L layers with experts, E experts.
 """

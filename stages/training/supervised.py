@@ -153,5 +153,5 @@ class _Window:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the closed windows; 0 when there was none."""
+        """Over the closed windows; 0 before the first is closed."""
         return self._all_tokens / self._all_seconds if self._all_seconds else 0.0

@@ -34,7 +34,7 @@ class Pack(Protocol):
 
     @property
     def predicting_N(self) -> Tensor:
-        """int64: positions whose logits score `targets_N`, and where values are read. Empty: none."""
+        """int64: positions whose logits score `targets_N`, and where values are read. May be empty."""
 
     @property
     def targets_N(self) -> Tensor:
