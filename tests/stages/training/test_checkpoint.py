@@ -23,7 +23,7 @@ from rollout.ground.errors import EnvironmentProblem
 from stages.training import checkpoint as checkpoint_module
 from stages.training.checkpoint import RECORD_FILE, Checkpoints
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def save(work_dir: Path, *steps: int, score: float | None = None, regular: bool = True) -> None:
