@@ -280,7 +280,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="ppo",
-            recipe=Recipe(entry="stages.ppo:train", on_workers=True, holds="stages.ppo:opened"),
+            recipe=Recipe(entry="stages.ppo:train", on_workers=True, holds="stages.ppo:shared"),
             settings=PPOSettings,
             needs=_ppo_needs,
             lacks=_ppo_lacks,

@@ -46,7 +46,7 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 
 
 @contextmanager
-def opened(
+def shared(
     settings: PPOSettings, inputs: Mapping[str, Path], runtime: Runtime
 ) -> Iterator[Mapping[str, Any]]:
     """What the stage task holds while the workers train: the engines, and the source that draws from them."""

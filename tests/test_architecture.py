@@ -57,6 +57,7 @@ LIGHT_MODULES = (
     "stages.errors",
     "stages.runtime",
     "stages.objectives.schedules",
+    "stages.training.checkpoint_record",
     "stages.data.batches",
     "stages.data.reading.readers",
     "stages.data.chat.template_process",

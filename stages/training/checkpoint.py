@@ -19,13 +19,12 @@ with the record. Digests tell damage; against somebody who may write to `outputs
 import contextlib
 import logging
 import math
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -38,25 +37,25 @@ from rollout.ground.disk import disk_problems
 from rollout.ground.durable import UNFINISHED, sync
 from rollout.ground.errors import GO_ON, EnvironmentProblem
 from rollout.ground.whole import (
-    Measured,
     NotWhole,
-    bad_sectors_as_damage,
-    check_directory,
     files_below,
-    json_object,
     measure,
-    record_content,
-    record_text,
 )
 from stages.training import ranks
+from stages.training.checkpoint_record import (
+    DIRECTORY_NAME,
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    OtherSchema,
+    Record,
+    name_of,
+    own_record,
+    verified,
+)
 from stages.training.trainable import TrainedState
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 3
-RECORD_FILE = "checkpoint.json"
-DIRECTORY_NAME = re.compile(r"step-(\d{6,})")
 DAMAGED = ".damaged"
 """Added to the name of a damaged checkpoint: it stays to be looked at, and is not tried again."""
 REPLACED = f".replaced{UNFINISHED}"
@@ -67,10 +66,6 @@ KiB).
 """
 
 
-class OtherSchema(Exception):
-    """A checkpoint of another version of this code."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
     """A checkpoint whose record and files are as they were written."""
@@ -78,44 +73,6 @@ class Kept:
     step: int
     directory: Path
     score: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """`checkpoint.json`: what a checkpoint is, and the digest of every file in it."""
-
-    schema_version: int
-    owner: str  # name of the work directory, <stage>-<fingerprint>: a checkpoint of another stage is not ours
-    step: int  # optimizer steps taken; the directory is named by it
-    score: float | None  # higher is better
-    regular: bool  # saved by the schedule, and not only because the run was to stop there
-    extra: dict[str, Any]
-    world_size: int
-    torch_version: str
-    files: dict[str, Measured]  # path below the checkpoint -> its bytes; the record is not among them
-
-    def text(self) -> str:
-        """What `read` reads."""
-        return record_text(asdict(self))
-
-    @classmethod
-    def read(cls, directory: Path) -> Self:
-        """The record of `directory`, its files not compared. Raises NotWhole, OtherSchema."""
-        try:
-            return cls._of(_record_of(directory))
-        except NotWhole as error:
-            raise NotWhole(f"{RECORD_FILE}: {error}") from error
-
-    @classmethod
-    def _of(cls, text: str) -> Self:
-        version = json_object(text).get("schema_version")
-        if type(version) is int and version != SCHEMA_VERSION:
-            raise OtherSchema(f"checkpoint of schema version {version}, this code reads {SCHEMA_VERSION}")
-        content = record_content(text)
-        if content.keys() != {field.name for field in fields(cls)}:
-            raise NotWhole("not a record")
-        content["files"] = {name: Measured(**measured) for name, measured in content["files"].items()}
-        return cls(**content)
 
 
 class Checkpoints:
@@ -154,7 +111,7 @@ class Checkpoints:
         """
         state = _state_of(parts)
         needed = _bytes_on_disk(state)
-        unfinished = self._dir / (_name(step) + UNFINISHED)
+        unfinished = self._dir / (name_of(step) + UNFINISHED)
         self._on_main(lambda: self._make_room(step, needed))
         try:
             with disk_problems(unfinished):
@@ -186,7 +143,7 @@ class Checkpoints:
             return 0, {}
         step, extra = found
         state = _state_of(parts)
-        directory = self._dir / _name(step)
+        directory = self._dir / name_of(step)
         with disk_problems(directory), _failures_unwrapped(), _alone_is_no_accident():
             dcp.load(state, checkpoint_id=directory, no_dist=not torch.distributed.is_initialized())
         for name, part in parts.items():
@@ -201,7 +158,7 @@ class Checkpoints:
         if found is None:
             return None
         step, score = found
-        return Kept(step=step, directory=self._dir / _name(step), score=score)
+        return Kept(step=step, directory=self._dir / name_of(step), score=score)
 
     def _on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns (JSON) on rank 0, on every rank; a problem of the disk is raised on every
@@ -233,7 +190,7 @@ class Checkpoints:
 
     def _best_sound(self) -> list[Any] | None:
         for scored in sorted(_scored(self._readable()), key=_by_score, reverse=True):
-            record = self._sound_record(self._dir / _name(scored.step))
+            record = self._sound_record(self._dir / name_of(scored.step))
             if record is not None:
                 return [record.step, record.score]
         return None
@@ -278,7 +235,7 @@ class Checkpoints:
         (unfinished / RECORD_FILE).write_text(record.text(), encoding="utf-8")
         for path in (*(unfinished / name for name in (*files, RECORD_FILE)), unfinished):
             sync(path)
-        final = self._dir / _name(step)
+        final = self._dir / name_of(step)
         if final.exists():
             self._make_way(final)
         unfinished.rename(final)
@@ -310,7 +267,7 @@ class Checkpoints:
         sync(self._dir)
 
     def _drop(self, steps: Iterable[int]) -> None:
-        for directory in (self._dir / _name(step) for step in steps):
+        for directory in (self._dir / name_of(step) for step in steps):
             self._move(directory, directory.with_suffix(UNFINISHED))
         self._drop_unfinished()
 
@@ -339,41 +296,6 @@ class Checkpoints:
     def _move(self, directory: Path, target: Path) -> None:
         _remove(target)
         directory.rename(target)
-
-
-def own_record(directory: Path, *, owner: str) -> Record:
-    """The record of a checkpoint of `owner` under its own name, its files not compared. Raises NotWhole,
-    OtherSchema.
-    """
-    if directory.is_symlink() or not directory.is_dir():
-        raise NotWhole("not a directory")
-    record = Record.read(directory)
-    if _name(record.step) != directory.name:
-        raise NotWhole(f"{RECORD_FILE}: of step {record.step}")
-    if record.owner != owner:
-        raise NotWhole(f"{RECORD_FILE}: of {record.owner}, not of {owner}")
-    return record
-
-
-def verified(directory: Path, *, owner: str) -> Record:
-    """The record of a checkpoint whose every file is as it was written. Raises NotWhole, OtherSchema."""
-    record = own_record(directory, owner=owner)
-    for name, path in files_below(directory).items():
-        if path.is_symlink():
-            raise NotWhole(f"{name}: a link")
-    with bad_sectors_as_damage():
-        check_directory(directory, record.files, record=RECORD_FILE)
-    return record
-
-
-def _record_of(directory: Path) -> str:
-    try:
-        with bad_sectors_as_damage():
-            return (directory / RECORD_FILE).read_bytes().decode()
-    except FileNotFoundError as error:
-        raise NotWhole("missing") from error
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise NotWhole("not a record") from error
 
 
 def _remove(path: Path) -> None:
@@ -479,10 +401,6 @@ def _scored(records: Iterable[Record]) -> list[Record]:
 def _by_score(record: Record) -> tuple[float, int]:
     assert record.score is not None
     return record.score, record.step
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 def _step_of(directory: Path) -> int:

@@ -22,7 +22,8 @@ from pipeline.manifest import MANIFEST, Manifest
 from stages.config.pretrain import PretrainConfig
 from stages.rl.journal import Journal, JournalEntry, decoded
 from stages.rl.trajectories import Trajectory, Turn
-from stages.training.checkpoint import RECORD_FILE, Checkpoints
+from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint_record import RECORD_FILE
 from stages.training.optimize import Optimizer
 
 NUM_CHECKPOINTS, NUM_JOURNALS, NUM_ARTIFACTS = 80, 60, 60

@@ -23,7 +23,7 @@ from stages.training.distributed import launched
 pytestmark = pytest.mark.ray
 
 SCRIPT = Path(__file__).parent / "invented_gpus.py"
-IMPORTABLE = os.pathsep.join(str(Path(__file__).parents[index]) for index in (1, 2))
+IMPORTABLE = os.pathsep.join(str(Path(__file__).parents[index]) for index in (2, 3))
 
 
 TOLD = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

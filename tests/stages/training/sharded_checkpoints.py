@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from rollout.ground.errors import EnvironmentProblem
 from stages.config.pretrain import PretrainConfig
-from stages.training.checkpoint import RECORD_FILE, Checkpoints
+from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint_record import RECORD_FILE
 from stages.training.optimize import Optimizer
 
 CONFIG = PretrainConfig(lr=1e-2, batch_size=4, micro_batch_size=4, lr_schedule="constant", warmup_frac=0.0)

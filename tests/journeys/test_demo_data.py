@@ -14,7 +14,7 @@ from pipeline.config import load
 from stages.data.corpus.decontamination import num_too_short
 from stages.prepare import evaluation_texts
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo"
+DEMO = Path(__file__).parents[2] / "configs" / "demo"
 FILES = ("corpus.jsonl", "sft.jsonl", "preferences.jsonl", "prompts.jsonl", "eval_prompts.jsonl")
 
 

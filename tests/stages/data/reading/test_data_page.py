@@ -38,7 +38,7 @@ from stages.data.reading.schemas import SCHEMAS, Record, Schema
 from stages.data.validation import validate
 from stages.errors import DataError
 
-PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[4] / "docs/data.md").read_text(encoding="utf-8")
 ARROW = "-> "
 READ_BY: dict[str, tuple[Schema, ...]] = {
     name: SCHEMAS[stage.data.reads] for name, stage in STAGES.items() if stage.data is not None

@@ -14,7 +14,7 @@ from stages.data.reading.directories import split_of
 from stages.data.reading.places import found_at
 from stages.errors import DataError
 
-PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[4] / "docs/data.md").read_text(encoding="utf-8")
 ROW = json.dumps({"prompt": "Cow?", "completion": "Moo."})
 
 

@@ -15,7 +15,7 @@ from pipeline.config import load
 
 pytestmark = pytest.mark.process
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks/gpu_check.py"
 REHEARSED = ["ceilings", "attention", "parity", "state", "speed", "ppo"]
 """Without the chain, which takes a minute: only its settings are read here."""

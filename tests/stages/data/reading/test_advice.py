@@ -18,7 +18,7 @@ from stages.data.reading.schemas import Kind
 from stages.errors import DataError
 
 Row = dict[str, Any]
-DATA = Path(advice.__file__).parents[1]
+DATA = Path(advice.__file__).parents[2]
 
 
 def say(role: str, content: str, **more: Any) -> Row:

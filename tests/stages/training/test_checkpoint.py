@@ -21,9 +21,10 @@ from sharded_checkpoints import make_optimizer, numbers_of, take_steps
 
 from rollout.ground.errors import EnvironmentProblem
 from stages.training import checkpoint as checkpoint_module
-from stages.training.checkpoint import RECORD_FILE, Checkpoints
+from stages.training.checkpoint import Checkpoints
+from stages.training.checkpoint_record import RECORD_FILE
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def save(work_dir: Path, *steps: int, score: float | None = None, regular: bool = True) -> None:
