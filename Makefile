@@ -38,7 +38,7 @@ demo: install  ## all six stages on the committed data; the last line says where
 test: install
 	$(BIN)/python -m pytest -m "not slow" $(TWO_PROCESSES) --durations=10
 
-test-quick: install  ## what starts neither vLLM nor Ray nor another process: about a minute
+test-quick: install  ## what starts neither vLLM nor Ray nor another process
 	$(BIN)/python -m pytest -m "not slow and not engine and not ray and not process" $(TWO_PROCESSES)
 
 test-all: install  ## the slow ones too, and twenty times the examples of each property
