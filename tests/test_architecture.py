@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import recipe_lock
 
+from pipeline.stage_table import STAGES
 from stages.training.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "stages", "rollout")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-RECIPES = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
+RECIPES = tuple(STAGES)
 FLOORS = (
     ("stages.config", "stages.errors", "stages.objectives", "stages.runtime"),
     ("stages.bundles", "stages.data", "stages.engines"),
@@ -236,28 +237,40 @@ for module, allowed in {HEAVIER_MODULES}:
 
 
 NAMES = "|".join(sorted(RECIPES))
-OF_A_STAGE = re.compile(rf"(?:{NAMES})|.*?(?<![\w./-])(?:{NAMES})[./]\S.*", re.DOTALL)
+OF_A_STAGE = re.compile(rf"(?:{NAMES})|.*?(?<![\w./-])(?:{NAMES})[./].*", re.DOTALL)
 """A string that equals a stage's name, or holds `<stage>.` or `<stage>/` at the start of a word."""
-KNOW_STAGES = (
-    "pipeline/stage_table.py",
-    "pipeline/experiment.py",
-    "stages/config/",  # sections follow one another: reward's normaliser is sampled as ppo samples
-)
+KNOW_STAGES = ("pipeline/stage_table.py", "pipeline/experiment.py")
 NAME_STAGES_FOR_A_REASON = {
-    "pipeline/foreign_settings.py": "a manual: what other tools call the settings of each section",
-    "pipeline/config_docs.py": "a manual: docs/configuration.md opens with examples",
-    "pipeline/cli.py": "help: an example of KEY=VALUE",
-    "pipeline/yaml_source.py": "help: an example of KEY=VALUE",
-    "stages/evaluate.py": "samples.jsonl: `reward` is the score of the reward model",
-    "stages/data/reading/rows/ranked.py": "users' columns: `reward` is a score",
-    "stages/data/reading/rows/guesses.py": "users' columns",
-    "stages/data/reading/contradictions.py": "users' columns",
+    # manuals: what other tools call the settings of each section, and how docs/configuration.md opens
+    ("pipeline/foreign_settings.py", "# optimiser"),
+    ("pipeline/foreign_settings.py", "pretrain"),
+    ("pipeline/config_docs.py", "# Configuration"),
+    # help: an example of KEY=VALUE
+    ("pipeline/cli.py", "Settings that win over the file: sft.lr=1e-4"),
+    ("pipeline/yaml_source.py", ": expected KEY=VALUE, as in sft.lr=1e-4"),
+    # values of kl_placement and of init_from
+    ("stages/config/ppo.py", "reward"),
+    ("stages/config/reward.py", "sft"),
+    ("stages/config/reward.py", "pretrain"),
+    # the reward model's normaliser is sampled as ppo samples
+    ("stages/config/reward.py", "ppo.max_response_tokens"),
+    # samples.jsonl: the score of the reward model
+    ("stages/evaluate.py", "reward"),
+    # users' columns: `reward` is a score
+    ("stages/data/reading/rows/ranked.py", "reward"),
+    ("stages/data/reading/rows/guesses.py", "reward"),
+    ("stages/data/reading/contradictions.py", "reward"),
+    # metric keys, one for each role
+    ("stages/rl/update.py", "ppo/"),
 }
+"""(file, first line of the string)."""
 VALUES = {("kl_placement", "reward")}
 """Values of settings that happen to be called like a stage: `kl_placement: reward`."""
 ALGORITHMS = re.compile(
     r"(?<![a-z])(grpo|rloo|reinforce|remax|dapo|gspo|cispo|kto|ipo|orpo|simpo)(?![a-z])", re.IGNORECASE
 )
+CASE_BOUNDARY = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+"""Where a word of `useGRPOLoss` ends."""
 NAME_ALGORITHMS = (
     "stages/rl/algorithms.py",
     "stages/config/ppo.py",
@@ -266,7 +279,7 @@ NAME_ALGORITHMS = (
 )
 
 
-def strings(tree: ast.Module) -> Iterator[ast.Constant]:
+def strings(tree: ast.Module) -> Iterator[str]:
     """The string literals that a program works with: no docstrings, no seeds' names, no metric keys."""
     left_out: set[int] = set()
     for node in ast.walk(tree):
@@ -278,38 +291,90 @@ def strings(tree: ast.Module) -> Iterator[ast.Constant]:
             case ast.Compare(left=ast.Attribute(attr=setting), comparators=[ast.Constant() as value]):
                 left_out.update([id(value)] if (setting, value.value) in VALUES else [])
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) in left_out or node.value in METRICS:
-                continue
-            yield node
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
+            yield from () if node.value in METRICS else (node.value,)
 
 
-def names_of_stages(path: Path) -> list[str]:
-    """Where a file names a stage; a recipe may name its own."""
-    own = rf"(?<![\w./-]){path.stem}(?=[./]\S|$)" if path.parent == ROOT / "stages" else "(?!)"
-    texts = ((node.lineno, re.sub(own, "", str(node.value))) for node in strings(ast.parse(path.read_text())))
-    return [f"{path}:{line}: {text!r}" for line, text in texts if OF_A_STAGE.fullmatch(text)]
+def identifiers(tree: ast.Module) -> Iterator[str]:
+    """Every name that a program binds, reads, imports or passes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            continue
+        for _, value in ast.iter_fields(node):
+            yield from (name for name in (value if isinstance(value, list) else [value]) if type(name) is str)
+
+
+def stages_in(tree: ast.Module, own: str | None = None) -> set[str]:
+    """First lines of the strings that name a stage other than `own`."""
+    its_own = re.compile("(?!)" if own is None else rf"(?<![\w./-]){own}(?=[./]|$)")
+    found = {text for text in strings(tree) if OF_A_STAGE.fullmatch(its_own.sub("", text))}
+    return {text.lstrip("\n").partition("\n")[0] for text in found}
+
+
+def algorithms_in(tree: ast.Module, stem: str) -> set[str]:
+    """Names and strings of a file `stem`.py that hold the name of an algorithm."""
+    named = {stem, *identifiers(tree), *strings(tree)}
+    return {text for text in named if ALGORITHMS.search(CASE_BOUNDARY.sub("_", text))}
 
 
 def test_only_the_stage_table_knows_stages_by_name():
-    """Others get names as data: a stage, the key of its section (`config.KEY`), a column of the table."""
+    """Others get names as data: a stage, the key of its section (`config.KEY`), a column of the table. A
+    recipe and a file of the config may name their own.
+    """
+    found: set[tuple[str, str]] = set()
     for path in FILES:
         name = str(path.relative_to(ROOT))
-        if not name.startswith(KNOW_STAGES) and name not in NAME_STAGES_FOR_A_REASON:
-            assert not names_of_stages(path)
+        has_own = path.parent in (ROOT / "stages", ROOT / "stages/config")
+        if name not in KNOW_STAGES:
+            tree = ast.parse(path.read_text())
+            found |= {(name, text) for text in stages_in(tree, path.stem if has_own else None)}
+    assert found - NAME_STAGES_FOR_A_REASON == set()
+    assert NAME_STAGES_FOR_A_REASON - found == set(), "no longer there: take it off the list"
 
 
-def test_what_may_name_stages_does():
-    for name in NAME_STAGES_FOR_A_REASON:
-        assert names_of_stages(ROOT / name), f"{name}: take it off the list"
+@pytest.mark.parametrize(
+    "program", ['x = "sft"', 'x = f"ppo/{role}"', 'x = "ppo/"', 'x = "set sft.lr"', 'x = {"ppo": 1}']
+)
+def test_a_stage_is_found_in_any_string(program: str):
+    assert stages_in(ast.parse(program))
+
+
+@pytest.mark.parametrize(
+    "program", ['"""About sft."""', 'stage_seed(1, "ppo")', 'x = "the ppo stage"', 'x = "outputs/sft.txt"']
+)
+def test_what_is_no_stage_is_not_found(program: str):
+    assert not stages_in(ast.parse(program))
 
 
 def test_algorithms_are_named_in_one_place():
     """Docstrings and comments may cite: they are no part of the syntax tree that is looked at."""
     for path in FILES:
         if not str(path.relative_to(ROOT)).startswith(NAME_ALGORITHMS):
-            tree = ast.parse(path.read_text())
-            named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-            named |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-            named |= {str(node.value) for node in strings(tree)}
-            assert not {text for text in named if ALGORITHMS.search(text)}, path
+            assert not algorithms_in(ast.parse(path.read_text()), path.stem), path
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "def grpo_advantages(): ...",
+        "async def rloo(): ...",
+        "class GRPOLoss: ...",
+        "def f(grpo=1): ...",
+        "f(use_grpo=True)",
+        "GRPOTerm()",
+        "loss.useGspo",
+        "from stages.rl import grpo",
+        "from stages.rl.grpo import advantages",
+        "import stages.rl as dapo",
+        'type = "grpo"',
+        "match x:\n    case [*kto]: ...",
+        "def f():\n    global remax",
+    ],
+)
+def test_an_algorithm_is_found_under_any_name(program: str):
+    assert algorithms_in(ast.parse(program), "terms")
+
+
+def test_an_algorithm_is_found_in_the_name_of_a_file_and_in_no_other_word():
+    assert algorithms_in(ast.parse(""), "grpo_terms") == {"grpo_terms"}
+    assert not algorithms_in(ast.parse('"""GRPO."""\nreinforced = "unipod"  # grpo'), "terms")
