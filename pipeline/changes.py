@@ -17,7 +17,6 @@ from typing import Any
 from pipeline import dag
 from pipeline.config import load
 from pipeline.experiment import ExperimentConfig
-from pipeline.identity import settings_for
 from pipeline.stage_table import STAGES
 from pipeline.yaml_nodes import short
 
@@ -76,7 +75,7 @@ def identity_of(config: ExperimentConfig) -> dict[str, Any]:
     """
     identity: dict[str, Any] = {}
     for stage in dag.configured(config):
-        for section, value in settings_for(config, stage).identity().items():
+        for section, value in config.settings_of(stage).identity().items():
             if section in STAGES[stage].also_reads:
                 continue  # it belongs to another section
             if isinstance(value, dict):
@@ -105,7 +104,7 @@ def listed(changes: Sequence[Change]) -> str:
 def _same_stage(before: ExperimentConfig, now: ExperimentConfig, stage: str) -> bool:
     if stage not in dag.configured(before) or dag.needs(before, stage) != dag.needs(now, stage):
         return False
-    return settings_for(before, stage).identity() == settings_for(now, stage).identity()
+    return before.settings_of(stage).identity() == now.settings_of(stage).identity()
 
 
 def _pairs(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

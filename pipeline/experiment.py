@@ -4,7 +4,7 @@ Owns: `ExperimentConfig`. Does not own: reading YAML (config), the graph (dag). 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,20 +13,29 @@ from pydantic import Field, field_validator, model_validator
 from rollout.config import EngineConfig
 from rollout.ground.section import Seconds, Section
 from stages.config.data import DataSource
-from stages.config.evaluate import EvaluateConfig
+from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.config.model import ModelConfig
-from stages.config.ppo import PPOConfig
-from stages.config.prepare import PrepareConfig
-from stages.config.pretrain import PretrainConfig
-from stages.config.reward import RewardConfig
+from stages.config.ppo import PPOConfig, PPOSettings
+from stages.config.prepare import PrepareConfig, PrepareSettings
+from stages.config.pretrain import PretrainConfig, PretrainSettings
+from stages.config.reward import RewardConfig, RewardSettings
 from stages.config.sampling import ResponseSampling
-from stages.config.sft import SFTConfig
+from stages.config.sft import SFTConfig, SFTSettings
+from stages.config.stage import StageSettings
 from stages.config.training import TrainingConfig
 from stages.runtime import StageResources
 
-STAGE_FIELDS = ("prepare", "pretrain", "sft", "reward", "ppo", "evaluate")
+SETTINGS: Mapping[str, type[StageSettings]] = {
+    "prepare": PrepareSettings,
+    "pretrain": PretrainSettings,
+    "sft": SFTSettings,
+    "reward": RewardSettings,
+    "ppo": PPOSettings,
+    "evaluate": EvaluateSettings,
+}
+"""Stage -> what its recipe may read, hence what is fingerprinted."""
+STAGE_FIELDS = tuple(SETTINGS)
 """Fields of `ExperimentConfig` (and of `ResourcesConfig`) that belong to one stage each."""
-
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _ADDRESS = re.compile(rf"({_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:.]{{2,45}}\]):([1-9][0-9]{{0,4}})")
@@ -347,12 +356,21 @@ class ExperimentConfig(Section):
             stage
             for stage in self.stages_with_engines()
             if getattr(self.resources, stage).num_gpus_per_engine == 0
-            and (stage != "reward" or self.reward is None or self.reward.init_from == "sft")
+            and self.settings_of(stage).engines is not None
         )
 
     def stages_with_engines(self) -> tuple[str, ...]:
-        """The configured stages that may open engines."""
-        return tuple(stage for stage in ("reward", "ppo", "evaluate") if getattr(self, stage) is not None)
+        """The configured stages that may open engines: whose recipes may read what these are."""
+        return tuple(
+            stage
+            for stage, settings in SETTINGS.items()
+            if "rollout" in settings.model_fields and getattr(self, stage) is not None
+        )
+
+    def settings_of(self, stage: str) -> StageSettings:
+        """The sections that the recipe of a configured stage may read."""
+        settings = SETTINGS[stage]
+        return settings(**{name: getattr(self, name) for name in settings.model_fields})
 
     def _not_supported_yet(self) -> Iterator[str]:
         if self.rollout.max_staleness > 0:

@@ -19,11 +19,9 @@ from typing import Any
 from pipeline import placement
 from pipeline.architecture import Architecture
 from pipeline.config_fields import field_at
-from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
+from pipeline.experiment import ExperimentConfig
 from pipeline.given_model import GivenModel
 from pipeline.stage_table import STAGES
-from stages.config.ppo import PPOConfig
-from stages.config.sft import SFTConfig
 from stages.config.training import FITTED, TrainingConfig
 
 LEARNING_RATES: Mapping[str, float] = {
@@ -73,7 +71,7 @@ def fit(config: ExperimentConfig, model: GivenModel | None) -> Fit:
     if model is None:
         return Fit(config=config, model=None, choices=())
     choices: list[Choice] = []
-    for stage in STAGE_FIELDS:
+    for stage in STAGES:
         if not isinstance(getattr(config, stage), TrainingConfig):
             continue
         for rules in (_rates, _precision, _forwards):  # the bytes of a forward depend on the precision
@@ -216,7 +214,7 @@ def _within_budget(
         of_budget = (
             f"no less is possible: {_gib(held(size, recomputes))} GiB, where {budget >> 30} were meant"
         )
-    at_once = "a row" if _takes_rows(section) else min(size, section.batch_size)
+    at_once = "a row" if section.takes_rows else min(size, section.batch_size)
     without = f"without it, {at_once} at once would hold {_gib(held(size, False))} GiB"
     return (
         {"micro_batch_size": size, "gradient_checkpointing": recomputes},
@@ -229,17 +227,12 @@ def _open_sizes(section: TrainingConfig) -> list[int]:
     if not _is_size_open(section):
         return [section.micro_batch_size]
     sizes = dict.fromkeys(min(size, section.batch_size) for size in MICRO_BATCHES)
-    has_to_divide = isinstance(section, PPOConfig)  # packs are never torn
-    return [size for size in sizes if not has_to_divide or section.batch_size % size == 0]
+    tried = {size: section.model_copy(update={"micro_batch_size": size}) for size in sizes}
+    return [size for size, changed in tried.items() if changed.torn_packs() is None]
 
 
 def _is_size_open(section: TrainingConfig) -> bool:
-    return "micro_batch_size" in _silent(section) and not _takes_rows(section)
-
-
-def _takes_rows(section: TrainingConfig) -> bool:
-    """Whether a forward is one row of the context, and `micro_batch_size` is not read."""
-    return isinstance(section, SFTConfig) and section.batch_tokens is not None
+    return "micro_batch_size" in _silent(section) and not section.takes_rows
 
 
 def _open_recomputations(section: TrainingConfig) -> list[bool]:

@@ -78,7 +78,7 @@ def plan(config: ExperimentConfig, selection: Selection, outside: Mapping[str, s
         needs = STAGES[stage].needs(config, selection.outside)
         inputs = {need.key: known[need.key] for need in needs}
         roles = {need.role: need.key for need in needs}
-        nodes[stage] = node = _node(STAGES[stage], _pinned(settings_for(config, stage)), inputs, roles)
+        nodes[stage] = node = _node(STAGES[stage], _pinned(config.settings_of(stage)), inputs, roles)
         known[stage] = node.fingerprint
     return nodes
 
@@ -100,19 +100,13 @@ def check_contents(node: Node, *, trusting_stamps: bool = False) -> None:
         raise DataError(f"{key}: {CHANGED}")
 
 
-def settings_for(config: ExperimentConfig, stage: str) -> StageSettings:
-    """The sections of the config that the recipe of `stage` may read."""
-    sections = STAGES[stage].settings
-    return sections(**{name: getattr(config, name) for name in sections.model_fields})
-
-
 def data_sources(config: ExperimentConfig, stage: str) -> Iterator[tuple[str, DataSource]]:
     """Dotted key and source of every dataset that a stage reads (none of weight 0), e.g. ("sft.data.0", ...).
 
     The first part of the key is the stage by whose schemas it is read: prepare reads evaluate's prompts too.
     """
     also_reads = STAGES[stage].also_reads
-    for path, section in sections_in(settings_for(config, stage)):
+    for path, section in sections_in(config.settings_of(stage)):
         if isinstance(section, DataSource) and section.weight > 0:
             name, *place = map(str, path)
             yield ".".join([also_reads.get(name, name), *place]), section

@@ -14,15 +14,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import dag, identity, stage_table
+from pipeline import dag, stage_table
 from pipeline.architecture import Architecture
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from rollout.config import EngineConfig
 from stages.bundles import StageBundles, bundles_of
 from stages.config.model import ModelConfig
-from stages.config.ppo import PPOConfig
-from stages.config.sft import SFTConfig
 from stages.config.training import TrainingConfig
 from stages.runtime import StageResources
 
@@ -65,7 +63,7 @@ class Memory:
 def bundles_by_stage(config: ExperimentConfig, stages: Collection[str]) -> dict[str, StageBundles]:
     """What each of `stages` reserves while it runs."""
     return {
-        stage: bundles_of(stage, resources_of(config, stage), identity.settings_for(config, stage).engines)
+        stage: bundles_of(stage, resources_of(config, stage), config.settings_of(stage).engines)
         for stage in stages
         if stage_table.STAGES[stage].has_workers
     }
@@ -140,7 +138,7 @@ def on_the_machine(config: ExperimentConfig, stage: str, architecture: Architect
         loading = host_memory_of(config, stage, architecture)
         assert loading is not None
         worker = loading
-    rollout = identity.settings_for(config, stage).engines
+    rollout = config.settings_of(stage).engines
     engines = (
         [] if rollout is None or resources.num_gpus_per_engine else [memory["engine"]] * rollout.num_engines
     )
@@ -150,7 +148,7 @@ def on_the_machine(config: ExperimentConfig, stage: str, architecture: Architect
 def memory_of(config: ExperimentConfig, stage: str, architecture: Architecture) -> dict[str, Memory]:
     """{"worker": ..., "engine": ...} of one stage."""
     memory = {"worker": _worker(config, stage, architecture)}
-    rollout = identity.settings_for(config, stage).engines
+    rollout = config.settings_of(stage).engines
     if rollout is not None:
         memory["engine"] = _engine(config, stage, rollout, architecture)
     return memory
@@ -247,15 +245,12 @@ def _evaluating(config: ExperimentConfig, stage: str, architecture: Architecture
 def _tokens(config: ExperimentConfig, stage: str) -> int:
     """Of one micro-batch, at most: every sequence fills the context."""
     section, context = getattr(config, stage), config.model.context_length
-    if isinstance(section, PPOConfig):
-        return section.pack_size * context
-    if isinstance(section, SFTConfig) and section.batch_tokens is not None:
-        return context  # a row per forward
-    return (
-        stage_table.STAGES[stage].sequences_per_row
-        * min(section.micro_batch_size, section.batch_size)
-        * context
-    )
+    return context if section.takes_rows else _sequences(section, stage) * context
+
+
+def _sequences(section: TrainingConfig, stage: str) -> int:
+    """Of one micro-batch that is not one row."""
+    return stage_table.STAGES[stage].sequences_per_row * min(section.micro_batch_size, section.batch_size)
 
 
 def _logits(config: ExperimentConfig, stage: str) -> int:
@@ -263,8 +258,8 @@ def _logits(config: ExperimentConfig, stage: str) -> int:
     section = getattr(config, stage)
     if not _has_output_head(config, stage):
         return 0
-    if isinstance(section, PPOConfig):
-        return section.pack_size * section.max_response_tokens
+    if stage_table.STAGES[stage].syncs_what_it_trains:  # it trains on the responses that it samples
+        return _sequences(section, stage) * int(section.max_response_tokens)
     return _tokens(config, stage)
 
 

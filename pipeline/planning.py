@@ -17,16 +17,15 @@ from pipeline import dag, identity, placement
 from pipeline.architecture import NAMES_OF_EXPERTS
 from pipeline.artifacts import Given, Store
 from pipeline.errors import ConfigError, MissingStage
-from pipeline.experiment import EXPERTS_WIDTH, STAGE_FIELDS, ExperimentConfig, too_narrow
+from pipeline.experiment import EXPERTS_WIDTH, ExperimentConfig, too_narrow
 from pipeline.fitted_defaults import Fit, fit
 from pipeline.given_model import GivenModel
 from pipeline.manifest import MANIFEST, Manifest
 from pipeline.model_path import model_at_hand, model_directory
 from pipeline.stage_table import MODEL, STAGES, data_of
 from rollout.ground.errors import ExpectedError
-from rollout.ground.section import Section
+from rollout.ground.section import Section, sections_in
 from rollout.safetensors_header import read_header
-from stages.config.evaluate import EvaluateConfig
 from stages.config.score import ScoreFunction
 from stages.data.scoring import load_judge
 from stages.errors import ModelError
@@ -136,7 +135,7 @@ def fitted_to_what_is_here(config: ExperimentConfig) -> Fit:
 
 def validate_data(planned: PlannedRun) -> None:
     """Before anything starts: judge the model directories that stages start from, read their datasets, load
-    the scoring function and the tokenizer that prepare is given.
+    scoring functions and the tokenizer that prepare is given.
 
     Raises DataError, ModelError.
     """
@@ -151,9 +150,9 @@ def validate_data(planned: PlannedRun) -> None:
     for stage, sources in identity.datasets(planned.config, planned.to_run).items():
         validate(list(sources.values()), data_of(stage).reads, getattr(planned.config, stage))
     for stage in planned.to_run:
-        match getattr(planned.config, stage):
-            case EvaluateConfig(score=ScoreFunction() as score):
-                load_judge(score, key=f"{stage}.score")
+        for path, section in sections_in(getattr(planned.config, stage), (stage,)):
+            if isinstance(section, ScoreFunction):
+                load_judge(section, key=".".join(map(str, path)))
 
 
 def check_given_models(config: ExperimentConfig, stages: Sequence[str], given: Mapping[str, Path]) -> None:
@@ -204,7 +203,7 @@ def check_described_model(config: ExperimentConfig, described: Path) -> None:
         context_length=config.model.context_length,
         scores=config.reward is not None,
     )
-    _check_width_of_experts(config, STAGE_FIELDS, described, named)
+    _check_width_of_experts(config, tuple(STAGES), described, named)
 
 
 def _check_width_of_experts(

@@ -10,7 +10,7 @@ one that is certain. Does not own: what the machine has (machine), sizes (placem
 from collections import Counter
 from collections.abc import Iterator
 
-from pipeline import dag, doctor, identity, machine, placement
+from pipeline import dag, doctor, machine, placement
 from pipeline.architecture import Architecture
 from pipeline.experiment import ExperimentConfig
 from pipeline.planning import PlannedRun
@@ -52,7 +52,7 @@ def check_machine(planned: PlannedRun) -> list[str]:
 
 def _engines(config: ExperimentConfig, stages: tuple[str, ...]) -> Iterator[tuple[str, EngineConfig]]:
     for stage in stages:
-        if (rollout := identity.settings_for(config, stage).engines) is not None:
+        if (rollout := config.settings_of(stage).engines) is not None:
             yield stage, rollout
 
 

@@ -13,9 +13,7 @@ from rich.text import Text
 from pipeline import dag, identity
 from pipeline.data_remarks import files_read, remarks
 from pipeline.experiment import ExperimentConfig
-from pipeline.stage_table import data_of
-from stages.config.evaluate import EvaluateConfig
-from stages.config.reward import RewardConfig
+from pipeline.stage_table import STAGES, data_of
 from stages.data.reading.files import one_line, printable
 from stages.data.reading.readers import unread_keys_in_words
 
@@ -119,20 +117,20 @@ def _headers(
 def _limits(config: ExperimentConfig, stage: str) -> "Limits":
     from stages.data.overview import Limits
 
-    section = getattr(config, stage)
+    section, data = getattr(config, stage), data_of(stage)
     return Limits(
         context_length=config.model.context_length,
         max_prompt_tokens=(
             config.model.max_prompt_tokens(section.max_response_tokens)
-            if data_of(stage).reads == "prompts"
+            if data.reads == "prompts"
             else config.model.context_length
         ),
-        base_prompt=section.base_prompt if isinstance(section, EvaluateConfig) else None,
-        pairs_too_long="drop" if config.reward is None else config.reward.too_long,
-        group_column=None if config.reward is None else config.reward.group_column,
-        normaliser_prompt_tokens=_normaliser_prompt_tokens(config)
-        if isinstance(section, RewardConfig)
-        else None,
+        base_prompt=section.base_prompt if data.asks == "to evaluate" else None,
+        pairs_too_long=section.too_long if data.reads == "pairs" else "drop",
+        group_column=section.group_column if data.reads == "pairs" else None,
+        normaliser_prompt_tokens=(
+            _normaliser_prompt_tokens(config) if STAGES[stage].makes == "reward model" else None
+        ),
         prepare=config.prepare,
     )
 

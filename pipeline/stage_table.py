@@ -2,7 +2,7 @@
 
     STAGES["sft"] -> Stage(recipe, settings, needs, makes, data, models, headline, ...)
 
-A further stage is one more row, its recipe (stages/<name>.py) and its section of the config.
+A further stage is one more row, its recipe (stages/<name>.py) and its section and settings in `experiment`.
 
 Owns: the rows, and what a column means. Does not own: the graph of one config (dag), what names an artifact
 (identity), the checks of sections against each other (experiment). Light import: recipes are named only.
@@ -12,13 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.experiment import ExperimentConfig
-from stages.config.evaluate import EvaluateSettings
-from stages.config.ppo import PPOSettings
-from stages.config.prepare import PrepareSettings
-from stages.config.pretrain import PretrainSettings
-from stages.config.reward import RewardSettings
-from stages.config.sft import SFTSettings
+from pipeline.experiment import SETTINGS, ExperimentConfig
 from stages.config.stage import StageSettings
 from stages.data.reading.schemas import Kind
 from stages.runtime import BASE, CORPUS, POLICY, REWARD_MODEL, START
@@ -101,9 +95,9 @@ class Stage:
 
     name: str
     recipe: Recipe
-    settings: type[StageSettings]  # what the recipe may read, hence what is fingerprinted
     needs: Inputs
     makes: Literal["corpus", "policy", "reward model", "figures"]
+    is_tuned: bool = False  # what it makes answers in turns of a chat; an evaluation compares such models
     lacks: Callable[[Collection[str]], str | None] = lambda keys: None
     """Input keys -> what it cannot run without, although the graph can be planned; None: nothing."""
     data: Data | None = None  # None: its section lists no datasets
@@ -117,6 +111,11 @@ class Stage:
     has_workers: bool = True  # else it works in the stage task and reserves nothing
     syncs_what_it_trains: bool = False  # its engines generate with the weights and in the precision it trains
     sequences_per_row: int = 1  # of a micro-batch: a pair is two
+
+    @property
+    def settings(self) -> type[StageSettings]:
+        """What the recipe may read, hence what is fingerprinted."""
+        return SETTINGS[self.name]
 
 
 def missing(key: str, user: str) -> str:
@@ -164,12 +163,15 @@ def _ppo_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, 
 def _evaluate_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[Need, ...]:
     needs = (
         Need(role=CORPUS, key="prepare"),
-        Need(role=BASE, key=_start(config)),
-        Need(role="sft", key="sft"),
+        *(Need(role=model, key=_start(config) if model == BASE else model) for model in EVALUATED),
         Need(role=REWARD_MODEL, key="reward"),
-        Need(role="ppo", key="ppo"),
     )
-    return tuple(need for need in needs if is_there(config, given, need.key))
+    order = ["prepare", MODEL, *STAGES].index  # of their making
+    return tuple(
+        sorted(
+            (need for need in needs if is_there(config, given, need.key)), key=lambda need: order(need.key)
+        )
+    )
 
 
 def _ppo_lacks(keys: Collection[str]) -> str | None:
@@ -218,7 +220,6 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="prepare",
             recipe=Recipe(entry="stages.prepare:run"),
-            settings=PrepareSettings,
             needs=_prepare_needs,
             makes="corpus",
             data=Data(field="data", reads="documents", asks="nobody"),
@@ -233,7 +234,6 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="pretrain",
             recipe=Recipe(entry="stages.pretrain:train", on_workers=True),
-            settings=PretrainSettings,
             needs=_pretrain_needs,
             makes="policy",
             models=_language_model,
@@ -245,9 +245,9 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="sft",
             recipe=Recipe(entry="stages.sft:train", on_workers=True, holds="stages.sft:shared"),
-            settings=SFTSettings,
             needs=_sft_needs,
             makes="policy",
+            is_tuned=True,
             data=Data(field="data", reads="conversations", asks="to train"),
             models=_language_model,
             headline=(_LOSS,),
@@ -257,7 +257,6 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="reward",
             recipe=Recipe(entry="stages.reward:train", on_workers=True, holds="stages.reward:shared"),
-            settings=RewardSettings,
             needs=_reward_needs,
             makes="reward model",
             data=Data(field="data", reads="pairs", asks="nobody"),
@@ -281,10 +280,10 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="ppo",
             recipe=Recipe(entry="stages.ppo:train", on_workers=True, holds="stages.ppo:shared"),
-            settings=PPOSettings,
             needs=_ppo_needs,
             lacks=_ppo_lacks,
             makes="policy",
+            is_tuned=True,
             data=Data(field="data", reads="prompts", asks="to train"),
             models=_ppo_models,
             headline=(
@@ -330,7 +329,6 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="evaluate",
             recipe=Recipe(entry="stages.evaluate:evaluate", on_workers=True),
-            settings=EvaluateSettings,
             needs=_evaluate_needs,
             lacks=_evaluate_lacks,
             makes="figures",
@@ -350,7 +348,7 @@ def data_of(stage: str) -> Data:
     return data
 
 
-_TUNED = tuple(stage.name for stage in STAGES.values() if stage.makes == "policy" and stage.data is not None)
+_TUNED = tuple(stage.name for stage in STAGES.values() if stage.is_tuned)
 EVALUATED = (BASE, *_TUNED)
 """The names of the models that an evaluation compares, in the order of their tuning: they end its metrics."""
 MEASURES: Mapping[str, Measure] = {

@@ -9,15 +9,13 @@ Owns: which settings matter, the table. Does not own: the values (stages.config,
 import re
 from collections.abc import Iterator, Mapping
 
-from pipeline.experiment import STAGE_FIELDS, ExperimentConfig
+from pipeline.experiment import ExperimentConfig
 from pipeline.fitted_defaults import Choice, Fit
 from pipeline.given_model import GivenModel
 from pipeline.stage_table import STAGES
 from pipeline.yaml_nodes import short
 from rollout.ground.section import Section
-from stages.config.ppo import PPOConfig
 from stages.config.prepare import PrepareConfig
-from stages.config.sft import SFTConfig
 from stages.config.training import TrainingConfig
 
 STEPS = ("max_steps", "num_epochs")
@@ -88,15 +86,16 @@ def _is_read(config: ExperimentConfig, name: str, setting: str) -> bool:
         return config.model.path is None and config.pretrain is not None
     if isinstance(section, PrepareConfig) and setting == "vocab_size":
         return config.model.path is None and section.tokenizer is None
-    if isinstance(section, SFTConfig) and section.batch_tokens is not None:
+    if isinstance(section, TrainingConfig) and section.takes_rows:
         return setting not in ("batch_size", "micro_batch_size")
-    if isinstance(section, TrainingConfig) and not isinstance(section, PPOConfig) and setting in STEPS:
+    goes_over_data = name in STAGES and not STAGES[name].syncs_what_it_trains  # else over what it samples
+    if isinstance(section, TrainingConfig) and goes_over_data and setting in STEPS:
         return setting == ("num_epochs" if section.max_steps is None else "max_steps")
     if setting in ("kv_cache_mib", "gpu_memory_frac"):
-        on_gpu = any(getattr(config.resources, stage).num_gpus_per_engine for stage in STAGE_FIELDS)
+        on_gpu = any(getattr(config.resources, stage).num_gpus_per_engine for stage in STAGES)
         return on_gpu == (setting == "gpu_memory_frac")
     if setting == "missing_eos_penalty":
-        return config.ppo is not None and config.ppo.truncation == "penalty"
+        return bool(section.truncation == "penalty")
     return True
 
 

@@ -31,6 +31,11 @@ class SFTConfig(TrainingConfig):
     model.context_length slots, and a step takes batch_tokens // context_length rows, one per forward.
     """
 
+    @property
+    def takes_rows(self) -> bool:
+        """With batch_tokens a forward is one row."""
+        return self.batch_tokens is not None
+
 
 class SFTSettings(StageSettings):
     """What the sft recipe may read."""

@@ -73,3 +73,12 @@ class TrainingConfig(Section):
     """Steps between checkpoints that a killed run resumes from, and bad steps go back to."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=EXECUTION)
     """Newest of these checkpoints that are kept; the best one, and what a stop left, are kept besides."""
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether a forward is one row of the context; then `micro_batch_size` is not read."""
+        return False
+
+    def torn_packs(self) -> str | None:
+        """What is wrong with a batch_size that micro-batches do not divide; None where they need not."""
+        return None
