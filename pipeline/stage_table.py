@@ -38,8 +38,12 @@ class Recipe:
 
     entry: str  # what every worker runs, or the stage task where it has none
     on_workers: bool = False
+    prepares: str | None = None
+    """What the stage task reads and checks before the workers are placed. It returns more arguments for them,
+    or for `holds`.
+    """
     holds: str | None = None
-    """A context that the stage task opens once, while the workers run. It yields more arguments for them."""
+    """A context that the stage task opens once they are placed, while they run. It yields their arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,12 +170,9 @@ def _evaluate_needs(config: ExperimentConfig, given: Collection[str]) -> tuple[N
         *(Need(role=model, key=_start(config) if model == BASE else model) for model in EVALUATED),
         Need(role=REWARD_MODEL, key="reward"),
     )
-    order = ["prepare", MODEL, *STAGES].index  # of their making
-    return tuple(
-        sorted(
-            (need for need in needs if is_there(config, given, need.key)), key=lambda need: order(need.key)
-        )
-    )
+    made = ["prepare", MODEL, *STAGES].index
+    there = (need for need in needs if is_there(config, given, need.key))
+    return tuple(sorted(there, key=lambda need: made(need.key)))
 
 
 def _ppo_lacks(keys: Collection[str]) -> str | None:
@@ -244,7 +245,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="sft",
-            recipe=Recipe(entry="stages.sft:train", on_workers=True, holds="stages.sft:shared"),
+            recipe=Recipe(entry="stages.sft:train", on_workers=True, prepares="stages.sft:prepare"),
             needs=_sft_needs,
             makes="policy",
             is_tuned=True,
@@ -256,7 +257,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="reward",
-            recipe=Recipe(entry="stages.reward:train", on_workers=True, holds="stages.reward:shared"),
+            recipe=Recipe(entry="stages.reward:train", on_workers=True, prepares="stages.reward:prepare"),
             needs=_reward_needs,
             makes="reward model",
             data=Data(field="data", reads="pairs", asks="nobody"),
@@ -279,7 +280,12 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="ppo",
-            recipe=Recipe(entry="stages.ppo:train", on_workers=True, holds="stages.ppo:shared"),
+            recipe=Recipe(
+                entry="stages.ppo:train",
+                on_workers=True,
+                prepares="stages.ppo:prepare",
+                holds="stages.ppo:held",
+            ),
             needs=_ppo_needs,
             lacks=_ppo_lacks,
             makes="policy",
