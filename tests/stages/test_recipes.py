@@ -13,7 +13,9 @@ import pytest
 import torch
 from blake3 import blake3
 from inline import run_recipe, runtime_in
+from plain_models import take_step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -44,8 +46,9 @@ from stages.training.forwards import sequence_scores
 from stages.training.fsdp import Placed
 from stages.training.metrics import read_steps
 from stages.training.models import freeze, load_reward_model
-from stages.training.optimize import Tally
-from stages.training.trainable import Outputs
+from stages.training.optimize import Optimizer, Tally
+from stages.training.supervised import Supervised
+from stages.training.trainable import Outputs, Reads
 
 NOUNS = ["cat", "dog", "house", "tree", "river", "window", "garden", "teacher"]
 VERBS = ["sees", "likes", "finds"]
@@ -245,6 +248,44 @@ def test_training_accuracy_and_margin_are_those_of_the_pairs_of_the_steps():
     assert reward._ranked_share(tally.sums) == {"train/accuracy": 1 / 3, "train/margin": -0.5 / 3}
     losses = [math.log1p(math.exp(-margin)) for margin in (1.5, 0.0, -2.0)]
     assert tally.loss == pytest.approx(sum(losses) / 3)
+
+
+class Scripted:
+    """A `Trainable` that gives each step the scores that are written down for it."""
+
+    def __init__(self, scores: list[list[float]], config: RewardConfig) -> None:
+        self._scores = scores
+        self._weight = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self._weight.weight)
+        self._optimizer = Optimizer(self._weight, config, lr=0.0, max_steps=len(scores))
+
+    def take_step(self, step, packs, reads, loss_of, accepts):
+        def term(pack):
+            scores_B = self._weight(torch.tensor(self._scores[step])[:, None])[:, 0]
+            return loss_of(pack, Outputs(scores_B=scores_B))
+
+        return take_step(self._optimizer, step, packs, term, accepts)
+
+
+def test_training_accuracy_and_margin_leave_out_steps_that_were_not_taken(chain, tmp_path):
+    """Margins of 1.5 and 0, then a step with a score that is NaN, then margins of -2 and 4."""
+    config = reward_settings(chain.root).reward
+    pairs = reward.Pairs(row=pack([[5]] * 4), num_pairs=2)
+    scores = [[2.0, 1.0, 0.5, 1.0], [math.nan, 9.0, 0.0, 0.0], [1.0, 4.0, 3.0, 0.0]]
+    stepper = Supervised(
+        Scripted(scores, config),
+        config,
+        runtime=runtime_in(tmp_path, "reward"),
+        reads=Reads(scores=True),
+        batch_of=lambda position: [pairs],
+        loss_of=reward._loss,
+        watched=reward._ranked_share,
+    )
+    for step in range(3):
+        stepper.step(step, step)
+    seen = stepper.metrics()
+    assert seen["train/skipped_steps"] == 1
+    assert seen["train/accuracy"] == 2 / 4 and seen["train/margin"] == 3.5 / 4
 
 
 def test_no_prompt_is_both_trained_on_and_held_out(chain):
