@@ -121,7 +121,7 @@ class Experiment:
     def drawn(self, position: int, *, version: int) -> JudgedBatch:
         """The batch at `position`, by the `version` that the engine holds, and what the policy says of it."""
         with open_source(self._client, self._plan, runtime=self._worker.runtime) as source:
-            batch = source.next(position, version, anew=True)
+            batch = source.next(position, version, redraw=True)
         return self._judges.judge(batch.trajectories)
 
     def step(self, number: int) -> None:

@@ -40,6 +40,7 @@ from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.health import Health
 from stages.training.loop import run_loop
+from stages.training.models import set_stop_tokens
 
 RECIPE_VERSION = 4
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -150,7 +151,13 @@ def train(
         run_loop(iterations, config, max_steps=config.max_steps, runtime=worker.runtime)
     metrics = iterations.summary()
 
-    # 8. The model directory.
+    # 8. The model directory: it stops at the template's end of turn, also where no chat model was tuned.
+    set_stop_tokens(
+        models.policy.model,
+        eos_token_id=chat.end_of_turn_id,
+        stop_token_ids=chat.stop_token_ids,
+        pad_token_id=chat.pad_token_id,
+    )
     models.policy.save(out_dir)
     if ranks.is_main():
         chat.save(out_dir)

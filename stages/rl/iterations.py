@@ -135,16 +135,17 @@ def agreed_batch(
     of the journal that they do not agree about is drawn again. Raises ParityError.
     """
 
-    def asked(*, anew: bool) -> tuple[Batch, JudgedBatch]:
+    def asked(*, redraw: bool) -> tuple[Batch, JudgedBatch]:
         with clock.measure("generation"):
-            drawn = source.next(position, publisher.version, anew=anew)
+            drawn = source.next(position, publisher.version, redraw=redraw)
+        publisher.check_drawn(step, drawn)
         with clock.measure("scoring"):
             return drawn, judges.judge(drawn.trajectories)
 
-    drawn, batch = asked(anew=False)
+    drawn, batch = asked(redraw=False)
     if drawn.is_replayed:
         if publisher.accepts_batch(step, batch):
             return drawn, with_committed_scores(batch)
-        drawn, batch = asked(anew=True)
+        drawn, batch = asked(redraw=True)
     publisher.check_batch(batch)
     return drawn, batch

@@ -24,12 +24,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from rollout.api import Diagnosis, from_record, to_record
-from rollout.errors import ParityError
+from rollout.errors import ParityError, WeightSyncError
 from rollout.parity import ParityGate, ParityReport
 from rollout.weight_file import in_short
 from rollout.weight_sync import SyncReport, WeightSync
 from stages.engines import Dtype, EngineClient
 from stages.rl.experience import JudgedBatch, engine_differences
+from stages.rl.trajectories import Batch, versions_of
 from stages.training import ranks
 from stages.training.forwards import logprobs_by
 from stages.training.fsdp import Placed
@@ -137,6 +138,14 @@ class Publisher:
         published = self._published(self.version + 1, compare=is_first_move)
         self._move_compared |= has_moved
         return published
+
+    def check_drawn(self, step: int, batch: Batch) -> None:
+        """Raises WeightSyncError when other weights than this version drew a batch. `step` counts from 0."""
+        if others := versions_of(batch.trajectories) - {self.version}:
+            raise WeightSyncError(
+                f"{self._stage} step {step + 1}: tokens were drawn by weight versions {sorted(others)}, not "
+                f"{self.version}"
+            )
 
     def accepts_batch(self, step: int, batch: JudgedBatch) -> bool:
         """Whether engine and trainer agree about a training batch, by the rule of the probe. For a batch of

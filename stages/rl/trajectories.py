@@ -7,7 +7,7 @@ prompt: log-probs and values are laid out by it. What is *learned from* is a par
 leave a whole response out. Does not own: drawing (source), packing and masks (experience). No torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,11 @@ class Batch:
     version: int  # the weights that drew every token
     trajectories: tuple[Trajectory, ...]
     is_replayed: bool  # out of the journal, with the scores that were committed
+
+
+def versions_of(trajectories: Iterable[Trajectory]) -> set[int]:
+    """The weights that drew any of their tokens."""
+    return {version for trajectory in trajectories for version in trajectory.weight_versions}
 
 
 def turn_of(rollout: Rollout) -> Turn:

@@ -168,6 +168,29 @@ def chain(tmp_path_factory) -> Chain:
     return chain
 
 
+def ppo_settings(data: Path) -> PPOSettings:
+    prompts = written(data / "ppo.jsonl", [{"prompt": f"Who likes the {noun}?"} for noun in NOUNS])
+    config = PPOConfig(
+        data=prompts, max_steps=1, num_prompts=4, batch_size=4, micro_batch_size=4, max_response_tokens=6
+    )
+    return PPOSettings(seed=1, model=MODEL, ppo=config, rollout=HF)
+
+
+@pytest.mark.parametrize("policy", ["pretrain", "sft"])
+def test_pin_9_what_ppo_saves_stops_at_the_end_of_turn_whatever_it_was_tuned_from(chain, policy, tmp_path):
+    inputs, runtime = chain.given({"policy": policy, "reward_model": "reward"}), runtime_in(tmp_path, "ppo")
+    run_recipe(ppo_settings(tmp_path), inputs, tmp_path / "out", runtime)
+    names = ("config.json", "generation_config.json")
+    config, generation = (json.loads((tmp_path / "out" / name).read_text()) for name in names)
+    chat = chain.chat(policy)
+    assert config["eos_token_id"] == chat.end_of_turn_id
+    assert generation["eos_token_id"] == list(chat.stop_token_ids)
+    kept = [
+        (tmp_path / "out" / name).read_bytes() == (inputs["policy"] / name).read_bytes() for name in names
+    ]
+    assert kept == [policy == "sft"] * 2, "an sft model's own is saved again byte for byte"
+
+
 def test_every_recipe_says_what_it_measured(chain):
     training = {"loss_final", "tokens_per_second", "steps"}
     assert training | {"parameters", "perplexity_heldout"} <= chain.metrics["pretrain"].keys()
