@@ -180,7 +180,7 @@ def _columns(entry: JournalEntry, owner: str) -> dict[str, np.ndarray]:
 
 
 def decoded(block: bytes) -> tuple[JournalEntry, str]:
-    """The entry in a safetensors block, and whose it is. Verifies nothing."""
+    """The entry in a safetensors block, and the <stage>-<fingerprint> that wrote it. Checks no digest."""
     columns = load(block)
     names: dict[str, Any] = json.loads(columns["names"].tobytes())
     turns = _parts(_turns(columns, names["finish_reasons"]), columns["num_turns"].tolist())

@@ -28,10 +28,14 @@ from rollout.errors import ParityError, WeightSyncError
 from rollout.parity import ParityGate, ParityReport
 from rollout.weight_file import in_short
 from rollout.weight_sync import SyncReport, WeightSync
-from stages.engines import Dtype, EngineClient
+from stages.config.ppo import PPOSettings
+from stages.data.batches import stage_seed
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.engines import ENGINE_DTYPE, Dtype, EngineClient
 from stages.rl.experience import JudgedBatch, engine_differences
 from stages.rl.trajectories import Batch, versions_of
 from stages.training import ranks
+from stages.training.distributed import Worker
 from stages.training.forwards import logprobs_by
 from stages.training.fsdp import Placed
 
@@ -78,6 +82,28 @@ def wired(
         logprobs_of=logprobs_by(model, micro_batch_size=micro_batch_size, device=device),
     )
     return sync, gate
+
+
+def publisher_of(
+    policy: Placed,
+    client: EngineClient,
+    settings: PPOSettings,
+    worker: Worker,
+    *,
+    chat: ChatTokenizer,
+    prompts: Sequence[tuple[int, ...]],
+) -> "Publisher":
+    """The way of `policy` to the engines, as its training needs it. `prompts`: of the probe. Close it."""
+    config = settings.ppo
+    probe = Probe(
+        prompts=prompts,
+        stop_token_ids=chat.stop_token_ids,
+        temperature=config.temperature,
+        seed=stage_seed(settings.seed, "ppo", "probe"),
+    )
+    dtype, size = ENGINE_DTYPE[config.precision], config.pack_size
+    sync, gate = wired(policy, client, probe, dtype=dtype, micro_batch_size=size, device=worker.device)
+    return Publisher(sync, gate, stage=worker.runtime.stage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -23,6 +23,9 @@ from rollout.errors import EngineError
 from rollout.ground.errors import GO_ON, EnvironmentProblem, raise_expected
 from stages.config.ppo import PPOSettings
 from stages.data.batches import BatchOrder, stage_seed
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.fitting import check_left, data_metrics, fit_prompts, fit_rows
+from stages.data.reading.readers import read_prompts
 from stages.engines import GRACE_S, EngineClient
 from stages.rl.journal import Journal, JournalEntry
 from stages.rl.trajectories import Batch, Trajectory, turn_of, versions_of
@@ -71,8 +74,25 @@ class SourcePlan:
         )
 
 
+def prompts_of(
+    settings: PPOSettings, chat: ChatTokenizer
+) -> tuple[tuple[SourcePrompt, ...], dict[str, float]]:
+    """The prompts in file order, and what became of the rows, as metrics. Raises DataError."""
+    config = settings.ppo
+    rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
+    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
+    fitted = fit_rows(rows, partial(fit_prompts, chat, max_prompt_tokens=longest))
+    check_left(rows.sizes, fitted)
+    kept = tuple(
+        SourcePrompt(ids=one.example, row=prompt.row)
+        for prompt, one in zip(rows.records, fitted, strict=True)
+        if one.example is not None
+    )
+    return kept, {"prompts": float(len(kept)), **data_metrics(rows, fitted, "prompts")}
+
+
 class RolloutSource:
-    """Batches by position; each request's seed is H(run seed, index in the prompt order, sample)."""
+    """Draws batches by position. The seed of a request is H(run seed, index in the prompt order, sample)."""
 
     def __init__(self, engine: RolloutEngine, plan: SourcePlan, work_dir: Path) -> None:
         self._engine = engine
@@ -116,14 +136,14 @@ class RolloutSource:
 
     @cached_property
     def _journal(self) -> Journal:
-        """Opened at its first use: by then the trainer holds the lock of its work directory."""
+        """Opened at its first use, because by then the trainer holds the lock of its work directory."""
         return Journal(self._work_dir)
 
     async def _found_or_drawn(self, position: int, version: int, redraw: bool) -> Batch:
         if not redraw and (replayed := self._replayed(position, version)) is not None:
             return replayed
         trajectories = await self._draw(position)
-        return Batch(position=position, version=version, trajectories=trajectories, is_replayed=False)
+        return Batch(position=position, trajectories=trajectories, is_replayed=False)
 
     def _replayed(self, position: int, version: int) -> Batch | None:
         """The committed batch, unless other weights drew it."""
@@ -134,7 +154,7 @@ class RolloutSource:
         trajectories = tuple(
             replace(trajectory, row=prompts[trajectory.prompt_index].row) for trajectory in entry.trajectories
         )
-        return Batch(position=position, version=version, trajectories=trajectories, is_replayed=True)
+        return Batch(position=position, trajectories=trajectories, is_replayed=True)
 
     async def _draw(self, position: int) -> tuple[Trajectory, ...]:
         plan = self._plan

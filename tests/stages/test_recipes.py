@@ -22,7 +22,7 @@ from transformers import (
 
 from rollout.api import Rollout
 from rollout.config import EngineConfig
-from stages import evaluate, ppo, pretrain, reward, sft
+from stages import evaluate, pretrain, reward, sft
 from stages.config.data import DataSource
 from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.config.model import ModelConfig
@@ -39,6 +39,7 @@ from stages.data.packing import pack
 from stages.data.reading.readers import read_prompts
 from stages.data.reading.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
+from stages.rl.source import prompts_of
 from stages.training.forwards import sequence_scores
 from stages.training.fsdp import Placed
 from stages.training.metrics import read_steps
@@ -532,7 +533,7 @@ def test_a_source_of_which_nothing_fits_is_named_though_another_one_does(chain, 
             case "sft":
                 sft._examples(SFTSettings(**shared, sft=SFTConfig(data=data)), chat)
             case "ppo":
-                ppo._prompts(PPOSettings(**shared, ppo=PPOConfig(data=data), rollout=HF), chat)
+                prompts_of(PPOSettings(**shared, ppo=PPOConfig(data=data), rollout=HF), chat)
             case "evaluate":
                 config = EvaluateConfig(prompts=data)
                 settings = EvaluateSettings(**shared, evaluate=config, rollout=HF)
