@@ -45,13 +45,13 @@ from pipeline.data_remarks import left_out
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig, host_and_port
 from pipeline.fitted_defaults import Fit, high_rates
-from pipeline.headline import headline, sentence
+from pipeline.headline import headline
 from pipeline.janitor import nothing_left_behind
 from pipeline.model_files import check_model_directory
 from pipeline.model_path import model_at_hand, model_directory
 from pipeline.preview import previews
 from pipeline.progress import Progress, duration
-from pipeline.report import write_report
+from pipeline.report import outcome, write_report
 from pipeline.signals import signals_interrupt
 from pipeline.stage_task import StageResult
 from pipeline.terminal import outputs_that_may_fail
@@ -180,13 +180,16 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check CONFIG and every row of its datasets; show them, and what a run would do. Starts nothing."""
     loaded = configs.load(config, overrides or [])
     configs.check_paths(loaded)
+    stages = dag.configured(loaded.config)
+    dag.select(loaded.config, stages)
+    dag.check_can_run(loaded.config, stages)
     say(f"{config}: valid; run {loaded.config.name!r}, outputs in {loaded.config.outputs}")
     fitted = planning.fitted_to_what_is_here(loaded.config)
     resolved, model = fitted.config, fitted.config.model
     at_hand = model_at_hand(model.path, model.revision)
     if model.path is not None and at_hand:
         directory = model_directory(model.path, model.revision)  # judged before anything of it is loaded
-        planning.check_given_models(resolved, dag.configured(resolved), {stage_table.MODEL: directory})
+        planning.check_given_models(resolved, stages, {stage_table.MODEL: directory})
     elif not at_hand and (described := placement.described_by(model)) is not None:
         planning.check_described_model(resolved, described)
     if model.path is not None and not at_hand and (problem := model_problem(model.path, model.revision)):
@@ -196,17 +199,17 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
         console.print(block)
     for remark in resolved.remarks():
         say(f"\nnote: {remark}")
-    for line in _high_rates(loaded, fitted, dag.configured(resolved)):
+    for line in _high_rates(loaded, fitted, stages):
         say(f"\nnote: {line}")
     say("\nnot stated, so chosen:")
     for line in unstated.table(loaded.config, fitted):
         say(f"  {line}")
     say("\nplan (memory at its peak, without what allocators keep):")
-    for line in placement.plan(resolved, dag.configured(resolved)):
+    for line in placement.plan(resolved, stages):
         say(f"  {line}")
     if not at_hand:
         say(f"\nstages (all would run; {resolved.model.path} has to be fetched first):")
-        for stage in dag.configured(resolved):
+        for stage in stages:
             needs = ", ".join(dag.needs(resolved, stage)) or "nothing"
             say(f"  {stage:9} run   needs {needs:40} {_steps(resolved, stage)}")
         return
@@ -365,16 +368,16 @@ def _around_a_run(
             with contextlib.suppress(EnvironmentProblem):  # what ended the run is what to tell
                 _report(run_dir)
         raise
-    _tell_results(results, _report(run_dir))
+    _tell_results(results, _report(run_dir), outcome(run_dir))
 
 
-def _tell_results(results: Mapping[str, StageResult], report: Path) -> None:
-    """A line per stage, what came of all, and where to read on."""
+def _tell_results(results: Mapping[str, StageResult], report: Path, said: str | None) -> None:
+    """A line per stage of this command, what came of the run, and where to read on."""
     say("")
     for stage, result in results.items():
         took = "skipped" if result.skipped else duration(result.seconds)
         say(f"{stage:9} {took:12} {headline(stage, result.metrics)}".rstrip())
-    if (said := sentence({stage: result.metrics for stage, result in results.items()})) is not None:
+    if said is not None:
         say(f"\n{said}")
     say(f"report: {os.path.relpath(report)}")
 

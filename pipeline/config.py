@@ -296,19 +296,22 @@ def _hub_problem(source: DataSource) -> str | None:
 def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]:
     """Every path the config states, made absolute by the place that states it."""
     for key, section in sections_in(config):
-        kinds: dict[str, PathKind] = {
-            name: "directory" if counted else "file" for name, _, counted in section.files()
-        }
+        found: list[tuple[KeyPath, Path | str | None, PathKind]] = [
+            (inner, path, "directory" if counted else "file") for inner, path, counted in section.files()
+        ]
         match section:
             case DataSource():
-                kinds |= {"path": "data"}
+                found += [(("path",), section.path, "data")]
             case ModelConfig():
-                kinds |= {"path": "model", "architecture": "file"}
-        for name, kind in kinds.items():
-            if getattr(section, name) is None:
+                found += [
+                    (("path",), section.path, "model"),
+                    (("architecture",), section.architecture, "file"),
+                ]
+        for inner, value, kind in found:
+            if value is None:
                 continue
-            stated = tree.nearest((*key, name))
-            text = str(getattr(section, name))
+            stated = tree.nearest((*key, *inner))
+            text = str(value)
             directory = stated.origin.directory
             path = str(directory / os.path.expanduser(text))
             if kind == "data" and glob.has_magic(text) and not os.path.exists(path):
@@ -318,15 +321,17 @@ def _stated_paths(config: ExperimentConfig, tree: Node) -> Iterator[_StatedPath]
             )
             if is_hub_id and not os.path.exists(path):
                 path = text
-            yield _StatedPath(key=(*key, name), stated=stated, path=path, kind=kind, section=section)
+            yield _StatedPath(key=(*key, *inner), stated=stated, path=path, kind=kind, section=section)
 
 
 def _replaced(value: Any, path: KeyPath, text: str) -> Any:
-    """`value`, a frozen section, with the text or path at `path` replaced by `text`."""
+    """`value`, a frozen section or what one holds, with the text or path at `path` replaced by `text`."""
     if not path:
         return type(value)(text)
     key, rest = path[0], path[1:]
     if isinstance(value, list):
         return [_replaced(item, rest, text) if index == key else item for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {name: _replaced(item, rest, text) if name == key else item for name, item in value.items()}
     name = str(key)
     return value.model_copy(update={name: _replaced(getattr(value, name), rest, text)})

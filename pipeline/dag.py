@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pipeline.errors import ConfigError
 from pipeline.experiment import ExperimentConfig
 from pipeline.stage_table import MODEL, STAGES, missing
+from stages.runtime import POLICY, START
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,12 @@ def check_can_run(config: ExperimentConfig, stages: Collection[str], given: Coll
     for stage in stages:
         if (problem := STAGES[stage].lacks(needs(config, stage, given))) is not None:
             raise ConfigError(problem)
+
+
+def trained_from(config: ExperimentConfig, selection: Selection) -> frozenset[str]:
+    """Input keys of the models that the stages of `selection` train further, not of those they only use."""
+    needs = (need for stage in selection.stages for need in STAGES[stage].needs(config, selection.outside))
+    return frozenset(need.key for need in needs if need.role in (START, POLICY))
 
 
 def until(config: ExperimentConfig, last: str | None) -> tuple[str, ...]:

@@ -132,8 +132,9 @@ def share(value: float, counted: object) -> str:
 
 
 def two_digits(value: float) -> str:
-    """Two significant digits, and all digits before the point: "2.2", "0.034", "-0.26", "1234", "3.2e-06"."""
-    return f"{value:,.0f}" if 10 <= abs(value) < math.inf else f"{value:#.2g}"
+    """Two significant digits, and all digits before the point: "2.2", "-0.26", "1,234", "3.2e-06"."""
+    rounded = float(f"{value:.1e}")  # 9.96 is 10
+    return f"{value:,.0f}" if 10 <= abs(rounded) < math.inf else f"{value:#.2g}"
 
 
 def percent(value: float) -> str:

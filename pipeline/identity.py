@@ -2,8 +2,8 @@
 
     Selection --plan--> {stage: Node(settings, inputs, contents, fingerprint)} --check_contents--> still so?
 
-a recipe gets. Does not own: edges (dag), what a row means (stages.data), artifacts on the disk (artifacts).
-No torch, and no recipe is imported here.
+Owns: fingerprints, the digests of files that settings name, which settings a recipe gets. Does not own: edges
+(dag), what a row means (stages.data), artifacts on the disk (artifacts). Imports no torch and no recipe.
 """
 
 import ast
@@ -194,6 +194,10 @@ def _pinned(value: Any) -> Any:
             pinned_items = [_pinned(item) for item in value]
             unchanged = all(new is old for new, old in zip(pinned_items, value, strict=True))
             return value if unchanged else pinned_items
+        case dict():
+            pinned_values = {key: _pinned(item) for key, item in value.items()}
+            unchanged = all(pinned_values[key] is item for key, item in value.items())
+            return value if unchanged else pinned_values
     return value
 
 
@@ -204,12 +208,13 @@ def _contents(settings: StageSettings) -> Iterator[_Content]:
         if isinstance(section, DataSource) and section.weight > 0:
             files = () if is_hub_id(section.path) else files_of(section)
             yield _Content(key, shown(section.path), files, partial(content_digest, section))
-        for name, place, counted in section.files():
+        for inner, place, counted in section.files():
+            name = ".".join(map(str, (*path, *inner)))
             if not counted:
-                yield _file_content(f"{key}.{name}", place)
+                yield _file_content(name, place)
             for file in counted:
                 if file == counted[0] or (place / file).is_file():
-                    yield _file_content(f"{key}.{name}.{file}", place / file)
+                    yield _file_content(f"{name}.{file}", place / file)
 
 
 def _file_content(key: str, path: Path) -> _Content:

@@ -9,7 +9,7 @@ found under `outputs/` (artifacts), running it (executor).
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def plan_run(config: ExperimentConfig, *, last: str | None = None, force: str | 
     selection = dag.select(config, stages)
     dag.check_can_run(config, stages)
     outside = _identified(config, store, selection, {})
-    fitted = fit(config, _model_of(config, outside))
+    fitted = fit(config, _model_of(config, outside, dag.trained_from(config, selection)))
     config = fitted.config
     nodes = identity.plan(config, selection, _fingerprints(outside))
     present = _present(store, [node for stage, node in nodes.items() if stage not in forced])
@@ -97,7 +97,7 @@ def plan_stage(
     selection = dag.select(config, [stage], inputs.keys())
     dag.check_can_run(config, [stage], inputs.keys())
     outside = _identified(config, store, selection, inputs)
-    fitted = fit(config, _model_of(config, outside))
+    fitted = fit(config, _model_of(config, outside, dag.trained_from(config, selection)))
     config = fitted.config
     nodes = identity.plan(config, selection, _fingerprints(outside))
     needed = [nodes[key] for key in takes if key in nodes]
@@ -316,19 +316,21 @@ def _identified(
     return outside
 
 
-def _model_of(config: ExperimentConfig, outside: Mapping[str, Given]) -> GivenModel | None:
+def _model_of(
+    config: ExperimentConfig, outside: Mapping[str, Given], trained_from: Collection[str]
+) -> GivenModel | None:
     """The model that a run starts from, of which sizes are taken; None for a chain from scratch.
 
     `model.path`, wherever its weights come in: a stage that is run alone is fitted as within the graph.
-    Without it, a model of somebody else's that a stage is given: an artifact of ours came from scratch.
+    Without it, a model of somebody else's among `trained_from`: an artifact of ours came from scratch.
     """
     if MODEL in outside:
         return GivenModel.in_directory(outside[MODEL].path, named=_as_given(config, MODEL, Path()))
     described = _model_described(config)
     if described is not None and described.num_parameters is not None:
         return described
-    for key, row in STAGES.items():
-        if row.makes == "policy" and key in outside and (described is not None or _is_foreign(outside[key])):
+    for key in (key for key in STAGES if key in trained_from and key in outside):
+        if described is not None or _is_foreign(outside[key]):
             path = outside[key].path
             return GivenModel.in_directory(path, named=_as_given(config, key, path))
     return described

@@ -71,6 +71,11 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+def outcome(run_dir: Path) -> str | None:
+    """The sentence that the report of this run opens with; None where no stage says anything."""
+    return sentence(_metrics(_stages(run_dir)))
+
+
 # --- reading
 
 
@@ -88,6 +93,10 @@ def _stages(run_dir: Path) -> list[_Stage]:
         )
         for name, entry in ((name, _mapping(entry)) for name, entry in summary.items())
     ]
+
+
+def _metrics(stages: Sequence[_Stage]) -> dict[str, Mapping[str, Any]]:
+    return {stage.name: stage.metrics for stage in stages}
 
 
 def _read_json(path: Path) -> Any:
@@ -135,7 +144,7 @@ def _num_samples(run_dir: Path, stage: str) -> int:
 
 def _results(stages: Sequence[_Stage]) -> Html | None:
     """What came of the run in one sentence, and its figures in large print."""
-    metrics = {stage.name: stage.metrics for stage in stages}
+    metrics = _metrics(stages)
     said, shown = sentence(metrics), [*cards(metrics), *_time(stages)]
     if not shown:
         return None

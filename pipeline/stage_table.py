@@ -44,8 +44,12 @@ class Recipe:
 
     entry: str  # what every worker runs, or the stage task where it has none
     on_workers: bool = False
+    prepares: str | None = None
+    """What the stage task reads and checks before the workers are placed. It returns more arguments for them,
+    or for `holds`.
+    """
     holds: str | None = None
-    """A context that the stage task opens once, while the workers run. It yields more arguments for them."""
+    """A context that the stage task opens once they are placed, while they run. It yields their arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +258,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="sft",
-            recipe=Recipe(entry="stages.sft:train", on_workers=True, holds="stages.sft:shared"),
+            recipe=Recipe(entry="stages.sft:train", on_workers=True, prepares="stages.sft:prepare"),
             settings=SFTSettings,
             needs=_sft_needs,
             makes="policy",
@@ -266,7 +270,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="reward",
-            recipe=Recipe(entry="stages.reward:train", on_workers=True, holds="stages.reward:shared"),
+            recipe=Recipe(entry="stages.reward:train", on_workers=True, prepares="stages.reward:prepare"),
             settings=RewardSettings,
             needs=_reward_needs,
             makes="reward model",
@@ -290,7 +294,12 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="ppo",
-            recipe=Recipe(entry="stages.ppo:train", on_workers=True, holds="stages.ppo:shared"),
+            recipe=Recipe(
+                entry="stages.ppo:train",
+                on_workers=True,
+                prepares="stages.ppo:prepare",
+                holds="stages.ppo:held",
+            ),
             settings=PPOSettings,
             needs=_ppo_needs,
             lacks=_ppo_lacks,

@@ -92,7 +92,7 @@ def run_stage(job: StageJob, *upstream: StageResult) -> StageResult:
         _settle_process(job)
     with _failure_recorded(job), store.lock(node.stage, node.fingerprint, timeout_s=job.lock_timeout_s):
         if job.stop_file.exists():
-            raise Interrupted(f"{node.stage}: not started, for the run was asked to stop; {GO_ON}")
+            raise Interrupted(f"{node.stage}: not started, because the run was asked to stop; {GO_ON}")
         present = None if job.replace else store.find(node.stage, node.fingerprint)
         if present is not None:
             return result_of(present, skipped=True)
@@ -113,8 +113,9 @@ def ready(
 ) -> Iterator[Callable[..., Mapping[str, float]]]:
     """Yields the function of a recipe, to be called with settings, inputs and out_dir.
 
-    It runs on the workers, while what the stage task holds for them is open; in this process where the stage
-    has none.
+    It runs on the workers, or in this process where the stage has none. For workers the stage task first
+    prepares what it reads: an error in the data needs no free cluster to be found. Then it takes their place,
+    and opens what it holds while they run.
     """
     function = _named(recipe.entry)
     if not recipe.on_workers:
@@ -122,13 +123,17 @@ def ready(
         return
     from stages.training.distributed import launched, placed
 
+    arguments: Mapping[str, Any] = {}
+    if recipe.prepares is not None:
+        with warnings_kept(runtime):
+            arguments = _named(recipe.prepares)(settings, inputs, runtime)
     with contextlib.ExitStack() as stack:
         in_place = stack.enter_context(placed(runtime, settings.engines))
-        held: Mapping[str, Any] = {}
         if recipe.holds is not None:
             with warnings_kept(runtime):
-                held = stack.enter_context(_named(recipe.holds)(settings, inputs, in_place))
-        yield partial(stack.enter_context(launched(function, in_place)), **held)
+                held = _named(recipe.holds)(settings, inputs, in_place, **arguments)
+                arguments = stack.enter_context(held)
+        yield partial(stack.enter_context(launched(function, in_place)), **arguments)
 
 
 def result_of(manifest: Manifest, *, skipped: bool) -> StageResult:
@@ -142,14 +147,15 @@ def result_of(manifest: Manifest, *, skipped: bool) -> StageResult:
     )
 
 
-def check_files(job: StageJob) -> None:
+def check_files(job: StageJob, *, trusting_stamps: bool = False) -> None:
     """Compare what a stage reads from outside of `outputs` with what it was planned on: every byte of its
     datasets, scoring function, template and tokenizer, and given directories. Raises DataError.
+    `trusting_stamps`: no byte of a file whose size and times are those of the plan.
 
-    Recipes ask too, as soon as they have read (`Runtime`). Sealing does not: training goes on for days after
-    that, and whoever edits a dataset meanwhile should not lose it.
+    The stage asks before it reads, and again after that (`Runtime`). Sealing does not: training goes on for
+    days after that, and whoever edits a dataset meanwhile should not lose it.
     """
-    identity.check_contents(job.node)
+    identity.check_contents(job.node, trusting_stamps=trusting_stamps)
     _check_given(job)
 
 
@@ -216,8 +222,7 @@ def _sealed(job: StageJob, store: Store) -> Iterator[_Making]:
     """Around the recipe: its inputs are verified and its surroundings made; what it leaves is sealed."""
     node, started = job.node, time.time()
     inputs = {role: _verified_input(job, store, key) for role, key in node.roles.items()}
-    identity.check_contents(job.node, trusting_stamps=True)  # hours may lie behind the plan
-    _check_given(job)
+    check_files(job, trusting_stamps=True)  # hours may lie behind the plan
     work = store.begin(node.stage, node.fingerprint)
     runtime = Runtime(
         stage=node.stage,
@@ -230,7 +235,6 @@ def _sealed(job: StageJob, store: Store) -> Iterator[_Making]:
         num_threads=job.num_threads,
         stop_file=job.stop_file,
         check_files=partial(check_files, job),
-        check_models=partial(_check_given, job),
         joined_cluster=job.joined_cluster,
     )
     made = _Making(inputs=inputs, out_dir=work / "out", runtime=runtime)

@@ -42,31 +42,42 @@ RECIPE_VERSION = 4
 ROLLOUTS_FILE = "rollouts.jsonl"
 
 
-@contextmanager
-def shared(
-    settings: PPOSettings, inputs: Mapping[str, Path], runtime: Runtime
-) -> Iterator[Mapping[str, Any]]:
-    """What the stage task holds while the workers train: the engines, and the source that draws from them."""
+def prepare(settings: PPOSettings, inputs: Mapping[str, Path], runtime: Runtime) -> Mapping[str, Any]:
+    """What the stage task reads and checks before anything is placed: what is sampled, and what became of the
+    rows, as metrics.
+    """
     if tokenizer_digest(inputs[POLICY]) != tokenizer_digest(inputs[REWARD_MODEL]):
         raise ModelError(
             f"{inputs[REWARD_MODEL]}: its tokenizer is not the policy's; "
             f"train the reward model from {inputs[POLICY]}"
         )
-    config, chat = settings.ppo, ChatTokenizer.load(inputs[POLICY], settings.model.chat_template)
+    chat = ChatTokenizer.load(inputs[POLICY], settings.model.chat_template)
     prompts, data = prompts_of(settings, chat)
     runtime.check_files()
-    plan = SourcePlan.of(settings, prompts, stop_token_ids=chat.stop_token_ids)
+    return {"plan": SourcePlan.of(settings, prompts, stop_token_ids=chat.stop_token_ids), "data": data}
+
+
+@contextmanager
+def held(
+    settings: PPOSettings,
+    inputs: Mapping[str, Path],
+    runtime: Runtime,
+    *,
+    plan: SourcePlan,
+    data: Mapping[str, float],
+) -> Iterator[Mapping[str, Any]]:
+    """What the stage task holds while the workers train: the engines, and the source that draws from them."""
     with (
         open_engines(
             settings.rollout,
             model_dir=inputs[POLICY],
-            dtype=ENGINE_DTYPE[config.precision],
+            dtype=ENGINE_DTYPE[settings.ppo.precision],
             max_model_len=settings.model.context_length,
             runtime=runtime,
         ) as client,
         open_source(client, plan, runtime=runtime) as source,
     ):
-        probed = [prompt.ids for prompt in prompts[: settings.rollout.parity_num_prompts]]
+        probed = [prompt.ids for prompt in plan.prompts[: settings.rollout.parity_num_prompts]]
         yield {"client": client, "source": source, "probe_prompts": probed, "data": data}
 
 
@@ -88,7 +99,8 @@ def train(
     when engine and trainer disagree; EngineError, WeightSyncError (4).
     """
     # 1. Models, optimizers, and what an algorithm makes of a batch.
-    config, chat = settings.ppo, ChatTokenizer.load(inputs[POLICY], settings.model.chat_template)
+    config = settings.ppo
+    chat = ChatTokenizer.load(inputs[POLICY], settings.model.chat_template, warns=False)
     algorithm = algorithm_of(settings)
     policy_dir, reward_dir = inputs[POLICY], inputs[REWARD_MODEL]
     models = load_models(algorithm, config, worker, policy_dir=policy_dir, reward_dir=reward_dir)

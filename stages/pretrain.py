@@ -64,7 +64,7 @@ def train(
             f"{inputs[CORPUS]}: rows of {shards.context_length} tokens, but model.context_length is "
             f"{settings.model.context_length}; run prepare with this config, or set the other"
         )
-    chat = ChatTokenizer.load(inputs[CORPUS], settings.model.chat_template)
+    chat = ChatTokenizer.load(inputs[CORPUS], settings.model.chat_template, warns=ranks.is_main())
     order = BatchOrder(
         num_rows=len(shards),
         batch_size=config.batch_size,

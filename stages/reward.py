@@ -7,8 +7,7 @@ A response always ends with the end-of-turn token when it is scored: here, in ev
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -77,20 +76,17 @@ class Examples:
     data: Mapping[str, float]  # metrics: what became of the rows
 
 
-@contextmanager
-def shared(
-    settings: RewardSettings, inputs: Mapping[str, Path], runtime: Runtime
-) -> Iterator[Mapping[str, Prepared]]:
+def prepare(settings: RewardSettings, inputs: Mapping[str, Path], runtime: Runtime) -> Mapping[str, Prepared]:
     """What the stage task does once: pairs as ids, in a file that all workers map."""
+    chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
 
     def rendered() -> Columns:
-        chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
         examples = _examples(settings, chat)
         runtime.check_files()
         _normaliser_prompts(settings, examples)  # that there are too few is said before training
         return _columns(examples)
 
-    yield {"rows": prepared(runtime.work_dir, rendered)}
+    return {"rows": prepared(runtime.work_dir, rendered)}
 
 
 def train(
@@ -103,7 +99,7 @@ def train(
     config, source = settings.reward, inputs[START]
 
     # 1. Data: the pairs of the stage task's file; whole prompts are held out.
-    chat = ChatTokenizer.load(source, settings.model.chat_template)
+    chat = ChatTokenizer.load(source, settings.model.chat_template, warns=False)
     examples = _mapped(rows)
     order = BatchOrder(
         num_rows=len(examples.train),

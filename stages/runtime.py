@@ -5,11 +5,11 @@ Owns: `Runtime` and the resource settings. Light import.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -50,16 +50,26 @@ def hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _nothing() -> None: ...
+class FilesCheck(Protocol):
+    """Compares what the settings name, and given models, with what the run was planned on."""
+
+    def __call__(self, *, trusting_stamps: bool = False) -> None:
+        """Raises DataError for what changed. `trusting_stamps`: of a file whose size and times are those of
+        the plan, no byte is read.
+        """
+
+
+def _nothing(*, trusting_stamps: bool = False) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """The surroundings of one stage execution.
 
-    A recipe calls `check_files` once it has read what its settings name and before it keeps anything of it:
-    what it read is then what its artifact is named by. Whoever edits those files later harms nothing. Where
-    the stage task has read them for its workers, these call `check_models` once they have loaded theirs.
+    A stage calls `check_files` once it has read the files that its settings name, and before it keeps
+    anything of them. What it read is then what its artifact is named by. Every worker reads some of them
+    again (the chat template), and a model. It asks once more before its first step, trusting stamps. Edits
+    after that harm nothing.
     """
 
     stage: str
@@ -71,8 +81,7 @@ class Runtime:
     collective_timeout_s: float  # deadline for workers to meet: rank 0 may generate or write meanwhile
     num_threads: int  # cores this stage may compute with: fewer where stages run side by side
     stop_file: Path  # exists once the run was asked to stop: leave at the next step boundary, state saved
-    check_files: Callable[[], None] = _nothing  # DataError: a file of the settings, or a given model, changed
-    check_models: Callable[[], None] = _nothing  # DataError: a given model changed
+    check_files: FilesCheck = _nothing
     joined_cluster: bool = False  # Ray was running already (resources.address)
     group: Any = None  # on Ray, once the stage is placed: the placement group of its workers and engines
 

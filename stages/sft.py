@@ -9,8 +9,7 @@ way nothing is padded: an empty slot does not go through the model. Packed seque
 the end-of-turn token is trained once per assistant turn.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,16 +50,13 @@ class Conversations:
     share_of_tokens: float  # this micro-batch's, of the tokens of that step
 
 
-@contextmanager
-def shared(
-    settings: SFTSettings, inputs: Mapping[str, Path], runtime: Runtime
-) -> Iterator[Mapping[str, Prepared]]:
+def prepare(settings: SFTSettings, inputs: Mapping[str, Path], runtime: Runtime) -> Mapping[str, Prepared]:
     """What the stage task does once: conversations as ids with a mask of what is trained, in a file that all
     workers map.
     """
+    chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
 
     def rendered() -> Columns:
-        chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
         examples, data = _examples(settings, chat)
         runtime.check_files()
         return Columns(
@@ -69,7 +65,7 @@ def shared(
             facts={"metrics": list(data.items())},
         )
 
-    yield {"rows": prepared(runtime.work_dir, rendered)}
+    return {"rows": prepared(runtime.work_dir, rendered)}
 
 
 def train(
@@ -79,7 +75,7 @@ def train(
     config = settings.sft
 
     # 1. Data: the conversations of the stage task's file, in an order that is a function of the step.
-    chat = ChatTokenizer.load(inputs[START], settings.model.chat_template)
+    chat = ChatTokenizer.load(inputs[START], settings.model.chat_template, warns=False)
     batches = _batches(Mapped(MappedTokens(rows)), settings, worker)
 
     # 2. Model and optimizer.

@@ -7,7 +7,7 @@
 A marked field is left out of `identity`. Digests of files are made elsewhere, from `files`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,14 +55,17 @@ class Section(BaseModel):
         }
         return {name: value for name, value in values.items() if not self._is_as_before(name, value)}
 
-    def files(self) -> Iterator[tuple[str, Path, list[str]]]:
-        """Name, path and what counts in it (empty for a file) of every stated setting that is identified by
-        its content.
+    def files(self) -> Iterator[tuple[KeyPath, Path, list[str]]]:
+        """Key, path and what counts in it (empty for a file) of every stated path that is identified by its
+        content. A setting may hold several, in a list or a mapping.
+
+        Example: (("code", 0), Path("a.py"), [])
         """
         for name, field in type(self).model_fields.items():
-            extra, path = _extra(field), getattr(self, name)
-            if CONTENT in extra and path is not None:
-                yield name, path, extra[CONTENT]
+            extra = _extra(field)
+            if CONTENT in extra:
+                for key, path in _leaves(getattr(self, name), (name,)):
+                    yield key, path, extra[CONTENT]
 
     def _is_as_before(self, name: str, value: Any) -> bool:
         extra = _extra(type(self).model_fields[name])
@@ -74,19 +77,33 @@ def sections_in(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Secti
 
     Example: (("sft", "data", 0), DataSource(...))
     """
-    items: Iterable[tuple[str | int, Any]] = ()
     if isinstance(value, Section):
         yield path, value
-        items = ((name, getattr(value, name)) for name in type(value).model_fields)
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    for name, item in items:
+    for name, item in _items(value):
         yield from sections_in(item, (*path, name))
 
 
 def is_execution(field: FieldInfo) -> bool:
     """Whether a setting, as it is written in a config, is no part of the identity whatever it holds."""
     return EXECUTION.items() <= _extra(field).items()
+
+
+def _items(value: Any) -> Iterable[tuple[str | int, Any]]:
+    """What a section or a collection holds, by name or number of the place; nothing of any other value."""
+    if isinstance(value, Section):
+        return ((name, getattr(value, name)) for name in type(value).model_fields)
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, list | tuple) else ()
+
+
+def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """`value`, or what the collections in it hold, each with its path; None is nothing."""
+    if isinstance(value, Mapping | list | tuple):
+        for name, item in _items(value):
+            yield from _leaves(item, (*path, name))
+    elif value is not None:
+        yield path, value
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:
@@ -98,6 +115,6 @@ def _identity_of(value: Any) -> Any:
         return value.identity()
     if isinstance(value, list | tuple):
         return [_identity_of(item) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _identity_of(item) for key, item in value.items()}
     return value

@@ -36,11 +36,7 @@ from torch.distributed.tensor import DTensor
 from rollout.ground.disk import disk_problems
 from rollout.ground.durable import UNFINISHED, sync
 from rollout.ground.errors import GO_ON, EnvironmentProblem
-from rollout.ground.whole import (
-    NotWhole,
-    files_below,
-    measure,
-)
+from rollout.ground.whole import NotWhole, files_below, measure
 from stages.training import ranks
 from stages.training.checkpoint_record import (
     DIRECTORY_NAME,
@@ -125,7 +121,8 @@ class Checkpoints:
     def restore(self, parts: Mapping[str, TrainedState]) -> tuple[int, dict[str, Any]]:
         """Load the newest sound checkpoint into `parts`. Returns its step and `extra`; (0, {}) without one.
 
-        One line (a warning) for each one that is passed over. EnvironmentProblem when the disk refuses.
+        One line (a warning) for each damaged one that is passed over, and one for all of other schemas.
+        EnvironmentProblem when the disk refuses.
         """
         return self._load(parts, self._on_main(lambda: self._newest_sound(regular_only=False)))
 
@@ -179,6 +176,7 @@ class Checkpoints:
 
     def _newest_sound(self, *, regular_only: bool) -> list[Any] | None:
         found = self._finished()
+        self._mention_other_schemas(found)
         for directory in reversed(found):
             record = self._sound_record(directory)
             if record is not None and (record.regular or not regular_only):
@@ -196,15 +194,27 @@ class Checkpoints:
         return None
 
     def _sound_record(self, directory: Path) -> Record | None:
-        """The record of a checkpoint if it is as it was written; else warns in one line and returns None."""
+        """The record of a checkpoint if it is as it was written; else None. Warns in one line of damage."""
         try:
             return verified(directory, owner=self._owner)
-        except OtherSchema as error:
-            logger.warning("%s: %s; not loaded, and left as it is", directory, error)
+        except OtherSchema:
+            pass  # `_mention_other_schemas`
         except NotWhole as error:
             logger.warning("%s: damaged checkpoint: %s; taking the one before it", directory, error)
             self._move(directory, self._dir / (directory.name + DAMAGED))
         return None
+
+    def _mention_other_schemas(self, found: Iterable[Path]) -> None:
+        """One line for all checkpoints of other versions of this code."""
+        versions = sorted({version for version in map(_other_schema, found) if version is not None})
+        if versions:
+            logger.warning(
+                "%s: checkpoints of schema version %s are not loaded, this code reads %d; older ones are "
+                "deleted with the next checkpoint",
+                self._dir,
+                ", ".join(map(str, versions)),
+                SCHEMA_VERSION,
+            )
 
     def _make_room(self, step: int, needed: int) -> None:
         """Raises EnvironmentProblem unless `needed` bytes are free once leftovers are gone."""
@@ -243,23 +253,28 @@ class Checkpoints:
         self._drop_old()
 
     def _make_way(self, directory: Path) -> None:
-        """Moves a checkpoint of the same step away. One of another schema is never deleted."""
+        """Moves a checkpoint of the same step away. One of a newer schema is never deleted."""
         try:
             Record.read(directory)
-        except OtherSchema:
-            self._move(directory, self._dir / (directory.name + ".other"))
+        except OtherSchema as error:
+            suffix = REPLACED if error.version < SCHEMA_VERSION else ".other"
+            self._move(directory, self._dir / (directory.name + suffix))
         except NotWhole:
             self._move(directory, self._dir / (directory.name + DAMAGED))
         else:
             self._move(directory, self._dir / (directory.name + REPLACED))
 
     def _drop_old(self) -> None:
-        """Deletes all checkpoints except the last `keep` regular ones, the best and the newest."""
+        """Deletes all checkpoints except the last `keep` regular ones, the best and the newest; those of an
+        older schema too, because this code cannot go on from them. A newer one's may still be wanted.
+        """
         readable = self._readable()
         regular = [record for record in readable if record.regular]
         best = sorted(_scored(readable), key=_by_score)[-1:]
         kept = {record.step for record in (*regular[-self._keep :], *best, *readable[-1:])}
-        self._drop(record.step for record in readable if record.step not in kept)
+        versions = {directory: _other_schema(directory) for directory in self._finished()}
+        older = [_step_of(one) for one, of in versions.items() if of is not None and of < SCHEMA_VERSION]
+        self._drop([*(record.step for record in readable if record.step not in kept), *older])
 
     def _drop_behind(self, last_step: int) -> None:
         """Delete every checkpoint after this step."""
@@ -296,6 +311,17 @@ class Checkpoints:
     def _move(self, directory: Path, target: Path) -> None:
         _remove(target)
         directory.rename(target)
+
+
+def _other_schema(directory: Path) -> int | None:
+    """The schema version of a checkpoint of another version of this code; None of any other directory."""
+    try:
+        Record.read(directory)
+    except OtherSchema as error:
+        return error.version
+    except NotWhole:
+        return None
+    return None
 
 
 def _remove(path: Path) -> None:
@@ -344,7 +370,7 @@ class _Writer(dcp.FileSystemWriter):
 
 @contextlib.contextmanager
 def _alone_is_no_accident() -> Iterator[None]:
-    """DCP warns whenever one process saves or loads. Here one worker does, so the warning is silenced."""
+    """Silences DCP's warning that one process saves or loads. Here one worker does."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="torch.distributed is disabled, unavailable or uninitialized"

@@ -30,6 +30,10 @@ DIRECTORY_NAME = re.compile(r"step-(\d{6,})")
 class OtherSchema(Exception):
     """A checkpoint of another version of this code."""
 
+    def __init__(self, version: int) -> None:
+        super().__init__(f"checkpoint of schema version {version}, this code reads {SCHEMA_VERSION}")
+        self.version = version
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
@@ -61,7 +65,7 @@ class Record:
     def _of(cls, text: str) -> Self:
         version = json_object(text).get("schema_version")
         if type(version) is int and version != SCHEMA_VERSION:
-            raise OtherSchema(f"checkpoint of schema version {version}, this code reads {SCHEMA_VERSION}")
+            raise OtherSchema(version)
         content = record_content(text)
         if content.keys() != {field.name for field in fields(cls)}:
             raise NotWhole("not a record")

@@ -67,13 +67,13 @@ class Stepper(Protocol):
 
 
 def run_loop(stepper: Stepper, config: TrainingConfig, *, max_steps: int, runtime: Runtime) -> None:
-    """Train from the newest checkpoint, or from the start, to `max_steps`. Whatever the batches and the
-    models are made from has been read.
+    """Train from the newest checkpoint, or from the start, to `max_steps`. This worker has read all that the
+    batches and the models are made from.
 
-    Raises DataError when a given model changed meanwhile, TrainingStopped when bad steps do not end,
-    Interrupted when the run is to stop.
+    Raises DataError when a file of the settings or a given model changed before it was read, TrainingStopped
+    when bad steps do not end, Interrupted when the run is to stop.
     """
-    runtime.check_models()
+    runtime.check_files(trusting_stamps=True)
     health = stepper.health
     parts = {name: model.state() for name, model in stepper.trained.items()}
     checkpoints = Checkpoints(runtime.work_dir, keep=config.keep_checkpoints)

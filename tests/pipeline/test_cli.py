@@ -197,6 +197,26 @@ def test_a_run_ends_with_what_came_of_it(chain: Chain, capsys: pytest.CaptureFix
     assert sentence.replace(">", "&gt;") in (chain.outputs / "runs/demo/report.html").read_text()
 
 
+def test_a_run_of_some_stages_says_what_its_report_says(chain: Chain, capsys: pytest.CaptureFixture[str]):
+    chain.order("evaluate", metrics={"score_sft": 0.49, "score_ppo": 0.9, "prompts": 288})
+    rlhf(capsys, "run", "demo.yaml")
+    _, stdout, _ = rlhf(capsys, "run", "demo.yaml", "--until", "ppo")
+    *_, gap, sentence, _ = stdout.splitlines()
+    assert (gap, sentence) == ("", "score 0.49 -> 0.90 (sft -> ppo)"), "the evaluation is still current"
+    assert sentence.replace(">", "&gt;") in (chain.outputs / "runs/demo/report.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("absent", ["reward", "sft"])
+def test_check_refuses_what_run_refuses_where_the_model_is_not_here(
+    chain: Chain, capsys: pytest.CaptureFixture[str], command: str, absent: str
+):
+    settings = ("model.path=nobody/nothing-here", "prepare=null", "pretrain=null", f"{absent}=null")
+    code, stdout, stderr = rlhf(capsys, command, "demo.yaml", *settings)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith(f"{absent}: no such section, which ") and stderr.count("\n") == 1
+
+
 def test_check_says_what_the_rollout_correction_resolves_to_and_why(
     chain: Chain, capsys: pytest.CaptureFixture[str]
 ):

@@ -297,6 +297,17 @@ def test_somebody_elses_model_as_an_input_is_a_given_model_too(chain: Chain):
     assert ours.config.reward.lr == 1e-3, "an artifact of a chain from scratch"
 
 
+def test_a_model_that_is_only_compared_fits_nothing(chain: Chain):
+    mine = given_model(chain.directory / "mine", SMOLLM2_135M)
+    execute(plan_run(chain.config(), last="reward"), Progress(io.StringIO()))
+    compared = planned_alone(chain, "evaluate", ppo=mine)
+    assert compared.to_run == ("evaluate",) and {"sft", "reward"} <= compared.present.keys()
+    assert (compared.config.sft.lr, compared.config.reward.lr) == (1e-3, 1e-3)
+    assert compared.fit.choices == ()
+    trained = planned_alone(chain, "reward", "reward.init_from=pretrain", pretrain=mine)
+    assert trained.config.reward.lr == 2.7e-5
+
+
 # --- what is said of it
 
 

@@ -65,7 +65,7 @@ def test_a_share_has_a_second_digit_where_enough_was_counted(count, shown):
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(2.2, "2.2"), (2.0, "2.0"), (0.034, "0.034"), (-0.2568, "-0.26"), (38.4, "38"), (1234.5, "1,234"),
-     (3.24e-6, "3.2e-06")],
+     (3.24e-6, "3.2e-06"), (9.94, "9.9"), (9.96, "10"), (-9.99, "-10"), (0.0996, "0.10")],
 )  # fmt: skip
 def test_numbers_have_two_digits_and_no_fewer_before_the_point(value, shown):
     assert two_digits(value) == shown

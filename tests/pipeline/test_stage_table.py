@@ -12,7 +12,7 @@ from pipeline.stage_table import EVALUATED, STAGES, Stage, data_of
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
 def test_every_entry_of_the_stage_table_is_a_recipe(stage: Stage):
-    for named in filter(None, (stage.recipe.entry, stage.recipe.holds)):
+    for named in filter(None, (stage.recipe.entry, stage.recipe.prepares, stage.recipe.holds)):
         module, _, function = named.partition(":")
         recipe = importlib.import_module(module)
         assert callable(getattr(recipe, function))

@@ -715,7 +715,7 @@ def test_a_kl_beyond_its_cap_stops_the_run(inputs, prompts, tmp_path):
 
 
 def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(inputs, prompts, tmp_path):
-    def found_changed() -> None:
+    def found_changed(*, trusting_stamps: bool = False) -> None:
         raise DataError("prompts.jsonl: changed since the run was planned")
 
     runtime = replace(runtime_in(tmp_path, "ppo"), check_files=found_changed)
@@ -734,3 +734,6 @@ def test_pin_18_a_reward_model_with_another_tokenizer_is_refused(inputs, prompts
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="its tokenizer is not the policy's"):
         run_in(tmp_path / "run", settings_for(prompts), {"policy": inputs["policy"], "reward_model": other})
+    unplaced = runtime_in(tmp_path / "before a place is asked for", "ppo", num_workers=1)
+    with pytest.raises(ModelError, match="its tokenizer is not the policy's"):
+        run_recipe(settings_for(prompts), {**inputs, "reward_model": other}, tmp_path / "out", unplaced)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -575,14 +576,65 @@ def test_of_a_file_that_changed_while_it_was_read_nothing_is_kept(chain, tmp_pat
         "evaluate": (evaluate_settings(chain.root), EVALUATED),
     }[stage]
 
-    def found_changed() -> None:
+    def found_changed(*, trusting_stamps: bool = False) -> None:
         raise DataError("a.jsonl: changed since the run was planned")
 
-    runtime = replace(runtime_in(tmp_path, stage), check_files=found_changed, check_models=found_changed)
+    runtime = replace(runtime_in(tmp_path, stage), check_files=found_changed)
     with pytest.raises(DataError, match="changed since the run was planned"):
         run_recipe(settings, chain.given(inputs), tmp_path / "out", runtime)
     assert not list((tmp_path / "out").iterdir())
     assert {path.name.partition("-")[0] for path in (tmp_path / "work").iterdir()} <= {"blocks", "trainer"}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_of_a_template_that_changed_before_a_worker_read_it_nothing_is_kept(chain, tmp_path, stage):
+    """A resumed stage takes the file of tokens as it is. Its workers read the template again all the same."""
+    settings, inputs = {
+        "pretrain": (pretrain_settings(), {"corpus": "prepare"}),
+        "sft": (sft_settings(chain.root), {"start": "pretrain"}),
+        "reward": (reward_settings(chain.root, group_column="verb"), {"start": "sft"}),
+    }[stage]
+    runtime, given = runtime_in(tmp_path, stage), chain.given(inputs)
+    if stage != "pretrain":
+        {"sft": sft, "reward": reward}[stage].prepare(settings, given, runtime)
+
+    def found_changed(*, trusting_stamps: bool = False) -> None:
+        if trusting_stamps:  # as a worker asks
+            raise DataError("chat.jinja: model.chat_template: changed since the run was planned")
+
+    with pytest.raises(DataError, match="changed since the run was planned"):
+        run_recipe(settings, given, tmp_path / "out", replace(runtime, check_files=found_changed))
+    assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "work" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_that_no_template_was_found_is_said_once_in_each_execution(chain, tmp_path, stage):
+    settings, role, source = {
+        "pretrain": (pretrain_settings(), "corpus", "prepare"),
+        "sft": (sft_settings(chain.root), "start", "pretrain"),
+        "reward": (reward_settings(chain.root, group_column="verb"), "start", "sft"),
+    }[stage]
+    bare = shutil.copytree(chain.outputs[source], tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    for execution in (1, 2):
+        run_recipe(settings, {role: bare}, tmp_path / "out", runtime_in(tmp_path, stage))
+        said = (tmp_path / "logs" / f"{stage}.warnings.log").read_text()
+        assert said.count("NO CHAT TEMPLATE") == execution
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_rows_are_refused_before_the_stage_asks_for_a_place(chain, tmp_path, stage):
+    """Nothing that this asks of a cluster could be granted; no Ray is running."""
+    (tmp_path / "rows.jsonl").write_text("{broken\n")
+    settings, inputs = {
+        "sft": (sft_settings(chain.root), {"start": "pretrain"}),
+        "reward": (reward_settings(chain.root), {"start": "sft"}),
+    }[stage]
+    section = getattr(settings, stage)
+    broken = section.data[0].model_copy(update={"path": str(tmp_path / "rows.jsonl")})
+    settings = settings.model_copy(update={stage: section.model_copy(update={"data": [broken]})})
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: "):
+        run_recipe(settings, chain.given(inputs), tmp_path, runtime_in(tmp_path, stage, num_workers=1))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class ChatTokenizer:
     tokenizer: PreTrainedTokenizerFast
     template: str  # Jinja source in use
     template_source: Literal["file", "tokenizer", "chatml"]
-    warning: str | None  # one loud line when ChatML had to be assumed; also logged
+    warning: str | None  # one loud line when ChatML had to be assumed
     vocab_size: int  # the highest id plus one: ids may have gaps
     end_of_turn_id: int  # the token the template writes after an assistant turn
     stop_token_ids: tuple[int, ...]  # sorted union of generation config, tokenizer and template
@@ -60,8 +60,10 @@ class ChatTokenizer:
         *,
         template: str | None = None,
         stop_token_ids: Sequence[int] = (),
+        warns: bool = True,
     ) -> None:
-        """`template`: Jinja source that wins over the tokenizer's own; `stop_token_ids`: further stop tokens.
+        """`template`: Jinja source that wins over the tokenizer's own; `stop_token_ids`: further stop tokens;
+        `warns`: whether to log `warning`, which one process of a stage does.
 
         Raises ModelError when the template is broken, writes no generation prompt where answers have a
         header, or ends no assistant turn with a token of its own.
@@ -73,7 +75,7 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self.template, self.template_source, self.warning = choose_template(tokenizer, template)
         tokenizer.chat_template = self.template
-        if self.warning:
+        if self.warning and warns:
             _logger.warning(self.warning)
         self.separator_id = document_separator_id(tokenizer)
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -119,9 +121,15 @@ class ChatTokenizer:
 
     @classmethod
     def load(
-        cls, directory: Path | str, template: Path | None = None, *, revision: str | None = None
+        cls,
+        directory: Path | str,
+        template: Path | None = None,
+        *,
+        revision: str | None = None,
+        warns: bool = True,
     ) -> "ChatTokenizer":
-        """From a model directory, with the stop tokens of its generation config, or a hub id.
+        """From a model directory, with the stop tokens of its generation config, or a hub id. `warns`: as of
+        the constructor.
 
         Raises ModelError.
         """
@@ -139,7 +147,7 @@ class ChatTokenizer:
         source = None if template is None else read_template(template)
         stops = configured_stops(Path(directory))
         try:
-            return cls(tokenizer, template=source, stop_token_ids=stops)
+            return cls(tokenizer, template=source, stop_token_ids=stops, warns=warns)
         except ModelError as error:
             raise ModelError(f"{directory}: {error}") from error
 

@@ -227,14 +227,31 @@ def test_without_checkpoints_nothing_is_said(tmp_path: Path, caplog):
     assert not lines_in(caplog)
 
 
-@pytest.mark.parametrize("version", [1, 2, 4])
-def test_another_schema_version_is_named_beside_ours_and_never_deleted(tmp_path: Path, caplog, version: int):
+def test_checkpoints_of_older_schemas_are_named_in_one_line_and_go_with_the_next_of_ours(
+    tmp_path: Path, caplog
+):
     save(tmp_path, 3, 6)
-    edit_record(checkpoint(tmp_path, 6), schema_version=version, new_field=1)
+    edit_record(checkpoint(tmp_path, 3), schema_version=1)
+    edit_record(checkpoint(tmp_path, 6), schema_version=2, new_field=1)
+    for _ in range(2):
+        caplog.clear()
+        assert restored(tmp_path) == (0, {})
+        [line, nothing_left] = lines_in(caplog)
+        assert "checkpoints of schema version 1, 2 are not loaded, this code reads 3; older ones" in line
+        assert nothing_left.endswith("none of 2 can be loaded; starting from step 0")
+    save(tmp_path, 6)
+    assert names_in(tmp_path) == ["step-000006"]
+    caplog.clear()
+    assert restored(tmp_path)[0] == 6 and not lines_in(caplog)
+
+
+def test_a_newer_schema_version_is_named_beside_ours_and_never_deleted(tmp_path: Path, caplog):
+    save(tmp_path, 3, 6)
+    edit_record(checkpoint(tmp_path, 6), schema_version=4, new_field=1)
     content = {path.name: path.read_bytes() for path in checkpoint(tmp_path, 6).iterdir()}
     assert restored(tmp_path)[0] == 3
     [line] = lines_in(caplog)
-    assert f"schema version {version}, this code reads 3; not loaded, and left as it is" in line
+    assert "schema version 4 are not loaded, this code reads 3" in line
     save(tmp_path, 4, 5, 6, 7)
     kept = checkpoint(tmp_path, 6).with_name("step-000006.other")
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == content

@@ -40,11 +40,37 @@ def test_a_newer_setting_with_another_value_is_identity_at_any_depth():
 def test_files_are_those_that_are_stated_with_what_counts_in_them():
     assert list(Outer().files()) == []
     assert list(Outer(code="a.py", words="dir").files()) == [
-        ("code", Path("a.py"), []),
-        ("words", Path("dir"), ["first.json", "second.json"]),
+        (("code",), Path("a.py"), []),
+        (("words",), Path("dir"), ["first.json", "second.json"]),
     ]
 
 
 def test_every_section_is_found_with_its_path():
     outer = Outer(items=[{}, {"rate": 2.0}])
     assert [path for path, _ in sections_in(outer)] == [(), ("inner",), ("items", 0), ("items", 1)]
+
+
+class Judge(Section):
+    code: Path = Field(json_schema_extra=by_content())
+
+
+class Several(Section):
+    judges: dict[str, Judge] = Field(default_factory=dict)
+    listed: list[Path] = Field(default_factory=list, json_schema_extra=by_content())
+    named: dict[str, Path] = Field(default_factory=dict, json_schema_extra=by_content("first.json"))
+
+
+def test_sections_in_a_mapping_are_found_as_their_identity_is():
+    several = Several(judges={"fair": {"code": "a.py"}})
+    assert several.identity() == {"judges": {"fair": {}}}
+    found = dict(sections_in(several))
+    assert list(found) == [(), ("judges", "fair")]
+    assert list(found["judges", "fair"].files()) == [(("code",), Path("a.py"), [])]
+
+
+def test_of_a_list_or_a_mapping_of_files_each_is_one():
+    assert list(Several(listed=["a.py", "b.py"], named={"de": "d"}).files()) == [
+        (("listed", 0), Path("a.py"), []),
+        (("listed", 1), Path("b.py"), []),
+        (("named", "de"), Path("d"), ["first.json"]),
+    ]
