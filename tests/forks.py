@@ -277,6 +277,7 @@ def _main(life: socket.socket, listener: socket.socket | None, modules: Sequence
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose `rollout` and `stages` hold tests
     numbers = [int(number) for number in sys.argv[1:3]]
     life, listener = (socket.socket(fileno=number) if number >= 0 else None for number in numbers)
     assert life is not None
