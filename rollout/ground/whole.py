@@ -179,11 +179,21 @@ def block_bytes(kind: str, version: int, block: bytes) -> bytes:
     return f"{kind} {version} {blake3(block).hexdigest()}\n".encode() + block
 
 
-def block_content(content: bytes, *, kind: str, version: int) -> bytes:
-    """The block that `block_bytes` was given. Raises NotWhole."""
+def block_version(content: bytes, *, kind: str) -> int:
+    """The version of which a file of one block is; its first MAX_HEADER_BYTES suffice. Raises NotWhole."""
+    return int(_header(content, kind)[2])
+
+
+def _header(content: bytes, kind: str) -> re.Match[bytes]:
     header = HEADER.match(content[:MAX_HEADER_BYTES])
     if header is None or header[1].decode() != kind:
         raise NotWhole(f"not a file of {kind}")
+    return header
+
+
+def block_content(content: bytes, *, kind: str, version: int) -> bytes:
+    """The block that `block_bytes` was given. Raises NotWhole."""
+    header = _header(content, kind)
     if int(header[2]) != version:
         raise NotWhole(f"schema version {int(header[2])}, this code reads {version}")
     block = content[header.end() :]

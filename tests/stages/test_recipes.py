@@ -25,7 +25,7 @@ from transformers import (
 
 from rollout.api import Rollout
 from rollout.config import EngineConfig
-from stages import evaluate, ppo, pretrain, reward, sft
+from stages import evaluate, pretrain, reward, sft
 from stages.config.data import DataSource
 from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.config.model import ModelConfig
@@ -42,6 +42,7 @@ from stages.data.packing import pack
 from stages.data.reading.readers import read_prompts
 from stages.data.reading.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
+from stages.rl.source import prompts_of
 from stages.training.forwards import sequence_scores
 from stages.training.fsdp import Placed
 from stages.training.metrics import read_steps
@@ -170,6 +171,29 @@ def chain(tmp_path_factory) -> Chain:
     chain.outputs["ppo"] = chain.outputs["sft"]
     chain.run("evaluate", evaluate_settings(data), inputs=EVALUATED)
     return chain
+
+
+def ppo_settings(data: Path) -> PPOSettings:
+    prompts = written(data / "ppo.jsonl", [{"prompt": f"Who likes the {noun}?"} for noun in NOUNS])
+    config = PPOConfig(
+        data=prompts, max_steps=1, num_prompts=4, batch_size=4, micro_batch_size=4, max_response_tokens=6
+    )
+    return PPOSettings(seed=1, model=MODEL, ppo=config, rollout=HF)
+
+
+@pytest.mark.parametrize("policy", ["pretrain", "sft"])
+def test_pin_9_what_ppo_saves_stops_at_the_end_of_turn_whatever_it_was_tuned_from(chain, policy, tmp_path):
+    inputs, runtime = chain.given({"policy": policy, "reward_model": "reward"}), runtime_in(tmp_path, "ppo")
+    run_recipe(ppo_settings(tmp_path), inputs, tmp_path / "out", runtime)
+    names = ("config.json", "generation_config.json")
+    config, generation = (json.loads((tmp_path / "out" / name).read_text()) for name in names)
+    chat = chain.chat(policy)
+    assert config["eos_token_id"] == chat.end_of_turn_id
+    assert generation["eos_token_id"] == list(chat.stop_token_ids)
+    kept = [
+        (tmp_path / "out" / name).read_bytes() == (inputs["policy"] / name).read_bytes() for name in names
+    ]
+    assert kept == [policy == "sft"] * 2, "an sft model's own is saved again byte for byte"
 
 
 def test_every_recipe_says_what_it_measured(chain):
@@ -551,7 +575,7 @@ def test_a_source_of_which_nothing_fits_is_named_though_another_one_does(chain, 
             case "sft":
                 sft._examples(SFTSettings(**shared, sft=SFTConfig(data=data)), chat)
             case "ppo":
-                ppo._prompts(PPOSettings(**shared, ppo=PPOConfig(data=data), rollout=HF), chat)
+                prompts_of(PPOSettings(**shared, ppo=PPOConfig(data=data), rollout=HF), chat)
             case "evaluate":
                 config = EvaluateConfig(prompts=data)
                 settings = EvaluateSettings(**shared, evaluate=config, rollout=HF)
