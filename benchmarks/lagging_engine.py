@@ -18,7 +18,6 @@ import argparse
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,16 +31,13 @@ from rollout.weight_sync import WeightSync
 from stages.config.model import ModelConfig
 from stages.config.ppo import PPOSettings
 from stages.config.prepare import PrepareConfig
-from stages.data.batches import stage_seed
 from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.corpus.vocabulary import tokenizer_for
-from stages.data.fitting import fit_prompts, fit_rows
-from stages.data.reading.readers import read_prompts
 from stages.engines import ENGINE_DTYPE, EngineClient, open_engines
 from stages.rl.algorithms import algorithm_of
 from stages.rl.experience import JudgedBatch, engine_differences, experiences_of
 from stages.rl.roles import Judges, load_models
-from stages.rl.source import SourcePlan, SourcePrompt, open_source
+from stages.rl.source import SourcePlan, open_source, prompts_of
 from stages.rl.update import Learner
 from stages.runtime import Runtime, StageResources
 from stages.training.distributed import Worker
@@ -95,13 +91,8 @@ class Experiment:
             policy_dir=inputs["sft"],
             reward_dir=inputs["reward"],
         )
-        self._judges = Judges(
-            models=self.models,
-            config=self._config,
-            value_reads=self._algorithm.credit.reads,
-            end_of_turn_id=self._chat.end_of_turn_id,
-            stop_token_ids=self._chat.stop_token_ids,
-            device=worker.device,
+        self._judges = Judges.of(
+            self.models, self._algorithm, self._config, chat=self._chat, device=worker.device
         )
         self._learner = Learner(
             self.models.trained,
@@ -121,7 +112,7 @@ class Experiment:
     def drawn(self, position: int, *, version: int) -> JudgedBatch:
         """The batch at `position`, by the `version` that the engine holds, and what the policy says of it."""
         with open_source(self._client, self._plan, runtime=self._worker.runtime) as source:
-            batch = source.next(position, version, anew=True)
+            batch = source.next(position, version, redraw=True)
         return self._judges.judge(batch.trajectories)
 
     def step(self, number: int) -> None:
@@ -187,11 +178,7 @@ def line(lag: int, diffs_N: torch.Tensor, with_live: WeightSync, limits: Sequenc
 
 def plan_of(settings: PPOSettings, chat: ChatTokenizer) -> SourcePlan:
     """The prompts as ppo reads them."""
-    config = settings.ppo
-    rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
-    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
-    fitted = [one.example for one in fit_rows(rows, partial(fit_prompts, chat, max_prompt_tokens=longest))]
-    prompts = [SourcePrompt(ids=prompt, row={}) for prompt in fitted if prompt is not None]
+    prompts, _ = prompts_of(settings, chat)
     return SourcePlan.of(settings, prompts, stop_token_ids=chat.stop_token_ids)
 
 

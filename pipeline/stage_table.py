@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.experiment import SETTINGS, ExperimentConfig
+from stages.config.ppo import TRAINED_ROLES, Role
 from stages.config.stage import StageSettings
 from stages.data.reading.schemas import Kind
 from stages.runtime import BASE, CORPUS, POLICY, REWARD_MODEL, START
@@ -191,10 +192,20 @@ def _scorer(config: ExperimentConfig, keys: Collection[str]) -> Models:
     return Models(trained=("scorer",))
 
 
+_KINDS: Mapping[Role, ModelKind] = {
+    "policy": "language model",
+    "reference": "language model",
+    "value": "scorer",
+    "reward_model": "scorer",
+}
+
+
 def _ppo_models(config: ExperimentConfig, keys: Collection[str]) -> Models:
-    reads_reference = config.ppo is not None and config.ppo.reads_reference
-    reference: tuple[ModelKind, ...] = ("language model",) if reads_reference else ()
-    return Models(trained=("language model", "scorer"), frozen=("scorer", *reference))
+    roles = () if config.ppo is None else config.ppo.roles
+    return Models(
+        trained=tuple(_KINDS[role] for role in roles if role in TRAINED_ROLES),
+        frozen=tuple(_KINDS[role] for role in roles if role not in TRAINED_ROLES),
+    )
 
 
 def _evaluate_models(config: ExperimentConfig, keys: Collection[str]) -> Models:

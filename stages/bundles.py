@@ -4,7 +4,7 @@
                                                   `--> the stage's placement group (training/distributed)
 
 Owns: which process sits in which bundle, and what cannot fit. With `rollout.sync: shm` the engines sit in the
-first worker's bundle, for they map a file on its node; other transports give each engine a bundle of its own.
+first worker's bundle, because they map a file on its node; other transports give each engine its own bundle.
 Does not own: reserving (distributed, rollout/pool). Pure; light import.
 """
 

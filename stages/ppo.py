@@ -14,32 +14,29 @@ Huang et al. 2024 (2403.17031). The parts are in stages/rl.
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rollout.ground.disk import disk_problems
 from stages.config.ppo import PPOSettings
-from stages.data.batches import stage_seed
 from stages.data.chat.directories import tokenizer_digest
 from stages.data.chat.tokenizer import ChatTokenizer
-from stages.data.fitting import check_left, data_metrics, fit_prompts, fit_rows
-from stages.data.reading.readers import read_prompts
 from stages.engines import ENGINE_DTYPE, EngineClient, open_engines
 from stages.errors import ModelError
 from stages.rl.algorithms import algorithm_of
 from stages.rl.experience import batch_metrics, experiences_of
 from stages.rl.iterations import Iterations, agreed_batch
 from stages.rl.limits import check_rollouts
-from stages.rl.publish import Probe, Publisher, wired
+from stages.rl.publish import publisher_of
 from stages.rl.roles import Judges, load_models, scores_to_commit
-from stages.rl.source import Source, SourcePlan, SourcePrompt, open_source
+from stages.rl.source import Source, SourcePlan, open_source, prompts_of
 from stages.rl.update import Learner
 from stages.runtime import POLICY, REWARD_MODEL, Runtime
 from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.health import Health
 from stages.training.loop import run_loop
+from stages.training.models import set_stop_tokens
 
 RECIPE_VERSION = 4
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -55,7 +52,7 @@ def prepare(settings: PPOSettings, inputs: Mapping[str, Path], runtime: Runtime)
             f"train the reward model from {inputs[POLICY]}"
         )
     chat = ChatTokenizer.load(inputs[POLICY], settings.model.chat_template)
-    prompts, data = _prompts(settings, chat)
+    prompts, data = prompts_of(settings, chat)
     runtime.check_files()
     return {"plan": SourcePlan.of(settings, prompts, stop_token_ids=chat.stop_token_ids), "data": data}
 
@@ -105,35 +102,20 @@ def train(
     config = settings.ppo
     chat = ChatTokenizer.load(inputs[POLICY], settings.model.chat_template, warns=False)
     algorithm = algorithm_of(settings)
-    models = load_models(
-        algorithm, config, worker, policy_dir=inputs[POLICY], reward_dir=inputs[REWARD_MODEL]
-    )
-    judges = Judges(
-        models=models,
-        config=config,
-        value_reads=algorithm.credit.reads,
-        end_of_turn_id=chat.end_of_turn_id,
-        stop_token_ids=chat.stop_token_ids,
-        device=worker.device,
-    )
+    policy_dir, reward_dir = inputs[POLICY], inputs[REWARD_MODEL]
+    models = load_models(algorithm, config, worker, policy_dir=policy_dir, reward_dir=reward_dir)
+    judges = Judges.of(models, algorithm, config, chat=chat, device=worker.device)
     health = Health(config.health, worker.runtime)
     learner = Learner(models.trained, algorithm.terms, config, seed=settings.seed, health=health)
 
     # 2. The way of the policy's weights to the engines, and its gate.
-    probe = Probe(
-        prompts=probe_prompts,
-        stop_token_ids=chat.stop_token_ids,
-        temperature=config.temperature,
-        seed=stage_seed(settings.seed, "ppo", "probe"),
-    )
-    dtype, size = ENGINE_DTYPE[config.precision], config.pack_size
-    sync, gate = wired(models.policy, client, probe, dtype=dtype, micro_batch_size=size, device=worker.device)
-    publisher = Publisher(sync, gate, stage=worker.runtime.stage)
+    publisher = publisher_of(models.policy, client, settings, worker, chat=chat, prompts=probe_prompts)
 
-    def step(number: int, position: int) -> None:
-        clock, kl_coef = iterations.begin(position), iterations.kl_coef
+    def step(iterations: Iterations, number: int, position: int) -> None:
+        now = iterations.begin(number, position)
+        kl_coef, clock = now.kl_coef, now.clock
         # 3. Rollouts by the weights that the engines hold, and what the models say of them.
-        drawn, batch = agreed_batch(source, publisher, judges, step=number, position=position, clock=clock)
+        drawn, batch = agreed_batch(source, publisher, judges, now)
         # 4. Rewards, advantages and returns of the whole batch.
         with clock.measure("scoring"):
             credited = algorithm.credit(batch, kl_coef=kl_coef)
@@ -145,9 +127,9 @@ def train(
         if ranks.is_main() and not drawn.is_replayed:
             source.commit(position, scores_to_commit(batch, drawn))
         # 7. Epochs of clipped value and policy updates; then the engines get the new policy, and prove it.
-        iterations.see(batch, seen)
+        now.batch, now.seen = batch, seen
         with clock.measure("training"):
-            iterations.learnt = learner.update(number, experiences)
+            now.learnt = learner.update(number, experiences)
 
     iterations = Iterations(
         step,
@@ -162,25 +144,16 @@ def train(
         run_loop(iterations, config, max_steps=config.max_steps, runtime=worker.runtime)
     metrics = iterations.summary()
 
-    # 8. The model directory.
+    # 8. The model directory: it stops at the template's end of turn, also where no chat model was tuned.
+    set_stop_tokens(
+        models.policy.model,
+        eos_token_id=chat.end_of_turn_id,
+        stop_token_ids=chat.stop_token_ids,
+        pad_token_id=chat.pad_token_id,
+    )
     models.policy.save(out_dir)
     if ranks.is_main():
         chat.save(out_dir)
         with disk_problems(out_dir):
             shutil.copyfile(worker.runtime.work_dir / ROLLOUTS_FILE, out_dir / ROLLOUTS_FILE)
     return {**metrics, **data}
-
-
-def _prompts(settings: PPOSettings, chat: ChatTokenizer) -> tuple[tuple[SourcePrompt, ...], dict[str, float]]:
-    """The prompts in file order, and what became of the rows, as metrics."""
-    config = settings.ppo
-    rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
-    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
-    fitted = fit_rows(rows, partial(fit_prompts, chat, max_prompt_tokens=longest))
-    check_left(rows.sizes, fitted)
-    kept = tuple(
-        SourcePrompt(ids=one.example, row=prompt.row)
-        for prompt, one in zip(rows.records, fitted, strict=True)
-        if one.example is not None
-    )
-    return kept, {"prompts": float(len(kept)), **data_metrics(rows, fitted, "prompts")}

@@ -29,7 +29,7 @@ from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
 from stages.training.fsdp import trained
-from stages.training.loop import num_steps, run_loop
+from stages.training.loop import run_loop
 from stages.training.model_rules import check_ends, check_rows
 from stages.training.models import CausalLM, build_causal_lm, check_context, load_causal_lm
 from stages.training.routing import check_balanced, router_metrics, with_balance
@@ -75,7 +75,7 @@ def train(
     initial = _initial_model(settings, inputs, chat)
     if settings.router_aux_loss_coef > 0:
         check_balanced(initial.inner, f"{settings.pretrain.KEY}.router_aux_loss_coef")
-    max_steps = num_steps(config, order)
+    max_steps = order.num_steps(config.num_epochs, config.max_steps)
     model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 
     # 3. Train.

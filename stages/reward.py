@@ -34,7 +34,7 @@ from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.forwards import WholeSequences, scores_in_packs, with_end
 from stages.training.fsdp import trained
-from stages.training.loop import num_steps, run_loop
+from stages.training.loop import run_loop
 from stages.training.models import ScoreNormaliser, reward_from_causal_lm
 from stages.training.supervised import Supervised
 from stages.training.trainable import Judge, Outputs, Reads, TermLoss
@@ -110,7 +110,7 @@ def train(
     # 2. Model and optimizer.
     torch.manual_seed(stage_seed(settings.seed, "reward", "head"))
     initial = reward_from_causal_lm(source, pad_token_id=chat.pad_token_id)
-    max_steps = num_steps(config, order)
+    max_steps = order.num_steps(config.num_epochs, config.max_steps)
     model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 
     # 3. Train.
@@ -183,6 +183,7 @@ def _columns(examples: Examples) -> Columns:
     numbers = {None: -1} | {group: number for number, group in enumerate(groups)}
     return Columns(
         ragged={name: [getattr(pair.ids, name) for pair in pairs] for name in _RAGGED},
+        masks={},
         flat={
             "group": [numbers[pair.group] for pair in pairs],
             "has_whole_prompt": [pair.has_whole_prompt for pair in pairs],

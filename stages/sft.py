@@ -30,7 +30,7 @@ from stages.runtime import START, Runtime
 from stages.training import ranks
 from stages.training.distributed import Worker
 from stages.training.fsdp import trained
-from stages.training.loop import num_steps, run_loop
+from stages.training.loop import run_loop
 from stages.training.models import check_context, load_causal_lm, set_stop_tokens
 from stages.training.routing import check_balanced, router_metrics, with_balance
 from stages.training.supervised import Supervised
@@ -60,7 +60,8 @@ def prepare(settings: SFTSettings, inputs: Mapping[str, Path], runtime: Runtime)
         examples, data = _examples(settings, chat)
         runtime.check_files()
         return Columns(
-            ragged={"ids": [one.ids for one in examples], "mask": [one.mask for one in examples]},
+            ragged={"ids": [one.ids for one in examples]},
+            masks={"mask": [one.mask for one in examples]},
             flat={},
             facts={"metrics": list(data.items())},
         )
@@ -83,7 +84,7 @@ def train(
     check_context(initial, settings.model.context_length)
     if config.router_aux_loss_coef > 0:
         check_balanced(initial.inner, f"{config.KEY}.router_aux_loss_coef")
-    max_steps = num_steps(config, batches.order)
+    max_steps = batches.order.num_steps(config.num_epochs, config.max_steps)
     model = trained(initial, worker, config, lr=config.lr, max_steps=max_steps)
 
     # 3. Train.
@@ -124,6 +125,10 @@ class Mapped(Sequence[Rendered]):
     def __len__(self) -> int:
         return self._tokens.num_examples("ids")
 
+    def lengths(self) -> list[int]:
+        """Tokens of each example; reads none of them."""
+        return self._tokens.lengths("ids")
+
     def __getitem__(self, index: Any) -> Any:
         mask = self._tokens.row("mask", index)
         return Rendered(ids=self._tokens.row("ids", index), mask=tuple(map(bool, mask)))
@@ -155,7 +160,7 @@ class Batches:
     metrics: Mapping[str, float]  # of the packing, where rows have a fixed size that it could fill or not
 
 
-def _batches(examples: Sequence[Rendered], settings: SFTSettings, worker: Worker) -> Batches:
+def _batches(examples: Mapped, settings: SFTSettings, worker: Worker) -> Batches:
     config, context_length = settings.sft, settings.model.context_length
     seed = stage_seed(settings.seed, "sft", "order")
     if config.batch_tokens is None:
@@ -167,7 +172,7 @@ def _batches(examples: Sequence[Rendered], settings: SFTSettings, worker: Worker
             ),
             metrics={},
         )
-    lengths = [len(example.ids) for example in examples]
+    lengths = examples.lengths()
     plan = best_fit(lengths, context_length)
     rows_per_step = config.batch_tokens // context_length
     order = BatchOrder(num_rows=len(plan.packs), batch_size=rows_per_step, seed=seed)

@@ -260,8 +260,6 @@ NAME_STAGES_FOR_A_REASON = {
     ("stages/data/reading/rows/ranked.py", "reward"),
     ("stages/data/reading/rows/guesses.py", "reward"),
     ("stages/data/reading/contradictions.py", "reward"),
-    # metric keys, one for each role
-    ("stages/rl/update.py", "ppo/"),
 }
 """(file, first line of the string)."""
 VALUES = {("kl_placement", "reward")}

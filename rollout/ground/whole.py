@@ -1,4 +1,4 @@
-"""Whole: how a reader tells that bytes are as they were written.
+"""Whole: how a reader tells that bytes are as they were written. Owns digests and records of them.
 
     a file       measure --> Measured (size, blake3)
     a directory  a Measured for every path below it --check_directory--> NotWhole names the first that differs
@@ -6,8 +6,9 @@
     a block      one line of kind, version and digest, then bytes: block_bytes --> block_content
 
 All that a later run reads back says it in one of these ways: artifacts, checkpoints, prepare's blocks, files
-of tokens, the rollout journal. Digests tell damage; they are no defence against somebody who may write to
-`outputs/`. Light import.
+of tokens, the rollout journal. Does not own: how bytes get onto the disk (durable), nor what a reader does
+with damaged ones. Digests tell damage; they are no defence against somebody who may write to `outputs/`.
+Light import.
 """
 
 import contextlib
@@ -150,14 +151,15 @@ def record_content(text: str) -> dict[str, Any]:
     return content
 
 
-def write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any]) -> None:
+def write_record(record: Path, files: Sequence[Path], content: Mapping[str, Any]) -> dict[str, Any]:
     """Write the record of `files`, which lie beside it and are on the disk when this returns, and what is
-    known of them. OSError.
+    known of them. Returns what `whole_record` reads of it. OSError.
     """
     for file in files:
         sync(file)
-    measured = {file.name: asdict(measure(file)) for file in files}
-    write_whole(record, record_text({"files": measured, **content}).encode())
+    written = {"files": {file.name: asdict(measure(file)) for file in files}, **content}
+    write_whole(record, record_text(written).encode())
+    return written
 
 
 def whole_record(record: Path) -> dict[str, Any] | None:
@@ -177,11 +179,21 @@ def block_bytes(kind: str, version: int, block: bytes) -> bytes:
     return f"{kind} {version} {blake3(block).hexdigest()}\n".encode() + block
 
 
-def block_content(content: bytes, *, kind: str, version: int) -> bytes:
-    """The block that `block_bytes` was given. Raises NotWhole."""
+def block_version(content: bytes, *, kind: str) -> int:
+    """The version of which a file of one block is; its first MAX_HEADER_BYTES suffice. Raises NotWhole."""
+    return int(_header(content, kind)[2])
+
+
+def _header(content: bytes, kind: str) -> re.Match[bytes]:
     header = HEADER.match(content[:MAX_HEADER_BYTES])
     if header is None or header[1].decode() != kind:
         raise NotWhole(f"not a file of {kind}")
+    return header
+
+
+def block_content(content: bytes, *, kind: str, version: int) -> bytes:
+    """The block that `block_bytes` was given. Raises NotWhole."""
+    header = _header(content, kind)
     if int(header[2]) != version:
         raise NotWhole(f"schema version {int(header[2])}, this code reads {version}")
     block = content[header.end() :]

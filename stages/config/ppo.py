@@ -12,6 +12,11 @@ from stages.config.sampling import ResponseSampling
 from stages.config.stage import StageSettings
 from stages.config.training import TrainingConfig
 
+Role = Literal["policy", "value", "reference", "reward_model"]
+"""What a model is there for."""
+TRAINED_ROLES: tuple[Role, ...] = ("policy", "value")
+"""The others stay as they were loaded."""
+
 
 class PPOConfig(TrainingConfig):
     """`ppo:` - proximal policy optimisation with a value model; batch_size counts responses per optimizer
@@ -128,6 +133,11 @@ class PPOConfig(TrainingConfig):
     def sampling(self) -> ResponseSampling:
         """How its responses are sampled."""
         return ResponseSampling(max_response_tokens=self.max_response_tokens, temperature=self.temperature)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The models that each worker holds, in the order in which they are loaded."""
+        return ("policy", "value", *(("reference",) if self.reads_reference else ()), "reward_model")
 
     @property
     def reads_reference(self) -> bool:

@@ -76,8 +76,12 @@ class BatchOrder:
         first = step * self.batch_size
         return tuple(self._row(position) for position in range(first, first + self.batch_size))
 
-    def num_steps(self, num_epochs: float) -> int:
-        """Steps after which every row was seen num_epochs times (the last may reach into the next epoch)."""
+    def num_steps(self, num_epochs: float, max_steps: int | None = None) -> int:
+        """`max_steps`, or the steps after which every row was seen num_epochs times (the last may reach into
+        the next epoch).
+        """
+        if max_steps is not None:
+            return max_steps
         return max(1, ceil(num_epochs * self.num_rows / self.batch_size - 1e-9))
 
     def _row(self, position: int) -> int:

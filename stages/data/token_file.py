@@ -5,7 +5,8 @@
 Owns: the file, its record, and that a resumed stage takes it as it is. Does not own: what the columns mean
 (the recipes), rows and templates (reading, chat). Without torch.
 
-A column is ragged (token ids or a mask of each example) or flat (one number of each example). The file lies
+A column is ragged (token ids of each example, 4 bytes a token, or a mask, 1 byte) or flat (one number of
+each example). The file lies
 in the stage's work directory. So it belongs to one fingerprint: settings, contents of files, tokenizer.
 """
 
@@ -22,7 +23,7 @@ from rollout.ground.errors import EnvironmentProblem
 from rollout.ground.whole import file_digest, whole_record, write_record
 from rollout.safetensors_header import read_header
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TOKENS_FILE, RECORD_FILE = "tokens.safetensors", "tokens.json"
 _ENDS = ".ends"
 _DTYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
@@ -32,7 +33,8 @@ _DTYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
 class Columns:
     """What is written of some examples, in their order."""
 
-    ragged: Mapping[str, Sequence[Sequence[int]]]  # token ids, or 0 and 1
+    ragged: Mapping[str, Sequence[Sequence[int]]]  # token ids
+    masks: Mapping[str, Sequence[Sequence[int]]]  # one 0 or 1 for each token; ragged too
     flat: Mapping[str, Sequence[int]]
     facts: Mapping[str, Any]  # JSON: what is known of all of them together, metrics for example
 
@@ -57,9 +59,7 @@ def prepared(work_dir: Path, make: Callable[[], Columns]) -> Prepared:
         columns = make()
         with disk_problems(path):
             _write(path, columns)
-            write_record(record, [path], {"schema_version": SCHEMA_VERSION, "facts": columns.facts})
-        content = whole_record(record)
-        assert content is not None, "a record that was just written"
+            content = write_record(record, [path], {"schema_version": SCHEMA_VERSION, "facts": columns.facts})
     return Prepared(path=path, digest=content["files"][TOKENS_FILE]["blake3"], facts=content["facts"])
 
 
@@ -69,9 +69,10 @@ def _write(path: Path, columns: Columns) -> None:
     arrays: dict[str, np.ndarray] = {
         name: np.asarray(values, dtype=np.int32) for name, values in columns.flat.items()
     }
-    for name, rows in columns.ragged.items():
-        arrays[name] = np.fromiter(chain.from_iterable(rows), dtype=np.int32)
-        arrays[name + _ENDS] = np.fromiter(accumulate(map(len, rows)), dtype=np.int64)
+    for ragged, dtype in ((columns.ragged, np.int32), (columns.masks, np.uint8)):
+        for name, rows in ragged.items():
+            arrays[name] = np.fromiter(chain.from_iterable(rows), dtype=dtype)
+            arrays[name + _ENDS] = np.fromiter(accumulate(map(len, rows)), dtype=np.int64)
     save_file(arrays, path)
 
 
@@ -97,6 +98,11 @@ class MappedTokens:
     def num_examples(self, column: str) -> int:
         """Rows of a ragged column."""
         return len(self._arrays[column + _ENDS])
+
+    def lengths(self, column: str) -> list[int]:
+        """Of a ragged column, the number of tokens of each example. Reads none of them."""
+        lengths: list[int] = np.diff(self._arrays[column + _ENDS], prepend=0).tolist()
+        return lengths
 
     def row(self, column: str, index: int) -> tuple[int, ...]:
         """Of a ragged column, the tokens of one example."""

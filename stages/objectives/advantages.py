@@ -72,7 +72,7 @@ def end_responses(
 
     penalty    their score loses `penalty` (>= 0, in units of the processed score); V after the end is 0.
     mask       their rows leave the mask, hence every numerator and every count.
-    bootstrap  `last_values_B`, the value at the last token (read at `ResponsePositions.final_B`), stands in
+    bootstrap  `last_values_B`, the value of the state after the last token, stands in
                for the score an unfinished response has not got: score 0, V after the end is that value.
 
     What the rule has no use for is ignored and may be None. ValueError when what it needs is missing.

@@ -35,12 +35,11 @@ class ResponsePositions:
     """Where the responses of B sequences are in one flat row; N = sum of the response lengths.
 
     Example: prompts of 2 and 1, responses of 2 and 1, packed `p p r r | p r`:
-             predicting_N = (1, 2, 4), token_N = (2, 3, 5), final_B = (3, 5)
+             predicting_N = (1, 2, 4), token_N = (2, 3, 5)
     """
 
     predicting_N: Tensor  # int64, positions whose logits score, and whose values precede, each response token
     token_N: Tensor  # int64, positions of the response tokens themselves
-    final_B: Tensor  # int64, position of each sequence's last token: there the value of the end is read
 
 
 def packed_response_positions(
@@ -143,13 +142,8 @@ def _response_positions(
         for start, prompt, response in zip(starts, prompt_lengths, response_lengths, strict=True)
         for t in range(response)
     ]
-    finals = [
-        start + prompt + response - 1
-        for start, prompt, response in zip(starts, prompt_lengths, response_lengths, strict=True)
-    ]
     token_N = torch.tensor(tokens, dtype=torch.int64, device=device)
-    final_B = torch.tensor(finals, dtype=torch.int64, device=device)
-    return ResponsePositions(predicting_N=token_N - 1, token_N=token_N, final_B=final_B)
+    return ResponsePositions(predicting_N=token_N - 1, token_N=token_N)
 
 
 def _check_alignment(inputs: Tensor, targets: Tensor, temperature: float) -> None:

@@ -8,17 +8,17 @@ Owns: that choice. Does not own: the parts (credit, terms), loading (roles), the
 from dataclasses import dataclass
 
 from stages.config.correction import Correction
-from stages.config.ppo import PPOConfig, PPOSettings
+from stages.config.ppo import PPOConfig, PPOSettings, Role
 from stages.objectives.kl import AdaptiveKl, FixedKl, KlController
 from stages.rl.credit import Credit, GeneralisedAdvantages
-from stages.rl.terms import ClippedPolicy, ClippedValue, EntropyBonus, ReferenceKl, Role, Term
+from stages.rl.terms import ClippedPolicy, ClippedValue, EntropyBonus, ReferenceKl, Term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """What a recipe's loop is given of an algorithm."""
+    """The parts of an algorithm, for the recipe's loop."""
 
-    roles: frozenset[Role]  # models that are loaded; a number that nobody reads costs no forward
+    roles: tuple[Role, ...]  # models that are loaded, in this order
     credit: Credit
     terms: tuple[Term, ...]  # those of one model are added up in this order
     correction: Correction  # for what the engine computes differently than the trainer
@@ -43,11 +43,8 @@ def algorithm_of(settings: PPOSettings) -> Algorithm:
                 terms.append(ReferenceKl(config=config))
             if config.entropy_coef != 0:
                 terms.append(EntropyBonus(config=config))
-            roles: set[Role] = {"policy", "value", "reward_model"}
-            if config.reads_reference:
-                roles.add("reference")
             return Algorithm(
-                roles=frozenset(roles),
+                roles=config.roles,
                 credit=GeneralisedAdvantages(config=config),
                 terms=tuple(terms),
                 correction=settings.correction,

@@ -11,8 +11,10 @@ Legend: B trajectories of a pack or of the batch, T response tokens (padded to t
 response tokens (concatenated). Rows of the batch are in pack order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -37,23 +39,37 @@ class RolloutPack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judgement:
-    """What the models say of some trajectories, before any update. Where nobody reads a number it is None."""
+class Readings:
+    """What policy, reference and value model say of some trajectories, before any update. Where nobody reads
+    a number it is None.
+    """
 
     anchor_logprobs_BT: Tensor  # by the policy as it sampled
     entropies_BT: Tensor  # nats, of the policy
     reference_logprobs_BT: Tensor | None
     values_BT: Tensor | None
     final_values_B: Tensor | None  # values after the last tokens
-    scores_B: Tensor  # reward-model scores, normalised and clipped
     kl_B: Tensor | None  # nats per response, k1 summed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedBatch(Judgement):
-    """A whole batch with what the models say of it."""
+class Judgement(Readings):
+    """What all models say of a pack."""
+
+    scores_B: Tensor | None  # by the reward model, normalised and clipped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedBatch(Readings):
+    """A whole batch with what the models say of it. Its trajectories carry their scores, by source."""
 
     packs: tuple[RolloutPack, ...]
+
+    @property
+    def scores_B(self) -> Tensor:
+        """What each response earned: its scores of all sources, added up."""
+        totals = [reduce(add, _present(trajectory.scores)) for trajectory in self.trajectories]
+        return torch.tensor(totals, dtype=torch.float32, device=self.anchor_logprobs_BT.device)
 
     @property
     def layout_BT(self) -> Tensor:
@@ -113,6 +129,13 @@ class Experience:
     def targets_N(self) -> Tensor:
         """See `trainable.Pack`."""
         return self.packed.targets_N
+
+
+def _present(scores: Mapping[str, float | None]) -> list[float]:
+    """Every source's score: a batch that reaches the trainer lacks none."""
+    found = [score for score in scores.values() if score is not None]
+    assert len(found) == len(scores) > 0, "a response without a score"
+    return found
 
 
 def pack_rollouts(

@@ -9,6 +9,8 @@ recipe), the updates (update), the weight version (publish), the journal (source
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from stages.config.ppo import PPOConfig
 from stages.data.chat.tokenizer import ChatTokenizer
 from stages.rl.algorithms import kl_controller
 from stages.rl.experience import JudgedBatch
-from stages.rl.publish import Publisher
-from stages.rl.roles import Judges, with_committed_scores
+from stages.rl.publish import Published, Publisher
+from stages.rl.roles import Judges
 from stages.rl.source import Source
 from stages.rl.totals import Clock, Totals, rollout_lines
 from stages.rl.trajectories import Batch
@@ -27,16 +29,32 @@ from stages.training.metrics import StepLog
 from stages.training.trainable import Trainable
 
 
+@dataclass(slots=True, kw_only=True)
+class Iteration:
+    """One step as it goes. Whatever it holds when its updates end is logged, also if they end in RollBack."""
+
+    number: int  # of the step, from 0
+    position: int  # of its batch
+    kl_coef: float  # beta in force
+    clock: Clock = field(default_factory=Clock)
+    batch: JudgedBatch | None = None
+    seen: Mapping[str, float] = field(default_factory=dict)  # metrics of the batch before its updates
+    learnt: Mapping[str, float] = field(default_factory=dict)  # metrics of the updates
+    published: Published | None = None  # the weights behind them
+
+
 class Iterations:
     """A `Stepper` whose steps are the recipe's: each is one batch of rollouts, its updates, one weight sync.
 
-    Example: a step is `clock = iterations.begin(position); ...; iterations.see(batch, seen)`, then
-             `iterations.learnt = learner.update(number, experiences)`, which may raise RollBack.
+    Example: def step(iterations, number, position):
+                 now = iterations.begin(number, position)
+                 now.batch, now.seen = batch, metrics
+                 now.learnt = learner.update(number, experiences)  # may raise RollBack
     """
 
     def __init__(
         self,
-        step: Callable[[int, int], None],
+        step: "Callable[[Iterations, int, int], None]",
         learner: Learner,
         *,
         config: PPOConfig,
@@ -45,29 +63,26 @@ class Iterations:
         chat: ChatTokenizer,
         rollouts_file: Path,
     ) -> None:
-        self.step = step
+        self.step = partial(step, self)
         self.trained: dict[str, Trainable] = {str(role): model for role, model in learner.trained.items()}
         self.health = learner.health
-        self.learnt: Mapping[str, float] = {}  # metrics of the updates on this batch
         self._learner, self._config, self._source = learner, config, source
         self._publisher, self._chat = publisher, chat
         self._rollouts_file = rollouts_file
+        self._rollouts_log: StepLog | None = None  # opened by `restore`, which cuts it
         self._controller = kl_controller(config)
         self._totals = Totals()
+        self._iteration: Iteration | None = None
+
+    def begin(self, number: int, position: int) -> Iteration:
+        """Step `number` begins, on the batch at `position`. The step fills the record."""
+        self._iteration = Iteration(number=number, position=position, kl_coef=self._controller.coef)
+        return self._iteration
 
     @property
-    def kl_coef(self) -> float:
-        """beta in force."""
-        return self._controller.coef
-
-    def begin(self, position: int) -> Clock:
-        """A step begins, on the batch at `position`; the clock of its phases."""
-        self._position, self._clock, self.learnt = position, Clock(), {}
-        return self._clock
-
-    def see(self, batch: JudgedBatch, seen: Mapping[str, float]) -> None:
-        """The batch of this step, and what was seen of it before its updates."""
-        self._batch, self._seen = batch, seen
+    def _now(self) -> Iteration:
+        assert self._iteration is not None, "a step has begun"
+        return self._iteration
 
     def restore(self, step: int, state: Mapping[str, Any]) -> None:
         """See `Stepper`. The engines get the policy, so a broken transport fails in the first minute."""
@@ -83,28 +98,33 @@ class Iterations:
 
     def finish(self, step: int) -> None:
         """See `Stepper`."""
-        batch, seen = self._batch, self._seen
-        num_responses = len(batch.trajectories)
-        with self._clock.measure("sync"):
-            self._published = self._publisher.publish(has_moved=self._learner.has_moved)
-        self._totals.see_parity(self._published.parity.max_abs_diff)
-        if step > self._config.value_warmup_steps and "rollout/kl" in seen:
+        now = self._now
+        assert now.batch is not None and self._rollouts_log is not None, "a step sees a batch"
+        num_responses = len(now.batch.trajectories)
+        with now.clock.measure("sync"):
+            now.published = self._publisher.publish(has_moved=self._learner.has_moved)
+        self._totals.see_parity(now.published.parity.max_abs_diff)
+        if step > self._learner.policy_active_from and "rollout/kl" in now.seen:
             # Until then the policy is the reference, and its KL says nothing about the coefficient.
-            self._controller = self._controller.updated(kl=seen["rollout/kl"], num_sequences=num_responses)
-        lines = rollout_lines(step, batch, self._chat, max_lines=self._config.num_logged_rollouts)
+            self._controller = self._controller.updated(
+                kl=now.seen["rollout/kl"], num_sequences=num_responses
+            )
+        lines = rollout_lines(step, now.batch, self._chat, max_lines=self._config.num_logged_rollouts)
         self._rollouts_log.write(lines)
-        sync_seconds = self._published.sync.seconds
-        self._totals.add(self._clock, seen, responses=num_responses, sync_seconds=sync_seconds)
-        self._totals.see_comparison(self._published.comparison_seconds)
+        sync_seconds = now.published.sync.seconds
+        self._totals.add(now.clock, now.seen, responses=num_responses, sync_seconds=sync_seconds)
+        self._totals.see_comparison(now.published.comparison_seconds)
 
     def metrics(self) -> Mapping[str, float]:
         """See `Stepper`."""
-        seen = {**self._seen, **self.learnt, **self.health.metrics()}
-        return {**seen, **self._clock.metrics(), **self._published.metrics()}
+        now = self._now
+        assert now.published is not None, "a finished step has published its weights"
+        seen = {**now.seen, **now.learnt, **self.health.metrics()}
+        return {**seen, **now.clock.metrics(), **now.published.metrics()}
 
     def score(self) -> float:
         """See `Stepper`: of the last batch."""
-        return self._seen["rollout/score"]
+        return self._now.seen["rollout/score"]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stepper`."""
@@ -119,7 +139,7 @@ class Iterations:
         config = self._config
         if ranks.is_main():
             kept = config.keep_checkpoints * config.checkpoint_every_steps
-            self._source.drop_before(self._position - kept)
+            self._source.drop_before(self._now.position - kept)
 
     def summary(self) -> dict[str, float]:
         """How the run went. Raises TrainingStopped when the policy never took a step."""
@@ -129,22 +149,23 @@ class Iterations:
 
 
 def agreed_batch(
-    source: Source, publisher: Publisher, judges: Judges, *, step: int, position: int, clock: Clock
+    source: Source, publisher: Publisher, judges: Judges, now: Iteration
 ) -> tuple[Batch, JudgedBatch]:
-    """The batch at `position`, as it was drawn and as it was judged: engine and trainer agree about it. One
-    of the journal that they do not agree about is drawn again. Raises ParityError.
+    """The batch of this step, as it was drawn and as it was judged: engine and trainer agree about it. If
+    they do not agree about one of the journal, it is drawn again. Raises ParityError, WeightSyncError.
     """
 
-    def asked(*, anew: bool) -> tuple[Batch, JudgedBatch]:
-        with clock.measure("generation"):
-            drawn = source.next(position, publisher.version, anew=anew)
-        with clock.measure("scoring"):
+    def asked(*, redraw: bool) -> tuple[Batch, JudgedBatch]:
+        with now.clock.measure("generation"):
+            drawn = source.next(now.position, publisher.version, redraw=redraw)
+        publisher.check_drawn(now.number, drawn)
+        with now.clock.measure("scoring"):
             return drawn, judges.judge(drawn.trajectories)
 
-    drawn, batch = asked(anew=False)
+    drawn, batch = asked(redraw=False)
     if drawn.is_replayed:
-        if publisher.accepts_batch(step, batch):
-            return drawn, with_committed_scores(batch)
-        drawn, batch = asked(anew=True)
+        if publisher.accepts_batch(now.number, batch):
+            return drawn, batch
+        drawn, batch = asked(redraw=True)
     publisher.check_batch(batch)
     return drawn, batch

@@ -4,13 +4,15 @@
 
 A kill in the update replays the batch without generating again. A file is one line (kind, schema version,
 blake3 of the rest) and a safetensors block: columns over all tokens, turns or trajectories, no pickle. An
-entry can always be generated again, so one that is damaged costs a line and is drawn again.
+entry can always be generated again, so one that is damaged costs a line and is drawn again. Entries of
+another schema version are dropped when the journal opens, with one line for all of them.
 Owns: `work_dir/journal/`. Does not own the users' rows: they belong to the dataset, so an entry has none.
 One process writes (the source). No torch.
 """
 
 import json
 import logging
+import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,15 @@ from safetensors.numpy import load, save
 from rollout.api import FinishReason
 from rollout.ground.disk import disk_problems
 from rollout.ground.durable import UNFINISHED, sync, write_whole
-from rollout.ground.whole import NotWhole, bad_sectors_as_damage, block_bytes, block_content
+from rollout.ground.errors import EnvironmentProblem
+from rollout.ground.whole import (
+    MAX_HEADER_BYTES,
+    NotWhole,
+    bad_sectors_as_damage,
+    block_bytes,
+    block_content,
+    block_version,
+)
 from stages.rl.trajectories import Trajectory, Turn
 
 logger = logging.getLogger(__name__)
@@ -55,10 +65,16 @@ class Journal:
         self._dir = work_dir / "journal"
         self._owner = work_dir.name  # <stage>-<fingerprint>: an entry of another stage is not ours
         with disk_problems(self._dir):
-            self._dir.mkdir(parents=True, exist_ok=True)
+            if not work_dir.is_dir():  # making it would hide a journal that no other node ever sees
+                raise EnvironmentProblem(
+                    f"{work_dir}: not on {platform.node()}, which is to write the rollout journal there; "
+                    "outputs must be one file system for all nodes"
+                )
+            self._dir.mkdir(exist_ok=True)
             sync(work_dir)
             for path in self._dir.glob(f"*{UNFINISHED}"):
                 path.unlink(missing_ok=True)  # a process that is being killed may remove it too
+            self._drop_other_schemas()
 
     def write(self, entry: JournalEntry) -> None:
         """Commit `entry`: on the disk when this returns, whole or not at all. EnvironmentProblem."""
@@ -69,8 +85,8 @@ class Journal:
             write_whole(path, block_bytes(KIND, SCHEMA_VERSION, block))
 
     def read(self, position: int) -> JournalEntry | None:
-        """The entry at `position`, bit for bit; None when there is none. One that is damaged or of another
-        schema version costs one line and counts as none. EnvironmentProblem when the disk refuses.
+        """The entry at `position`, bit for bit; None when there is none. One that is damaged costs one line
+        and counts as none. EnvironmentProblem when the disk refuses.
         """
         path = self._path(position)
         with disk_problems(path):
@@ -92,8 +108,36 @@ class Journal:
                 if named and int(named[1]) < position:
                     path.unlink(missing_ok=True)
 
+    def _drop_other_schemas(self) -> None:
+        """Forget what other code wrote, with one line for all of it."""
+        others = {
+            path: version
+            for path in sorted(self._dir.iterdir())
+            if FILE_NAME.fullmatch(path.name) and (version := _version_of(path)) not in (None, SCHEMA_VERSION)
+        }
+        for path in others:
+            path.unlink(missing_ok=True)
+        if others:
+            logger.warning(
+                "%s: dropped the entries of %d steps, which are of schema version %s; this code reads %d, "
+                "and samples those steps again where it still needs them",
+                self._dir,
+                len(others),
+                ", ".join(map(str, sorted({*others.values()}))),
+                SCHEMA_VERSION,
+            )
+
     def _path(self, position: int) -> Path:
         return self._dir / f"step-{position:06d}.rollouts"
+
+
+def _version_of(path: Path) -> int | None:
+    """The schema version of an entry; None for a file that does not say."""
+    try:
+        with bad_sectors_as_damage(), path.open("rb") as file:
+            return block_version(file.read(MAX_HEADER_BYTES), kind=KIND)
+    except (NotWhole, FileNotFoundError):  # `read` tells of damage
+        return None
 
 
 def sound_entry(content: bytes, *, position: int, owner: str) -> JournalEntry:
@@ -136,7 +180,7 @@ def _columns(entry: JournalEntry, owner: str) -> dict[str, np.ndarray]:
 
 
 def decoded(block: bytes) -> tuple[JournalEntry, str]:
-    """The entry in a safetensors block, and whose it is. Verifies nothing."""
+    """The entry in a safetensors block, and the <stage>-<fingerprint> that wrote it. Checks no digest."""
     columns = load(block)
     names: dict[str, Any] = json.loads(columns["names"].tobytes())
     turns = _parts(_turns(columns, names["finish_reasons"]), columns["num_turns"].tolist())

@@ -24,13 +24,18 @@ from dataclasses import asdict, dataclass
 import torch
 
 from rollout.api import Diagnosis, from_record, to_record
-from rollout.errors import ParityError
+from rollout.errors import ParityError, WeightSyncError
 from rollout.parity import ParityGate, ParityReport
 from rollout.weight_file import in_short
 from rollout.weight_sync import SyncReport, WeightSync
-from stages.engines import Dtype, EngineClient
+from stages.config.ppo import PPOSettings
+from stages.data.batches import stage_seed
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.engines import ENGINE_DTYPE, Dtype, EngineClient
 from stages.rl.experience import JudgedBatch, engine_differences
+from stages.rl.trajectories import Batch, versions_of
 from stages.training import ranks
+from stages.training.distributed import Worker
 from stages.training.forwards import logprobs_by
 from stages.training.fsdp import Placed
 
@@ -77,6 +82,28 @@ def wired(
         logprobs_of=logprobs_by(model, micro_batch_size=micro_batch_size, device=device),
     )
     return sync, gate
+
+
+def publisher_of(
+    policy: Placed,
+    client: EngineClient,
+    settings: PPOSettings,
+    worker: Worker,
+    *,
+    chat: ChatTokenizer,
+    prompts: Sequence[tuple[int, ...]],
+) -> "Publisher":
+    """The way of `policy` to the engines, as its training needs it. `prompts`: of the probe. Close it."""
+    config = settings.ppo
+    probe = Probe(
+        prompts=prompts,
+        stop_token_ids=chat.stop_token_ids,
+        temperature=config.temperature,
+        seed=stage_seed(settings.seed, "ppo", "probe"),
+    )
+    dtype, size = ENGINE_DTYPE[config.precision], config.pack_size
+    sync, gate = wired(policy, client, probe, dtype=dtype, micro_batch_size=size, device=worker.device)
+    return Publisher(sync, gate, stage=worker.runtime.stage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +164,14 @@ class Publisher:
         published = self._published(self.version + 1, compare=is_first_move)
         self._move_compared |= has_moved
         return published
+
+    def check_drawn(self, step: int, batch: Batch) -> None:
+        """Raises WeightSyncError when other weights than this version drew a batch. `step` counts from 0."""
+        if others := versions_of(batch.trajectories) - {self.version}:
+            raise WeightSyncError(
+                f"{self._stage} step {step + 1}: tokens were drawn by weight versions {sorted(others)}, not "
+                f"{self.version}"
+            )
 
     def accepts_batch(self, step: int, batch: JudgedBatch) -> bool:
         """Whether engine and trainer agree about a training batch, by the rule of the probe. For a batch of

@@ -11,18 +11,18 @@ its own: prompt and response as it was trained to read them. Every forward is a 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from stages.config.ppo import PPOConfig
+from stages.config.ppo import PPOConfig, Role
+from stages.data.chat.tokenizer import ChatTokenizer
 from stages.objectives.advantages import process_scores
 from stages.objectives.kl import sequence_log_ratio
 from stages.rl.algorithms import Algorithm
 from stages.rl.experience import JudgedBatch, Judgement, RolloutPack, pack_rollouts
 from stages.rl.source import Scores
-from stages.rl.terms import Role
 from stages.rl.trajectories import Batch, Trajectory
 from stages.rl.update import UpdateSteps, first_active
 from stages.training import ranks
@@ -38,7 +38,7 @@ from stages.training.models import (
 from stages.training.trainable import Reads, Trainable
 
 REWARD_MODEL: Role = "reward_model"
-"""The role, and the source of its scores."""
+"""The role; the source of its scores is called like it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +48,8 @@ class Models:
     policy: Trained
     value: Trained | None
     reference: Placed | None
-    reward_model: Placed
-    normaliser: ScoreNormaliser
+    reward_model: Placed | None
+    normaliser: ScoreNormaliser | None  # of the reward model's scores
 
     @property
     def trained(self) -> dict[Role, Trainable]:
@@ -59,29 +59,31 @@ class Models:
 
 
 def load_models(
-    algorithm: Algorithm, config: PPOConfig, worker: Worker, *, policy_dir: Path, reward_dir: Path
+    algorithm: Algorithm, config: PPOConfig, worker: Worker, *, policy_dir: Path, reward_dir: Path | None
 ) -> Models:
-    """Policy and reference from `policy_dir`, reward and value model from `reward_dir`. Raises ModelError."""
+    """Policy and reference from `policy_dir`, reward and value model from `reward_dir`, which may be None
+    where the algorithm has neither. Raises ModelError.
+    """
     # One after the other: a whole model lies in host memory until it is placed.
-    steps = UpdateSteps.of(config)
+    steps, roles, precision = UpdateSteps.of(config), algorithm.roles, config.precision
 
     def learning(role: Role, model: Any, lr: float) -> Trained:
         total = steps.total(active_from=first_active(algorithm.terms, role))
         return trained(model, worker, config, lr=lr, max_steps=total)
 
-    roles, precision = algorithm.roles, config.precision
     policy = learning("policy", load_causal_lm(policy_dir), config.lr)
-    value = reference = None
+    value = reference = reward_model = normaliser = None
     if "value" in roles:
+        assert reward_dir is not None, "a value model begins as the reward model"
         value = learning("value", value_from_reward_model(reward_dir), config.value_lr)
     if "reference" in roles:
         reference = frozen(load_causal_lm(policy_dir), worker, precision=precision)
+    if "reward_model" in roles:
+        assert reward_dir is not None, "a reward model has a directory"
+        reward_model = frozen(load_reward_model(reward_dir), worker, precision=precision)
+        normaliser = ScoreNormaliser.load(reward_dir)
     return Models(
-        policy=policy,
-        value=value,
-        reference=reference,
-        reward_model=frozen(load_reward_model(reward_dir), worker, precision=precision),
-        normaliser=ScoreNormaliser.load(reward_dir),
+        policy=policy, value=value, reference=reference, reward_model=reward_model, normaliser=normaliser
     )
 
 
@@ -95,6 +97,26 @@ class Judges:
     end_of_turn_id: int  # as the reward model was trained to read it behind a response
     stop_token_ids: Collection[int]
     device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        models: Models,
+        algorithm: Algorithm,
+        config: PPOConfig,
+        *,
+        chat: ChatTokenizer,
+        device: torch.device,
+    ) -> Self:
+        """As the algorithm reads them, for responses in the template of `chat`."""
+        return cls(
+            models=models,
+            config=config,
+            value_reads=algorithm.credit.reads,
+            end_of_turn_id=chat.end_of_turn_id,
+            stop_token_ids=chat.stop_token_ids,
+            device=device,
+        )
 
     def judge(self, trajectories: Sequence[Trajectory]) -> JudgedBatch:
         """Of a batch, packed once."""
@@ -112,7 +134,10 @@ class Judges:
         numbers: they are a few per token, and credit needs the whole batch.
         """
         said = [(self.judge_pack(pack), is_mine) for pack, is_mine in ranks.shared_out(packs)]
-        return JudgedBatch(packs=tuple(packs), **_whole(said, [len(pack.trajectories) for pack in packs]))
+        columns = _whole(said, [len(pack.trajectories) for pack in packs])
+        scores_B = columns.pop("scores_B")
+        scored = packs if scores_B is None else with_scores(packs, REWARD_MODEL, scores_B.tolist())
+        return JudgedBatch(packs=tuple(scored), **columns)
 
     def judge_pack(self, pack: RolloutPack) -> Judgement:
         """Anchor and reference log-probs, values and normalised scores of one pack."""
@@ -139,14 +164,17 @@ class Judges:
             kl_B=kl_B,
         )
 
-    def _scores(self, pack: RolloutPack) -> Tensor:
-        """Normalised, then clipped."""
+    def _scores(self, pack: RolloutPack) -> Tensor | None:
+        """Of the reward model: normalised, then clipped."""
+        if self.models.reward_model is None:
+            return None
         turns = [trajectory.turn for trajectory in pack.trajectories]
         sequences = [
             (*turn.prompt_ids, *with_end(turn.response_ids, self.end_of_turn_id, self.stop_token_ids))
             for turn in turns
         ]
         normaliser, device = self.models.normaliser, pack.packed.mask_BT.device
+        assert normaliser is not None, "it is loaded with the reward model"
         return process_scores(
             raw_scores_B=sequence_scores(self.models.reward_model, sequences, device=device),
             mean=normaliser.mean,
@@ -155,17 +183,28 @@ class Judges:
         )
 
 
-def with_committed_scores(batch: JudgedBatch) -> JudgedBatch:
-    """A replayed batch with the scores that were committed: a judge may not say the same twice."""
-    committed = [trajectory.scores[REWARD_MODEL] for trajectory in batch.trajectories]
-    return replace(batch, scores_B=batch.scores_B.new_tensor(committed))
+def with_scores(packs: Sequence[RolloutPack], source: str, scores: Sequence[float]) -> list[RolloutPack]:
+    """The packs with one more score for each trajectory, in pack order. A score that a trajectory brings out
+    of the journal stays, because a judge may not say the same twice.
+    """
+    ids = [trajectory.id for pack in packs for trajectory in pack.trajectories]
+    by_id = dict(zip(ids, scores, strict=True))
+    return [
+        replace(
+            pack,
+            trajectories=tuple(
+                replace(one, scores={source: by_id[one.id], **one.scores}) for one in pack.trajectories
+            ),
+        )
+        for pack in packs
+    ]
 
 
 def scores_to_commit(batch: JudgedBatch, drawn: Batch) -> Scores:
-    """The scores, in the order in which the batch was drawn."""
-    named = zip(batch.trajectories, batch.scores_B.tolist(), strict=True)
-    scores = {trajectory.id: score for trajectory, score in named}
-    return {REWARD_MODEL: [scores[trajectory.id] for trajectory in drawn.trajectories]}
+    """The scores by source, in the order in which the batch was drawn."""
+    by_id = {trajectory.id: trajectory.scores for trajectory in batch.trajectories}
+    rows = [by_id[trajectory.id] for trajectory in drawn.trajectories]
+    return {source: [row[source] for row in rows] for source in rows[0]}
 
 
 def _whole(said: Sequence[tuple[Judgement, bool]], sizes: Sequence[int]) -> dict[str, Any]:

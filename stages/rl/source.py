@@ -12,22 +12,27 @@ commits and drops. Does not own: the engines (stages.engines), scores, weights.
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from rollout.api import RolloutEngine, RolloutRequest, Sampling
-from rollout.errors import EngineError, WeightSyncError
-from rollout.ground.errors import raise_expected
+from rollout.errors import EngineError
+from rollout.ground.errors import GO_ON, EnvironmentProblem, raise_expected
 from stages.config.ppo import PPOSettings
 from stages.data.batches import BatchOrder, stage_seed
+from stages.data.chat.tokenizer import ChatTokenizer
+from stages.data.fitting import check_left, data_metrics, fit_prompts, fit_rows
+from stages.data.reading.readers import read_prompts
 from stages.engines import GRACE_S, EngineClient
 from stages.rl.journal import Journal, JournalEntry
-from stages.rl.trajectories import Batch, Trajectory, turn_of
+from stages.rl.trajectories import Batch, Trajectory, turn_of, versions_of
 from stages.runtime import Runtime, warnings_kept
 
+JOURNAL_TIMEOUT_S = 900.0
+"""Deadline of the journal: a loaded file server takes minutes for a batch, a lost one takes for ever."""
 Scores = Mapping[str, Sequence[float | None]]
 """Source of scores -> one for each trajectory of a batch, in its order."""
 
@@ -69,8 +74,25 @@ class SourcePlan:
         )
 
 
+def prompts_of(
+    settings: PPOSettings, chat: ChatTokenizer
+) -> tuple[tuple[SourcePrompt, ...], dict[str, float]]:
+    """The prompts in file order, and what became of the rows, as metrics. Raises DataError."""
+    config = settings.ppo
+    rows = read_prompts(config.data, seed=stage_seed(settings.seed, "ppo", "rows"))
+    longest = settings.model.max_prompt_tokens(config.max_response_tokens)
+    fitted = fit_rows(rows, partial(fit_prompts, chat, max_prompt_tokens=longest))
+    check_left(rows.sizes, fitted)
+    kept = tuple(
+        SourcePrompt(ids=one.example, row=prompt.row)
+        for prompt, one in zip(rows.records, fitted, strict=True)
+        if one.example is not None
+    )
+    return kept, {"prompts": float(len(kept)), **data_metrics(rows, fitted, "prompts")}
+
+
 class RolloutSource:
-    """Batches by position; each request's seed is H(run seed, index in the prompt order, sample)."""
+    """Draws batches by position. The seed of a request is H(run seed, index in the prompt order, sample)."""
 
     def __init__(self, engine: RolloutEngine, plan: SourcePlan, work_dir: Path) -> None:
         self._engine = engine
@@ -84,14 +106,13 @@ class RolloutSource:
         self._asked: tuple[int, int, bool] | None = None
         self._batch: asyncio.Future[Batch]
 
-    async def next(self, position: int, version: int, *, anew: bool = False) -> Batch:
-        """The batch at `position` (0-based), drawn by weight version `version`, which the engines hold now:
-        the journal's where it has it, else drawn. `anew`: drawn in any case.
+    async def next(self, position: int, version: int, *, redraw: bool = False) -> Batch:
+        """The batch at `position` (0-based): what `version` drew there before, if the journal has it; else
+        the engines draw, with the weights that they hold. `redraw`: they draw in any case.
 
-        Raises EngineError, WeightSyncError when other weights drew it, EnvironmentProblem when the disk
-        refuses.
+        Raises EngineError, EnvironmentProblem when the disk refuses.
         """
-        asked = (position, version, anew)
+        asked = (position, version, redraw)
         if self._asked != asked:
             self._asked, self._batch = asked, asyncio.ensure_future(self._found_or_drawn(*asked))
         return await asyncio.shield(self._batch)
@@ -115,29 +136,25 @@ class RolloutSource:
 
     @cached_property
     def _journal(self) -> Journal:
-        """Opened at its first use: by then the trainer holds the lock of its work directory."""
+        """Opened at its first use, because by then the trainer holds the lock of its work directory."""
         return Journal(self._work_dir)
 
-    async def _found_or_drawn(self, position: int, version: int, anew: bool) -> Batch:
-        if not anew and (replayed := self._replayed(position, version)) is not None:
+    async def _found_or_drawn(self, position: int, version: int, redraw: bool) -> Batch:
+        if not redraw and (replayed := self._replayed(position, version)) is not None:
             return replayed
         trajectories = await self._draw(position)
-        if others := _versions(trajectories) - {version}:
-            raise WeightSyncError(
-                f"step {position + 1}: tokens were drawn by weight versions {sorted(others)}, not {version}"
-            )
-        return Batch(position=position, version=version, trajectories=trajectories, is_replayed=False)
+        return Batch(position=position, trajectories=trajectories, is_replayed=False)
 
     def _replayed(self, position: int, version: int) -> Batch | None:
         """The committed batch, unless other weights drew it."""
         entry = self._journal.read(position)
-        if entry is None or _versions(entry.trajectories) != {version}:
+        if entry is None or versions_of(entry.trajectories) != {version}:
             return None
         prompts = self._plan.prompts
         trajectories = tuple(
             replace(trajectory, row=prompts[trajectory.prompt_index].row) for trajectory in entry.trajectories
         )
-        return Batch(position=position, version=version, trajectories=trajectories, is_replayed=True)
+        return Batch(position=position, trajectories=trajectories, is_replayed=True)
 
     async def _draw(self, position: int) -> tuple[Trajectory, ...]:
         plan = self._plan
@@ -146,7 +163,7 @@ class RolloutSource:
         rollouts = await self._engine.submit(requests)
         aborted = sum(rollout.finish_reason == "abort" for rollout in rollouts)
         if aborted:
-            raise EngineError(f"step {position + 1}: {aborted} of {len(rollouts)} generations were given up")
+            raise EngineError(f"batch {position + 1}: {aborted} of {len(rollouts)} generations were given up")
         return tuple(
             Trajectory(
                 id=rollout.request_id,
@@ -177,16 +194,12 @@ class RolloutSource:
         )
 
 
-def _versions(trajectories: Sequence[Trajectory]) -> set[int]:
-    return {version for trajectory in trajectories for version in trajectory.weight_versions}
-
-
 class Source(Protocol):
     """A trainer's handle on a RolloutSource, wherever that lives. Every call blocks until it is done, and
-    raises EngineError beyond its deadline.
+    raises EngineError, or EnvironmentProblem of the disk, beyond its deadline.
     """
 
-    def next(self, position: int, version: int, *, anew: bool = False) -> Batch:
+    def next(self, position: int, version: int, *, redraw: bool = False) -> Batch:
         """See `RolloutSource.next`."""
 
     def commit(self, position: int, scores: Scores) -> None:
@@ -199,27 +212,18 @@ class Source(Protocol):
 @contextlib.contextmanager
 def open_source(client: EngineClient, plan: SourcePlan, *, runtime: Runtime) -> Iterator[Source]:
     """A RolloutSource over the engines: an actor of its own on Ray, on the engines' loop inline."""
-    config = client.config
-    deadlines = _Deadlines(draw_s=config.generate_timeout_s, disk_s=config.sync_timeout_s)
+    draw_timeout_s = client.config.generate_timeout_s
     if runtime.executor == "inline":
-        yield _LocalSource(RolloutSource(client.engine, plan, runtime.work_dir), client, deadlines)
+        yield _LocalSource(RolloutSource(client.engine, plan, runtime.work_dir), client, draw_timeout_s)
         return
     import ray
 
     actor: Any = ray.remote(_SourceActor).options(num_cpus=0, max_restarts=0)
     actor = actor.remote(client.engine, plan, runtime)
     try:
-        yield _ActorSource(actor, deadlines)
+        yield _ActorSource(actor, draw_timeout_s)
     finally:
         ray.kill(actor)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Deadlines:
-    """Of a source's answers."""
-
-    draw_s: float
-    disk_s: float
 
 
 class _SourceActor(RolloutSource):
@@ -232,56 +236,74 @@ class _SourceActor(RolloutSource):
 
 
 class _LocalSource:
-    def __init__(self, source: RolloutSource, client: EngineClient, deadlines: _Deadlines) -> None:
+    def __init__(self, source: RolloutSource, client: EngineClient, draw_timeout_s: float) -> None:
         self._source = source
         self._client = client
-        self._deadlines = deadlines
+        self._draw_timeout_s = draw_timeout_s
 
-    def next(self, position: int, version: int, *, anew: bool = False) -> Batch:
+    def next(self, position: int, version: int, *, redraw: bool = False) -> Batch:
         return self._client.loop.run(
-            self._source.next(position, version, anew=anew),
-            timeout_s=self._deadlines.draw_s + GRACE_S,
-            what=f"rollouts of step {position + 1}",
+            self._source.next(position, version, redraw=redraw),
+            timeout_s=self._draw_timeout_s + GRACE_S,
+            what=f"rollouts of batch {position + 1}",
         )
 
     def commit(self, position: int, scores: Scores) -> None:
-        self._client.loop.run(
-            self._source.commit(position, scores),
-            timeout_s=self._deadlines.disk_s,
-            what=f"journal of step {position + 1}",
-        )
+        self._on_disk(self._source.commit(position, scores), f"journal of batch {position + 1}")
 
     def drop_before(self, position: int) -> None:
-        self._client.loop.run(
-            self._source.drop_before(position), timeout_s=self._deadlines.disk_s, what="journal"
-        )
+        self._on_disk(self._source.drop_before(position), "journal")
+
+    def _on_disk(self, writing: Coroutine[Any, Any, None], what: str) -> None:
+        try:
+            self._client.loop.run(writing, timeout_s=JOURNAL_TIMEOUT_S, what=what)
+        except EngineError as error:  # no engine takes part: it is the deadline's
+            raise _slow_disk(what) from error
 
 
 class _ActorSource:
-    def __init__(self, actor: Any, deadlines: _Deadlines) -> None:
+    def __init__(self, actor: Any, draw_timeout_s: float) -> None:
         self._actor = actor
-        self._deadlines = deadlines
+        self._draw_timeout_s = draw_timeout_s
 
-    def next(self, position: int, version: int, *, anew: bool = False) -> Batch:
-        answer = self._actor.next.remote(position, version, anew=anew)
-        batch: Batch = self._answer(
-            answer, f"rollouts of step {position + 1}", self._deadlines.draw_s + 2 * GRACE_S
-        )
+    def next(self, position: int, version: int, *, redraw: bool = False) -> Batch:
+        import ray
+
+        what, timeout_s = f"rollouts of batch {position + 1}", self._draw_timeout_s + 2 * GRACE_S
+        try:
+            answer = self._actor.next.remote(position, version, redraw=redraw)
+            batch: Batch = self._answer(answer, what, timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise EngineError(f"{what}: no answer within {timeout_s:g} s; {GO_ON}") from error
         return batch
 
     def commit(self, position: int, scores: Scores) -> None:
-        answer = self._actor.commit.remote(position, scores)
-        self._answer(answer, f"journal of step {position + 1}", self._deadlines.disk_s)
+        self._on_disk(self._actor.commit.remote(position, scores), f"journal of batch {position + 1}")
 
     def drop_before(self, position: int) -> None:
-        self._answer(self._actor.drop_before.remote(position), "journal", self._deadlines.disk_s)
+        self._on_disk(self._actor.drop_before.remote(position), "journal")
+
+    def _on_disk(self, writing: Any, what: str) -> None:
+        import ray
+
+        try:
+            self._answer(writing, what, JOURNAL_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError as error:
+            raise _slow_disk(what) from error
 
     def _answer(self, answer: Any, what: str, timeout_s: float) -> Any:
+        """Raises GetTimeoutError, and the errors of the source."""
         import ray
 
         try:
             return ray.get(answer, timeout=timeout_s)
         except ray.exceptions.RayTaskError as error:
             raise_expected(error)
-        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
-            raise EngineError(f"{what}: {type(error).__name__} after {timeout_s:g} s") from error
+        except ray.exceptions.RayActorError as error:
+            raise EngineError(f"{what}: the process of the source is gone; {GO_ON}") from error
+
+
+def _slow_disk(what: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{what}: not on the disk within {JOURNAL_TIMEOUT_S:g} s; look at the disk of outputs, then {GO_ON}"
+    )

@@ -12,13 +12,13 @@ padded before the masked sums, so that sums keep their order.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stages.config.correction import Correction
-from stages.config.ppo import PPOConfig
+from stages.config.ppo import PPOConfig, Role
 from stages.objectives.correction import correction_weights
 from stages.objectives.losses import (
     aggregation_denominator,
@@ -32,9 +32,6 @@ from stages.objectives.losses import (
 )
 from stages.rl.experience import Experience
 from stages.training.trainable import Outputs, Reads, TermLoss
-
-Role = Literal["policy", "value", "reference", "reward_model"]
-"""What a model is there for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,7 @@ class Totals:
     """Sums over all iterations so far."""
 
     seconds: dict[str, float] = field(default_factory=dict)  # per phase
-    loop_seconds: float = 0.0  # of all iterations, logging included; checkpoints are not
+    loop_seconds: float = 0.0  # of all iterations, up to the lines of rollouts.jsonl
     responses: int = 0
     sync_seconds: list[float] = field(default_factory=list)  # one per sync
     parity_max_abs_diff: float = 0.0  # worst of all parity checks, nats

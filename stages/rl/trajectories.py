@@ -7,7 +7,7 @@ prompt: log-probs and values are laid out by it. What is *learned from* is a par
 leave a whole response out. Does not own: drawing (source), packing and masks (experience). No torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class Turn:
 class Trajectory:
     """One sample of one prompt.
 
-    Samples with the same `place` in a batch form a group. The index of the prompt does not tell groups apart:
-    with fewer prompts than a batch takes, a prompt stands at several places.
+    Samples with the same `place` in a batch form a group. The index of the prompt cannot say which group a
+    sample belongs to, because a small dataset fills a batch by using prompts more than once.
     """
 
     id: str  # unique in its batch
@@ -44,7 +44,7 @@ class Trajectory:
     seed: int  # that the engine sampled with
     turns: tuple[Turn, ...]
     row: Mapping[str, Any]  # the further columns of the user's row
-    scores: Mapping[str, float | None]  # by source; None: that source has no score. Empty until it is scored
+    scores: Mapping[str, float | None]  # by source; None: that source gave none. Empty until scored
 
     @property
     def turn(self) -> Turn:
@@ -65,12 +65,16 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one step learns from. Trajectories stand in the order of places, those of one place by sample."""
+    """The trajectories that one step learns from, sorted by place and then by sample."""
 
-    position: int  # in the order of batches: the step, unless batches were left out
-    version: int  # the weights that drew every token
+    position: int  # in the order of batches; beyond the step once batches were left out
     trajectories: tuple[Trajectory, ...]
     is_replayed: bool  # out of the journal, with the scores that were committed
+
+
+def versions_of(trajectories: Iterable[Trajectory]) -> set[int]:
+    """The weights that drew any of their tokens."""
+    return {version for trajectory in trajectories for version in trajectory.weight_versions}
 
 
 def turn_of(rollout: Rollout) -> Turn:

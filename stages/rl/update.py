@@ -18,10 +18,10 @@ from typing import Self, TypeVar
 
 import torch
 
-from stages.config.ppo import PPOConfig
+from stages.config.ppo import PPOConfig, Role
 from stages.data.batches import permutation, stage_seed
 from stages.rl.experience import Experience
-from stages.rl.terms import Role, StepCounts, Term
+from stages.rl.terms import StepCounts, Term
 from stages.training import ranks
 from stages.training.health import Health
 from stages.training.trainable import Outputs, StepResult, TermLoss, Trainable
@@ -30,6 +30,11 @@ T = TypeVar("T")
 
 UPDATED: tuple[Role, ...] = ("value", "policy")
 """Models in the order in which each minibatch updates them."""
+LOGGED: Mapping[Role, Mapping[str, str]] = {
+    "policy": {"loss": "ppo/policy_loss", "grad_norm": "ppo/policy_grad_norm", "lr": "ppo/lr"},
+    "value": {"loss": "ppo/value_loss", "grad_norm": "ppo/value_grad_norm"},
+}
+"""What is logged of each model's steps, and the names of METRICS for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,11 @@ class Learner:
         self._config = config
         self._seed = seed
         self._steps = UpdateSteps.of(config)
+
+    @property
+    def policy_active_from(self) -> int:
+        """The first iteration (0-based) in which the policy is trained."""
+        return first_active(self._terms, "policy")
 
     @property
     def keeps_anchor(self) -> bool:
@@ -143,12 +153,10 @@ class Learner:
 
 def _metrics_of(role: Role, result: StepResult) -> dict[str, float]:
     """Of a step that was taken."""
-    rates = {"ppo/lr": result.lr} if role == "policy" else {}
+    figures = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
     return {
         **{name: float(share) for name, share in result.sums.items()},
-        f"ppo/{role}_loss": result.loss,
-        f"ppo/{role}_grad_norm": result.grad_norm,
-        **rates,
+        **{key: figures[figure] for figure, key in LOGGED[role].items()},
     }
 
 

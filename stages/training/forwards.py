@@ -31,12 +31,12 @@ class WholeSequences:
 
     @property
     def predicting_N(self) -> Tensor:
-        """None."""
+        """Empty: no position is scored."""
         return self.row.input_ids_1N[0, :0]
 
     @property
     def targets_N(self) -> Tensor:
-        """None."""
+        """Empty: no token is scored."""
         return self.row.input_ids_1N[0, :0]
 
 

@@ -50,7 +50,7 @@ class Placed:
         return outputs_of(self.model, pack, reads)
 
     def weights(self, *, dtype: str) -> ModuleSource:
-        """See `Trainable`; of a frozen model too, whose engine gets it once."""
+        """See `Trainable`. An evaluation's engine gets a frozen model's too."""
         return ModuleSource(self.model.inner, dtype=dtype)
 
 

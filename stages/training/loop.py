@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from stages.config.training import TrainingConfig
-from stages.data.batches import BatchOrder
 from stages.errors import Interrupted
 from stages.runtime import Runtime
 from stages.training import ranks
@@ -110,8 +109,3 @@ def run_loop(stepper: Stepper, config: TrainingConfig, *, max_steps: int, runtim
                 f"{runtime.stage}: stopped at step {step} of {max_steps}, state saved; run the same "
                 "command to go on"
             )
-
-
-def num_steps(config: TrainingConfig, order: BatchOrder) -> int:
-    """Optimizer steps of a stage: `max_steps`, or `num_epochs` over the rows of `order`."""
-    return order.num_steps(config.num_epochs) if config.max_steps is None else config.max_steps

@@ -127,14 +127,14 @@ def _writes() -> bool:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a StepLog's file, [] without one. A last line cut short by a kill is left out; so are
-    lines that are none any more, with a warning.
+    """The lines of a StepLog's file, [] without one. Leaves out a last line that a kill has cut short, and
+    with a warning all damaged lines.
     """
     return [entry for _, entry in _sound_lines(path)]
 
 
 def step_line(text: bytes) -> dict[str, Any] | None:
-    """The object in a line of a StepLog's file; None for what is no object with a whole `step`."""
+    """The object in a line of a StepLog's file; None where it is not an object with an integer `step`."""
     try:
         entry = json.loads(text.decode())
     except (ValueError, RecursionError):

@@ -248,7 +248,11 @@ def freeze(model: Model) -> Model:
 
 
 def set_stop_tokens(
-    model: CausalLM, *, eos_token_id: int, stop_token_ids: Sequence[int], pad_token_id: int | None
+    model: CausalLM | TokenScorer,
+    *,
+    eos_token_id: int,
+    stop_token_ids: Sequence[int],
+    pad_token_id: int | None,
 ) -> None:
     """What a saved chat model ends at, in transformers' `generate` and in vLLM alike."""
     pad_token_id = _with_a_row(model.inner, pad_token_id)

@@ -38,7 +38,7 @@ class Tally:
             value = value.detach().to("cpu", torch.float64)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         for name, value in term.extremes.items():
-            self.extremes[name] = max(float(value), self.extremes.get(name, -math.inf))
+            self.extremes[name] = _larger(float(value), self.extremes.get(name, -math.inf))
 
     def over_ranks(self) -> "Tally":
         """The same of all ranks together. A collective."""
@@ -53,6 +53,11 @@ class Tally:
             }
         whole.extremes = {name: ranks.largest(value) for name, value in self.extremes.items()}
         return whole
+
+
+def _larger(value: float, other: float) -> float:
+    """The larger of two numbers; NaN where one of them is NaN, as torch.maximum has it."""
+    return value if value > other or math.isnan(value) else other
 
 
 class Optimizer:

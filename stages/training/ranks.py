@@ -7,6 +7,7 @@ worker) each is the identity. Records travel as JSON, never as pickles. Owns no 
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -54,12 +55,14 @@ def sums(*values: float) -> list[float]:
 
 
 def largest(value: float) -> float:
-    """The largest `value` of any rank."""
+    """The largest `value` of any rank; NaN where one of them is NaN."""
     if world_size() == 1:
         return value
-    result = torch.tensor(value, dtype=torch.float64)
+    is_nan = math.isnan(value)  # what MAX makes of it depends on the order of the ranks
+    result = torch.tensor([-math.inf if is_nan else value, float(is_nan)], dtype=torch.float64)
     dist.all_reduce(result, dist.ReduceOp.MAX)
-    return float(result)
+    seen, any_nan = result.tolist()
+    return math.nan if any_nan else float(seen)
 
 
 def any_rank(flag: bool) -> bool:
@@ -86,8 +89,9 @@ def from_main(make: Callable[[], Any]) -> Any:
 
 
 def shared_out(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-    """This rank's share of `items` as (item, is_mine). Every rank gets equally many, for a forward of a
-    sharded model is a collective: where the items do not suffice, the first one again, not as its own.
+    """This rank's share of `items` as (item, is_mine). Every rank gets equally many, because a forward
+    of a sharded model is a collective. Where the items do not suffice, a rank gets the first one again, not
+    as its own.
     """
     for start in range(0, len(items), world_size()):
         index = start + rank()

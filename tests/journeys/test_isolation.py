@@ -19,6 +19,7 @@ from stages.config.sft import SFTConfig, SFTSettings
 from stages.data.chat.tokenizer import ChatTokenizer
 from stages.data.corpus.shards import TokenShards, write_shards
 from stages.data.packing import PackedRow, packed_row
+from stages.data.token_file import MappedTokens
 from stages.training.distributed import Worker
 from stages.training.evaluation import perplexity
 from stages.training.fsdp import Placed
@@ -72,8 +73,9 @@ def sft_settings(directory: Path, **config) -> SFTSettings:
 
 def sft_batches(directory: Path, model_dir: Path, worker: Worker | None = None, **config) -> sft.Batches:
     settings = sft_settings(directory, **config)
-    examples, _ = sft._examples(settings, ChatTokenizer.load(model_dir))
-    return sft._batches(examples, settings, worker_in(directory, "sft") if worker is None else worker)
+    worker = worker_in(directory, "sft") if worker is None else worker
+    rows = sft.prepare(settings, {"start": model_dir}, worker.runtime)["rows"]
+    return sft._batches(sft.Mapped(MappedTokens(rows)), settings, worker)
 
 
 def row_of(kind: str, directory: Path, model_dir: Path) -> PackedRow:

@@ -11,11 +11,12 @@ import torch
 from blake3 import blake3
 from fakes import FakeEngine
 from inline import run_recipe, runtime_in, worker_in
-from ppo_inputs import EOS, OTHER_STOP, Parts, invented, joined, ppo_inputs, some_trajectories
+from ppo_inputs import EOS, OTHER_STOP, Parts, invented, joined, ppo_inputs, some_trajectories, with_turn
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from rollout.config import EngineConfig
+from rollout.errors import WeightSyncError
 from rollout.ground.errors import EnvironmentProblem
 from stages.config.data import DataSource
 from stages.config.model import ModelConfig
@@ -513,6 +514,34 @@ def test_after_bad_updates_the_policy_goes_back_its_prompts_are_left_out_and_a_k
     assert metrics["version_final"] == 4.0
 
 
+def test_tokens_of_other_weights_end_the_run_in_a_line_that_names_the_step_and_not_the_batch(
+    inputs, prompts, tmp_path, monkeypatch
+):
+    """The batch of position 1 was left out, so step 2 is on that of position 2, drawn by weight version 9."""
+    positions = []
+    draw, take_step = RolloutSource._draw, Trained.take_step
+
+    async def drawn_by_others(self, position):
+        positions.append(position)
+        trajectories = await draw(self, position)
+        if position < 2:
+            return trajectories
+        return tuple(
+            with_turn(one, weight_versions=(9,) * len(one.turn.response_ids)) for one in trajectories
+        )
+
+    def spoiled(self, step, packs, reads, loss_of, accepts):
+        bad = torch.nan if positions[-1] == 1 else 1.0
+        return take_step(self, step, packs, reads, times(loss_of, bad), accepts)
+
+    monkeypatch.setattr(RolloutSource, "_draw", drawn_by_others)
+    monkeypatch.setattr(Trained, "take_step", spoiled)
+    said = r"^ppo step 2: tokens were drawn by weight versions \[9\], not 2$"
+    with pytest.raises(WeightSyncError, match=said):
+        run_in(tmp_path / "run", settings_for(prompts, checkpoint_every_steps=1), inputs)
+    assert positions == [0, 1, 2]
+
+
 def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_and_samples_nothing_again(
     inputs, prompts, tmp_path, monkeypatch
 ):
@@ -526,9 +555,9 @@ def test_a_run_stopped_before_and_killed_after_going_back_ends_in_the_same_bits_
         Learner.update,
     )
 
-    async def remembering(self, position, version, anew):
+    async def remembering(self, position, version, redraw):
         positions.append(position)
-        return await find(self, position, version, anew)
+        return await find(self, position, version, redraw)
 
     async def counting(self, step):
         drawn.append(step)

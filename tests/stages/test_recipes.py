@@ -13,7 +13,9 @@ import pytest
 import torch
 from blake3 import blake3
 from inline import run_recipe, runtime_in
+from plain_models import take_step
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,7 +25,7 @@ from transformers import (
 
 from rollout.api import Rollout
 from rollout.config import EngineConfig
-from stages import evaluate, ppo, pretrain, reward, sft
+from stages import evaluate, pretrain, reward, sft
 from stages.config.data import DataSource
 from stages.config.evaluate import EvaluateConfig, EvaluateSettings
 from stages.config.model import ModelConfig
@@ -40,12 +42,14 @@ from stages.data.packing import pack
 from stages.data.reading.readers import read_prompts
 from stages.data.reading.records import Message, Prompt
 from stages.errors import DataError, ModelError, TrainingStopped
+from stages.rl.source import prompts_of
 from stages.training.forwards import sequence_scores
 from stages.training.fsdp import Placed
 from stages.training.metrics import read_steps
 from stages.training.models import freeze, load_reward_model
-from stages.training.optimize import Tally
-from stages.training.trainable import Outputs
+from stages.training.optimize import Optimizer, Tally
+from stages.training.supervised import Supervised
+from stages.training.trainable import Outputs, Reads
 
 NOUNS = ["cat", "dog", "house", "tree", "river", "window", "garden", "teacher"]
 VERBS = ["sees", "likes", "finds"]
@@ -169,6 +173,29 @@ def chain(tmp_path_factory) -> Chain:
     return chain
 
 
+def ppo_settings(data: Path) -> PPOSettings:
+    prompts = written(data / "ppo.jsonl", [{"prompt": f"Who likes the {noun}?"} for noun in NOUNS])
+    config = PPOConfig(
+        data=prompts, max_steps=1, num_prompts=4, batch_size=4, micro_batch_size=4, max_response_tokens=6
+    )
+    return PPOSettings(seed=1, model=MODEL, ppo=config, rollout=HF)
+
+
+@pytest.mark.parametrize("policy", ["pretrain", "sft"])
+def test_pin_9_what_ppo_saves_stops_at_the_end_of_turn_whatever_it_was_tuned_from(chain, policy, tmp_path):
+    inputs, runtime = chain.given({"policy": policy, "reward_model": "reward"}), runtime_in(tmp_path, "ppo")
+    run_recipe(ppo_settings(tmp_path), inputs, tmp_path / "out", runtime)
+    names = ("config.json", "generation_config.json")
+    config, generation = (json.loads((tmp_path / "out" / name).read_text()) for name in names)
+    chat = chain.chat(policy)
+    assert config["eos_token_id"] == chat.end_of_turn_id
+    assert generation["eos_token_id"] == list(chat.stop_token_ids)
+    kept = [
+        (tmp_path / "out" / name).read_bytes() == (inputs["policy"] / name).read_bytes() for name in names
+    ]
+    assert kept == [policy == "sft"] * 2, "an sft model's own is saved again byte for byte"
+
+
 def test_every_recipe_says_what_it_measured(chain):
     training = {"loss_final", "tokens_per_second", "steps"}
     assert training | {"parameters", "perplexity_heldout"} <= chain.metrics["pretrain"].keys()
@@ -245,6 +272,44 @@ def test_training_accuracy_and_margin_are_those_of_the_pairs_of_the_steps():
     assert reward._ranked_share(tally.sums) == {"train/accuracy": 1 / 3, "train/margin": -0.5 / 3}
     losses = [math.log1p(math.exp(-margin)) for margin in (1.5, 0.0, -2.0)]
     assert tally.loss == pytest.approx(sum(losses) / 3)
+
+
+class Scripted:
+    """A `Trainable` that gives each step the scores that are written down for it."""
+
+    def __init__(self, scores: list[list[float]], config: RewardConfig) -> None:
+        self._scores = scores
+        self._weight = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self._weight.weight)
+        self._optimizer = Optimizer(self._weight, config, lr=0.0, max_steps=len(scores))
+
+    def take_step(self, step, packs, reads, loss_of, accepts):
+        def term(pack):
+            scores_B = self._weight(torch.tensor(self._scores[step])[:, None])[:, 0]
+            return loss_of(pack, Outputs(scores_B=scores_B))
+
+        return take_step(self._optimizer, step, packs, term, accepts)
+
+
+def test_training_accuracy_and_margin_leave_out_steps_that_were_not_taken(chain, tmp_path):
+    """Margins of 1.5 and 0, then a step with a score that is NaN, then margins of -2 and 4."""
+    config = reward_settings(chain.root).reward
+    pairs = reward.Pairs(row=pack([[5]] * 4), num_pairs=2)
+    scores = [[2.0, 1.0, 0.5, 1.0], [math.nan, 9.0, 0.0, 0.0], [1.0, 4.0, 3.0, 0.0]]
+    stepper = Supervised(
+        Scripted(scores, config),
+        config,
+        runtime=runtime_in(tmp_path, "reward"),
+        reads=Reads(scores=True),
+        batch_of=lambda position: [pairs],
+        loss_of=reward._loss,
+        watched=reward._ranked_share,
+    )
+    for step in range(3):
+        stepper.step(step, step)
+    seen = stepper.metrics()
+    assert seen["train/skipped_steps"] == 1
+    assert seen["train/accuracy"] == 2 / 4 and seen["train/margin"] == 3.5 / 4
 
 
 def test_no_prompt_is_both_trained_on_and_held_out(chain):
@@ -510,7 +575,7 @@ def test_a_source_of_which_nothing_fits_is_named_though_another_one_does(chain, 
             case "sft":
                 sft._examples(SFTSettings(**shared, sft=SFTConfig(data=data)), chat)
             case "ppo":
-                ppo._prompts(PPOSettings(**shared, ppo=PPOConfig(data=data), rollout=HF), chat)
+                prompts_of(PPOSettings(**shared, ppo=PPOConfig(data=data), rollout=HF), chat)
             case "evaluate":
                 config = EvaluateConfig(prompts=data)
                 settings = EvaluateSettings(**shared, evaluate=config, rollout=HF)

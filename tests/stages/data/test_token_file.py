@@ -7,7 +7,8 @@ from stages.data.token_file import RECORD_FILE, TOKENS_FILE, Columns, MappedToke
 from stages.errors import DataError
 
 COLUMNS = Columns(
-    ragged={"ids": [(7, 8, 9), (), (5,)], "mask": [(0, 1, 1), (), (1,)]},
+    ragged={"ids": [(7, 8, 9), (), (5,)]},
+    masks={"mask": [(0, 1, 1), (), (1,)]},
     flat={"group": [0, -1, 2]},
     facts={"metrics": [["examples", 3.0], ["dropped", 0.0]], "names": ["é"]},
 )
@@ -23,6 +24,8 @@ def test_what_is_written_is_what_is_mapped(tmp_path):
     assert tokens.num_examples("ids") == 3
     assert [tokens.row("ids", index) for index in range(3)] == [(7, 8, 9), (), (5,)]
     assert [tokens.row("mask", index) for index in range(3)] == [(0, 1, 1), (), (1,)]
+    assert tokens.lengths("ids") == tokens.lengths("mask") == [3, 0, 1]
+    assert tokens.flat("mask").dtype == "uint8" and tokens.flat("ids").dtype == "int32"
     assert tokens.flat("group").tolist() == [0, -1, 2]
     assert made.facts == COLUMNS.facts and list(dict(made.facts["metrics"])) == ["examples", "dropped"]
     with pytest.raises(IndexError):

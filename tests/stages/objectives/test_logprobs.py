@@ -85,7 +85,6 @@ def test_pin_20_values_are_read_where_the_token_is_predicted():
     positions = packed_response_positions(prompt_lengths=[2, 1], response_lengths=[2, 1], device="cpu")
     assert positions.predicting_N.tolist() == [1, 2, 4]  # prompt_len - 1 + t, after each sequence's start
     assert positions.token_N.tolist() == [2, 3, 5]
-    assert positions.final_B.tolist() == [3, 5]
     values_S = torch.arange(6.0)
     mask_BT = length_mask(lengths=[2, 1], max_length=2, device="cpu")
     assert pad_ragged(values_N=values_S[positions.predicting_N], mask_BT=mask_BT).tolist() == [[1, 2], [4, 0]]
@@ -98,9 +97,7 @@ def test_positions_in_padded_rows_by_hand():
         )
 
     assert positions("right").predicting_N.tolist() == [1, 4]
-    assert positions("right").final_B.tolist() == [2, 5]
     assert positions("left").predicting_N.tolist() == [2, 6]
-    assert positions("left").final_B.tolist() == [3, 7]
 
 
 def test_positions_that_cannot_be_are_refused():

@@ -1,16 +1,18 @@
 """The parts of an algorithm together: which models are loaded, what one forward serves, what packs change."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from inline import worker_in
-from ppo_inputs import Parts, joined, ppo_inputs
+from ppo_inputs import Parts, joined, ppo_inputs, some_trajectories
 
 from stages.config.data import DataSource
-from stages.config.ppo import PPOConfig
+from stages.config.ppo import TRAINED_ROLES, PPOConfig, Role
 from stages.rl.experience import Credited, batch_metrics, experiences_of
-from stages.rl.roles import Judges, load_models
+from stages.rl.roles import Judges, load_models, scores_to_commit
+from stages.rl.trajectories import Batch
 from stages.rl.update import Learner
 from stages.training.fsdp import outputs_of
 
@@ -71,7 +73,7 @@ def test_without_its_role_no_value_model_is_loaded_asked_or_trained(inputs, tmp_
     parts = Parts(CONFIG, inputs, worker)
     algorithm = replace(
         parts.algorithm,
-        roles=parts.algorithm.roles - {"value"},
+        roles=tuple(role for role in parts.algorithm.roles if role != "value"),
         terms=tuple(term for term in parts.algorithm.terms if term.trains == "policy"),
     )
     models = load_models(
@@ -96,6 +98,50 @@ def test_without_its_role_no_value_model_is_loaded_asked_or_trained(inputs, tmp_
     learner = Learner(models.trained, algorithm.terms, CONFIG, seed=0, health=health)
     metrics = learner.update(0, experiences_of(batch, credited, kl_coef=0.05, keeps_anchor=True))
     assert learner.has_moved and "ppo/policy_loss" in metrics and "ppo/value_loss" not in metrics
+
+
+def test_without_its_role_no_reward_model_is_loaded_and_scores_of_other_sources_count(inputs, tmp_path):
+    """As with rewards of the source alone: two sources, whose scores of a response are added up."""
+    worker = worker_in(tmp_path, "ppo")
+    parts = Parts(CONFIG, inputs, worker)
+    algorithm = replace(
+        parts.algorithm,
+        roles=("policy", "reference"),
+        terms=tuple(term for term in parts.algorithm.terms if term.trains == "policy"),
+    )
+    models = load_models(algorithm, CONFIG, worker, policy_dir=inputs["policy"], reward_dir=None)
+    assert models.reward_model is models.normaliser is models.value is None
+    scored = [
+        replace(one, scores={"rule": 0.25 * index, "format": 1.0})
+        for index, one in enumerate(some_trajectories())
+    ]
+    batch = replace(parts.judges, models=models).judge(scored)
+    assert batch.scores_B.tolist() == [1.0 + 0.25 * int(one.id) for one in batch.trajectories]
+    commits = scores_to_commit(batch, Batch(position=0, trajectories=tuple(scored), is_replayed=False))
+    assert commits == {"rule": [0.25 * index for index in range(8)], "format": [1.0] * 8}
+
+
+def test_a_judged_trajectory_carries_the_reward_models_score_unless_the_journal_gave_it_one(inputs, tmp_path):
+    parts = Parts(CONFIG, inputs, worker_in(tmp_path, "ppo"))
+    drawn = some_trajectories()
+    batch = parts.judges.judge(drawn)
+    assert [[*one.scores] for one in batch.trajectories] == [["reward_model"]] * 8
+    assert [one.scores["reward_model"] for one in batch.trajectories] == batch.scores_B.tolist()
+    committed = [replace(one, scores={"reward_model": float(one.id)}) for one in drawn]
+    replayed = parts.judges.judge(committed)
+    assert replayed.scores_B.tolist() == [float(one.id) for one in replayed.trajectories]
+    assert torch.equal(replayed.values_BT, batch.values_BT)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_the_models_that_are_loaded_are_the_roles_of_the_config(inputs, tmp_path, kl_coef):
+    """The memory plan counts these roles too."""
+    config = CONFIG.model_copy(update={"kl_coef": kl_coef})
+    parts = Parts(config, inputs, worker_in(tmp_path, "ppo"))
+    loaded = {role for role in get_args(Role) if getattr(parts.models, role) is not None}
+    assert loaded == {*config.roles} == {*parts.algorithm.roles}
+    assert {*parts.models.trained} == {*TRAINED_ROLES} == {term.trains for term in parts.algorithm.terms}
+    assert ("reference" in config.roles) == (kl_coef > 0)
 
 
 def test_an_experience_tells_what_is_learned_from_apart_from_what_is_laid_out(inputs, tmp_path):

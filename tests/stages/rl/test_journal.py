@@ -135,7 +135,27 @@ def test_another_schema_version_is_named_beside_ours(tmp_path: Path, caplog, ver
     assert f"schema version {version}, this code reads 2" in caplog.text
 
 
+def test_entries_of_other_code_are_dropped_when_the_journal_opens_with_one_line_for_all(
+    tmp_path: Path, caplog
+):
+    journal = Journal(tmp_path)
+    for step in (3, 4, 5, 6):
+        journal.write(entry(step))
+    older = [tmp_path / f"journal/step-{step:06d}.rollouts" for step in (4, 5, 6)]
+    for path in older:
+        path.write_bytes(path.read_bytes().replace(b"rollouts 2 ", b"rollouts 1 ", 1))
+    later = Journal(tmp_path)
+    assert [later.read(step) for step in (3, 4, 5, 6)] == [entry(3), None, None, None]
+    assert not any(path.exists() for path in older)
+    assert caplog.messages == [
+        f"{tmp_path / 'journal'}: dropped the entries of 3 steps, which are of schema version 1; this code "
+        "reads 2, and samples those steps again where it still needs them"
+    ]
+
+
 def test_an_entry_of_another_step_or_stage_is_not_taken(tmp_path: Path, caplog):
+    (tmp_path / "ppo-1").mkdir()
+    (tmp_path / "ppo-2").mkdir()
     ours, theirs = Journal(tmp_path / "ppo-1"), Journal(tmp_path / "ppo-2")
     ours.write(entry(12))
     written = tmp_path / "ppo-1/journal/step-000012.rollouts"

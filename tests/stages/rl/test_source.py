@@ -1,6 +1,7 @@
 """The source of rollouts: what a weight version drew is replayed, anything else is drawn."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import fakes
@@ -11,7 +12,8 @@ from inline import runtime_in
 
 from rollout.api import WeightUpdate
 from rollout.config import EngineConfig
-from rollout.errors import EngineError, WeightSyncError
+from rollout.errors import EngineError
+from rollout.ground.errors import EnvironmentProblem
 from rollout.loop import LoopThread
 from stages.engines import EngineClient
 from stages.rl.source import RolloutSource, SourcePlan, SourcePrompt, open_source
@@ -112,7 +114,7 @@ def test_a_batch_that_the_gate_refused_is_drawn_again_and_replaces_the_committed
         await source.commit(0, SCORES)
         again = Drawing(tmp_path)
         assert (await again.next(0, 0)).is_replayed
-        assert not (await again.next(0, 0, anew=True)).is_replayed
+        assert not (await again.next(0, 0, redraw=True)).is_replayed
         others = {**SCORES, "model": [1.0] * 8}
         await again.commit(0, others)
         return again, await Drawing(tmp_path).next(0, 0)
@@ -120,11 +122,6 @@ def test_a_batch_that_the_gate_refused_is_drawn_again_and_replaces_the_committed
     source, batch = asyncio.run(refused())
     assert source.drawn == [0] and batch.is_replayed
     assert {one.scores["model"] for one in batch.trajectories} == {1.0}
-
-
-def test_tokens_of_other_weights_than_the_trainer_asked_for_are_an_error(tmp_path):
-    with pytest.raises(WeightSyncError, match=r"step 3: tokens were drawn by weight versions \[0\], not 5"):
-        asyncio.run(Drawing(tmp_path).next(2, 5))
 
 
 def test_before_the_first_batch_nothing_is_touched_in_the_work_directory(tmp_path):
@@ -173,11 +170,45 @@ def test_a_damaged_entry_is_told_where_the_driver_reads_it(opened):
     handle, runtime = opened(FakeEngine())
     (runtime.work_dir / "journal").mkdir()
     path = runtime.work_dir / "journal" / "step-000000.rollouts"
-    path.write_bytes(b"rlhf-rollouts 1 " + b"0" * 64 + b"\n")
+    path.write_bytes(b"rlhf-rollouts 2 " + b"0" * 64 + b"\n")
     with handle as source, warnings_kept(runtime):
         assert not source.next(0, 0).is_replayed
     said = (runtime.log_dir / "ppo.warnings.log").read_text()
-    assert said == f"{path}: schema version 1, this code reads 2; the step is sampled again\n"
+    assert said == f"{path}: not the bytes that were written; the step is sampled again\n"
+
+
+def pid_of(source) -> int:
+    """The process in which a handle's source lives."""
+    on_ray = hasattr(source, "_actor")
+    return ray.get(source._actor.__ray_call__.remote(lambda _: os.getpid())) if on_ray else os.getpid()
+
+
+def test_a_disk_that_never_answers_is_one_line_about_the_disk_and_not_the_engines(opened, monkeypatch):
+    """A pipe that nobody reads stands for it: a write to it hangs, as on a file server that is lost."""
+    monkeypatch.setattr("stages.rl.source.JOURNAL_TIMEOUT_S", 0.5)
+    handle, runtime = opened(FakeEngine())
+    with handle as source:
+        source.next(0, 0)
+        path = runtime.work_dir / "journal" / f"step-000000.rollouts.{pid_of(source)}.tmp"
+        os.mkfifo(path)
+        said = (
+            "journal of batch 1: not on the disk within 0.5 s; look at the disk of outputs, then run the same"
+        )
+        try:
+            with pytest.raises(EnvironmentProblem, match=said) as caught:
+                source.commit(0, SCORES)
+        finally:
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # lets go of the writer
+    assert not isinstance(caught.value, EngineError)
+
+
+def test_a_source_on_a_node_without_outputs_says_so_and_makes_no_directory_there(opened):
+    handle, runtime = opened(FakeEngine())
+    runtime.work_dir.rmdir()
+    said = f"{runtime.work_dir}: not on .*; outputs must be one file system for all nodes$"
+    with handle as source, pytest.raises(EnvironmentProblem, match=said):
+        source.next(0, 0)
+    assert not runtime.work_dir.exists()
 
 
 def test_an_engine_that_fails_is_an_error_of_the_handle(opened):

@@ -10,7 +10,6 @@ from torch import nn
 from rollout.ground.errors import EnvironmentProblem
 from stages.data.batches import BatchOrder
 from stages.training.checkpoint import Checkpoints
-from stages.training.loop import num_steps
 from stages.training.metrics import MetricsLog, StepLog, read_steps
 from stages.training.optimize import Optimizer
 
@@ -74,8 +73,8 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_steps_come_from_the_config_or_from_epochs_over_the_data():
     order = BatchOrder(num_rows=10, batch_size=4, seed=0)
-    assert num_steps(CONFIG.model_copy(update={"max_steps": 7}), order) == 7
-    assert num_steps(CONFIG.model_copy(update={"num_epochs": 2.0}), order) == 5
+    assert order.num_steps(2.0, 7) == 7
+    assert order.num_steps(2.0, None) == order.num_steps(2.0) == 5
 
 
 def flip(path, position):

@@ -72,6 +72,9 @@ def _process(rank: int, directory: Path) -> None:
         model = halves_on(meshes)
         norm, gradient, weights = clipped(model)
         found[name] = (norm, gradient, weights)
+    for place in range(2):
+        assert math.isnan(ranks.largest(math.nan if rank == place else 2.0))
+    assert ranks.largest([2.0, 3.0][rank]) == 3.0
     if ranks.is_main():
         torch.save(found, directory / "found.pt")
     ranks.barrier()
@@ -120,6 +123,14 @@ def test_sums_of_packs_are_added_in_double_in_pack_order_and_extremes_are_the_la
     assert float(tally.sums["share"]) == 0.1 + 0.2 + 0.3
     assert tally.sums["counts"].tolist() == [[3.0] * 3] * 2 and tally.sums["counts"].dtype == torch.float64
     assert tally.over_ranks().sums["counts"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("ratios", [(math.nan, 2.0), (2.0, math.nan)])
+def test_an_extreme_that_is_not_a_number_is_kept_whatever_the_order_of_packs(ratios):
+    tally = Tally()
+    for ratio in ratios:
+        tally.add(TermLoss(loss=torch.tensor(0.0), extremes={"ratio": torch.tensor(ratio)}))
+    assert math.isnan(tally.extremes["ratio"])
 
 
 def test_a_step_that_is_not_accepted_leaves_weights_alone_and_gives_no_sums():
