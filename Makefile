@@ -41,7 +41,7 @@ test: install
 test-quick: install  ## what starts neither vLLM nor Ray nor another process
 	$(BIN)/python -m pytest -m "not slow and not engine and not ray and not process" $(TWO_PROCESSES)
 
-test-all: install  ## the slow ones too, and twenty times the examples of each property
+test-all: install  ## the slow ones too, and twenty times the examples where a property states no number
 	$(BIN)/python -m pytest --hypothesis-profile=deep --durations=10
 
 chaos: install  ## a hundred SIGKILLs in tiny runs; stopped, it goes on where it was. ARGS="--kills 6 --seed 1"
