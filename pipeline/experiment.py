@@ -76,8 +76,8 @@ class ResourcesConfig(Section):
     placement_timeout_s: Seconds = Field(default=120.0, gt=0)
     """Deadline for placing a stage's workers."""
     collective_timeout_s: Seconds = Field(default=3600.0, gt=0)
-    """Deadline for the workers of a stage to meet: longer than an engine's start with a batch of
-    generations, and than writing a checkpoint, for the others wait while the first one does that.
+    """Deadline for the workers of a stage to meet. It must be longer than an engine's start with a batch of
+    generations, and longer than writing a checkpoint: the others wait while the first worker does that.
     """
     prepare: StageResources = StageResources()
     """Workers of prepare."""

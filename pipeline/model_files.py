@@ -87,8 +87,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_configs(directory: Path, *, named: str) -> None:
-    """Raises MissingStage for a configuration file that is none, that names code or another model, or that
-    describes weights which cannot be trained.
+    """Raises MissingStage for a configuration file that is not valid JSON, that names code or another model,
+    or that describes weights which cannot be trained.
     """
     _check_no_adapter(directory, named)
     for path in sorted(directory.glob("*config*.json")):

@@ -253,9 +253,10 @@ def _sample(
 def _scored_sequences(
     candidate: Candidate, prompts: Sequence[Prompt], chat: ChatTokenizer, context_length: int
 ) -> list[tuple[int, ...]]:
-    """What the reward model reads: the sampled ids themselves, but for base, whose answer is put into the
-    chat: its text encoded again, which may take more tokens than were sampled (bytes that are no character),
-    and so is cut to the context, its end token kept.
+    """What the reward model reads: prompt and response of each rollout, as the ids that were sampled.
+
+    The base model was not asked in chat form. Its answer is put into the chat as text and encoded again. That
+    may take more tokens than were sampled, so it is cut to the context; its end token stays.
     """
     if not candidate.is_tuned:
         return [

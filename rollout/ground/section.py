@@ -4,7 +4,8 @@
     Field(json_schema_extra=by_content())      a file: its content is identity, its name is not
     Field(json_schema_extra=as_before(0.5))    a newer setting: identity unless it holds that value
 
-A marked field is left out of `identity`. Digests of files are made elsewhere, from `files`.
+A marked field is left out of `identity`. Owns: what the marks mean, and finding the files that settings name.
+Does not own: digests of those files (pipeline.identity), reading YAML (pipeline.config).
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -2,8 +2,8 @@
 
     DataSource --readers--> records, all of them --> Validated, or DataError
 
-Looks at all that needs no tokenizer, for none is known yet. Owns: what can be told so early. Does not own the
-rules (readers, corpus): the stages ask the same ones again of what they have left.
+Looks at all that needs no tokenizer, because none is known yet. Owns: what can be told so early.
+Does not own: the rules (readers, corpus). The stages ask the same rules again of what they have left.
 """
 
 from array import array

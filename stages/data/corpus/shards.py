@@ -285,7 +285,7 @@ class TokenShards:
 
     def _untrained(self, lengths: np.ndarray) -> np.ndarray:
         """Places in a row that nothing predicts: the first token of each segment - under concat of the first
-        one, for the others begin with the separator that ends the document before.
+        one, because the others begin with the separator that ends the document before.
         """
         starts = np.cumsum(lengths) - lengths
         return starts[:1] if self.packing == "concat" else starts

@@ -21,7 +21,7 @@ def given_tokenizer(
 ) -> ChatTokenizer | None:
     """The tokenizer of `directory`; None where one has to be trained first.
 
-    Raises ModelError in both cases when it could not be used, for a template does not depend on the text.
+    Raises ModelError in both cases when it could not be used, because a template does not depend on the text.
     """
     if directory is not None:
         return ChatTokenizer.load(directory, template)
