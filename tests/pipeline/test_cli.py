@@ -307,7 +307,7 @@ def test_after_a_signal_a_stage_may_end_and_no_other_one_starts(chain: Chain, wh
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert stderr == "sft: not started, for the run was asked to stop; run the same command to go on\n"
+    assert stderr == "sft: not started, because the run was asked to stop; run the same command to go on\n"
     assert list(chain.summary()) == chain.calls() == ["prepare", "pretrain"]
 
 
