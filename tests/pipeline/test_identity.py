@@ -81,7 +81,7 @@ def test_the_reward_stage_follows_what_its_normaliser_is_sampled_by(
 def test_the_normaliser_is_sampled_as_ppo_samples(
     chain: Chain, overrides: tuple[str, ...], max_response_tokens: int, temperature: float
 ):
-    settings = identity.settings_for(chain.config(*overrides), "reward")
+    settings = chain.config(*overrides).settings_of("reward")
     assert isinstance(settings, RewardSettings)
     assert settings.normaliser == ResponseSampling(
         max_response_tokens=max_response_tokens, temperature=temperature
@@ -156,12 +156,12 @@ def test_a_hub_dataset_is_pinned_to_the_commit_it_means_for_every_process(chain:
     config = chain.config(
         "sft.data.0.path=owner/name", f"sft.data.0.revision={commit}", "sft.data.0.subset=x"
     )
-    settings = identity._pinned(identity.settings_for(config, "sft"))
+    settings = identity._pinned(config.settings_of("sft"))
     assert settings.sft.data[0].revision == commit
     (content,) = identity._contents(settings)
     assert (content.key, content.path, content.files) == ("sft.data.0", "owner/name", ())
     assert content.digest() == f"hub {commit} x train"
-    local = identity.settings_for(chain.config(), "sft")
+    local = chain.config().settings_of("sft")
     assert identity._pinned(local) is local
 
 
@@ -180,7 +180,7 @@ def test_evaluation_prompts_reach_prepare_unless_it_does_not_look_for_them(chain
 def test_a_source_of_weight_zero_is_neither_read_nor_part_of_what_is_trained_on(chain: Chain):
     unread = "sft.data=[{path: sft.jsonl}, {path: gone.jsonl, weight: 0}]"
     assert [key for key, _ in identity.data_sources(chain.config(unread), "sft")] == ["sft.data.0"]
-    contents = identity._contents(identity.settings_for(chain.config(unread), "sft"))
+    contents = identity._contents(chain.config(unread).settings_of("sft"))
     assert [content.key for content in contents] == ["sft.data.0"]
 
 

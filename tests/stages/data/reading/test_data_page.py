@@ -21,7 +21,7 @@ from inline import runtime_in
 from test_hub import COMMIT, README
 from test_hub import read as read_from_hub
 
-from pipeline import cli, identity
+from pipeline import cli
 from pipeline import config as configs
 from pipeline.experiment import ExperimentConfig
 from pipeline.stage_table import STAGES, data_of
@@ -291,7 +291,7 @@ def test_check_prints_what_the_page_shows(mine, tmp_path, capsys):
 
 
 def test_prepare_records_what_the_page_shows(mine, tmp_path):
-    prepare.run(identity.settings_for(mine, "prepare"), {}, tmp_path / "out", runtime_in(tmp_path, "prepare"))
+    prepare.run(mine.settings_of("prepare"), {}, tmp_path / "out", runtime_in(tmp_path, "prepare"))
     steps = json.loads((tmp_path / "out/statistics.json").read_text())["steps"]
     (block,) = fenced("json")
     assert json.loads(block) in steps
