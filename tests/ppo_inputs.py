@@ -2,11 +2,13 @@
 parts of the recipe without its engines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from rollout.api import FinishReason
@@ -126,3 +128,22 @@ class Parts:
 def joined(experiences: Sequence[Experience], name: str) -> torch.Tensor:
     """One field of all packs, rows in pack order."""
     return torch.cat([getattr(item, name) for item in experiences])
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL in the middle of an update."""
+
+
+@contextmanager
+def killed_in_step(step_to_die_in: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, a run ends in the update of this step (0-based)."""
+    update = Learner.update
+
+    def dying(self, step, experiences):
+        if step == step_to_die_in:
+            raise Killed
+        return update(self, step, experiences)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Learner, "update", dying)
+        yield

@@ -6,6 +6,7 @@ Owns: that choice. Does not own: the parts (credit, terms), loading (roles), the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from stages.config.correction import Correction
 from stages.config.ppo import PPOConfig, PPOSettings, Role
@@ -35,14 +36,15 @@ def algorithm_of(settings: PPOSettings) -> Algorithm:
     """The parts that the config names."""
     match settings.ppo:
         case PPOConfig() as config:
+            of_policy: dict[str, Any] = {"config": config, "active_from": config.value_warmup_steps}
             terms: list[Term] = [
-                ClippedValue(config=config),
-                ClippedPolicy(config=config, correction=settings.correction),
+                ClippedValue(config=config, active_from=0),
+                ClippedPolicy(**of_policy, correction=settings.correction),
             ]
             if config.kl_placement != "reward" and config.reads_reference:
-                terms.append(ReferenceKl(config=config))
+                terms.append(ReferenceKl(**of_policy))
             if config.entropy_coef != 0:
-                terms.append(EntropyBonus(config=config))
+                terms.append(EntropyBonus(**of_policy))
             return Algorithm(
                 roles=config.roles,
                 credit=GeneralisedAdvantages(config=config),

@@ -12,7 +12,7 @@ padded before the masked sums, so that sums keep their order.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -76,23 +76,16 @@ class Term(Protocol):
 class ClippedPolicy:
     """PPO's clipped surrogate, weighed by the rollout correction. Watches how far the policy has moved."""
 
+    trains: ClassVar[Role] = "policy"
+
     config: PPOConfig
     correction: Correction
-
-    @property
-    def trains(self) -> Role:
-        """See `Term`."""
-        return "policy"
+    active_from: int
 
     @property
     def reads(self) -> Reads:
         """See `Term`."""
         return Reads(logprobs=True, temperature=self.config.temperature)
-
-    @property
-    def active_from(self) -> int:
-        """See `Term`."""
-        return self.config.value_warmup_steps
 
     def __call__(self, pack: Experience, now: Outputs, counts: StepCounts) -> TermLoss:
         """See `Term`."""
@@ -136,22 +129,15 @@ class ReferenceKl:
     the two alike in every aggregation. On the whole response (`kl_placement: loss`) or per token.
     """
 
-    config: PPOConfig
+    trains: ClassVar[Role] = "policy"
 
-    @property
-    def trains(self) -> Role:
-        """See `Term`."""
-        return "policy"
+    config: PPOConfig
+    active_from: int
 
     @property
     def reads(self) -> Reads:
         """See `Term`."""
         return Reads(logprobs=True, temperature=self.config.temperature)
-
-    @property
-    def active_from(self) -> int:
-        """See `Term`."""
-        return self.config.value_warmup_steps
 
     def __call__(self, pack: Experience, now: Outputs, counts: StepCounts) -> TermLoss:
         """See `Term`."""
@@ -192,22 +178,15 @@ class ReferenceKl:
 class EntropyBonus:
     """Minus the policy's mean entropy, times `entropy_coef`."""
 
-    config: PPOConfig
+    trains: ClassVar[Role] = "policy"
 
-    @property
-    def trains(self) -> Role:
-        """See `Term`."""
-        return "policy"
+    config: PPOConfig
+    active_from: int
 
     @property
     def reads(self) -> Reads:
         """See `Term`."""
         return Reads(entropies=True, temperature=self.config.temperature)
-
-    @property
-    def active_from(self) -> int:
-        """See `Term`."""
-        return self.config.value_warmup_steps
 
     def __call__(self, pack: Experience, now: Outputs, counts: StepCounts) -> TermLoss:
         """See `Term`."""
@@ -224,22 +203,15 @@ class EntropyBonus:
 class ClippedValue:
     """Squared error of the values against the returns, clipped around the values before the updates."""
 
-    config: PPOConfig
+    trains: ClassVar[Role] = "value"
 
-    @property
-    def trains(self) -> Role:
-        """See `Term`."""
-        return "value"
+    config: PPOConfig
+    active_from: int
 
     @property
     def reads(self) -> Reads:
         """See `Term`."""
         return Reads(values=True)
-
-    @property
-    def active_from(self) -> int:
-        """See `Term`."""
-        return 0
 
     def __call__(self, pack: Experience, now: Outputs, counts: StepCounts) -> TermLoss:
         """See `Term`."""

@@ -11,7 +11,7 @@ import pytest
 from blake3 import blake3
 from forks import ENGINES
 from inline import run_recipe, runtime_in
-from ppo_inputs import ppo_inputs, with_turn
+from ppo_inputs import killed_in_step, ppo_inputs, with_turn
 from wrong_engines import LaggingEngine, SkewedEngine
 
 from rollout import engines
@@ -134,7 +134,7 @@ def test_a_resumed_run_compares_before_its_first_batch_for_its_engines_start_fro
     inputs, prompts, tmp_path, opened_as, monkeypatch
 ):
     settings = settings_for(prompts, precision="bf16")
-    killed_in_step(2, tmp_path, settings, inputs, monkeypatch)
+    run_killed_in_step(2, tmp_path, settings, inputs, monkeypatch)
     opened_as(kept_in(tmp_path / "kept", lag=1))
     with pytest.raises(ParityError, match=HELD_BACK.format(2)):
         run_in(tmp_path, settings, inputs)
@@ -192,22 +192,9 @@ def test_in_bf16_the_mean_of_a_batch_decides_and_its_maximum_is_logged(inputs, p
     assert line["rollout/engine_mean_abs_diff"] < math.log(1.05)
 
 
-class Killed(Exception):
-    """Stands for a SIGKILL in the middle of an update."""
-
-
-def killed_in_step(step_to_die_in, directory, settings, inputs, monkeypatch):
-    update = Learner.update
-
-    def dying(self, step, experiences):
-        if step == step_to_die_in:
-            raise Killed
-        return update(self, step, experiences)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, "update", dying)
-        with pytest.raises(Killed):
-            run_in(directory, settings, inputs)
+def run_killed_in_step(step_to_die_in, directory, settings, inputs, monkeypatch):
+    with killed_in_step(step_to_die_in, monkeypatch):
+        run_in(directory, settings, inputs)
 
 
 def test_a_batch_of_the_journal_that_other_weights_have_sampled_is_sampled_again(
@@ -216,7 +203,7 @@ def test_a_batch_of_the_journal_that_other_weights_have_sampled_is_sampled_again
     """As after a checkpoint was lost and its steps, taken again, gave other bits. The run is not stuck."""
     settings = settings_for(prompts, max_steps=3)
     _, whole = run_in(tmp_path / "whole", settings, inputs)
-    killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
+    run_killed_in_step(2, tmp_path / "killed", settings, inputs, monkeypatch)
     journal = Journal(tmp_path / "killed" / "work")
     entry = journal.read(2)
     others = tuple(

@@ -11,7 +11,18 @@ import torch
 from blake3 import blake3
 from fakes import FakeEngine
 from inline import run_recipe, runtime_in, worker_in
-from ppo_inputs import EOS, OTHER_STOP, Parts, invented, joined, ppo_inputs, some_trajectories, with_turn
+from ppo_inputs import (
+    EOS,
+    OTHER_STOP,
+    Killed,
+    Parts,
+    invented,
+    joined,
+    killed_in_step,
+    ppo_inputs,
+    some_trajectories,
+    with_turn,
+)
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -396,22 +407,9 @@ def test_pin_35_the_same_run_twice_gives_identical_token_ids_and_weights(inputs,
     assert metrics["samples_per_second"] > 0 and metrics["sync_seconds_median"] > 0
 
 
-class Killed(Exception):
-    """Stands for a SIGKILL in the middle of an update."""
-
-
 def run_killed_in_step(step_to_die_in, directory, settings, inputs, monkeypatch):
-    update = Learner.update
-
-    def dying(self, step, experiences):
-        if step == step_to_die_in:
-            raise Killed
-        return update(self, step, experiences)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, "update", dying)
-        with pytest.raises(Killed):
-            run_in(directory, settings, inputs)
+    with killed_in_step(step_to_die_in, monkeypatch):
+        run_in(directory, settings, inputs)
 
 
 @pytest.mark.parametrize(("precision", "step"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 2)])
